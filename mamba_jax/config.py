@@ -1,0 +1,433 @@
+"""Configuration: an ``ml_collections.ConfigDict`` at the edge, frozen and checked dataclasses inside.
+
+A config file is a Python file with ``get_config() -> ConfigDict``; it starts from
+``default_config()`` or ``preset_config(size, training_preset)`` and changes fields. Every field can
+be overridden on the command line as ``--config.group.field=value``. ``freeze`` turns the result
+into a ``RunConfig``; whatever is wrong with it is a ``UserError`` that names the value.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mamba_jax import presets
+from mamba_jax.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The structure of a model. Both families share it; the hybrid's fields say so."""
+
+    family: str = "mamba"  # "mamba" or "hybrid"
+    d_model: int = 768
+    n_layers: int = 12
+    d_state: int = 16
+    d_conv: int = 4
+    expand_factor: int = 2
+    dt_rank: int = 0  # 0: ceil(d_model / 16)
+    vocab_size: int = 0  # 0: as many as the tokenizer has
+    max_seq_len: int = 2048  # tokens in a training window; generation has no limit
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    dtype: str = "auto"  # of matmuls: "bfloat16", "float32"; "auto": float32 on CPU, else bfloat16
+    remat: str = "auto"  # "none", "dots", "full"; "auto": none on CPU, else full
+    scan: str = "auto"  # an implementation of ops.selective_scan
+    # Hybrid Recursive Mamba only. Each part can be switched off for an ablation.
+    recursion_depth: int = 3  # steps of the shared processor; 0: no recursion
+    recursion_expand: int = 2  # its hidden width, in units of d_model
+    recursion_reads_attention: bool = True  # False: attention once, after the recursion
+    gate_bias: float = 0.0  # of the depth gate at the start; 0: each step half open
+    attention_scales: tuple[int, ...] = (1, 2, 4)  # pooling factors; (): no attention
+    attention_window: int = 256  # pooled positions that a query sees at each scale
+    attention_head_size: int = 0  # 0: 64 where it divides d_model, else 32, 16 …
+    fusion: str = "residual_norm"  # or "norm" (no residual around it), "sum" (no projection)
+    fusion_gain: float = 0.3  # of the fusion's norm at the start
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand_factor * self.d_model
+
+    @property
+    def resolved_dt_rank(self) -> int:
+        return self.dt_rank or -(-self.d_model // 16)
+
+    @property
+    def head_size(self) -> int:
+        if self.attention_head_size:
+            return self.attention_head_size
+        return next(size for size in (64, 32, 16, 8, 4, 2) if self.d_model % size == 0)
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_model // self.head_size
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Optimizer, schedule and what happens when."""
+
+    learning_rate: float = 3e-4  # the peak
+    min_learning_rate_ratio: float = 0.1  # where the cosine ends, as a share of the peak
+    warmup_steps: int = 2_000
+    max_steps: int = 100_000
+    gradient_clip: float = 1.0  # largest global norm of the gradient
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    loss_chunk_tokens: int = 1_024  # logits are made for this many tokens at a time
+    skip_spikes: float = 0.0  # skip a step whose gradient norm exceeds this × its mean; 0: never
+    max_gradient_norm: float = 1e4  # above it the run stops as diverged
+    log_steps: int = 10
+    save_steps: int = 5_000
+    eval_steps: int = 5_000
+    eval_windows: int = 256  # held-out windows per evaluation, the same each time; 0: all
+    keep_last: int = 3  # newest checkpoints to keep; the best by eval loss is kept as well
+    keep_every: int = 0  # keep each checkpoint at a multiple of this step; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes windows of tokens."""
+
+    data_dir: str = ""  # "": ./data where it exists, else the Python standard library's source
+    tokenizer: str = "gpt2"  # or "bytes"
+    eval_fraction: float = 0.01  # of the tokens, held out by content hash
+    cache_dir: str = ""  # tokenised shards; "": $XDG_CACHE_HOME/mamba_jax
+
+
+@dataclasses.dataclass(frozen=True)
+class VramConfig:
+    """How the effective batch is laid out on the device."""
+
+    effective_batch_size: int = 32  # sequences per optimizer step
+    batch_size: int = 8  # sequences per microbatch, over all devices
+    gradient_accumulation_steps: int = 0  # 0: effective_batch_size / batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.gradient_accumulation_steps or self.effective_batch_size // self.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """The device mesh; the data axis takes every device that fsdp leaves."""
+
+    fsdp: int = 1  # devices that share one copy of parameters and optimizer state
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on: a run is a pure function of it and of the data."""
+
+    name: str = "mamba"
+    seed: int = 42
+    output_dir: str = "checkpoints"
+    log_dir: str = "logs"
+    tensorboard_dir: str = "runs"
+    sample_prompt: str = ""  # when not empty, a sample from it closes the run
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    vram: VramConfig = VramConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+
+def default_config() -> ConfigDict:
+    """Returns the built-in defaults (size ``medium``, preset ``default``) to start a file from."""
+    return ConfigDict(to_dict(RunConfig()))
+
+
+def preset_config(model_size: str, training_preset: str = "default") -> ConfigDict:
+    """Returns the defaults with one row of each table of ``presets`` put in.
+
+    Raises:
+      UserError: if either name is unknown; it suggests the nearest.
+    """
+    size = _look_up(presets.SIZES, model_size, "model size")
+    schedule = _look_up(presets.TRAINING_PRESETS, training_preset, "training preset")
+    config = default_config()
+    config.name = model_size
+    config.model.family = size.family
+    config.model.d_model = size.d_model
+    config.model.n_layers = size.n_layers
+    if size.family == "hybrid":
+        config.model.recursion_depth = size.depth
+    config.training.update(dataclasses.asdict(schedule))
+    return config
+
+
+def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in table:
+        raise UserError(
+            f'unknown {what} "{name}"{did_you_mean(name, table)} (choices: {", ".join(table)})'
+        )
+    return table[name]
+
+
+def load_config(path: str) -> ConfigDict:
+    """Runs ``get_config()`` of a Python config file.
+
+    Raises:
+      UserError: if the file is missing, does not run, or has no ``get_config``.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = did_you_mean(file.name, (p.name for p in file.parent.glob("*.py")))
+        raise UserError(f"config file {path} does not exist{near}")
+    if file.suffix != ".py":
+        raise UserError(f"config file {path} is not a .py file with a get_config() function")
+    try:
+        spec = importlib.util.spec_from_file_location(f"mamba_jax_config_{file.stem}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError as error:
+        raise UserError(f"config file {path}: {error}") from error
+    except Exception as error:  # a config file is a program: anything may come out of it
+        raise UserError(
+            f"config file {path} is broken: {type(error).__name__}: {error}; "
+            "it must define get_config() and return a ConfigDict"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config file {path}: get_config() must return a ConfigDict, not {config!r}"
+        )
+    return config
+
+
+def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Sets dotted fields from the command line's text, e.g. ``{"training.max_steps": "200"}``.
+
+    Raises:
+      UserError: if a field does not exist (suggesting the nearest) or the text does not fit it.
+    """
+    fields = _field_types(RunConfig)
+    for name, text in overrides.items():
+        if name not in fields:
+            raise UserError(f"unknown config field --config.{name}{_nearest_field(name, fields)}")
+        *groups, leaf = name.split(".")
+        target = config
+        for group in groups:
+            target = target[group]
+        with target.unlocked():
+            target[leaf] = _parse(text, fields[name], f"--config.{name}")
+
+
+def freeze(config: ConfigDict) -> RunConfig:
+    """Checks a config and makes it immutable.
+
+    Raises:
+      UserError: on an unknown or missing field, a wrong type or a value that cannot work.
+    """
+    run = from_dict(config.to_dict())
+    _check(run)
+    return run
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the config as plain JSON types; ``from_dict`` is the inverse."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Builds a ``RunConfig`` from nested plain values; absent fields take their default."""
+    return _build(RunConfig, values, "")
+
+
+def from_json(text: str) -> RunConfig:
+    """Reads what ``json.dumps(to_dict(config))`` wrote."""
+    return from_dict(json.loads(text))
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    types_ = typing.get_type_hints(cls)
+    for name in values:
+        if name not in types_:
+            all_fields = _field_types(RunConfig)
+            raise UserError(
+                f'unknown config field "{prefix}{name}"{_nearest_field(prefix + name, all_fields)}'
+            )
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types_[name]):
+            if not isinstance(value, Mapping):
+                raise UserError(f"config group {prefix}{name} must hold fields, not {value!r}")
+            made[name] = _build(typing.cast(type, types_[name]), value, f"{prefix}{name}.")
+        else:
+            made[name] = _coerce(value, types_[name], prefix + name)
+    return cls(**made)
+
+
+def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Returns dotted name → type of every leaf field."""
+    leaves: dict[str, Any] = {}
+    for name, type_ in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(type_):
+            leaves |= _field_types(typing.cast(type, type_), f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = type_
+    return leaves
+
+
+def _nearest_field(name: str, fields: Mapping[str, Any]) -> str:
+    """Suggests the field nearest by full name, else by last part (a field put in a wrong group)."""
+    leaf = name.rsplit(".", 1)[-1]
+    same_leaf = [field for field in fields if field.rsplit(".", 1)[-1] == leaf]
+    return did_you_mean(name, same_leaf) or did_you_mean(name, fields)
+
+
+def _parse(text: str, type_: Any, name: str) -> Any:
+    if type_ is str:
+        return text
+    if type_ is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return _coerce(ast.literal_eval(text), type_, name)
+    except (ValueError, SyntaxError):
+        raise UserError(f"{name}={text!r} is not {_describe(type_)}") from None
+
+
+def _coerce(value: Any, type_: Any, name: str) -> Any:
+    """Accepts ``value`` as ``type_``: whole floats as int (3e4), ints as float, lists as tuple."""
+    if isinstance(type_, types.GenericAlias):  # tuple[int, ...]
+        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+            return tuple(value)
+    elif type_ is int and type(value) in (int, float) and value == int(value):
+        return int(value)
+    elif type_ is float and type(value) in (int, float):
+        return float(value)
+    elif type(value) is type_:
+        return value
+    raise UserError(f"{name}={value!r} is not {_describe(type_)}")
+
+
+def _describe(type_: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        type_, "a tuple of whole numbers such as (1,2,4)"
+    )
+
+
+_CHOICES = {
+    "model.family": ("mamba", "hybrid"),
+    "model.dtype": ("auto", "bfloat16", "float32"),
+    "model.remat": ("auto", "none", "dots", "full"),
+    "model.scan": ("auto", "reference", "chunked", "sequential"),
+    "model.fusion": ("residual_norm", "norm", "sum"),
+    "data.tokenizer": ("gpt2", "bytes"),
+}
+_POSITIVE = (
+    "model.d_model",
+    "model.n_layers",
+    "model.d_state",
+    "model.d_conv",
+    "model.expand_factor",
+    "model.max_seq_len",
+    "model.norm_eps",
+    "model.recursion_expand",
+    "model.attention_window",
+    "training.learning_rate",
+    "training.max_steps",
+    "training.gradient_clip",
+    "training.adam_eps",
+    "training.loss_chunk_tokens",
+    "training.max_gradient_norm",
+    "training.log_steps",
+    "training.save_steps",
+    "training.eval_steps",
+    "training.keep_last",
+    "vram.effective_batch_size",
+    "vram.batch_size",
+    "parallel.fsdp",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "model.dt_rank",
+    "model.vocab_size",
+    "model.recursion_depth",
+    "model.attention_head_size",
+    "training.warmup_steps",
+    "training.weight_decay",
+    "training.skip_spikes",
+    "training.eval_windows",
+    "training.keep_every",
+    "vram.gradient_accumulation_steps",
+)
+_SHARES = (
+    "model.dropout",
+    "training.beta1",
+    "training.beta2",
+    "training.min_learning_rate_ratio",
+    "data.eval_fraction",
+)
+
+
+def _check(run: RunConfig) -> None:
+    def value(name: str) -> Any:
+        target: Any = run
+        for part in name.split("."):
+            target = getattr(target, part)
+        return target
+
+    for name, choices in _CHOICES.items():
+        if value(name) not in choices:
+            raise UserError(
+                f'{name}="{value(name)}" is not one of {", ".join(choices)}'
+                f"{did_you_mean(str(value(name)), choices)}"
+            )
+    for name in _POSITIVE:
+        if not value(name) > 0:
+            raise UserError(f"{name}={value(name)} must be greater than 0")
+    for name in _NOT_NEGATIVE:
+        if not value(name) >= 0:
+            raise UserError(f"{name}={value(name)} must not be negative")
+    for name in _SHARES:
+        if not 0 <= value(name) <= 1 or (
+            name != "training.min_learning_rate_ratio" and value(name) == 1
+        ):
+            raise UserError(f"{name}={value(name)} must lie between 0 and 1")
+    _check_model(run.model)
+    vram, training = run.vram, run.training
+    if vram.batch_size * vram.accumulation_steps != vram.effective_batch_size:
+        raise UserError(
+            f"vram.effective_batch_size={vram.effective_batch_size} is not batch_size="
+            f"{vram.batch_size} × gradient_accumulation_steps={vram.accumulation_steps}; "
+            "choose a batch_size that divides the effective batch"
+        )
+    if training.warmup_steps >= training.max_steps:
+        raise UserError(
+            f"training.warmup_steps={training.warmup_steps} must be below "
+            f"training.max_steps={training.max_steps}"
+        )
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.family == "mamba":
+        return
+    if model.attention_scales:
+        if any(scale < 1 for scale in model.attention_scales) or len(
+            set(model.attention_scales)
+        ) != len(model.attention_scales):
+            raise UserError(
+                f"model.attention_scales={model.attention_scales} must be different "
+                "whole numbers from 1 up"
+            )
+        if model.d_model % 2:
+            raise UserError(
+                f"model.d_model={model.d_model} must be even for the hybrid's attention"
+            )
+        if model.head_size % 2 or model.d_model % model.head_size:
+            raise UserError(
+                f"model.d_model={model.d_model} is not divisible by an even "
+                f"model.attention_head_size={model.head_size}; choose one that divides d_model, or 0"
+            )

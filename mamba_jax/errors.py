@@ -1,0 +1,34 @@
+"""Errors that a user can mend: one line, the offending value and the remedy, no traceback."""
+
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's or a fault of their machine.
+
+    Commands print it as a single line ``error: <message>`` and exit with status 2. The message
+    names the offending value and the remedy.
+    """
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Returns ``; did you mean "x"?`` for the candidate nearest to ``name``, else ``""``."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], int]:
+    """Wraps a command's ``main(argv) -> exit status`` so that a ``UserError`` is one line and 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return wrapped

@@ -1,0 +1,13 @@
+"""Eight faked CPU devices for every test, and checked array shapes in the numerical packages."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+from jaxtyping import install_import_hook
+
+# Before the backend starts: sharding is tested on the devices that a pod would have.
+jax.config.update("jax_num_cpu_devices", 8)
+install_import_hook(["mamba_jax.ops", "mamba_jax.models"], "beartype.beartype")
