@@ -1,0 +1,215 @@
+"""The models as pure functions of a plain nested dict of arrays: the seam between NNX and JAX.
+
+Every other part of the system sees a model only through this file, and does not know which family
+it holds. Parameters are float32; those under ``layers`` carry a leading layer axis and are scanned,
+so that compile time does not grow with depth.
+
+Legend: b batch, t time, d d_model, v vocabulary, l layers.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from mamba_jax.config import ModelConfig
+from mamba_jax.models.language_model import BLOCKS, LanguageModel, matmul_dtype
+from mamba_jax.modules import layout as layouts
+from mamba_jax.modules.block import Layout
+from mamba_jax.modules.norm import rms_normalise
+
+Params = dict[str, Any]
+Cache = dict[str, Any]
+
+
+def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Makes the parameters of a model; jit-compatible. ``config.vocab_size`` must be set."""
+    model = LanguageModel(config, matmul_dtype(config), rngs=nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Returns the tree of ``init`` as ``jax.ShapeDtypeStruct``, without allocating."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens_bt: Int[Array, "b t"],
+    *,
+    segment_ids_bt: Int[Array, "b t"] | None = None,
+    initial_cache: Cache | None = None,
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "b t d"], dict[str, jax.Array], Cache]:
+    """Runs everything before the head.
+
+    Args:
+      params: as made by ``init``.
+      config: the structure they were made with.
+      tokens_bt: int32 token ids.
+      segment_ids_bt: ids, equal within a document: every change resets conv, scan state, recursion
+        and attention. None: each row is one document. Padding is a document of its own.
+      initial_cache: what a previous call returned, to continue its rows: a row's first document is
+        continued if its id equals the last one before (or no ids are given).
+      dropout_key: None: no dropout.
+
+    Returns:
+      x_btd: float32, after the final norm.
+      aux: empty for Mamba. For the hybrid, float32 by layer: ``gate_mean`` (l, k),
+        ``gate_histogram`` (l, k, 10), share of tokens per gate decile, and ``depth_mean`` (l,),
+        mean sum of the gates.
+      final_cache: the cache after the last token, of fixed size whatever the length.
+    """
+    cache = initial_cache
+    where = layouts.documents(
+        tokens_bt.shape,
+        segment_ids_bt,
+        None if cache is None else cache["segment"],
+        None if cache is None else cache["length"],
+    )
+    scales = config.attention_scales if config.family == "hybrid" else ()
+    layout = Layout(where, tuple(layouts.blocks(where, scale) for scale in scales))
+    dtype = matmul_dtype(config)
+    layer_keys = None if dropout_key is None else jax.random.split(dropout_key, config.n_layers)
+
+    def layer(x_btd: jax.Array, per_layer: tuple[Params, Any, Any]) -> tuple[jax.Array, Any]:
+        layer_params, layer_cache, key = per_layer
+        block = _bind_block(config, dtype, layer_params)
+        x_btd, report, layer_cache = block(x_btd, layout, layer_cache, key)
+        return x_btd, (report, layer_cache)
+
+    with jax.named_scope("embed"):
+        x_btd = params["embed"]["embedding"][tokens_bt]
+    x_btd, (aux, layer_caches) = jax.lax.scan(
+        _remat(layer, config),
+        x_btd,
+        (params["layers"], None if cache is None else cache["layers"], layer_keys),
+    )
+    with jax.named_scope("norm_f"):
+        x_btd = rms_normalise(x_btd, config.norm_eps) * params["norm_f"]["scale"]
+    final_cache = {
+        "layers": layer_caches,
+        "segment": where.segment_b,
+        "length": where.next_position_b,
+    }
+    return x_btd, aux, final_cache
+
+
+def head_weight(params: Params, config: ModelConfig) -> Float[Array, "v d"]:
+    """Returns the head's float32 matrix: the embedding when tied."""
+    return params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
+
+
+def logits(params: Params, config: ModelConfig, x: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
+    """Applies the head: a matmul in the matmul dtype, accumulated in float32."""
+    dtype = matmul_dtype(config)
+    with jax.named_scope("lm_head"):
+        return jnp.einsum(
+            "...d,vd->...v",
+            x.astype(dtype),
+            head_weight(params, config).astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def apply(
+    params: Params,
+    config: ModelConfig,
+    tokens_bt: Int[Array, "b t"],
+    *,
+    segment_ids_bt: Int[Array, "b t"] | None = None,
+    initial_cache: Cache | None = None,
+    dropout_key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, "b t v"], dict[str, jax.Array], Cache]:
+    """``forward`` and the head: float32 logits, aux, final cache. Arguments as in ``forward``."""
+    x_btd, aux, cache = forward(
+        params,
+        config,
+        tokens_bt,
+        segment_ids_bt=segment_ids_bt,
+        initial_cache=initial_cache,
+        dropout_key=dropout_key,
+    )
+    return logits(params, config, x_btd), aux, cache
+
+
+def init_cache(config: ModelConfig, batch_size: int) -> Cache:
+    """Makes the cache of rows that hold nothing yet.
+
+    Leaves under ``layers`` have axes (l, b, …); ``segment`` and ``length``, the id and number of
+    tokens of the row's current document, (b,).
+    """
+    dtype = matmul_dtype(config)
+    zeros = lambda *shape, dtype=dtype: jnp.zeros((config.n_layers, batch_size, *shape), dtype)
+    layers = {
+        "conv_state": zeros(config.d_conv - 1, config.d_inner),
+        "ssm_state": zeros(config.d_inner, config.d_state, dtype=jnp.float32),
+    }
+    if config.family == "hybrid":
+        heads = (config.n_heads, config.head_size)
+        for scale in config.attention_scales:
+            layers[f"keys_{scale}"] = zeros(config.attention_window, *heads)
+            layers[f"values_{scale}"] = zeros(config.attention_window, *heads)
+            if scale > 1:
+                layers[f"partial_{scale}"] = zeros(2, *heads, dtype=jnp.float32)
+    counts = {name: jnp.zeros(batch_size, jnp.int32) for name in ("segment", "length")}
+    return {"layers": layers, **counts}
+
+
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    tokens_bt: Int[Array, "b t"],
+    cache: Cache,
+    segment_ids_bt: Int[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b v"], Cache]:
+    """Reads a prompt, or the next piece of one, in parallel.
+
+    Returns:
+      float32 logits after the last token, and the cache after it.
+    """
+    x_btd, _, cache = forward(
+        params, config, tokens_bt, segment_ids_bt=segment_ids_bt, initial_cache=cache
+    )
+    return logits(params, config, x_btd[:, -1]), cache
+
+
+def decode_step(
+    params: Params, config: ModelConfig, token_b: Int[Array, " b"], cache: Cache
+) -> tuple[Float[Array, "b v"], Cache]:
+    """Reads one token per row; time and memory do not depend on how many came before."""
+    return prefill(params, config, token_b[:, None], cache)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_template(config: ModelConfig, dtype: jnp.dtype) -> tuple[Any, Any]:
+    """Returns one layer's graph definition and abstract state."""
+    block = nnx.eval_shape(lambda: BLOCKS[config.family](config, dtype, rngs=nnx.Rngs(0)))
+    return nnx.split(block)
+
+
+def _bind_block(config: ModelConfig, dtype: jnp.dtype, layer_params: Params) -> Any:
+    """Makes one layer's module hold ``layer_params``; costs trace time only."""
+    graph, state = _block_template(config, dtype)
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the template stays abstract
+    nnx.replace_by_pure_dict(state, layer_params)
+    return nnx.merge(graph, state)
+
+
+def _remat(layer: Any, config: ModelConfig) -> Any:
+    """Applies the rematerialisation policy to a layer of the scan."""
+    policy = config.remat
+    if policy == "auto":
+        policy = "none" if jax.default_backend() == "cpu" else "full"
+    if policy == "none":
+        return layer
+    saveable = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[policy]
+    # Inside a scan the loop itself keeps XLA from merging the two passes.
+    return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
