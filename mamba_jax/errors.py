@@ -20,7 +20,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
-def command(main: Callable[[list[str]], int]) -> Callable[[list[str] | None], int]:
+def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
     """Wraps a command's ``main(argv) -> exit status`` so that a ``UserError`` is one line and 2."""
 
     @functools.wraps(main)

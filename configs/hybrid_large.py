@@ -1,0 +1,20 @@
+"""Size "hybrid-large": Hybrid Recursive Mamba, depth 4, 1024 wide, 16 layers.
+
+    python -m mamba_jax.train --config=configs/hybrid_large.py
+
+Parameters: 326,030,144 with the GPT-2 vocabulary, 274,566,976 of them outside the embedding;
+known as "550M", which is a label and not a count.
+
+What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
+the optimizer's two moments take 3.9 GB, a gradient 1.3 GB more, activations come on top: if
+they do not fit, lower `vram.batch_size` (the effective batch stays) or `model.max_seq_len`.
+"""
+
+from ml_collections import ConfigDict
+
+from mamba_jax.config import preset_config
+
+
+def get_config() -> ConfigDict:
+    """Returns the size with the training preset "default"; "fast" and "careful" exist too."""
+    return preset_config("hybrid-large")

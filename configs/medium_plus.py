@@ -1,0 +1,20 @@
+"""Size "medium-plus": Mamba, 640 wide, 9 layers.
+
+    python -m mamba_jax.train --config=configs/medium_plus.py
+
+Parameters: 55,844,480 with the GPT-2 vocabulary, 23,680,000 of them outside the embedding;
+known as "120M", which is a label and not a count.
+
+What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
+the optimizer's two moments take 0.7 GB, a gradient 0.2 GB more, activations come on top: if
+they do not fit, lower `vram.batch_size` (the effective batch stays) or `model.max_seq_len`.
+"""
+
+from ml_collections import ConfigDict
+
+from mamba_jax.config import preset_config
+
+
+def get_config() -> ConfigDict:
+    """Returns the size with the training preset "default"; "fast" and "careful" exist too."""
+    return preset_config("medium-plus")

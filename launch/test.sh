@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Checks the project: lint, format, types and tests, in a virtual environment that it makes itself.
+#
+#   ./launch/test.sh                  everything
+#   ./launch/test.sh tests/ops -x     arguments go to pytest
+
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+set_up dev
+ruff check .
+ruff format --check .
+pyright
+exec pytest "$@"

@@ -1,0 +1,44 @@
+"""The console command: ``mamba-jax <command> [arguments]``.
+
+Each command is a module with ``main(argv) -> exit status``, imported only when it is asked for;
+``python -m mamba_jax.<command>`` runs the same function.
+"""
+
+import importlib
+import sys
+
+from mamba_jax.errors import UserError, command, did_you_mean
+
+COMMANDS = {  # name → (module, what it does)
+    "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
+    "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
+    "report": ("mamba_jax.report", "tables about the project: the model sizes"),
+}
+
+
+def usage() -> str:
+    """Returns the help text: one line a command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}\n" for name, (_, about) in COMMANDS.items()]
+    return (
+        "usage: mamba-jax <command> [arguments]\n\ncommands:\n"
+        f"{''.join(lines)}\n`mamba-jax <command> --help` lists the arguments of one command."
+    )
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Runs the command that the first argument names."""
+    if not argv:
+        print(usage(), file=sys.stderr)
+        return 2
+    name, *arguments = argv
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        raise UserError(
+            f'unknown command "{name}"{did_you_mean(name, COMMANDS)} '
+            f"(choices: {', '.join(COMMANDS)})"
+        )
+    return importlib.import_module(COMMANDS[name][0]).main(arguments)

@@ -1,0 +1,280 @@
+"""Continuing prompts: prefill in pieces, then decoding in a compiled loop.
+
+Rows of a batch are padded on the left, which the models treat as packing: padding is a document of
+its own (segment 0), and the change to the prompt's segment (1) resets every state. A row therefore
+says the same whatever else is in its batch. Time and memory per token do not grow with the text.
+
+Legend: b batch, t time, v vocabulary, s steps of one dispatch.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from mamba_jax.config import ModelConfig
+from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
+from mamba_jax.errors import UserError
+from mamba_jax.generation.sampling import Sampling, sample
+from mamba_jax.models import build
+
+PREFILL_TOKENS = 512  # of one piece: bounds memory, and lengths are compiled for up to here only
+_SHORTEST_PIECE = 16
+DISPATCH_TOKENS = 8  # decoded per call to the device: hides its latency, text still flows
+
+
+def generate_text(
+    params: build.Params,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    batch_size: int | None = None,
+    on_text: Callable[[int, str | None], None] | None = None,
+) -> list[str]:
+    """Continues each prompt until the model ends its document or ``max_tokens`` are made.
+
+    A text is a function of (params, prompt, its index, seed and the sampling settings): the other
+    prompts and ``batch_size`` have no say in it, up to the rounding of a batched matmul.
+
+    Args:
+      params: of ``models.build``.
+      model_config: the structure they were made with; its vocabulary may be padded.
+      tokenizer: the one that the model was trained with.
+      prompts: any texts; an empty one starts a new document.
+      max_tokens: for each prompt, ≥ 1.
+      temperature: as in ``Sampling``, likewise ``top_k`` and ``top_p``.
+      seed: 0 … 2³² - 1.
+      batch_size: prompts at a time; None: all at once.
+      on_text: told (index of the prompt, new text) as it comes, in whole characters, and at last
+        (index, None): that text is complete.
+
+    Returns:
+      The new text of each prompt, without the prompt; all that ``on_text`` was told, joined.
+
+    Raises:
+      UserError: if a number is out of range.
+    """
+    sampling = check_settings(max_tokens, temperature, top_k, top_p, seed, batch_size)
+    if not prompts:
+        return []
+    params = jax.device_put(params)  # once, not at every dispatch
+    begin = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
+    sequences = [np.concatenate([begin, tokenizer.encode(prompt)]) for prompt in prompts]
+    batch_size = min(batch_size or len(prompts), len(prompts))
+    texts = [""] * len(prompts)
+    decoders = {index: StreamDecoder(tokenizer) for index in range(len(prompts))}
+
+    def tell(index: int, text: str | None) -> None:
+        texts[index] += text or ""
+        if on_text is not None and text != "":
+            on_text(index, text)
+
+    def end(index: int) -> None:
+        tell(index, decoders.pop(index).flush())
+        tell(index, None)
+
+    for first in range(0, len(prompts), batch_size):
+        indices = range(first, min(first + batch_size, len(prompts)))
+        tokens = generate_tokens(
+            params,
+            model_config,
+            [sequences[index] for index in indices],
+            indices,
+            n_rows=batch_size,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+        )
+        for step_tokens in tokens:
+            for index, token in zip(indices, step_tokens, strict=True):
+                if index in decoders and token == tokenizer.eot_id:
+                    end(index)
+                elif index in decoders:
+                    tell(index, decoders[index].push(token))
+        for index in indices:
+            if index in decoders:
+                end(index)
+    return texts
+
+
+def check_settings(
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    batch_size: int | None,
+) -> Sampling:
+    """Returns how to sample; see ``generate_text`` for the arguments.
+
+    Raises:
+      UserError: if a number is out of range.
+    """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens={max_tokens} must be at least 1")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+    return Sampling(temperature, top_k, top_p)
+
+
+def generate_tokens(
+    params: build.Params,
+    config: ModelConfig,
+    sequences: Sequence[np.ndarray],
+    row_ids: Sequence[int],
+    *,
+    n_rows: int,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    vocab_size: int,
+    eot_id: int,
+) -> Iterator[list[int]]:
+    """Continues token sequences, step by step.
+
+    Args:
+      params: on the device.
+      config: of the model.
+      sequences: int32 (t,) each, with at least one token.
+      row_ids: one per sequence; with ``seed`` they decide its randomness.
+      n_rows: of the compiled batch, ≥ ``len(sequences)``; the rest idles, so that a last batch
+        that is not full needs no compilation of its own.
+      max_tokens: steps at most.
+      sampling: how tokens are chosen.
+      seed: of the randomness.
+      vocab_size: ids from here up are padding of the model's vocabulary and never chosen.
+      eot_id: ends a row.
+
+    Yields:
+      The next token of each sequence; after its end, ``eot_id``. Stops when all ended.
+    """
+    n_idle = n_rows - len(sequences)
+    tokens_bt, segments_bt = pad_left([*sequences, *[np.zeros(0, np.int32)] * n_idle])
+    row_ids_b = np.array([*row_ids, *[0] * n_idle], np.uint32)
+    ended_b = np.arange(n_rows) >= len(sequences)
+    logits_bv, cache = prefill_in_pieces(params, config, tokens_bt, segments_bt)
+    keys_b = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_ids_b)
+    for step in range(0, max_tokens, DISPATCH_TOKENS):
+        n_steps = min(DISPATCH_TOKENS, max_tokens - step)
+        tokens_bs, logits_bv, cache, ended_b, n_made = _decode(
+            params,
+            cache,
+            logits_bv,
+            ended_b,
+            keys_b,
+            step,
+            n_steps,
+            config=config,
+            sampling=sampling,
+            vocab_size=vocab_size,
+            eot_id=eot_id,
+        )
+        yield from np.asarray(tokens_bs).T[: int(n_made), : len(sequences)].tolist()
+        if np.all(ended_b):
+            return
+
+
+def pad_left(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Makes a batch of sequences that all end at the same place.
+
+    Args:
+      sequences: int32 (t,) each; the longest is not empty.
+
+    Returns:
+      tokens_bt and segments_bt (0 padding, 1 sequence), int32, of a length that
+      ``piece_lengths`` cuts into pieces.
+    """
+    n_tokens = sum(piece_lengths(max(len(sequence) for sequence in sequences)))
+    tokens_bt, segments_bt = np.zeros((2, len(sequences), n_tokens), np.int32)
+    for row, sequence in enumerate(sequences):
+        tokens_bt[row, n_tokens - len(sequence) :] = sequence
+        segments_bt[row, n_tokens - len(sequence) :] = 1
+    return tokens_bt, segments_bt
+
+
+def piece_lengths(n_tokens: int) -> list[int]:
+    """Cuts ``n_tokens`` into pieces of few lengths, each compiled once: whole ones after a first
+    that is rounded up to a power of two."""
+    n_whole, rest = divmod(n_tokens, PREFILL_TOKENS)
+    first = [max(_SHORTEST_PIECE, 1 << (rest - 1).bit_length())] if rest else []
+    return first + [PREFILL_TOKENS] * n_whole
+
+
+def prefill_in_pieces(
+    params: build.Params, config: ModelConfig, tokens_bt: np.ndarray, segments_bt: np.ndarray
+) -> tuple[Float[Array, "b v"], build.Cache]:
+    """Reads padded prompts; see ``models.build.prefill`` for what it returns."""
+    cache = build.init_cache(config, len(tokens_bt))
+    logits_bv, start = None, 0
+    for length in piece_lengths(tokens_bt.shape[1]):
+        piece = slice(start, start + length)
+        logits_bv, cache = _prefill(
+            params, config, tokens_bt[:, piece], cache, segments_bt[:, piece]
+        )
+        start += length
+    assert logits_bv is not None
+    return logits_bv, cache
+
+
+_prefill = jax.jit(build.prefill, static_argnames="config", donate_argnames="cache")
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "vocab_size", "eot_id"),
+    donate_argnames=("cache", "logits_bv"),
+)
+def _decode(
+    params: build.Params,
+    cache: build.Cache,
+    logits_bv: Float[Array, "b v"],
+    ended_b: Bool[Array, " b"],
+    keys_b: PRNGKeyArray,
+    first_step: Int[Array, ""],
+    n_steps: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    sampling: Sampling,
+    vocab_size: int,
+    eot_id: int,
+) -> tuple[Any, ...]:
+    """Decodes up to ``n_steps`` tokens, fewer when all rows have ended.
+
+    Returns:
+      tokens_bs int32 (b, DISPATCH_TOKENS), then the next logits, cache and ended_b, and how many
+      columns of tokens_bs were made.
+    """
+
+    def going_on(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        made, *_, ended_b = carry
+        return (made < n_steps) & ~jnp.all(ended_b)
+
+    def one_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        made, tokens_bs, logits_bv, cache, ended_b = carry
+        # By step, not by splitting: a row's randomness then needs no state.
+        step_keys_b = jax.vmap(jax.random.fold_in, (0, None))(keys_b, first_step + made)
+        token_b = sample(logits_bv[:, :vocab_size], step_keys_b, sampling)
+        token_b = jnp.where(ended_b, eot_id, token_b)
+        tokens_bs = tokens_bs.at[:, made].set(token_b)
+        logits_bv, cache = build.decode_step(params, config, token_b, cache)
+        return made + 1, tokens_bs, logits_bv, cache, ended_b | (token_b == eot_id)
+
+    tokens_bs = jnp.full((len(ended_b), DISPATCH_TOKENS), eot_id, jnp.int32)
+    made, tokens_bs, logits_bv, cache, ended_b = jax.lax.while_loop(
+        going_on, one_token, (jnp.int32(0), tokens_bs, logits_bv, cache, ended_b)
+    )
+    return tokens_bs, logits_bv, cache, ended_b, made
