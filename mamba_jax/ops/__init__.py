@@ -1,0 +1,1 @@
+"""Pure array functions: no Flax, no config, nothing else of this package."""

@@ -1,0 +1,372 @@
+"""Every implementation of the selective scan against the sequential reference, gradients included.
+
+Shapes: b batch, t time, e d_inner, n d_state.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from mamba_jax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
+
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+
+# Largest error allowed, as a share of the largest value of the array.
+TOLERANCES = {
+    # Sums of at most 77 tokens × 16 states in another order, each term rounded to 2^-24 = 6e-8.
+    "float32": 1e-5,
+    # Computed in float32 and rounded once at the end: two sides that differ by 1e-7 may round to
+    # neighbours, which lie 2^-7 of the value apart at most.
+    "bfloat16": 2**-7,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    t: int
+    n: int = 8
+    dtype: str = "float32"
+    initial: bool = False  # an initial state
+    resets: tuple[int, ...] | None = None  # first tokens of documents; row 1 has only the first one
+    extras: bool = False  # D, z, dt_bias and the softplus
+    b: int = 2
+    e: int = 6
+
+    def __str__(self):
+        flags = [name for name in ("initial", "extras") if getattr(self, name)]
+        resets = [] if self.resets is None else ["resets" + "_".join(map(str, self.resets))]
+        return "-".join([f"t{self.t}", f"n{self.n}", self.dtype, *flags, *resets])
+
+
+CASES = [
+    Case(t=1, n=16, initial=True, extras=True),
+    Case(t=1, n=5, dtype="bfloat16", initial=True, resets=(0,), extras=True),
+    Case(t=2, n=5, initial=True, resets=(1,)),
+    Case(t=31, n=16, dtype="bfloat16", extras=True),
+    Case(t=31, n=5, resets=(0, 7, 8, 9, 30), initial=True, extras=True),
+    Case(t=33, n=8, initial=True, extras=True),
+    # Chunks of 33 tokens are 17 + 16 for "sequential", 33 for "chunked".
+    Case(t=33, n=16, initial=True, resets=(16, 17, 18)),
+    Case(t=64, n=5, dtype="bfloat16", initial=True, resets=(0, 31, 32, 63)),
+    Case(t=77, n=16),
+    # Chunks are 26 + 26 + 25 and 39 + 38.
+    Case(t=77, n=8, initial=True, resets=(0, 1, 26, 39, 51, 52, 76), extras=True),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+fast = pytest.mark.parametrize("implementation", FAST)
+every = pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+
+
+def make_arguments(case, seed=0):
+    """Returns what ``selective_scan`` takes, but for the resets and the switches."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    b, t, e, n = case.b, case.t, case.e, case.n
+    narrow = lambda v: v.astype(case.dtype)
+    dt_bte = draw(b, t, e) - 2.0
+    arguments = {
+        "x_bte": narrow(draw(b, t, e)),
+        "dt_bte": narrow(dt_bte if case.extras else jnp.exp(dt_bte)),
+        "A_en": -jnp.exp(draw(e, n)),
+        "B_btn": narrow(draw(b, t, n)),
+        "C_btn": narrow(draw(b, t, n)),
+    }
+    if case.extras:
+        arguments |= {"D_e": draw(e), "dt_bias_e": draw(e), "z_bte": narrow(draw(b, t, e))}
+    if case.initial:
+        arguments["initial_state_ben"] = draw(b, e, n)
+    return arguments
+
+
+def make_reset(case):
+    if case.resets is None:
+        return None
+    reset_bt = np.zeros((case.b, case.t), bool)
+    reset_bt[0, list(case.resets)] = True
+    reset_bt[1:, case.resets[0]] = True
+    return reset_bt
+
+
+def make_weights(case):
+    """Weights of y and of the final state in a scalar that depends on all of both.
+
+    They are multiples of 1/8, which bfloat16 represents: the cotangent of y is not rounded.
+    """
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.integers(-16, 17, shape) / 8
+    return draw(case.b, case.t, case.e), draw(case.b, case.e, case.n)
+
+
+@functools.partial(jax.jit, static_argnames=("softplus", "implementation"))
+def run(arguments, reset_bt, weights, softplus, implementation):
+    """Returns (y, final state) and the gradients by every argument."""
+
+    def scalar(arguments):
+        y_bte, state_ben = selective_scan(
+            **arguments, dt_softplus=softplus, reset_bt=reset_bt, implementation=implementation
+        )
+        wide = jnp.promote_types(y_bte.dtype, jnp.float32)
+        w_y, w_state = (w.astype(wide) for w in weights)
+        return (w_y * y_bte).sum() + (w_state * state_ben).sum(), (y_bte, state_ben)
+
+    (_, values), gradients = jax.value_and_grad(scalar, has_aux=True)(arguments)
+    return values, gradients
+
+
+def run_case(case, implementation, arguments=None):
+    arguments = arguments or make_arguments(case)
+    reset_bt = make_reset(case)
+    reset_bt = None if reset_bt is None else jnp.asarray(reset_bt)
+    weights = tuple(map(jnp.asarray, make_weights(case)))
+    return run(arguments, reset_bt, weights, case.extras, implementation)
+
+
+reference_results = functools.cache(functools.partial(run_case, implementation="reference"))
+
+
+def numpy_scan(
+    x_bte,
+    dt_bte,
+    A_en,
+    B_btn,
+    C_btn,
+    D_e=0.0,
+    z_bte=None,
+    dt_bias_e=0.0,
+    initial_state_ben=0.0,
+    softplus=False,
+    reset_bt=None,
+):
+    """The definition, in float64 or complex128: a loop over tokens and nothing else."""
+    h_ben = np.zeros((x_bte.shape[0], *A_en.shape), A_en.dtype) + initial_state_ben
+    step_bte = dt_bte + dt_bias_e
+    if softplus:
+        step_bte = np.log(1 + np.exp(step_bte))
+    y_bte = np.zeros_like(x_bte)
+    for t in range(x_bte.shape[1]):
+        if reset_bt is not None:
+            h_ben = np.where(reset_bt[:, t, None, None], 0, h_ben)
+        u_be = step_bte[:, t] * x_bte[:, t]
+        h_ben = np.exp(step_bte[:, t, :, None] * A_en) * h_ben + u_be[..., None] * B_btn[:, t, None]
+        y_bte[:, t] = (h_ben * C_btn[:, t, None]).sum(-1) + D_e * x_bte[:, t]
+    if z_bte is not None:
+        y_bte = y_bte * z_bte / (1 + np.exp(-z_bte))
+    return y_bte, h_ben
+
+
+def numpy_slope(arguments, directions, weights, **switches):
+    """The derivative of the weighted sum along a direction, exact to 1e-15 by a complex step."""
+    step = 1e-30
+    moved = {
+        k: v + 1j * step * directions[k] if k in directions else v + 0j
+        for k, v in arguments.items()
+    }
+    y_bte, h_ben = numpy_scan(**moved, **switches)
+    return ((weights[0] * y_bte).sum() + (weights[1] * h_ben).sum()).imag / step
+
+
+def as_float64(tree):
+    return jax.tree.map(lambda v: np.asarray(v).astype(np.float64), tree)
+
+
+def assert_close(actual, expected, tolerance):
+    for path, want in jax.tree.leaves_with_path(expected):
+        got = functools.reduce(
+            lambda node, key: node[getattr(key, "key", getattr(key, "idx", 0))], path, actual
+        )
+        got, want = as_float64(got), as_float64(want)
+        assert np.isfinite(got).all(), path
+        error = np.abs(got - want).max() / (np.abs(want).max() + 1e-30)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e} > {tolerance:.2e}"
+
+
+@cases
+def test_reference_is_the_definition(case):
+    arguments, weights, reset_bt = make_arguments(case), make_weights(case), make_reset(case)
+    (y_bte, state_ben), gradients = reference_results(case)
+    assert y_bte.dtype == case.dtype and state_ben.dtype == jnp.float32
+    assert {k: v.dtype for k, v in gradients.items()} == {k: v.dtype for k, v in arguments.items()}
+    wide = as_float64(arguments)
+    switches = {"softplus": case.extras, "reset_bt": reset_bt}
+    y_true, state_true = numpy_scan(**wide, **switches)
+    assert_close(y_bte, y_true, TOLERANCES[case.dtype])
+    assert_close(state_ben, state_true, TOLERANCES["float32"])
+    rng = np.random.default_rng(2)
+    for name, gradient in as_float64(gradients).items():
+        direction = rng.normal(size=gradient.shape)
+        slope = numpy_slope(wide, {name: direction}, weights, **switches)
+        # The error of a sum of products is measured by the sum of their sizes.
+        scale = np.abs(gradient * direction).sum() + 1e-30
+        error = abs((gradient * direction).sum() - slope) / scale
+        assert error <= TOLERANCES[arguments[name].dtype.name], (name, error)
+
+
+@fast
+@cases
+def test_implementations_equal_the_reference(case, implementation):
+    values, gradients = run_case(case, implementation)
+    true_values, true_gradients = reference_results(case)
+    assert {k: v.dtype for k, v in gradients.items()} == {
+        k: v.dtype for k, v in true_gradients.items()
+    }
+    assert_close(values[0], true_values[0], TOLERANCES[case.dtype])
+    assert_close(values[1], true_values[1], TOLERANCES["float32"])
+    for name, gradient in gradients.items():
+        assert_close(gradient, true_gradients[name], TOLERANCES[gradient.dtype.name])
+
+
+def test_reference_works_in_float64():
+    case = Case(t=9, initial=True, extras=True)
+    with jax.enable_x64(True):
+        wide = {k: jnp.asarray(v) for k, v in as_float64(make_arguments(case)).items()}
+        values, _ = run_case(case, "reference", wide)
+        # Float64 rounds to 1.1e-16; a hidden float32 would show as 6e-8.
+        assert_close(list(values), list(numpy_scan(**as_float64(wide), softplus=True)), 1e-14)
+
+
+@fast
+def test_packed_documents_equal_separate_ones(implementation):
+    """Values and gradients; the initial state, which belongs to no document, gets none."""
+    lengths = (38, 1, 38)  # no edge of a chunk lies between two documents
+    case = Case(t=sum(lengths), initial=True, extras=True, b=1)
+    starts = np.cumsum((0, *lengths[:-1]))
+    arguments, (w_y, w_state) = make_arguments(case), make_weights(case)
+    reset_bt = jnp.zeros((1, case.t), bool).at[0, starts].set(True)
+    values, gradients = run(arguments, reset_bt, (w_y, w_state), True, implementation)
+    gradients = as_float64(gradients)
+    assert (gradients.pop("initial_state_ben") == 0).all()
+    del arguments["initial_state_ben"]
+
+    totals = {k: np.zeros_like(v) for k, v in gradients.items()}
+    for start, length in zip(starts, lengths, strict=True):
+        document = np.s_[:, start : start + length]
+        last = start + length == case.t
+        inputs = {k: v[document] if v.shape[:2] == (1, case.t) else v for k, v in arguments.items()}
+        (y_bte, state_ben), one = run(
+            inputs, None, (w_y[document], w_state * last), True, "reference"
+        )
+        assert_close(values[0][document], y_bte, TOLERANCES["float32"])
+        if last:
+            assert_close(values[1], state_ben, TOLERANCES["float32"])
+        for name, gradient in as_float64(one).items():
+            whole = totals[name].shape[:2] == (1, case.t)
+            totals[name][document if whole else ...] += gradient
+    assert_close(gradients, totals, TOLERANCES["float32"])
+
+
+@fast
+def test_pieces_and_single_steps_equal_the_whole(implementation):
+    case = Case(t=77, n=16, extras=True)
+    arguments = make_arguments(case)
+    reset_bt = jnp.zeros((2, case.t), bool).at[:, jnp.array([33, 70])].set(True)
+    scan = jax.jit(
+        functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
+    )
+    y_whole, state_whole = scan(**arguments, reset_bt=reset_bt)
+    state_ben, pieces, start = None, [], 0
+    for length in (32, 32, *[1] * 13):
+        piece = np.s_[:, start : start + length]
+        inputs = {k: v[piece] if v.ndim == 3 else v for k, v in arguments.items()}
+        y_bte, state_ben = scan(**inputs, initial_state_ben=state_ben, reset_bt=reset_bt[piece])
+        pieces.append(y_bte)
+        start += length
+    assert_close(jnp.concatenate(pieces, axis=1), y_whole, TOLERANCES["float32"])
+    assert_close(state_ben, state_whole, TOLERANCES["float32"])
+
+
+@every
+def test_one_token_is_one_plain_step(implementation):
+    """No loop in the compiled program, and no array longer than the token's own state."""
+    arguments = make_arguments(Case(t=1, n=16, initial=True, extras=True))
+    scan = functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
+    compiled = jax.jit(scan).lower(**arguments).compile()
+    assert "while(" not in compiled.as_text()
+    state_bytes = arguments["initial_state_ben"].nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * state_bytes
+
+
+@every
+def test_long_sequence_of_extreme_steps(implementation):
+    """16,400 tokens of Δ from 1e-6 (which all but keeps the state) to 50 (which replaces it)."""
+    case = Case(t=16_400, initial=True, b=1, e=4)
+    arguments = make_arguments(case)
+    rng = np.random.default_rng(3)
+    dt_bte = np.exp(rng.uniform(np.log(1e-6), np.log(1e-4), (1, case.t, case.e)))
+    dt_bte[:, 5000:5003] = 50.0
+    dt_bte[:, :, 1] = 1e-6
+    dt_bte[:, :, 2] = 50.0
+    arguments["dt_bte"] = jnp.asarray(dt_bte, jnp.float32)
+    values, gradients = run_case(case, implementation, arguments)
+    wide, weights = as_float64(arguments), make_weights(case)
+    # A decay near 1 is rounded by up to 2^-25, the same way at every step where Δ is constant:
+    # after 16,400 steps a state may be off by 16,400 × 2^-25 = 5e-4 of its size.
+    assert_close(list(values), list(numpy_scan(**wide)), 5e-4)
+    gradients = as_float64(gradients)
+    assert all(np.isfinite(g).all() for g in gradients.values())
+    directions = {k: rng.normal(size=g.shape) for k, g in gradients.items()}
+    for name, gradient in gradients.items():
+        product = gradient * directions[name]
+        slope = numpy_slope(wide, {name: directions[name]}, weights)
+        assert abs(product.sum() - slope) <= 5e-4 * np.abs(product).sum(), name
+
+
+@fast
+def test_same_inputs_twice_give_the_same_bits(implementation):
+    case = CASES[-1]
+    first, second = (jax.tree.map(np.asarray, run_case(case, implementation)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@fast
+def test_gradient_memory_is_linear_and_without_the_states(implementation):
+    """O(B·L·D): a token and channel costs a few floats, far fewer than its n = 32 states."""
+    n, e = 32, 64
+
+    def temporary_bytes(t):
+        arguments = jax.eval_shape(lambda: make_arguments(Case(t=t, n=n, b=1, e=e)))
+
+        def scalar(arguments):
+            y_bte, state_ben = selective_scan(**arguments, implementation=implementation)
+            return (y_bte**2).sum() + state_ben.sum()
+
+        compiled = jax.jit(jax.grad(scalar)).lower(arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = 2048, 8192
+    few, many = temporary_bytes(short), temporary_bytes(long)
+    floats = (many - few) / (4 * (long - short) * e)
+    # Measured: 6.5 ("chunked") and 8 ("sequential"), of which n / chunk length (0.5 and 1) are the
+    # states at chunk starts. The part that does not grow is one chunk's states, several times.
+    assert floats < 10
+    assert many <= few * long / short, "faster than linear"
+    assert many < 0.6 * (4 * long * e * n)
+
+
+def test_auto_is_sequential_on_cpu_and_chunked_elsewhere(monkeypatch):
+    arguments = make_arguments(Case(t=65))
+
+    def program(implementation):
+        scan = functools.partial(selective_scan, implementation=implementation)
+        return jax.jit(scan).lower(**arguments).as_text()
+
+    programs = {name: program(name) for name in IMPLEMENTATIONS}
+    assert len(set(programs.values())) == len(programs)
+    assert program("auto") == programs["sequential"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert program("auto") == programs["chunked"]
+    assert {name: program(name) for name in IMPLEMENTATIONS} == programs
+
+
+def test_wrong_arguments_are_named():
+    arguments = make_arguments(Case(t=3))
+    with pytest.raises(ValueError, match=r'"paralel".*auto, reference, chunked, sequential'):
+        selective_scan(**arguments, implementation="paralel")
+    with pytest.raises(TypeCheckError, match="B_btn"):
+        selective_scan(**arguments | {"B_btn": arguments["B_btn"][:, :2]})
+    with pytest.raises(ValueError, match="at least one token"):
+        selective_scan(**{k: v[:, :0] if v.ndim == 3 else v for k, v in arguments.items()})
