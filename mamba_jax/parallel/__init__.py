@@ -1,0 +1,1 @@
+"""Many devices as one: the mesh, and which axis of which array is divided over it."""

@@ -1,0 +1,1 @@
+"""Training: schedule, optimizer, loss, accumulation, the step and its state, checkpoints."""
