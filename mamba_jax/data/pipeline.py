@@ -1,0 +1,148 @@
+"""The door to the data: ``prepare`` finds, tokenises and splits; ``Corpus`` gives batches.
+
+A batch is read in about a millisecond while the device computes the step before it (steps are
+dispatched asynchronously), so there is no thread here that could hang or run ahead of a resume.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from mamba_jax.config import DataConfig
+from mamba_jax.data.cache import load_or_build
+from mamba_jax.data.sources import Summary, open_source
+from mamba_jax.data.split import split_by_place, split_units
+from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mamba_jax.data.windows import Windows
+from mamba_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text made ready for training. Shapes: b batch, t = seq_len + 1 tokens of a window.
+
+    Attributes:
+      tokenizer: what made the tokens.
+      fingerprint: hash of tokens, split and window length; equal fingerprints give equal windows.
+      train: windows to learn from.
+      eval: windows held out; no document or block of one is on both sides.
+      summary: what was read and what was skipped.
+    """
+
+    tokenizer: Tokenizer
+    fingerprint: str
+    train: Windows
+    eval: Windows
+    summary: Summary
+
+    def train_batches(
+        self, batch_size: int, seed: int, start_sample: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Yields batches of shuffled training windows, int32 (b, t), without end.
+
+        The window at sample i depends on (fingerprint, seed, i) alone: not on the batch size, nor
+        on where the iteration began. Each epoch has its own order. The state to resume from is
+        therefore one integer, the number of samples seen.
+
+        Args:
+          batch_size: windows per batch.
+          seed: of the order, 0 or more.
+          start_sample: index of the first window to yield.
+
+        Raises:
+          ValueError: on a batch_size below 1 or a negative start_sample.
+        """
+        if batch_size < 1 or start_sample < 0:
+            raise ValueError(f"cannot batch by {batch_size} from sample {start_sample}")
+        import grain  # takes a second: not before it is needed
+
+        # `.seed(s).shuffle()`, because with `.shuffle(seed=s)` epoch 1 is that of seed s + 1 at
+        # epoch 0, and runs with neighbouring seeds would see the same orders.
+        order = grain.MapDataset.range(len(self.train)).seed(seed).shuffle().repeat(None)
+        return self._batches(order, batch_size, start_sample)
+
+    def _batches(self, order: Sequence[int], batch_size: int, start: int) -> Iterator[np.ndarray]:
+        while True:
+            yield np.stack(
+                [self.train[order[sample]] for sample in range(start, start + batch_size)]
+            )
+            start += batch_size
+
+    def eval_batches(
+        self, batch_size: int, max_windows: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields held-out windows int32 (b, t) with weights float32 (b,), the same every time.
+
+        Args:
+          batch_size: windows per batch; the last is filled up with windows of weight 0.
+          max_windows: how many windows, evenly spread over the set; 0 for all.
+        """
+        count = min(max_windows or len(self.eval), len(self.eval))
+        chosen = [i * len(self.eval) // count for i in range(count)]
+        for start in range(0, count, batch_size):
+            indices = chosen[start : start + batch_size]
+            missing = batch_size - len(indices)
+            windows_bt = np.stack([self.eval[i] for i in indices + indices[-1:] * missing])
+            yield windows_bt, np.array([1.0] * len(indices) + [0.0] * missing, np.float32)
+
+    @functools.cached_property
+    def unigram_nll(self) -> float:
+        """Nats per held-out target under the add-one unigram distribution of the train targets.
+
+        A model that has learnt only how frequent tokens are scores this.
+        """
+        vocab_size = self.tokenizer.vocab_size
+        train_v, eval_v = (
+            sum(
+                (np.bincount(chunk, minlength=vocab_size) for chunk in side.targets()),
+                start=np.zeros(vocab_size, np.int64),
+            )
+            for side in (self.train, self.eval)
+        )
+        log_p_v = np.log(train_v + 1) - np.log(train_v.sum() + vocab_size)
+        return float(-(eval_v * log_p_v).sum() / eval_v.sum())
+
+
+def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str], None]) -> Corpus:
+    """Makes a corpus of the text that ``config`` names; quick when the cache has its tokens.
+
+    Args:
+      config: where the text lies, the tokenizer, the share to hold out, the cache.
+      seq_len: input tokens of a window.
+      seed: chooses what is held out.
+      log: takes lines for people, e.g. ``print``.
+
+    Raises:
+      UserError: if there is no text or too little of it, or the cache cannot be used.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    source = open_source(config.data_dir, log)
+    digests, summary = source.read()
+    cache = load_or_build(source, digests, summary.text_bytes, tokenizer, config.cache_dir, log)
+    total = summary.tokens = len(cache.tokens)
+    for line in summary.lines():
+        log(line)
+    window_tokens = seq_len + 1
+    if total < 2 * window_tokens:
+        raise UserError(
+            f"{summary.origin} holds {total} tokens; need ≥ {2 * window_tokens} for seq_len "
+            f"{seq_len} (one window to train on, one held out): add text to data.data_dir or "
+            "lower model.max_seq_len"
+        )
+    runs = split_units(
+        cache.units, seed=seed, fraction=config.eval_fraction, window_tokens=window_tokens
+    )
+    if runs is None:
+        log("too little text to hold out whole documents or blocks: holding out the last window")
+        runs = split_by_place(total, window_tokens)
+    train, evaluation = (Windows(cache.tokens, side, seq_len, tokenizer.eot_id) for side in runs)
+    log(
+        f"held out {evaluation.stream_tokens:,} tokens ({evaluation.stream_tokens / total:.2%}): "
+        f"{len(evaluation):,} windows of {seq_len:,}; to train on: {len(train):,}"
+    )
+    identity = [cache.key.encode(), *(side.tobytes() for side in runs), str(seq_len).encode()]
+    fingerprint = hashlib.blake2b(b"|".join(identity), digest_size=16).hexdigest()
+    return Corpus(tokenizer, fingerprint, train, evaluation, summary)
