@@ -1,0 +1,335 @@
+"""``python -m mamba_jax.train``: trains a model, told by ``run`` from top to bottom."""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from mamba_jax.config import (
+    RunConfig,
+    apply_overrides,
+    default_config,
+    freeze,
+    load_config,
+    to_dict,
+)
+from mamba_jax.errors import UserError, command, did_you_mean
+
+_SHORT_FORMS = {
+    "--output_dir": "output_dir",
+    "--seed": "seed",
+    "--data_dir": "data.data_dir",
+}
+
+_EPILOG = """\
+examples:
+  python -m mamba_jax.train --config=configs/quickstart.py
+  python -m mamba_jax.train --config=configs/small.py --data_dir=texts --output_dir=runs/mine
+  python -m mamba_jax.train --config=configs/small.py --config.training.max_steps=200
+  python -m mamba_jax.train --config=configs/small.py --resume=auto    (go on where it stopped)
+  python -m mamba_jax.train --resume=checkpoints/small/step_5000       (with its own config)
+
+Every field of the config can be overridden; mamba_jax/config.py lists them with their defaults.
+Ctrl-C or SIGTERM: the step is finished and saved; a second Ctrl-C stops at once.
+Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (told in one line).
+"""
+
+
+# How the closing sample is drawn.
+_SAMPLE = {"max_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+
+
+def run(config: RunConfig, resume: str = "") -> int:
+    """Trains, evaluates and saves as the config says.
+
+    Args:
+      config: of the run.
+      resume: "" to start anew, "auto", or a folder: see ``resume.find_start``.
+
+    Returns:
+      The exit status: 0 done, 75 stopped by a signal and saved.
+
+    Raises:
+      UserError: for whatever a user can mend.
+    """
+    import jax
+
+    from mamba_jax.data.pipeline import prepare
+    from mamba_jax.generation.generate import generate_text
+    from mamba_jax.models.cost import parameter_count
+    from mamba_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
+    from mamba_jax.training import history, loop, summary
+    from mamba_jax.training import resume as resuming
+    from mamba_jax.training.checkpoint import CheckpointWriter, restore
+    from mamba_jax.training.checkpoint_folder import FINAL, Metadata, find_latest, step_name
+    from mamba_jax.training.evaluation import Evaluation, evaluate
+    from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
+    from mamba_jax.training.monitor import Monitor
+    from mamba_jax.training.state import abstract_state, init_state
+    from mamba_jax.training.step import make_eval_step, make_train_step
+
+    training, output_dir = config.training, pathlib.Path(config.output_dir)
+    summary_file = output_dir / summary.NAME
+    with Interrupts() as interrupts, Monitor(config) as monitor:
+        # What can be refused is refused before anything slow.
+        start = resuming.find_start(config, resume, monitor.say)
+        if start and start.ends(config) and summary_file.is_file():
+            monitor.say(f"nothing to do: {start.path} is complete at step {start.metadata.step}")
+            print(summary_file.read_text(), end="")
+            return 0
+        resuming.check_writable(output_dir)
+        _cache_compilations(config)
+        mesh = make_mesh(config.parallel)
+        check_batch(config.vram.batch_size, mesh)
+        monitor.open()
+
+        # The data.
+        seq_len, batch_size = config.model.max_seq_len, config.vram.effective_batch_size
+        corpus = prepare(config.data, seq_len=seq_len, seed=config.seed, log=monitor.say)
+        config = _with_vocabulary(config, corpus.tokenizer)
+
+        # The state, made from the seed or read from a checkpoint.
+        if start:
+            resuming.check_same_data(start, corpus.fingerprint)
+            first_step, first_sample = start.metadata.step, start.metadata.samples_seen
+            state = restore(start.path, abstract_state(config, mesh))
+            resuming.set_newer_aside(output_dir, first_step, monitor.say)
+            summary_file.unlink(missing_ok=True)
+        else:
+            first_step, first_sample = 0, 0
+            state = init_state(config, mesh)
+
+        # The step, its batches and its measures.
+        eot_id, token_bytes = corpus.tokenizer.eot_id, corpus.tokenizer.token_bytes
+        train_step = make_train_step(config, mesh, eot_id)
+        eval_step = make_eval_step(config, mesh, eot_id, token_bytes)
+        batches = loop.prefetch(
+            corpus.train_batches(batch_size, config.seed, first_sample), batch_sharding(mesh)
+        )
+        keep = {"keep_last": training.keep_last, "keep_every": training.keep_every}
+        parameters = parameter_count(config.model)
+        device = f"{mesh.size} × {jax.devices()[0].device_kind}"
+        monitor.say(f"{config.name}: {parameters.total:,} parameters on {device}; compiling …")
+        monitor.start(first_step, start.path.parent if start else None)
+
+        def evaluated() -> Evaluation:
+            windows = corpus.eval_batches(config.vram.batch_size, training.eval_windows)
+            evaluation = evaluate(eval_step, state["params"], windows)
+            monitor.evaluation(step, evaluation)
+            return evaluation
+
+        def samples_seen() -> int:
+            return first_sample + (step - first_step) * batch_size
+
+        def metadata() -> Metadata:
+            measures = evaluation.measures() if evaluation else {}
+            return Metadata(config, step, samples_seen(), corpus.fingerprint, measures)
+
+        def last_good() -> pathlib.Path | None:
+            writer.wait()
+            return find_latest(output_dir, monitor.say)
+
+        interrupts.defer()
+        late = loop.LateMetrics(monitor, training.max_gradient_norm, last_good)
+        step, interrupted = first_step, False
+        evaluation: Evaluation | None = None  # of this very step
+        with CheckpointWriter(output_dir, **keep, log=monitor.say) as writer:
+            for step in range(first_step + 1, training.max_steps + 1):
+                state, metrics = train_step(state, next(batches))
+                late.push(step, metrics)
+                writer.check()
+                is_last = step == training.max_steps
+                interrupted = bool(interrupts.received) and not is_last
+                evaluates = is_last or step % training.eval_steps == 0
+                saves = interrupted or step % training.save_steps == 0
+                evaluation = None
+                if evaluates or saves or step == first_step + 1:
+                    late.drain()  # nothing is evaluated or saved before its step was checked
+                    with monitor.paused():
+                        evaluation = evaluated() if evaluates else None
+                        if saves:
+                            monitor.flush()
+                            writer.save(step_name(step), state, metadata())
+                if interrupted:
+                    break
+            else:
+                late.drain()
+                if evaluation is None:
+                    evaluation = evaluated()
+                if not (start and start.ends(config)):
+                    writer.save(FINAL, state, metadata())
+        if interrupted:
+            add = "" if resume == resuming.AUTO else " with --resume auto"
+            monitor.say(
+                f"stopped by {interrupts.received} and saved at step {step}; "
+                f"the same command{add} goes on from there"
+            )
+            return EXIT_PREEMPTED
+
+        # What came of it.
+        records = history.read(output_dir / history.NAME)
+        picture = output_dir / "loss_curve.png"
+        history.draw_curve(records, picture, title=config.name, unigram_nll=corpus.unigram_nll)
+        sample, prompt = "", config.sample_prompt
+        if prompt:
+            (sample,) = generate_text(
+                state["params"],
+                config.model,
+                corpus.tokenizer,
+                [prompt],
+                **_SAMPLE,
+                seed=config.seed,
+            )
+        block = summary.Summary(
+            name=config.name,
+            checkpoint=output_dir / FINAL,
+            picture=picture,
+            tensorboard_dir=config.tensorboard_dir,
+            parameters=parameters,
+            steps=step,
+            skipped_steps=sum(record.get("skipped", False) for record in records),
+            tokens=samples_seen() * seq_len,
+            train_loss=history.mean_recent_loss(records),
+            evaluation=evaluation,
+            unigram_nll=corpus.unigram_nll,
+            prompt=prompt,
+            sample=sample,
+        ).text()
+        monitor.say(block)
+        summary_file.write_text(block)
+    return 0
+
+
+def _with_vocabulary(config: RunConfig, tokenizer: Any) -> RunConfig:
+    """Gives the model as many embeddings as the tokenizer has ids, if the config leaves it open."""
+    wanted = config.model.vocab_size
+    if wanted and wanted < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={wanted} is below the {tokenizer.vocab_size} ids of "
+            f'data.tokenizer="{tokenizer.name}"; give 0 for exactly as many'
+        )
+    model = dataclasses.replace(config.model, vocab_size=wanted or tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)
+
+
+def _cache_compilations(config: RunConfig) -> None:
+    """Keeps compiled programs on the disk, unless the environment says where or whether."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = pathlib.Path(config.data.cache_dir or f"{home}/mamba_jax").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+
+
+@command
+def main(argv: list[str]) -> int:
+    """The command: reads ``argv``, returns the exit status."""
+    overrides, rest = _take_overrides(argv)
+    parser = _Parser(
+        prog="mamba_jax.train",
+        description="Trains a Mamba or Hybrid Recursive Mamba language model.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a config file, e.g. configs/quickstart.py"
+    )
+    parser.add_argument(
+        "--config.GROUP.FIELD",
+        metavar="VALUE",
+        dest="_",
+        help="override a field, e.g. --config.training.max_steps=200",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="DIR|auto",
+        default="",
+        help="go on from a checkpoint, from the newest of a folder, or from the newest in "
+        "output_dir if there is one",
+    )
+    for flag, field in _SHORT_FORMS.items():
+        parser.add_argument(flag, metavar="VALUE", help=f"short for --config.{field}")
+    arguments = parser.parse_args(rest)
+    for flag, field in _SHORT_FORMS.items():
+        value = getattr(arguments, flag.removeprefix("--"))
+        if value is not None:
+            overrides[field] = value
+    config = _starting_config(arguments.config, arguments.resume)
+    apply_overrides(config, overrides)
+    from mamba_jax.training.interrupts import EXIT_PREEMPTED, StoppedEarly
+
+    try:
+        return run(freeze(config), arguments.resume)
+    except StoppedEarly as signal:
+        print(f"stopped by {signal} before the first step: nothing to save", file=sys.stderr)
+        return EXIT_PREEMPTED
+    except KeyboardInterrupt:  # while modules were still being imported
+        return 130
+
+
+def _take_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes ``--config.field=value`` and ``--config.field value`` out of the arguments."""
+    overrides, rest, words = {}, [], iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if not equals and (value := next(words, None)) is None:
+            raise UserError(f"{flag} needs a value: {flag}=VALUE")
+        overrides[flag.removeprefix("--config.")] = value
+    return overrides, rest
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as every part of the program does, and suggests the flag that was meant."""
+
+    def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        arguments, unknown = self.parse_known_args(args)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f'unexpected argument "{word}"')
+            fields = [f"--config.{name}" for name in _field_names(default_config())]
+            same_leaf = [field for field in fields if field.endswith("." + flag.lstrip("-"))]
+            near = did_you_mean(flag, same_leaf) or did_you_mean(
+                flag, ["--config", "--resume", *_SHORT_FORMS, *fields]
+            )
+            self.error(f"unknown flag {flag}{near}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _field_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _starting_config(file: str | None, resume: str) -> ConfigDict:
+    """Returns the config of the file, or else the one in the checkpoint to continue."""
+    if file is not None:
+        return load_config(file)
+    if not resume or resume == "auto":
+        raise UserError("give --config=FILE, e.g. --config=configs/quickstart.py (see --help)")
+    from mamba_jax.training.checkpoint import read_metadata, resolve
+
+    checkpoint = resolve(resume, lambda _: None)  # what it passes over is told when the run starts
+    config = ConfigDict(to_dict(read_metadata(checkpoint).config))
+    config.output_dir = str(checkpoint.parent)  # the folder may have been moved since
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""A checkpoint as a folder: its names, its two JSON files, and how it appears all at once or never.
+
+::
+
+    <output_dir>/step_5000/          also final/
+        params/                      orbax: the parameters alone, all that generation reads
+        optimizer/                   orbax: everything else of the training state
+        config.json                  what it takes to rebuild model, tokenizer and run
+        MANIFEST.json                a hash of every other file; its presence says "complete"
+
+Nothing here knows about arrays, so looking for a checkpoint costs no import of JAX.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import xxhash
+
+import mamba_jax
+from mamba_jax.config import RunConfig, from_dict, to_dict
+from mamba_jax.errors import UserError
+
+FORMAT = 1  # of the folder; raised when an older program could no longer read it
+FINAL = "final"
+PARAMS = "params"
+OPTIMIZER = "optimizer"
+_CONFIG = "config.json"
+_MANIFEST = "MANIFEST.json"
+_UNFINISHED = ".tmp-"
+_STEP_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What ``config.json`` holds."""
+
+    config: RunConfig  # with the tokenizer's real vocab_size
+    step: int  # optimizer steps taken
+    samples_seen: int  # windows consumed: the position in the data
+    data_fingerprint: str  # of the corpus that they came from
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of this very step
+
+
+def step_name(step: int) -> str:
+    """Returns the folder's name for the checkpoint of a step."""
+    return f"step_{step}"
+
+
+def unfinished_path(output_dir: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns where a checkpoint is written until it is complete."""
+    return output_dir / f"{_UNFINISHED}{name}"
+
+
+def unfinished_saves(output_dir: pathlib.Path) -> list[pathlib.Path]:
+    """Returns what killed saves left behind."""
+    return sorted(output_dir.glob(f"{_UNFINISHED}*"))
+
+
+def list_checkpoints(output_dir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    """Returns (step, folder), newest first, intact or not; ``final`` before an equal step.
+
+    A ``final`` whose step cannot be read comes first of all, so that the search meets its damage.
+    """
+    found = []
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        if not path.is_dir():
+            continue
+        if match := _STEP_NAME.fullmatch(path.name):
+            found.append((int(match[1]), False, path))
+        elif path.name == FINAL:
+            found.append((_read_step(path), True, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def _read_step(path: pathlib.Path) -> int:
+    try:
+        return int(json.loads((path / _CONFIG).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 2**62
+
+
+def write_metadata(path: pathlib.Path, metadata: Metadata) -> None:
+    """Writes ``config.json`` into the folder."""
+    record = {
+        "format": FORMAT,
+        "step": metadata.step,
+        "samples_seen": metadata.samples_seen,
+        "data_fingerprint": metadata.data_fingerprint,
+        "tokenizer": metadata.config.data.tokenizer,
+        "metrics": dict(metadata.metrics),
+        "versions": {
+            "mamba_jax": mamba_jax.__version__,
+            **{name: _version(name) for name in ("jax", "flax", "orbax-checkpoint")},
+        },
+        "config": to_dict(metadata.config),
+    }
+    (path / _CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # built from source without metadata
+        return "unknown"
+
+
+def read_metadata(path: pathlib.Path) -> Metadata:
+    """Reads ``config.json`` of a checkpoint folder.
+
+    Raises:
+      UserError: if it is missing, unreadable or of a newer format.
+    """
+    file = path / _CONFIG
+    try:
+        record = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a checkpoint: it has no {_CONFIG}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {_CONFIG} is unreadable") from error
+    try:
+        if record["format"] > FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {record['format']}, made by mamba_jax "
+                f"{record['versions']['mamba_jax']}; this one, {mamba_jax.__version__}, reads "
+                f"up to format {FORMAT}: update it"
+            )
+        return Metadata(
+            config=from_dict(record["config"]),
+            step=int(record["step"]),
+            samples_seen=int(record["samples_seen"]),
+            data_fingerprint=record["data_fingerprint"],
+            metrics=record["metrics"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint {path}: {_CONFIG} lacks or garbles {error}") from error
+
+
+def write_manifest(path: pathlib.Path) -> None:
+    """Writes ``MANIFEST.json``, then forces every file and folder below ``path`` to the disk."""
+    files = {name: _hash(path / name) for name in _files(path)}
+    record = {"format": FORMAT, "hash": "xxh3_128", "files": files}
+    (path / _MANIFEST).write_text(json.dumps(record, indent=1) + "\n")
+    for folder, _, names in os.walk(path):
+        for name in (*names, ""):  # "": the folder itself, whose entries must last too
+            fsync(pathlib.Path(folder) / name)
+
+
+def verify(path: pathlib.Path, only: tuple[str, ...] = ("",)) -> None:
+    """Compares the files of a checkpoint with its manifest.
+
+    Orbax restores a flipped bit without a word; this does not.
+
+    Args:
+      path: the checkpoint folder.
+      only: beginnings of the names to compare; every file by default.
+
+    Raises:
+      UserError: naming the folder and the first missing, damaged or surplus file.
+    """
+    if not (path / _MANIFEST).is_file():
+        raise UserError(f"checkpoint {path} is incomplete: it has no {_MANIFEST}")
+    try:
+        record = json.loads((path / _MANIFEST).read_text())
+        listed: dict[str, str] = dict(record["files"])
+        known = record["format"] == FORMAT and record["hash"] == "xxh3_128"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {_MANIFEST} is unreadable") from error
+    if not known:
+        raise UserError(f"checkpoint {path}: {_MANIFEST} is damaged or of a newer mamba_jax")
+    present = set(_files(path))
+    for name in sorted(listed.keys() | present):
+        if not name.startswith(only):
+            continue
+        if name not in present:
+            raise UserError(f"checkpoint {path} is damaged: {name} is missing")
+        if name not in listed:
+            raise UserError(f"checkpoint {path} is damaged: {name} is not in its {_MANIFEST}")
+        try:
+            intact = _hash(path / name) == listed[name]
+        except OSError as error:
+            raise UserError(f"checkpoint {path} cannot be read: {name}: {error}") from error
+        if not intact:
+            raise UserError(f"checkpoint {path} is damaged: {name} does not match its hash")
+
+
+def _files(path: pathlib.Path) -> list[str]:
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return sorted(name for name in names if name != _MANIFEST)
+
+
+def _hash(file: pathlib.Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def publish(unfinished: pathlib.Path, target: pathlib.Path) -> None:
+    """Gives a complete, fsynced folder its name: after a crash it is there whole or not at all.
+
+    A ``final`` of a shorter run that stands in the way becomes the ``step_N`` that it is.
+    """
+    replaced = None
+    if target.exists():
+        replaced = target.with_name(f"{_UNFINISHED}replaced-{target.name}")
+        if target.name == FINAL:
+            as_step = target.with_name(step_name(_read_step(target)))
+            replaced = replaced if as_step.exists() else as_step
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        target.rename(replaced)
+    unfinished.rename(target)
+    fsync(target.parent)
+    if replaced is not None and replaced.name.startswith(_UNFINISHED):
+        shutil.rmtree(replaced)
+
+
+def fsync(path: pathlib.Path) -> None:
+    """Forces a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_latest(
+    output_dir: pathlib.Path, log: Callable[[str], None], before: int | None = None
+) -> pathlib.Path | None:
+    """Returns the newest intact checkpoint of a run, or None.
+
+    Args:
+      output_dir: the run's folder.
+      log: is told of each damaged or partial checkpoint that was passed over.
+      before: consider only checkpoints of earlier steps.
+    """
+    for path in unfinished_saves(output_dir):
+        log(f"passed over {path}: a save that was cut off")
+    for step, path in list_checkpoints(output_dir):
+        if before is not None and step >= before:
+            continue
+        try:
+            verify(path)
+        except UserError as error:
+            log(f"passed over {error}")
+        else:
+            return path
+    return None
+
+
+def retain(output_dir: pathlib.Path, newest: int, *, keep_last: int, keep_every: int) -> None:
+    """Deletes ``step_N`` folders that nobody asked to keep, and notes the best in ``best.json``.
+
+    Kept are the ``keep_last`` newest, multiples of ``keep_every``, the one of lowest eval loss, and
+    ``final`` always.
+
+    Args:
+      output_dir: the run's folder.
+      newest: the step just saved. Later ones, left of a damaged end, are not touched: counting
+        them could cost the last good one.
+    """
+    steps = [(step, path) for step, path in list_checkpoints(output_dir) if step <= newest]
+    best = _write_best(output_dir, steps)
+    ordinary = [(step, path) for step, path in steps if path.name != FINAL]
+    for step, path in ordinary[keep_last:]:
+        if path != best and not (keep_every and step % keep_every == 0):
+            shutil.rmtree(path)
+
+
+def _write_best(
+    output_dir: pathlib.Path, steps: list[tuple[int, pathlib.Path]]
+) -> pathlib.Path | None:
+    losses: dict[pathlib.Path, tuple[float, int]] = {}
+    for step, path in steps:
+        try:
+            record: dict[str, Any] = json.loads((path / _CONFIG).read_text())
+            losses[path] = (float(record["metrics"]["eval_loss"]), step)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not evaluated at its step, or damaged
+    if not losses:
+        return None
+    best = min(losses, key=lambda path: losses[path])
+    eval_loss, step = losses[best]
+    text = json.dumps({"checkpoint": best.name, "step": step, "eval_loss": eval_loss})
+    aside = unfinished_path(output_dir, "best.json")
+    aside.write_text(text + "\n")
+    aside.replace(output_dir / "best.json")
+    return best

@@ -1,0 +1,60 @@
+"""Evaluation on the held-out windows."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Sums over the held-out windows and the measures that follow from them."""
+
+    nll: float  # nats
+    targets: float  # target tokens
+    bytes: float  # UTF-8 bytes of their text
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nll / self.targets
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # e^709 is the largest float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, as loss and perplexity are not."""
+        return self.nll / (math.log(2) * self.bytes)
+
+    def measures(self) -> dict[str, float]:
+        """Returns the measures by the names they are recorded under."""
+        return {
+            "eval_loss": self.loss,
+            "eval_perplexity": self.perplexity,
+            "eval_bits_per_byte": self.bits_per_byte,
+        }
+
+
+def evaluate(
+    eval_step: Callable[..., dict[str, Any]],
+    params: Any,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> Evaluation:
+    """Adds up ``eval_step`` over batches.
+
+    Args:
+      eval_step: as ``step.make_eval_step`` makes it.
+      params: of the model.
+      batches: (windows (b, t + 1) int32, weights (b,) float32); the same each time, so that
+        evaluations can be compared.
+    """
+    sums = [eval_step(params, windows, weights) for windows, weights in batches]
+    # On the host in double precision: over millions of tokens float32 sums lose digits.
+    nll, targets, bytes_ = (
+        math.fsum(float(part[name]) for part in sums) for name in ("nll", "targets", "bytes")
+    )
+    return Evaluation(nll, targets, bytes_)

@@ -1,0 +1,116 @@
+"""What a run measured: ``metrics.jsonl``, one JSON object a line, and the picture of it."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+from mamba_jax.training.checkpoint_folder import unfinished_path
+
+NAME = "metrics.jsonl"
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads the records; a last line that a kill cut short is dropped."""
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class History:
+    """Appends records. A run that goes on from step s drops what was recorded after s, so curves
+    do not overlap."""
+
+    def __init__(self, output_dir: pathlib.Path, step: int, source: pathlib.Path | None = None):
+        """
+        Args:
+          output_dir: the run's folder.
+          step: the step that the run continues from; 0 at its beginning.
+          source: the folder of the run that it continues, if another.
+        """
+        self.path = output_dir / NAME
+        records = read((source or output_dir) / NAME)
+        aside = unfinished_path(output_dir, NAME)
+        aside.write_text("".join(_line(record) for record in records if record["step"] <= step))
+        aside.replace(self.path)
+        self._stream = self.path.open("a")
+
+    def append(self, **record: Any) -> None:
+        """Adds a record, which must have a ``step``."""
+        self._stream.write(_line(record))
+
+    def flush(self) -> None:
+        """Hands what was appended to the operating system: a kill no longer loses it."""
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def mean_recent_loss(records: list[dict[str, Any]]) -> float:
+    """Returns the mean training loss of the last tenth of the steps; NaN where there are none."""
+    losses = [record["loss"] for record in records if "loss" in record]
+    recent = losses[-max(1, len(losses) // 10) :]
+    return sum(recent) / len(recent) if recent else math.nan
+
+
+def draw_curve(
+    records: list[dict[str, Any]], picture: pathlib.Path, *, title: str, unigram_nll: float
+) -> None:
+    """Draws training and evaluation loss over steps, with the unigram loss as the line to beat.
+
+    Args:
+      records: as ``read`` returns them.
+      picture: the PNG to write.
+      title: above the plot.
+      unigram_nll: loss of the corpus's unigram distribution, in nats a token.
+    """
+    # Imported here, and without pyplot: it costs a second, and no display may be asked for.
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = np.array([(r["step"], r["loss"]) for r in records if "loss" in r]).reshape(-1, 2)
+    evals = np.array([(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r])
+    evals = evals.reshape(-1, 2)
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if len(train):
+        axes.plot(*train.T, color="#9ecae1", linewidth=0.8, label="training, each step")
+        width = max(1, len(train) // 40)
+        if width > 1:
+            kernel = np.ones(width) / width
+            smooth = np.convolve(train[:, 1], kernel, mode="valid")
+            axes.plot(train[width - 1 :, 0], smooth, color="#2171b5", label=f"mean of {width}")
+    if len(evals):
+        axes.plot(*evals.T, color="#d94801", marker="o", markersize=4, label="evaluation")
+        axes.annotate(
+            f"{evals[-1, 1]:.2f}",
+            evals[-1],
+            xytext=(6, 4),
+            textcoords="offset points",
+            color="#d94801",
+            annotation_clip=False,
+        )
+    axes.axhline(
+        unigram_nll,
+        color="#636363",
+        linestyle="--",
+        linewidth=1,
+        label=f"unigram {unigram_nll:.2f}",
+    )
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(picture)

@@ -1,0 +1,62 @@
+"""Signals: finish the step, save, leave with a status that a launcher restarts on."""
+
+import os
+import signal
+from types import FrameType, TracebackType
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal and saved; the same command goes on
+_EXIT_AT_ONCE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+# Schedulers announce the end with SIGTERM, SLURM's --signal commonly with USR1 or USR2.
+_SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+
+
+class StoppedEarly(BaseException):
+    """A signal came while there was nothing to save; no ``except Exception`` may swallow it."""
+
+
+class Interrupts:
+    """Notes signals instead of dying of them; a context manager for the main thread.
+
+    Until ``defer`` is called a signal raises ``StoppedEarly`` at once (reading data may take long,
+    and no step is lost). From then on the first signal only sets ``received``, which the loop reads
+    between steps. A Ctrl-C after that ends the process where it stands.
+    """
+
+    def __init__(self) -> None:
+        self.received = ""  # the signal's name, once there was one
+        self._deferred = False
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "Interrupts":
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def defer(self) -> None:
+        """From now on a signal waits for the end of the step."""
+        self._deferred = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            if number == signal.SIGINT:
+                os.write(2, b"\nstopped at once; nothing more was saved\n")
+                os._exit(_EXIT_AT_ONCE)  # a writer thread or XLA would hold up a gentler exit
+            return  # schedulers repeat themselves
+        self.received = signal.Signals(number).name
+        if not self._deferred:
+            raise StoppedEarly(self.received)
+        # os.write: a handler may interrupt a print, whose buffer must not be entered twice.
+        os.write(2, f"\n{self.received}: finishing the step and saving\n".encode())

@@ -1,0 +1,273 @@
+"""What a run shows while it goes: progress bar, log file, TensorBoard, ``metrics.jsonl``."""
+
+import collections
+import contextlib
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+import tqdm
+
+from mamba_jax.config import RunConfig
+from mamba_jax.errors import UserError
+from mamba_jax.training.evaluation import Evaluation
+from mamba_jax.training.history import History
+from mamba_jax.training.tensorboard import TensorBoard
+
+_MIB = 1024**2
+_LOG, _TENSORBOARD, _HISTORY = "the log file", "TensorBoard", "metrics.jsonl"
+
+
+class Monitor:
+    """Tells of a run; a context manager.
+
+    A full disk silences a log with one warning instead of ending the run: only a failed checkpoint
+    does that.
+    """
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._log: TextIO | None = None
+        self._before_log: list[str] = []  # lines said before there was a log file
+        self._tensorboard: TensorBoard | None = None
+        self._history: History | None = None
+        self._silenced: set[str] = set()
+        self._bar: tqdm.tqdm | None = None
+        self._interval: collections.Counter[str] = collections.Counter()
+        self._secs = 0.0  # of training in the interval
+        self._clock: float | None = None
+        self._rate = 0.0  # tokens per second in the last whole interval
+
+    def open(self) -> None:
+        """Opens the log file and the TensorBoard folder, once the run has not been refused.
+
+        Raises:
+          UserError: if either cannot be written.
+        """
+        config = self._config
+        name = f"{config.name}_{time.strftime('%Y%m%d-%H%M%S')}"
+        path = pathlib.Path(config.log_dir) / f"training_{name}.log"
+        folder = pathlib.Path(config.tensorboard_dir) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log {path}: {error.strerror}; choose another --config.log_dir"
+            ) from error
+        try:
+            self._tensorboard = TensorBoard(folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot write TensorBoard events to {folder}: {error.strerror}; "
+                "choose another --config.tensorboard_dir"
+            ) from error
+        self._log.writelines(self._before_log)
+        self.say(f"log: {path}; curves: tensorboard --logdir {config.tensorboard_dir}")
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if error is not None:
+            self._to_log(f"ended by {type(error).__name__}: {error}")
+        for what, stream in (
+            (_LOG, self._log),
+            (_TENSORBOARD, self._tensorboard),
+            (_HISTORY, self._history),
+        ):
+            if stream is not None:
+                self._attempt(what, stream.close)
+
+    def say(self, text: str) -> None:
+        """Prints to standard output and to the log file."""
+        with tqdm.tqdm.external_write_mode(file=sys.stdout):
+            print(text, flush=True)
+        self._to_log(text)
+
+    def warn(self, text: str) -> None:
+        """Prints a warning to standard error and to the log file."""
+        with tqdm.tqdm.external_write_mode(file=sys.stderr):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._to_log(f"warning: {text}")
+
+    def start(self, step: int, source: pathlib.Path | None) -> None:
+        """Opens ``metrics.jsonl`` and shows the bar.
+
+        Args:
+          step: that the run continues from; 0 at its beginning.
+          source: the folder of the run that it continues, if any.
+        """
+        self._history = History(pathlib.Path(self._config.output_dir), step, source)
+        # On something that is not a terminal, a log's reader wants whole lines now and then.
+        self._bar = tqdm.tqdm(
+            total=self._config.training.max_steps,
+            initial=step,
+            desc=self._config.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what is not training (an evaluation, a save) out of the rate of tokens.
+
+        The first time starts the clock when it ends, so that compilation is kept out as well.
+        """
+        self._stop_clock()
+        yield
+        self._clock = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._secs += time.perf_counter() - self._clock
+            self._clock = None
+
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        learning_rate: float,
+        gradient_norm: float,
+        tokens: int,
+        skipped: bool,
+        aux: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray]],
+    ) -> None:
+        """Records one step.
+
+        Args:
+          step: steps taken, this one included.
+          loss: nats per token.
+          learning_rate: of this step.
+          gradient_norm: before clipping.
+          tokens: target tokens in the batch.
+          skipped: whether the step was a spike and changed nothing.
+          aux: the model's, or a function that fetches it, called only where it is shown.
+        """
+        training = self._config.training
+        record = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
+        if skipped:
+            record["skipped"] = True
+            self.warn(f"step {step}: gradient norm {gradient_norm:.3g} is a spike; step skipped")
+        self._record(step=step, **record)
+        if self._clock is not None:
+            self._stop_clock()
+            self._clock = time.perf_counter()
+            self._interval.update(tokens=tokens, timed=1)
+        self._interval.update(loss=loss, steps=1)  # type: ignore[call-overload]
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {self._rate_text()}", refresh=False)
+        if step % training.log_steps == 0 or step == training.max_steps:
+            self._show(step, record, aux() if callable(aux) else aux)
+
+    def _show(self, step: int, record: Mapping[str, float], aux: Mapping[str, np.ndarray]) -> None:
+        interval, self._interval = self._interval, collections.Counter()
+        if self._secs > 0 and interval["timed"]:
+            self._rate = interval["tokens"] / self._secs
+        secs_per_step = self._secs / max(interval["timed"], 1)
+        self._secs = 0.0
+        mean_loss = interval["loss"] / interval["steps"]
+        last = self._config.training.max_steps
+        line = (
+            f"step {step}/{last}  loss {mean_loss:.4f}  lr {record['learning_rate']:.3g}  "
+            f"gradient norm {record['gradient_norm']:.3g}  {self._rate_text()}  "
+            f"ETA {_duration((last - step) * secs_per_step)}"
+        )
+        if self._bar is not None and self._bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        self._to_log(line)
+        scalars = {
+            "train/loss": mean_loss,
+            "train/learning_rate": record["learning_rate"],
+            "train/gradient_norm": record["gradient_norm"],
+            "train/tokens_per_sec": self._rate,
+            "device/memory_mib": device_memory_bytes() / _MIB,
+        }
+        for layer, depth in enumerate(aux.get("depth_mean_l", ())):
+            scalars[f"depth/layer_{layer:02d}"] = float(depth)
+        board = self._tensorboard
+        if board is not None:
+            self._attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
+            self._attempt(_TENSORBOARD, lambda: _add_gates(board, step, aux))
+        self.flush()
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Records one evaluation."""
+        self._record(step=step, **evaluation.measures())
+        scalars = {
+            name.replace("eval_", "eval/"): value for name, value in evaluation.measures().items()
+        }
+        board = self._tensorboard
+        if board is not None:
+            self._attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
+        self.say(
+            f"step {step}: eval loss {evaluation.loss:.4f}, perplexity "
+            f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte"
+        )
+        self.flush()
+
+    def flush(self) -> None:
+        """Hands everything to the operating system, before a save for instance."""
+        for what, stream in ((_TENSORBOARD, self._tensorboard), (_HISTORY, self._history)):
+            if stream is not None:
+                self._attempt(what, stream.flush)
+
+    def _rate_text(self) -> str:
+        return f"{self._rate:,.0f} tokens/s" if self._rate else "– tokens/s"
+
+    def _record(self, **record: Any) -> None:
+        history = self._history
+        if history is not None:
+            self._attempt(_HISTORY, lambda: history.append(**record))
+
+    def _to_log(self, text: str) -> None:
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+        log = self._log
+        if log is None:
+            self._before_log.append(line)
+        else:
+            self._attempt(_LOG, lambda: print(line, file=log, end="", flush=True))
+
+    def _attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Writes; after a first failure ``what`` is silent."""
+        if what in self._silenced:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._silenced.add(what)
+            self.warn(f"{what} cannot be written ({error}); training goes on without it")
+
+
+def device_memory_bytes() -> int:
+    """Returns the peak of device memory in use; on CPU, of this process's memory."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _add_gates(board: TensorBoard, step: int, aux: Mapping[str, np.ndarray]) -> None:
+    """Adds the distribution of the depth gates of each layer, over tokens and recursion steps."""
+    for layer, shares_kh in enumerate(aux.get("gate_histogram_lkh", ())):
+        edges = np.linspace(0.0, 1.0, shares_kh.shape[-1] + 1).tolist()
+        board.histogram(step, f"gate/layer_{layer:02d}", edges, shares_kh.mean(axis=0).tolist())
+
+
+def _duration(secs: float) -> str:
+    hours, rest = divmod(round(secs), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
