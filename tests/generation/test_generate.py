@@ -1,0 +1,226 @@
+"""Generation against whole forward passes, and its independence of everything but the prompt."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.errors import UserError
+from mamba_jax.generation import Sampling, generate, generate_text
+from mamba_jax.models import build
+
+from ..models.tiny import HYBRID, MAMBA, assert_close, params_of
+
+TOKENIZER = load_tokenizer("bytes")
+# Seven ids more than the tokenizer has, as a padded vocabulary would have. Untied, because a random
+# tied head only repeats the last token.
+CONFIGS = {
+    config.family: dataclasses.replace(
+        config, vocab_size=TOKENIZER.vocab_size + 7, tie_embeddings=False
+    )
+    for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 4)))
+}
+# The third fills most of a padded length of 64, the others hardly any of it.
+PROMPTS = ["def main(", "", "x = 1\n" * 8, "é"]
+# Three at a time, so that the second batch is shorter and holds one prompt and two idle rows.
+SAMPLED = {
+    "max_tokens": 20,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 0.95,
+    "seed": 5,
+    "batch_size": 3,
+}
+GREEDY = SAMPLED | {"temperature": 0.0}
+
+families = pytest.mark.parametrize("family", CONFIGS)
+
+
+@functools.cache
+def params_for(family):
+    return jax.jit(params_of, static_argnums=0)(CONFIGS[family])  # one compilation, not many
+
+
+def text_of(family, prompts=PROMPTS, settings=SAMPLED, **more):
+    return generate_text(params_for(family), CONFIGS[family], TOKENIZER, prompts, **settings | more)
+
+
+def tokens_of(family, prompts, n_tokens, *, eot_id=-1):
+    """Greedy ids, row by row; by default nothing ends a row."""
+    steps = generate.generate_tokens(
+        params_for(family),
+        CONFIGS[family],
+        [sequence_of(prompt) for prompt in prompts],
+        range(len(prompts)),
+        n_rows=3,
+        max_tokens=n_tokens,
+        sampling=Sampling(0),
+        seed=0,
+        vocab_size=TOKENIZER.vocab_size,
+        eot_id=eot_id,
+    )
+    return np.array(list(steps)).T
+
+
+def sequence_of(prompt):
+    return np.array([TOKENIZER.eot_id, *TOKENIZER.encode(prompt)], np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def whole_logits(params, config, tokens):
+    return build.apply(params, config, tokens)[0]
+
+
+@families
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_left_padded_batch_equals_single_outputs(family, settings):
+    together = text_of(family, settings=settings)
+    assert together == text_of(family, settings=settings, batch_size=1)
+    assert len(set(together)) == len(PROMPTS)
+
+
+@families
+def test_greedy_is_the_argmax_of_the_whole_forward(family):
+    generated = tokens_of(family, PROMPTS[:3], 20)
+    assert all(len(set(row)) > 5 for row in generated), "too dull to prove anything"
+    rows = [
+        [*sequence_of(prompt), *tokens] for prompt, tokens in zip(PROMPTS, generated, strict=False)
+    ]
+    longest = max(map(len, rows))
+    # Padded on the right, which causality makes harmless.
+    padded = jnp.array([row + [0] * (longest - len(row)) for row in rows])
+    logits = whole_logits(params_for(family), CONFIGS[family], padded)
+    best = np.asarray(logits)[..., : TOKENIZER.vocab_size].argmax(-1)
+    for row, tokens, best_row in zip(rows, generated, best, strict=True):
+        assert tokens.tolist() == best_row[len(row) - 21 : len(row) - 1].tolist()
+
+
+@families
+def test_prefill_in_pieces_equals_one_piece(family, monkeypatch):
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, 256, length).astype(np.int32) for length in (75, 9)]
+    whole = [
+        whole_logits(params_for(family), CONFIGS[family], jnp.array(row[None]))[0, -1]
+        for row in sequences
+    ]
+    monkeypatch.setattr(generate, "PREFILL_TOKENS", 32)
+    tokens, segments = generate.pad_left(sequences)
+    assert tokens.shape == (2, 16 + 2 * 32)  # the second row has two pieces of padding alone
+    logits, _ = generate.prefill_in_pieces(params_for(family), CONFIGS[family], tokens, segments)
+    # Other shapes sum in another order: float32 rounding through two layers.
+    assert_close(logits, jnp.stack(whole), 2e-5)
+
+
+def test_piece_lengths_cover_and_are_few():
+    lengths = {n: generate.piece_lengths(n) for n in range(1, 1600)}
+    for n, pieces in lengths.items():
+        assert n <= sum(pieces) <= max(2 * n, 16)
+        assert sum(pieces) - n < generate.PREFILL_TOKENS
+        assert generate.piece_lengths(sum(pieces)) == pieces  # a padded batch is cut the same way
+    assert {length for pieces in lengths.values() for length in pieces} == {
+        16, 32, 64, 128, 256, 512
+    }  # fmt: skip
+
+
+@families
+def test_padding_of_the_vocabulary_is_never_sampled(family):
+    head = params_for(family)["lm_head"]["kernel"]
+    # Both signs: for each hidden state some padded id has the largest logit by far.
+    signs = (-1.0) ** jnp.arange(7)[:, None]
+    loud = head.at[TOKENIZER.vocab_size :].set(1000.0 * signs * jnp.ones(head.shape[-1]))
+    changed = params_for(family) | {"lm_head": {"kernel": loud}}
+    tokens = jnp.array([[TOKENIZER.eot_id, 65]])
+    best = whole_logits(changed, CONFIGS[family], tokens).argmax(-1)
+    assert np.all(best >= TOKENIZER.vocab_size)
+    texts = generate_text(changed, CONFIGS[family], TOKENIZER, PROMPTS, **SAMPLED)
+    assert texts == text_of(family)
+
+
+def test_a_row_ends_at_end_of_text_and_the_batch_with_its_last_row():
+    free = tokens_of("mamba", PROMPTS[:3], 20)
+    ending = int(free[0, 9])
+    ends = [np.flatnonzero(row == ending).tolist() for row in free]
+    assert not all(ends), "choose another token: one row has to outlast the others"
+    stopped = tokens_of("mamba", PROMPTS[:1], 20, eot_id=ending)
+    assert stopped[0].tolist() == free[0, : ends[0][0] + 1].tolist()
+    together = tokens_of("mamba", PROMPTS[:3], 20, eot_id=ending)
+    for row, end, free_row in zip(together, ends, free, strict=True):
+        kept = end[0] + 1 if end else 20
+        assert row[:kept].tolist() == free_row[:kept].tolist()
+        assert set(row[kept:]) <= {ending}
+
+
+def test_stream_joins_to_the_text_and_each_row_is_closed_once():
+    params = params_for("hybrid")
+    eager = params["lm_head"]["kernel"].at[TOKENIZER.eot_id].multiply(4.0)
+    events = []
+    texts = generate_text(
+        params | {"lm_head": {"kernel": eager}},
+        CONFIGS["hybrid"],
+        TOKENIZER,
+        PROMPTS * 2,
+        on_text=lambda index, text: events.append((index, text)),
+        **SAMPLED | {"max_tokens": 30},
+    )
+    ended_early = 0
+    for index, text in enumerate(texts):
+        mine = [piece for row, piece in events if row == index]
+        assert mine[-1] is None and None not in mine[:-1] and "" not in mine
+        assert "".join(mine[:-1]) == text
+        ended_early += len(text.encode()) < 30  # a byte a token; U+FFFD only lengthens
+    assert 0 < ended_early < len(texts)
+
+
+def test_text_is_the_decoded_tokens():
+    for prompt, text in zip(PROMPTS, text_of("mamba", settings=GREEDY), strict=True):
+        tokens = tokens_of("mamba", [prompt], 20, eot_id=TOKENIZER.eot_id)[0]
+        assert text == TOKENIZER.decode(tokens)
+
+
+def test_seed_and_row_decide():
+    first = text_of("mamba", ["a", "a", ""])
+    assert first == text_of("mamba", ["a", "a", ""])
+    assert first[0] != first[1]  # the same prompt twice is two samples
+    assert first != text_of("mamba", ["a", "a", ""], seed=6)
+
+
+def test_fewer_tokens_are_a_beginning_and_compile_nothing_new():
+    kinds = {"prompts": ["a", "b", "c"], "settings": SAMPLED}
+    long = text_of("hybrid", **kinds, max_tokens=40)
+    n_compiled = generate._decode._cache_size()
+    for n_tokens in (1, 8, 13):
+        short = text_of("hybrid", **kinds, max_tokens=n_tokens)
+        for whole, part in zip(long, short, strict=True):
+            assert whole.startswith(part.rstrip("\ufffd"))  # which may end inside a character
+    assert generate._decode._cache_size() == n_compiled
+
+
+def test_no_prompts_no_texts():
+    assert text_of("mamba", []) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_errors_name_the_value(values, named):
+    with pytest.raises(UserError, match=named):
+        text_of("mamba", **values)
+
+
+def test_parameters_spread_over_a_mesh_give_the_same_text():
+    mesh = jax.make_mesh((8,), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(params_for("mamba"), everywhere)
+    texts = generate_text(params, CONFIGS["mamba"], TOKENIZER, PROMPTS[:3], **GREEDY)
+    assert texts == text_of("mamba", PROMPTS[:3], GREEDY)
