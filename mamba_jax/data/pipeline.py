@@ -7,7 +7,8 @@ dispatched asynchronously), so there is no thread here that could hang or run ah
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class Corpus:
         order = grain.MapDataset.range(len(self.train)).seed(seed).shuffle().repeat(None)
         return self._batches(order, batch_size, start_sample)
 
-    def _batches(self, order: Sequence[int], batch_size: int, start: int) -> Iterator[np.ndarray]:
+    def _batches(self, order: Any, batch_size: int, start: int) -> Iterator[np.ndarray]:
         while True:
             yield np.stack(
                 [self.train[order[sample]] for sample in range(start, start + batch_size)]

@@ -1,0 +1,180 @@
+"""The tokenizers against tiktoken's own encoding and the laws of text."""
+
+import re
+import socket
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken.load import load_tiktoken_bpe
+from tiktoken_ext.openai_public import r50k_pat_str
+
+from mamba_jax.data import tokenizer as module
+from mamba_jax.data.tokenizer import StreamDecoder, cut_text, load_tokenizer, well_formed
+from mamba_jax.errors import UserError
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!  It's 2024;\n\n\tdon't   panic \n",
+    "naïve café — 日本語のテキスト 🌍👩‍👩‍👧 \u3000\xa0 end",
+    "for i in range(10):\n        print(f'{i:>3}')\n\n\n",
+    "<|endoftext|> is text <|endoftext|>",
+    "\x00\x01\x1c\x1d \x85\u2028",
+]
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """tiktoken as its authors set it up, except that the ranks come from the packaged file."""
+    file = Path(module.__file__).parent / "assets" / "gpt2.tiktoken"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # read the file itself
+        ranks = load_tiktoken_bpe(str(file))
+    return tiktoken.Encoding(
+        "oracle", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+@pytest.fixture(scope="module")
+def library_text():
+    """About a megabyte of real source."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-h]*.py"))
+    return "\n".join(file.read_text("utf-8") for file in files)
+
+
+@pytest.fixture(params=["gpt2", "bytes"])
+def tokenizer(request):
+    return load_tokenizer(request.param)
+
+
+def test_vocabularies():
+    gpt2, plain = load_tokenizer("gpt2"), load_tokenizer("bytes")
+    assert (gpt2.name, gpt2.vocab_size, gpt2.eot_id) == ("gpt2", 50257, 50256)
+    assert (plain.name, plain.vocab_size, plain.eot_id) == ("bytes", 257, 256)
+    assert gpt2.identity != plain.identity
+    assert load_tokenizer("gpt2") is gpt2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip_and_bytes(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert tokenizer.eot_id not in ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gpt2_equals_tiktoken(oracle, text):
+    assert load_tokenizer("gpt2").encode(text).tolist() == oracle.encode_ordinary(text)
+
+
+def test_gpt2_equals_tiktoken_on_real_text_beyond_one_piece(oracle, library_text):
+    text = library_text
+    while len(text) < 2.2 * module._PIECE_CHARACTERS:
+        text += library_text
+    assert len(list(cut_text(text))) == 3
+    assert load_tokenizer("gpt2").encode(text).tolist() == oracle.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("characters", [97, 1_000])
+def test_cuts_are_exact_on_real_text(oracle, library_text, monkeypatch, characters):
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", characters)
+    # Lines without a space or with long runs of either kind would be cut elsewhere.
+    text = "\n".join(
+        line for line in library_text[:200_000].split("\n") if not re.search(r"\S{60}|\s{30}", line)
+    )
+    text = re.sub(r"\n{20,}", "\n", text)
+    assert load_tokenizer("gpt2").encode(text).tolist() == oracle.encode_ordinary(text)
+
+
+_WORD = st.text("abzÄ日🌍's9.,;(\x1c\u200b", min_size=1, max_size=20)
+_SPACE = st.sampled_from([" ", "\n", "  ", "\n\n   ", " \t", "\u3000 ", "\r\n", "\n\x85", " \xa0"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(_WORD, _SPACE), max_size=40))
+def test_cuts_are_exact_on_any_text(oracle, parts):
+    text = "".join(word + space for word, space in parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE_CHARACTERS", 64)  # holds two words: there is a place to cut
+        assert "".join(cut_text(text)) == text
+        assert load_tokenizer("gpt2").encode(text).tolist() == oracle.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", " \t\n"])
+@pytest.mark.parametrize("around", [("", "x"), ("a" * 12_345, "x y")])
+def test_a_million_white_spaces(unit, around):
+    run = (unit * 1_000_000)[:1_000_000]
+    text = around[0] + run + around[1]
+    # tiktoken panics at 999,999 of them; half of that is a wide margin.
+    assert max(len(found) for piece in cut_text(text) for found in re.findall(r"\s+", piece)) < 5e5
+    gpt2 = load_tokenizer("gpt2")
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+def test_a_long_text_without_any_white_space():
+    text = "日本" * module._PIECE_CHARACTERS
+    assert "".join(cut_text(text)) == text
+    assert max(map(len, cut_text(text))) <= module._PIECE_CHARACTERS
+
+
+def test_special_text_is_ordinary(oracle, tokenizer):
+    text = "a<|endoftext|>b"
+    assert tokenizer.eot_id not in tokenizer.encode(text)
+    assert tokenizer.decode([tokenizer.eot_id]) == ""
+
+
+def test_lone_surrogates_become_replacement_characters(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    assert well_formed("\ud83c\udf0d") == "🌍"
+
+
+def test_decode_refuses_ids_outside_the_vocabulary(tokenizer):
+    for bad in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"{bad} is outside"):
+            tokenizer.decode([bad])
+        with pytest.raises(ValueError, match=f"{bad} is outside"):
+            StreamDecoder(tokenizer).push(bad)
+
+
+def test_stream_decoder_never_breaks_a_character(tokenizer):
+    text = "héllo 🌍 日本語 👩‍👩‍👧 end"
+    decoder = StreamDecoder(tokenizer)
+    parts = [decoder.push(token) for token in tokenizer.encode(text)]
+    assert "" in parts  # some character really did take several tokens
+    assert "".join(parts) == text
+    assert decoder.flush() == ""
+
+
+def test_stream_decoder_flushes_half_a_character():
+    decoder = StreamDecoder(load_tokenizer("bytes"))
+    assert [decoder.push(byte) for byte in "é".encode()[:1]] == [""]
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(ord("a")) == "a"  # and is ready for another text
+
+
+def test_building_opens_no_socket(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    assert module._Gpt2().vocab_size == 50257
+
+
+def test_damaged_missing_and_unknown(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r'"gpt3" is not one of gpt2, bytes; did you mean "gpt2"'):
+        load_tokenizer("gpt3")
+    monkeypatch.setattr(module.importlib.resources, "files", lambda _: tmp_path)
+    with pytest.raises(UserError, match=r"cannot read .*No such file.*install"):
+        module._Gpt2()
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "gpt2.tiktoken").write_bytes(b"IQ== 0\n")
+    with pytest.raises(UserError, match=r"is damaged \(sha256"):
+        module._Gpt2()
