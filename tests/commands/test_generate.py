@@ -1,0 +1,154 @@
+"""The generate command on a real, tiny checkpoint."""
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mamba_jax.generation
+from mamba_jax import generate
+from mamba_jax.config import DataConfig, RunConfig
+from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.generation import generate_text
+from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
+
+from ..models.tiny import MAMBA, params_of
+
+CONFIG = RunConfig(
+    name="tiny",
+    model=dataclasses.replace(MAMBA, vocab_size=257, tie_embeddings=False),
+    data=DataConfig(tokenizer="bytes"),
+)
+SETTINGS = {"max_tokens": 9, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}
+FLAGS = [f"--{name}={value}" for name, value in SETTINGS.items()]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(params_of, static_argnums=0)(CONFIG.model)
+
+
+@pytest.fixture(scope="module")
+def run_dir(params, tmp_path_factory):
+    """A run with the same weights at every checkpoint but step 1."""
+    folder = tmp_path_factory.mktemp("run")
+    with CheckpointWriter(folder, keep_last=3, keep_every=0, log=print) as writer:
+        for name, step in (("step_1", 1), ("step_2", 2), ("final", 2)):
+            weights = jax.tree.map(jnp.zeros_like, params) if step == 1 else params
+            state = {"params": weights, "step": jnp.int32(step)}
+            writer.save(name, state, Metadata(CONFIG, step, 0, "none"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(params):
+    def text_of(*prompts):
+        tokenizer = load_tokenizer("bytes")
+        return generate_text(params, CONFIG.model, tokenizer, prompts, **SETTINGS)
+
+    return text_of
+
+
+@pytest.mark.parametrize("place", ["step_2", "final", ""])
+def test_prompt_and_text_from_any_kind_of_folder(place, run_dir, expected, capsys):
+    assert generate.main(["--checkpoint", str(run_dir / place), "--prompt=def ", *FLAGS]) == 0
+    output = capsys.readouterr()
+    assert output.out == "def " + expected("def ")[0] + "\n"
+    assert "tiny, step 2" in output.err
+
+
+def test_the_named_step_is_the_one_that_speaks(run_dir, expected, capsys):
+    assert generate.main(["--checkpoint", str(run_dir / "step_1"), "--prompt=def ", *FLAGS]) == 0
+    output = capsys.readouterr()
+    assert "tiny, step 1" in output.err
+    assert output.out != "def " + expected("def ")[0] + "\n"
+
+
+def test_the_newest_may_be_damaged(run_dir, expected, capsys, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "step_2").symlink_to(run_dir / "step_2")
+    broken = copy / "step_3"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    assert generate.main(["--checkpoint", str(copy), "--prompt=def ", *FLAGS]) == 0
+    output = capsys.readouterr()
+    assert output.out == "def " + expected("def ")[0] + "\n"
+    assert "step_3" in output.err
+
+
+@pytest.mark.parametrize("source", ["file", "dash", "pipe"])
+def test_prompts_by_the_line(source, run_dir, expected, capsys, tmp_path, monkeypatch):
+    lines = "a b\n\nimport\né\n"
+    flags = {"file": [f"--prompt_file={tmp_path / 'p.txt'}"], "dash": ["--prompt_file=-"]}
+    (tmp_path / "p.txt").write_text(lines, "utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines if source != "file" else ""))
+    arguments = ["--checkpoint", str(run_dir), *flags.get(source, []), "--batch_size=2", *FLAGS]
+    assert generate.main(arguments) == 0
+    texts = expected("a b", "import", "é")
+    assert capsys.readouterr().out == "\n".join(
+        f"==> {i + 1} of 3 <==\n{prompt}{text}\n"
+        for i, (prompt, text) in enumerate(zip(["a b", "import", "é"], texts, strict=True))
+    )
+
+
+def test_rows_print_in_order_the_first_unfinished_one_live(capsys):
+    printer = generate.InOrder(["A", "B"])
+    printer(1, "one ")
+    assert capsys.readouterr().out == "==> 1 of 2 <==\nA"
+    printer(0, "zero")
+    assert capsys.readouterr().out == "zero"
+    printer(1, "ends")
+    printer(1, None)
+    assert capsys.readouterr().out == ""
+    printer(0, None)
+    assert capsys.readouterr().out == "\n\n==> 2 of 2 <==\nBone ends\n"
+
+
+def test_ctrl_c_keeps_what_was_printed(run_dir, capsys, monkeypatch):
+    def interrupted(*_, on_text, **__):
+        on_text(0, "some text")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mamba_jax.generation, "generate_text", interrupted)
+    assert generate.main(["--checkpoint", str(run_dir), "--prompt=def "]) == 130
+    output = capsys.readouterr()
+    assert output.out == "def some text\n" and "Traceback" not in output.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--prompt=a", "--checkpoint=nowhere"], "nowhere does not exist"),
+        (["--prompt=a", "--temperature=-1"], "temperature=-1.0"),
+        (["--prompt=a", "--top_p=0"], "top_p=0.0"),
+        (["--prompt=a", "--top_p=1.5"], "top_p=1.5"),
+        (["--prompt=a", "--top_k=-2"], "top_k=-2"),
+        (["--prompt=a", "--max_tokens=0"], "max_tokens=0"),
+        (["--prompt=a", "--batch_size=0"], "batch_size=0"),
+        (["--prompt_file=missing.txt"], "prompt file missing.txt: No such file"),
+        (["--prompt_file=EMPTY"], "holds no prompt: write one a line"),
+        (["--prompt_file=BINARY"], "not UTF-8"),
+        (["--prompt_file=-"], "standard input holds no prompt"),
+    ],
+)
+def test_mistakes_are_one_line(flags, named, run_dir, capsys, tmp_path, monkeypatch):
+    (tmp_path / "EMPTY").write_text("\n \n")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\xff")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert generate.main([f"--checkpoint={run_dir}", *flags]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert named in output.err
+
+
+def test_a_terminal_without_a_prompt_is_told_what_to_give(run_dir, capsys, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert generate.main([f"--checkpoint={run_dir}"]) == 2
+    assert "give --prompt TEXT" in capsys.readouterr().err
