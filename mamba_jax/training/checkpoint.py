@@ -129,8 +129,8 @@ class CheckpointWriter:
         except Exception as error:  # orbax and tensorstore report a full disk in many classes
             _remove(unfinished)
             raise UserError(
-                f"cannot save checkpoint {target}: {_reason(error)}; the checkpoints saved "
-                "before are untouched: make room or choose another --output_dir, then --resume auto"
+                f"cannot save checkpoint {target}: {_reason(error)}; those saved before are "
+                "untouched: mend that (make room, choose another --output_dir), then --resume auto"
             ) from error
         self._log(f"saved {target}")
 
