@@ -63,13 +63,15 @@ def _cuts(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> list[int]:
     size = -(-len(tokens) // -(-len(tokens) // limit))
     begins_space = np.array([piece[:1].isspace() for piece in tokenizer.pieces])
     ends_space = np.array([piece[-1:].isspace() for piece in tokenizer.pieces])
-    begins_inside = np.array([piece[:1] and 0x80 <= piece[0] < 0xC0 for piece in tokenizer.pieces])
+    begins_inside = np.array(
+        [bool(piece) and 0x80 <= piece[0] < 0xC0 for piece in tokenizer.pieces]
+    )
     cuts, start = [], 0
     while len(tokens) - start > size:
         first = start + size - size // 2
         left, right = tokens[first - 1 : start + size], tokens[first : start + size + 1]
         exact = np.flatnonzero(begins_space[right] & ~ends_space[left])
-        whole = exact if len(exact) else np.flatnonzero(~begins_inside[right].astype(bool))
+        whole = exact if len(exact) else np.flatnonzero(~begins_inside[right])
         start = first + int(whole[-1]) if len(whole) else start + size
         cuts.append(start)
     return cuts
