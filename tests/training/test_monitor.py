@@ -1,0 +1,314 @@
+"""What a run records and shows, and that showing it can neither stop nor slow the run."""
+
+import dataclasses
+import io
+import json
+import math
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from mamba_jax.config import RunConfig, TrainingConfig
+from mamba_jax.errors import UserError
+from mamba_jax.models.cost import ParameterCount
+from mamba_jax.training import history, loop, monitor
+from mamba_jax.training.evaluation import Evaluation, evaluate
+from mamba_jax.training.monitor import Monitor
+from mamba_jax.training.summary import Summary
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    (tmp_path / "out").mkdir()
+    return RunConfig(
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        log_dir=str(tmp_path / "logs"),
+        tensorboard_dir=str(tmp_path / "runs"),
+        training=TrainingConfig(max_steps=6, log_steps=2, warmup_steps=0),
+    )
+
+
+def take_step(shown: Monitor, step: int, **changes) -> None:
+    values = {
+        "loss": 4.0 - step,
+        "learning_rate": 0.5,
+        "gradient_norm": 2.0,
+        "tokens": 1000,
+        "skipped": False,
+        "aux": {},
+    }
+    shown.step(step, **(values | changes))
+
+
+def read_events(folder) -> list[event_pb2.Event]:
+    """Reads the frames of the one event file: length, its checksum, event, its checksum."""
+    (file,) = folder.rglob("events*")
+    stream, events = io.BytesIO(file.read_bytes()), []
+    while header := stream.read(12):
+        events.append(event_pb2.Event.FromString(stream.read(struct.unpack("<Q4x", header)[0])))
+        stream.read(4)
+    return events
+
+
+def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
+    aux = {
+        "depth_mean_l": np.array([1.5, 2.5]),
+        "gate_histogram_lkh": np.stack([np.eye(3, 10), np.full((3, 10), 0.1)]),
+        "gate_mean_lk": np.full((2, 3), 0.5),
+    }
+    with Monitor(config) as shown:
+        shown.say("before the log is open")
+        shown.open()
+        shown.start(0, None)
+        for step in (1, 2, 3, 4):
+            take_step(shown, step, aux=lambda: aux, skipped=step == 3)
+            if step == 2:
+                shown.evaluation(2, Evaluation(nll=20.0, targets=10.0, bytes=40.0))
+    points = {
+        (value.tag, event.step): value for event in read_events(tmp_path / "runs")
+        for value in event.summary.value
+    }  # fmt: skip
+    scalar = lambda tag, step: points[tag, step].simple_value
+    assert scalar("train/loss", 2) == 2.5 and scalar("train/loss", 4) == 0.5  # means of two
+    assert scalar("train/learning_rate", 2) == 0.5 and scalar("train/gradient_norm", 4) == 2.0
+    assert scalar("device/memory_mib", 2) > 1 and ("train/tokens_per_sec", 4) in points
+    assert scalar("eval/loss", 2) == 2.0
+    assert scalar("eval/perplexity", 2) == pytest.approx(math.exp(2.0), rel=1e-6)  # float32
+    assert scalar("eval/bits_per_byte", 2) == pytest.approx(0.5 / math.log(2), rel=1e-6)
+    assert scalar("depth/layer_01", 4) == 2.5
+    gates = points["gate/layer_00", 4].histo
+    assert list(gates.bucket_limit) == pytest.approx([i / 10 for i in range(1, 11)])
+    assert list(gates.bucket) == pytest.approx([1 / 3] * 3 + [0] * 7)
+    assert {event.step for event in read_events(tmp_path / "runs")} == {0, 2, 4}
+
+    (log,) = (tmp_path / "logs").glob("training_tiny_*.log")
+    text = log.read_text()
+    for line in ("before the log is open", "step 4/6  loss 0.5", "ETA", "step 3: gradient norm 2"):
+        assert line in text
+    assert "step 2/6" in capsys.readouterr().err  # not a terminal: whole lines instead of a bar
+
+    records = history.read(tmp_path / "out/metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 2, 3, 4]
+    assert records[0] == {"step": 1, "loss": 3.0, "learning_rate": 0.5, "gradient_norm": 2.0}
+    assert records[2]["eval_loss"] == 2.0 and records[3]["skipped"] is True
+
+
+def test_the_rate_counts_training_alone(config, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+    with Monitor(config) as shown:
+        shown.start(0, None)
+        now[0] = 100.0  # compilation
+        take_step(shown, 1)
+        with shown.paused():
+            now[0] = 200.0
+        for step, secs in ((2, 202.0), (3, 204.0)):
+            now[0] = secs
+            take_step(shown, step)
+        with shown.paused():
+            now[0] = 500.0  # an evaluation
+        now[0] = 502.0
+        take_step(shown, 4)
+        assert shown._rate == 500.0  # 1000 tokens in 2 seconds
+
+
+def test_a_full_disk_silences_a_log_with_one_warning(config, capsys):
+    with Monitor(config) as shown:
+        shown.open()
+        shown.start(0, None)
+        full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        shown._tensorboard._events._py_recordio_writer._writer = full
+        shown._history._stream = io.TextIOWrapper(full, write_through=True)
+        for step in range(1, 7):
+            take_step(shown, step)
+        shown.evaluation(6, Evaluation(1.0, 1.0, 1.0))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert [line.partition(" cannot")[0] for line in warnings] == [
+        "warning: metrics.jsonl",
+        "warning: TensorBoard",
+    ]
+    assert all("No space left on device" in line for line in warnings)
+
+
+@pytest.mark.parametrize("field", ["log_dir", "tensorboard_dir"])
+def test_logs_that_cannot_be_written_are_refused(config, tmp_path, field):
+    (tmp_path / "file").write_text("")
+    config = dataclasses.replace(config, **{field: str(tmp_path / "file/x")})
+    with pytest.raises(UserError, match=f"file/x.*another --config.{field}"), Monitor(config) as it:
+        it.open()
+
+
+# --- metrics.jsonl --------------------------------------------------------------------------------
+
+
+def write_records(folder, steps) -> None:
+    kept = history.History(folder, 0)
+    for step in steps:
+        kept.append(step=step, loss=float(step))
+    kept.close()
+
+
+def test_a_resumed_history_has_no_overlap(tmp_path):
+    write_records(tmp_path, range(1, 8))
+    with (tmp_path / history.NAME).open("a") as stream:
+        stream.write('{"step": 8, "lo')  # cut off by a kill
+    resumed = history.History(tmp_path, 5)
+    resumed.append(step=6, loss=60.0)
+    resumed.close()
+    assert [(r["step"], r["loss"]) for r in history.read(tmp_path / history.NAME)] == [
+        (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 60)
+    ]  # fmt: skip
+
+
+def test_a_history_follows_its_run_into_another_folder(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir(), new.mkdir()
+    write_records(old, range(1, 8))
+    history.History(new, 3, old).close()
+    assert [r["step"] for r in history.read(new / history.NAME)] == [1, 2, 3]
+    assert len(history.read(old / history.NAME)) == 7
+
+
+def test_the_curve_is_drawn_whatever_was_recorded(tmp_path):
+    steps = [{"step": i, "loss": 5.0 / i} for i in range(1, 100)]
+    for records in (steps, [*steps, {"step": 9, "eval_loss": 2.0}], steps[:1], []):
+        picture = tmp_path / "curve.png"
+        history.draw_curve(records, picture, title="tiny", unigram_nll=3.0)
+        data = picture.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        assert struct.unpack(">II", data[16:24]) == (1200, 720)
+        picture.unlink()
+
+
+def test_mean_recent_loss():
+    losses = [9.0] * 90 + [1.0] * 5 + [2.0] * 5
+    records = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
+    assert history.mean_recent_loss([*records, {"step": 99, "eval_loss": 7.0}]) == 1.5
+    assert math.isnan(history.mean_recent_loss([]))
+
+
+# --- the loop's pieces ----------------------------------------------------------------------------
+
+
+def metrics_of(loss: float = 1.0, norm: float = 1.0, finite: bool = True, **norms) -> dict:
+    return {
+        "loss": jnp.float32(loss),
+        "gradient_norm": jnp.float32(norm),
+        "learning_rate": jnp.float32(0.1),
+        "target_tokens": jnp.float32(8),
+        "skipped": jnp.bool_(False),
+        "finite": jnp.bool_(finite),
+        "tensor_norms": {"layers": {name: jnp.float32(value) for name, value in norms.items()}},
+        "aux": {},
+    }
+
+
+class Recorder:
+    """Stands in for a monitor."""
+
+    def __init__(self):
+        self.steps = []
+
+    def step(self, step, **values):
+        self.steps.append((step, values["loss"]))
+
+
+def test_metrics_are_read_one_step_late():
+    recorder = Recorder()
+    late = loop.LateMetrics(recorder, 1e4, lambda: None)
+    late.push(1, metrics_of(loss=1.0))
+    assert recorder.steps == []
+    late.push(2, metrics_of(loss=2.0))
+    assert recorder.steps == [(1, 1.0)]
+    late.drain()
+    late.drain()
+    assert recorder.steps == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (metrics_of(loss=np.nan), "loss nan and gradient norm 1 are not both finite"),
+        (metrics_of(norm=np.inf), "loss 1 and gradient norm inf are not both finite"),
+        (metrics_of(finite=False), "not both finite"),
+        (metrics_of(norm=200.0), "gradient norm 200 exceeds training.max_gradient_norm=100"),
+        (metrics_of(norm=200.0, D=1, A_log=9), "culprits: layers.A_log, layers.D;"),
+        (metrics_of(norm=np.nan, D=1, A_log=np.nan), "culprits: layers.A_log;"),
+        (
+            metrics_of(norm=np.nan, **{name: np.nan for name in "abcde"}),
+            "culprits: layers.a, layers.b, layers.c and 2 more; last good checkpoint: out/step_2;",
+        ),
+    ],
+)
+def test_divergence_names_step_culprits_and_the_way_back(metrics, message):
+    recorder = Recorder()
+    late = loop.LateMetrics(recorder, 100.0, lambda: "out/step_2")
+    late.push(3, metrics_of())
+    late.push(4, metrics)
+    with pytest.raises(UserError, match="training diverged at step 4: ") as diverged:
+        late.drain()
+    assert message in str(diverged.value)
+    assert [step for step, _ in recorder.steps] == [3]
+
+
+def test_batches_are_fetched_one_ahead_in_order():
+    fetched = []
+
+    def source():
+        for i in range(4):
+            fetched.append(i)
+            yield np.full((8, 2), i)
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    batches = loop.prefetch(source(), sharding)
+    assert int(next(batches)[0, 0]) == 0 and fetched == [0, 1]
+    assert [int(batch[0, 0]) for batch in batches] == [1, 2, 3]
+
+
+def test_evaluation_adds_sums_not_means():
+    parts = {1: (6.0, 3.0, 9.0), 2: (4.0, 1.0, 1.0)}
+
+    def eval_step(params, windows, weights):
+        return dict(zip(("nll", "targets", "bytes"), parts[windows], strict=True))
+
+    got = evaluate(eval_step, None, [(1, None), (2, None)])
+    assert got == Evaluation(10.0, 4.0, 10.0)
+    assert got.loss == 2.5
+    assert got.perplexity == pytest.approx(12.182493960703473)
+    assert got.bits_per_byte == pytest.approx(1.4426950408889634)  # 1 / ln 2
+
+
+def test_the_closing_block(tmp_path):
+    text = Summary(
+        name="tiny",
+        checkpoint=tmp_path / "final",
+        picture=tmp_path / "curve.png",
+        tensorboard_dir="runs",
+        parameters=ParameterCount(1234, 1000),
+        steps=20,
+        skipped_steps=2,
+        tokens=5120,
+        train_loss=1.25,
+        evaluation=Evaluation(10.0, 4.0, 10.0),
+        unigram_nll=3.0,
+        prompt="def ",
+        sample="f(x):",
+    ).text()
+    for fact in (
+        "1,234 (1,000 without embeddings)",
+        "20, 5,120 tokens, 2 skipped as spikes",
+        "1.2500 nats per token",
+        "2.5000 nats per token: perplexity 12.18, 1.443 bits per byte",
+        "3.0000 nats per token: perplexity 20.09",
+        "def f(x):",
+        f"generate --checkpoint {tmp_path / 'final'} --prompt",
+        "tensorboard --logdir runs",
+        f"--resume {tmp_path / 'final'} --config.training.max_steps=40",
+        json.dumps(str(tmp_path / "curve.png"))[1:-1],
+    ):
+        assert fact in text
