@@ -36,6 +36,7 @@ SAMPLED = {
     "batch_size": 3,
 }
 GREEDY = SAMPLED | {"temperature": 0.0}
+GREEDY_SAMPLING = Sampling(temperature=0.0, top_k=0, top_p=0.95)  # shares GREEDY's compiled code
 
 families = pytest.mark.parametrize("family", CONFIGS)
 
@@ -49,16 +50,16 @@ def text_of(family, prompts=PROMPTS, settings=SAMPLED, **more):
     return generate_text(params_for(family), CONFIGS[family], TOKENIZER, prompts, **settings | more)
 
 
-def tokens_of(family, prompts, n_tokens, *, eot_id=-1):
-    """Greedy ids, row by row; by default nothing ends a row."""
+def tokens_of(family, prompts, n_tokens, *, eot_id=-1, sampling=GREEDY_SAMPLING, params=None):
+    """Ids, row by row; by default nothing ends a row."""
     steps = generate.generate_tokens(
-        params_for(family),
+        params or params_for(family),
         CONFIGS[family],
         [sequence_of(prompt) for prompt in prompts],
         range(len(prompts)),
         n_rows=3,
         max_tokens=n_tokens,
-        sampling=Sampling(0),
+        sampling=sampling,
         seed=0,
         vocab_size=TOKENIZER.vocab_size,
         eot_id=eot_id,
@@ -186,6 +187,16 @@ def test_seed_and_row_decide():
     assert first == text_of("mamba", ["a", "a", ""])
     assert first[0] != first[1]  # the same prompt twice is two samples
     assert first != text_of("mamba", ["a", "a", ""], seed=6)
+
+
+def test_every_step_has_randomness_of_its_own():
+    # All weights 0: the same distribution at every step, so equal keys would give equal tokens.
+    zeros = jax.tree.map(jnp.zeros_like, params_for("mamba"))
+    tokens = tokens_of("mamba", PROMPTS[:3], 24, sampling=Sampling(), params=zeros)
+    drawn = [tokens[row, step : step + 8].tolist() for row in range(3) for step in (0, 8, 16)]
+    assert len({tuple(eight) for eight in drawn}) == 9
+    # 72 draws from 257: chance alone repeats about ten; equal keys at any two steps many more.
+    assert len(set(tokens.flatten().tolist())) > 50
 
 
 def test_fewer_tokens_are_a_beginning_and_compile_nothing_new():
