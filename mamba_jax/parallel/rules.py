@@ -14,9 +14,9 @@ from mamba_jax.parallel.mesh import FSDP
 
 # The first pattern that ends a path decides; names before it (``opt_state/…/mu/…``) do not matter,
 # so the moments of a parameter lie where it lies. Matrices are divided on their d_model axis, or
-# d_inner where they have none: XLA then gathers a layer's matrices when the scan over layers comes
-# to them. The layer axis itself is never divided: the scan could not slice it without gathering
-# all layers. Vectors, and what is no larger than a few of them, are not worth the communication.
+# d_inner where they have none; never on the layer axis, whose length divides least often and which
+# the scan over layers would have to gather. Vectors, and what is no larger than a few of them, are
+# not worth the communication.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", PartitionSpec(None, FSDP)),  # (v, d): 50257 = 29·1733 hardly divides
     (r"lm_head/kernel", PartitionSpec(None, FSDP)),  # (v, d)

@@ -7,15 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from mamba_jax.config import RunConfig
 from mamba_jax.models import build
 from mamba_jax.ops.cross_entropy import cross_entropy
+from mamba_jax.parallel.mesh import batch_sharding
 
 
 def token_nll(
     params: build.Params,
     config: RunConfig,
+    mesh: Mesh,
     windows: jax.Array,
     eot_id: int,
     dropout_key: jax.Array | None = None,
@@ -28,6 +31,7 @@ def token_nll(
     Args:
       params: of the model.
       config: its ``model`` and ``training.loss_chunk_tokens`` are used.
+      mesh: the devices that the batch is divided over.
       windows: (b, t + 1) int32; the first t tokens are inputs, the last t targets.
       eot_id: the id that starts a document.
       dropout_key: None: no dropout.
@@ -41,19 +45,30 @@ def token_nll(
     x_btd, aux, _ = build.forward(
         params, config.model, inputs_bt, segment_ids_bt=segment_ids_bt, dropout_key=dropout_key
     )
-    nll_n = cross_entropy(
-        x_btd.reshape(-1, x_btd.shape[-1]),
-        build.head_weight(params, config.model),
-        targets_bt.reshape(-1),
-        chunk_tokens=config.training.loss_chunk_tokens,
-        dtype=build.matmul_dtype(config.model),
-    )
-    return nll_n.reshape(targets_bt.shape), aux
+
+    def head_nll(x_btd: jax.Array, weight_vd: jax.Array, targets_bt: jax.Array) -> jax.Array:
+        nll_n = cross_entropy(
+            x_btd.reshape(-1, x_btd.shape[-1]),
+            weight_vd,
+            targets_bt.reshape(-1),
+            chunk_tokens=config.training.loss_chunk_tokens,
+            dtype=build.matmul_dtype(config.model),
+        )
+        return nll_n.reshape(targets_bt.shape)
+
+    # Each device goes through its own tokens in chunks, and the head's gradient is summed over
+    # devices once. XLA by itself would sum that (v, d) matrix over devices after every chunk.
+    batch, whole = batch_sharding(mesh).spec, PartitionSpec()
+    nll_bt = jax.shard_map(
+        head_nll, mesh=mesh, in_specs=(batch, whole, batch), out_specs=batch, check_vma=False
+    )(x_btd, build.head_weight(params, config.model), targets_bt)
+    return nll_bt, aux
 
 
 def loss_sums(
     params: build.Params,
     config: RunConfig,
+    mesh: Mesh,
     windows: jax.Array,
     weights_b: jax.Array,
     eot_id: int,
@@ -62,11 +77,11 @@ def loss_sums(
     """Sums over the target tokens of some sequences: they add up over microbatches, means do not.
 
     Args:
-      params, config, windows, eot_id, dropout_key: as in ``token_nll``.
+      params, config, mesh, windows, eot_id, dropout_key: as in ``token_nll``.
       weights_b: float32, how much each sequence counts.
 
     Returns:
       Weighted sum of the nll (float32), then (weighted number of target tokens (float32), aux).
     """
-    nll_bt, aux = token_nll(params, config, windows, eot_id, dropout_key)
+    nll_bt, aux = token_nll(params, config, mesh, windows, eot_id, dropout_key)
     return jnp.sum(weights_b[:, None] * nll_bt), (jnp.sum(weights_b) * nll_bt.shape[1], aux)

@@ -58,12 +58,19 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
     optimizer = make_optimizer(training)
     schedule = learning_rate(training)
 
-    def microbatch_sums(params: Any, batch: Any, key: jax.Array | None) -> Any:
-        return loss_sums(params, config, *batch, eot_id, key)
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
 
-    loss_and_gradients = accumulate(
-        jax.value_and_grad(microbatch_sums, has_aux=True), config.vram.accumulation_steps
-    )
+    def sums(params: Any, batch: Any, key: jax.Array | None) -> Any:
+        return loss_sums(params, config, mesh, *batch, eot_id, key)
+
+    def sums_and_gradients(params: Any, batch: Any, key: jax.Array | None) -> Any:
+        result, gradients = jax.value_and_grad(sums, has_aux=True)(params, batch, key)
+        # By way of whole gradients, lest their division spreads back into the activations.
+        gradients = constrain(gradients, replicated(mesh))
+        return result, constrain(gradients, state_shardings["params"])
+
+    constrain = jax.lax.with_sharding_constraint
+    loss_and_gradients = accumulate(sums_and_gradients, config.vram.accumulation_steps)
 
     def step(state: TrainState, windows: jax.Array) -> tuple[TrainState, Metrics]:
         params, opt_state, norm_mean = (
@@ -75,7 +82,10 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
         if config.model.dropout > 0:
             key = jax.random.fold_in(stream_key(config.seed, DROPOUT), state["step"])
         batch = (windows, jnp.ones(windows.shape[0], jnp.float32))
-        (loss, (target_tokens, aux)), gradients = loss_and_gradients(params, batch, key)
+        # Left to itself XLA moves activations, not weights, where a weight lies divided. Gathered
+        # weights make the model purely data-parallel; what is divided is what lasts: the state.
+        gathered = constrain(params, replicated(mesh))
+        (loss, (target_tokens, aux)), gradients = loss_and_gradients(gathered, batch, key)
 
         with jax.named_scope("optimizer"):
             tensor_norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(leaf**2)), gradients)
@@ -114,7 +124,6 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
         }
         return new_state, metrics
 
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return jax.jit(
         step,
         in_shardings=(state_shardings, batch_sharding(mesh)),
@@ -160,7 +169,8 @@ def make_eval_step(
     bytes_v = np.asarray(token_bytes, np.float32)
 
     def evaluate(params: Any, windows: jax.Array, weights_b: jax.Array) -> dict[str, jax.Array]:
-        nll_bt, _ = token_nll(params, config, windows, eot_id)
+        params = jax.lax.with_sharding_constraint(params, replicated(mesh))
+        nll_bt, _ = token_nll(params, config, mesh, windows, eot_id)
         weights_b1 = weights_b[:, None]
         return {
             "nll": jnp.sum(weights_b1 * nll_bt),
