@@ -110,11 +110,12 @@ def test_the_rate_counts_training_alone(config, monkeypatch):
         for step, secs in ((2, 202.0), (3, 204.0)):
             now[0] = secs
             take_step(shown, step)
+        now[0] = 205.0  # the next step is under way …
         with shown.paused():
-            now[0] = 500.0  # an evaluation
+            now[0] = 500.0  # … when an evaluation comes between
         now[0] = 502.0
         take_step(shown, 4)
-        assert shown._rate == 500.0  # 1000 tokens in 2 seconds
+        assert shown._rate == 400.0  # 2000 tokens in 2 + 1 + 2 seconds
 
 
 def test_a_full_disk_silences_a_log_with_one_warning(config, capsys):
