@@ -163,6 +163,7 @@ def run(config: RunConfig, resume: str = "") -> int:
                     evaluation = evaluated()
                 if not (start and start.ends(config)):
                     writer.save(FINAL, state, metadata())
+        monitor.finish()
         if interrupted:
             add = "" if resume == resuming.AUTO else " with --resume auto"
             monitor.say(
@@ -172,6 +173,7 @@ def run(config: RunConfig, resume: str = "") -> int:
             return EXIT_PREEMPTED
 
         # What came of it.
+        assert evaluation is not None  # every way out of the loop but the interruption has one
         records = history.read(output_dir / history.NAME)
         picture = output_dir / "loss_curve.png"
         history.draw_curve(records, picture, title=config.name, unigram_nll=corpus.unigram_nll)

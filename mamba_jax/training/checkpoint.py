@@ -86,7 +86,7 @@ class CheckpointWriter:
           UserError: if the save before failed.
         """
         self.wait()
-        # np.array copies. np.asarray and device_get only borrow the buffer on CPU, and every donated
+        # np.array copies. np.asarray and device_get only borrow the buffer on CPU, and a donated
         # step that finds it borrowed would have to copy the state itself.
         host_state = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
         self._pending = self._executor.submit(self._write, name, host_state, metadata)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import pathlib
 import resource
 import sys
@@ -76,8 +77,7 @@ class Monitor:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.finish()
         if error is not None:
             self._to_log(f"ended by {type(error).__name__}: {error}")
         for what, stream in (
@@ -108,15 +108,25 @@ class Monitor:
           source: the folder of the run that it continues, if any.
         """
         self._history = History(pathlib.Path(self._config.output_dir), step, source)
-        # On something that is not a terminal, a log's reader wants whole lines now and then.
+        # On something that is not a terminal, a log's reader wants whole lines now and then. Some
+        # terminals (a container's) claim a size of 0, on which tqdm would draw nothing.
+        shows_bar = sys.stderr.isatty()
+        has_width = shows_bar and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._bar = tqdm.tqdm(
             total=self._config.training.max_steps,
             initial=step,
             desc=self._config.name,
             unit="step",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            dynamic_ncols=has_width,
+            ncols=None if has_width else 80,
+            nrows=None if has_width else 24,
+            disable=not shows_bar,
         )
+
+    def finish(self) -> None:
+        """Takes the bar away: what is said from now on comes after it."""
+        if self._bar is not None:
+            self._bar.close()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -54,5 +54,6 @@ class TensorBoard:
         self._events.close()
 
     def _add(self, step: int, values: "summary.Summary") -> None:
-        event = event_pb2.Event(step=step, wall_time=time.time(), summary=values)
+        made = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]  # made by protobuf
+        event = made(step=step, wall_time=time.time(), summary=values)
         self._events.write_event(event)
