@@ -27,10 +27,9 @@ class DepthGate(nnx.Module):
         self.bias = nnx.Param(jnp.full(depth, config.gate_bias, jnp.float32))
         self.eps = config.norm_eps
 
-    def __call__(self, s_btd: jax.Array, step: int) -> jax.Array:
-        """Returns the weight of one step for each token, (b, t) float32 in (0, 1)."""
-        logit = rms_normalise(s_btd, self.eps) @ self.kernel[step] + self.bias[step]
-        return jax.nn.sigmoid(logit)
+    def __call__(self, s_btd: jax.Array, weight_d: jax.Array, bias: jax.Array) -> jax.Array:
+        """Returns one step's weight for each token, (b, t) float32 in (0, 1)."""
+        return jax.nn.sigmoid(rms_normalise(s_btd, self.eps) @ weight_d + bias)
 
 
 class RecursiveProcessor(nnx.Module):
@@ -38,7 +37,6 @@ class RecursiveProcessor(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         d, hidden = config.d_model, config.recursion_expand * config.d_model
-        self.depth = config.recursion_depth
         self.dtype = dtype
         self.norm = RMSNorm(d, config.norm_eps)
         self.up = nnx.Linear(
@@ -64,13 +62,14 @@ class RecursiveProcessor(nnx.Module):
         Returns:
           s_K (b, t, d) float32 and the gates (k, b, t) float32.
         """
-        s_btd, gates = h_btd, []
-        for step in range(self.depth):
+
+        def step(s_btd: jax.Array, gate_row: tuple[jax.Array, jax.Array]):
             change = self.down(jax.nn.silu(self.up(self.norm(s_btd).astype(self.dtype))))
             change = change.astype(jnp.float32)
             if read is not None:
                 change = change + read(s_btd)
-            gate_bt = self.gate(s_btd, step)
-            s_btd = s_btd + gate_bt[..., None] * change
-            gates.append(gate_bt)
-        return s_btd, jnp.stack(gates)
+            gate_bt = self.gate(s_btd, *gate_row)
+            return s_btd + gate_bt[..., None] * change, gate_bt
+
+        # A loop over one body: the program does not grow with the depth.
+        return jax.lax.scan(step, h_btd, (self.gate.kernel[...], self.gate.bias[...]))

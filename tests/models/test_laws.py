@@ -1,0 +1,267 @@
+"""The laws of both families: truth, causality, packing, caches, rematerialisation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax.models import build
+
+from . import naive
+from .tiny import HYBRID, MAMBA, TOKENS, VARIANTS, assert_close, params_of
+
+# float32 rounding of a few hundred additions per layer in another order; values up to ~10.
+ROUNDING = 3e-5
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+both_families = pytest.mark.parametrize("config", [MAMBA, HYBRID], ids=["mamba", "hybrid"])
+
+
+@functools.cache
+def jitted_apply(config):
+    return jax.jit(
+        lambda params, tokens, segments=None, cache=None: build.apply(
+            params, config, tokens, segment_ids_bt=segments, initial_cache=cache
+        )
+    )
+
+
+@every_variant
+def test_logits_equal_the_naive_reading(name):
+    config = VARIANTS[name]
+    params = params_of(config)
+    logits, _, _ = jitted_apply(config)(params, TOKENS)
+    for row in range(2):
+        assert_close(logits[row], naive.logits(params, config, TOKENS[row]), ROUNDING)
+
+
+@every_variant
+def test_no_logit_depends_on_a_later_token(name):
+    """Perturbs each token in turn: logits before it keep their bits, its own change."""
+    config = VARIANTS[name]
+    params, tokens = params_of(config), TOKENS[:1]
+    # One compiled program for all: equal inputs give equal bits.
+    run = lambda row: np.asarray(jitted_apply(config)(params, row)[0][0])
+    logits = run(tokens)
+    for t in range(29):
+        changed = run(tokens.at[0, t].set((tokens[0, t] + 1) % config.vocab_size))
+        np.testing.assert_array_equal(changed[:t], logits[:t])
+        assert np.abs(changed[t] - logits[t]).max() > 1e-2
+
+
+@every_variant
+def test_no_gradient_flows_from_a_logit_to_a_later_token(name):
+    """By gradients, which see influences too small to move a float32 logit."""
+    config = VARIANTS[name]
+    params = params_of(config)
+
+    def logit_sums(table_btd):
+        # One embedding row per position, so that the gradient tells positions apart.
+        own = params | {"embed": {"embedding": table_btd[0]}, "lm_head": {"kernel": head}}
+        untied = dataclasses.replace(config, tie_embeddings=False)
+        return build.apply(own, untied, jnp.arange(29)[None])[0][0].sum(-1)
+
+    head = build.head_weight(params, config)
+    table = params["embed"]["embedding"][TOKENS[:1]]
+    jacobian = jax.jit(jax.jacrev(logit_sums))(table)[:, 0]  # (t of logit, t of input, d)
+    size = np.asarray(jnp.abs(jacobian).max(-1))
+    assert (np.triu(size, k=1) == 0).all()
+    assert (np.diag(size) > 0).all()
+
+
+LENGTHS = (7, 1, 2, 11, 8)
+
+
+@every_variant
+def test_packed_documents_equal_separate_ones(name):
+    """Values and parameter gradients, at ragged lengths that leave blocks incomplete."""
+    config = VARIANTS[name]
+    params = params_of(config)
+    segments = jnp.asarray(np.repeat(np.arange(5), LENGTHS))[None]
+    direction = jax.random.normal(jax.random.key(3), (1, 29, config.vocab_size))
+
+    def objective(params, tokens, segments, direction):
+        logits, _, _ = build.apply(params, config, tokens, segment_ids_bt=segments)
+        return (logits * direction).sum(), logits
+
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    tokens = TOKENS[:1]
+    (_, packed), packed_gradient = run(params, tokens, segments, direction)
+    separate, gradient = [], None
+    for document in range(5):
+        # Each document alone, at the front of a row whose rest weighs nothing.
+        start, length = sum(LENGTHS[:document]), LENGTHS[document]
+        alone = jnp.roll(tokens, -start, axis=1)
+        weighed = jnp.roll(direction, -start, axis=1).at[:, length:].set(0)
+        (_, logits), part = run(params, alone, jnp.zeros_like(segments), weighed)
+        separate.append(logits[:, :length])
+        gradient = part if gradient is None else jax.tree.map(jnp.add, gradient, part)
+    assert_close(packed, jnp.concatenate(separate, axis=1), ROUNDING)
+    # Gradients sum 29 positions × 64 logits with signs: rounding relative to the largest entry.
+    assert_close(packed_gradient, gradient, 2e-4)
+
+
+@every_variant
+def test_prefill_and_decoding_equal_the_whole_forward(name):
+    """Past the window's end and at every residue of the pooling scales."""
+    config = VARIANTS[name]
+    params = params_of(config)
+    whole, _, whole_cache = jitted_apply(config)(params, TOKENS)
+    step = jax.jit(functools.partial(build.decode_step, config=config))
+    for prompt in (1, 6) if name == "hybrid" else (6,):
+        prefill = jax.jit(functools.partial(build.prefill, config=config))
+        last, cache = prefill(
+            params, tokens_bt=TOKENS[:, :prompt], cache=build.init_cache(config, 2)
+        )
+        rows = [last]
+        for t in range(prompt, 29):
+            logits, cache = step(params, token_b=TOKENS[:, t], cache=cache)
+            rows.append(logits)
+        assert_close(jnp.stack(rows, axis=1), whole[:, prompt - 1 :], ROUNDING)
+        assert_close(cache, whole_cache, ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["mamba", "hybrid", "hybrid, attention after recursion"])
+def test_pieces_of_a_row_equal_the_row(name):
+    """A forward cut anywhere (ragged pieces, documents crossing cuts): values and gradients.
+
+    This is what training over several windows with carried state relies on.
+    """
+    config = VARIANTS[name]
+    params = params_of(config)
+    segments = jnp.asarray([np.repeat([0, 1, 2], [3, 17, 9]), np.repeat([5, 6, 7], [12, 2, 15])])
+    direction = jax.random.normal(jax.random.key(4), (2, 29, config.vocab_size))
+    cuts = (0, 2, 13, 29)  # the first piece is shorter than the conv and than a block of 4
+
+    def whole(params):
+        logits, _, cache = build.apply(params, config, TOKENS, segment_ids_bt=segments)
+        return (logits * direction).sum(), (logits, cache)
+
+    def pieces(params):
+        cache, rows = build.init_cache(config, 2), []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            logits, _, cache = build.apply(
+                params,
+                config,
+                TOKENS[:, start:end],
+                segment_ids_bt=segments[:, start:end],
+                initial_cache=cache,
+            )
+            rows.append(logits)
+        logits = jnp.concatenate(rows, axis=1)
+        return (logits * direction).sum(), (logits, cache)
+
+    run = lambda f: jax.jit(jax.value_and_grad(f, has_aux=True))(params)
+    (_, (logits, cache)), gradient = run(pieces)
+    (_, (true_logits, true_cache)), true_gradient = run(whole)
+    assert_close(logits, true_logits, ROUNDING)
+    assert_close(gradient, true_gradient, 2e-4)
+    # The attention rings may differ in what lies before the last document: no query reads it.
+    for leaf in ("conv_state", "ssm_state"):
+        assert_close(cache["layers"][leaf], true_cache["layers"][leaf], ROUNDING)
+    np.testing.assert_array_equal(cache["length"], true_cache["length"])
+
+
+@both_families
+def test_a_left_padded_row_equals_the_row_alone(config):
+    """Logits and every later step, padding being a document of its own."""
+    params = params_of(config)
+    apply = jitted_apply(config)
+    row = TOKENS[:1, :11]
+    single, _, single_cache = apply(params, row)
+    padded = jnp.concatenate([jnp.full((1, 18), 3), row], axis=1)
+    segments = jnp.asarray(np.repeat([0, 1], [18, 11]))[None]
+    logits, _, cache = apply(params, padded, segments)
+    assert_close(logits[:, 18:], single, ROUNDING)
+    step = jax.jit(functools.partial(build.decode_step, config=config))
+    for t in range(11, 20):
+        token = TOKENS[:1, t]
+        expected, single_cache = step(params, token_b=token, cache=single_cache)
+        logits, cache = step(params, token_b=token, cache=cache)
+        assert_close(logits, expected, ROUNDING)
+
+
+@both_families
+def test_rematerialisation_changes_nothing(config):
+    params = params_of(config)
+
+    def gradient(remat):
+        own = dataclasses.replace(config, remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.square(build.apply(p, own, TOKENS)[0]).mean()))(
+            params
+        )
+
+    none = gradient("none")
+    for remat in ("dots", "full"):
+        # The same operations, fused differently: rounding only.
+        assert_close(gradient(remat), none, 1e-5)
+
+
+def test_all_parts_off_is_mamba():
+    off = dataclasses.replace(HYBRID, recursion_depth=0, attention_scales=(), fusion="sum")
+    params = params_of(MAMBA)
+    np.testing.assert_array_equal(
+        jitted_apply(off)(params, TOKENS)[0], jitted_apply(MAMBA)(params, TOKENS)[0]
+    )
+
+
+def test_at_the_start_the_recursion_adds_nothing():
+    """R ends in zeros, so that without attention a new hybrid's recursion leaves h as it is."""
+    config = dataclasses.replace(HYBRID, attention_scales=(), fusion="sum")
+    params = build.init(config, jax.random.key(0))
+    without = dataclasses.replace(config, recursion_depth=0)
+    stripped = params | {"layers": {k: v for k, v in params["layers"].items() if k != "recursion"}}
+    np.testing.assert_array_equal(
+        jitted_apply(config)(params, TOKENS)[0], jitted_apply(without)(stripped, TOKENS)[0]
+    )
+
+
+def test_gradients_reach_every_parameter_and_gates_are_reported_as_they_are():
+    params = params_of(HYBRID)
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(build.apply(p, HYBRID, TOKENS)[0]).mean()))(
+        params
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        per_layer = leaf if "layers" in str(path[0]) else leaf[None]
+        assert (jnp.abs(per_layer).reshape(len(per_layer), -1).max(-1) > 0).all(), path
+    gate_gradient = gradient["layers"]["recursion"]["gate"]["kernel"]
+    assert (jnp.abs(gate_gradient).max(-1) > 0).all(), "a step's gate learns nothing"
+
+    closed = jax.tree.map(lambda leaf: leaf, params)
+    gate = closed["layers"]["recursion"]["gate"]
+    gate["kernel"] = jnp.zeros_like(gate["kernel"])
+    gate["bias"] = jnp.asarray([[-30.0, 0.0], [30.0, -1.0]])
+    _, aux, _ = jitted_apply(HYBRID)(closed, TOKENS)
+    open_quarter = 1 / (1 + np.e)
+    np.testing.assert_allclose(aux["gate_mean"], [[0, 0.5], [1, open_quarter]], atol=1e-6)
+    np.testing.assert_allclose(aux["depth_mean"], [0.5, 1 + open_quarter], atol=1e-6)
+    histogram = np.zeros((2, 2, 10))
+    histogram[0, 0, 0] = histogram[0, 1, 5] = histogram[1, 0, 9] = histogram[1, 1, 2] = 1
+    np.testing.assert_allclose(aux["gate_histogram"], histogram, atol=1e-6)
+
+
+@both_families
+def test_bfloat16_stays_near_float32_and_keeps_float32_state(config):
+    params = params_of(config)
+    low = dataclasses.replace(config, dtype="bfloat16")
+    logits, _, cache = jitted_apply(low)(params, TOKENS)
+    truth, _, _ = jitted_apply(config)(params, TOKENS)
+    assert logits.dtype == jnp.float32
+    assert cache["layers"]["ssm_state"].dtype == jnp.float32
+    # bfloat16 keeps 8 bits: 0.4% a rounding, a few dozen of them on a path.
+    assert float(jnp.abs(logits - truth).mean() / jnp.abs(truth).mean()) < 0.05
+
+
+@both_families
+def test_dropout_needs_a_key_and_follows_it(config):
+    dropped = dataclasses.replace(config, dropout=0.5)
+    params = params_of(config)
+    run = jax.jit(lambda key: build.forward(params, dropped, TOKENS, dropout_key=key)[0])
+    first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(first, again)
+    assert float(jnp.abs(first - other).max()) > 0.1
+    np.testing.assert_array_equal(
+        jitted_apply(dropped)(params, TOKENS)[0], jitted_apply(config)(params, TOKENS)[0]
+    )
