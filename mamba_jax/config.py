@@ -1,4 +1,4 @@
-"""Configuration: an ``ml_collections.ConfigDict`` at the edge, frozen and checked dataclasses inside.
+"""Configuration: an ``ml_collections.ConfigDict`` at the edge, frozen dataclasses inside.
 
 A config file is a Python file with ``get_config() -> ConfigDict``; it starts from
 ``default_config()`` or ``preset_config(size, training_preset)`` and changes fields. Every field can
@@ -155,15 +155,16 @@ def preset_config(model_size: str, training_preset: str = "default") -> ConfigDi
     """
     size = _look_up(presets.SIZES, model_size, "model size")
     schedule = _look_up(presets.TRAINING_PRESETS, training_preset, "training preset")
-    config = default_config()
-    config.name = model_size
-    config.model.family = size.family
-    config.model.d_model = size.d_model
-    config.model.n_layers = size.n_layers
-    if size.family == "hybrid":
-        config.model.recursion_depth = size.depth
-    config.training.update(dataclasses.asdict(schedule))
-    return config
+    values = to_dict(RunConfig(name=model_size))
+    values["model"] |= {
+        "family": size.family,
+        "d_model": size.d_model,
+        "n_layers": size.n_layers,
+        # A plain Mamba keeps the default: it has no recursion, whatever the number.
+        "recursion_depth": size.depth or ModelConfig.recursion_depth,
+    }
+    values["training"] |= dataclasses.asdict(schedule)
+    return ConfigDict(values)
 
 
 def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -217,7 +218,7 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
         if name not in fields:
             raise UserError(f"unknown config field --config.{name}{_nearest_field(name, fields)}")
         *groups, leaf = name.split(".")
-        target = config
+        target: Any = config
         for group in groups:
             target = target[group]
         with target.unlocked():
@@ -429,5 +430,5 @@ def _check_model(model: ModelConfig) -> None:
         if model.head_size % 2 or model.d_model % model.head_size:
             raise UserError(
                 f"model.d_model={model.d_model} is not divisible by an even "
-                f"model.attention_head_size={model.head_size}; choose one that divides d_model, or 0"
+                f"model.attention_head_size={model.head_size}; choose a divisor, or 0"
             )

@@ -66,7 +66,7 @@ def forward(
     """
     cache = initial_cache
     where = layouts.documents(
-        tokens_bt.shape,
+        (tokens_bt.shape[0], tokens_bt.shape[1]),
         segment_ids_bt,
         None if cache is None else cache["segment"],
         None if cache is None else cache["length"],

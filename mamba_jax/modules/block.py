@@ -4,6 +4,7 @@ Legend: b batch, t time, d d_model, k recursion steps, g gate deciles.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -103,7 +104,7 @@ class HybridBlock(MambaBlock):
                 h_btd, layout.where, layout.blocks, cache
             )
             new_cache |= remembered
-            read = lambda state_btd: self.attention.read(state_btd, memories)
+            read = functools.partial(self.attention.read, memories=memories)
         if self.recursion is not None:
             s_btd, gates_kbt = self.recursion(h_btd, read)
             report = report_gates(gates_kbt)

@@ -170,7 +170,7 @@ def pool(
     """
     if scale == 1:
         return x_btmhp, jnp.zeros_like(x_btmhp[:, 0])
-    b, t = x_btmhp.shape[:2]
+    t = x_btmhp.shape[1]
     shifted = lambda back: jnp.pad(x_btmhp, ((0, 0), (back, 0)) + ((0, 0),) * 3)[:, :t]
     window_sum = sum(shifted(back) for back in range(1, scale)) + x_btmhp
     block_sum = jnp.take_along_axis(window_sum, layout.end_bc[:, :, None, None, None], axis=1)

@@ -93,10 +93,10 @@ class Blocks:
 def blocks(where: Documents, scale: int) -> Blocks:
     """Lays out the blocks of one scale."""
     position_bt = where.position_bt
-    b, t = position_bt.shape
+    t = position_bt.shape[1]
     done_bt = (position_bt + 1) % scale == 0
     done_so_far_bt = jnp.cumsum(done_bt, axis=1, dtype=jnp.int32)
-    # Completions lie at least `scale` tokens apart, the first maybe at once (a block begun earlier).
+    # Completions lie at least `scale` tokens apart, the first maybe at once (if begun before).
     slots = -(-t // scale)
     end_bc = jax.vmap(lambda done_t: jnp.nonzero(done_t, size=slots, fill_value=t - 1)[0])(done_bt)
     start_bt = jnp.arange(t) - position_bt

@@ -6,7 +6,6 @@ Legend: b batch, t time, d d_model, e d_inner, n d_state, r dt_rank, k conv widt
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx import initializers
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.modules.layout import Documents
@@ -17,7 +16,7 @@ from mamba_jax.ops.selective_scan import selective_scan
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-def uniform_fan_in(fan_in: int, gain: float = 1.0) -> initializers.Initializer:
+def uniform_fan_in(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:
     """U(-gain/√fan_in, gain/√fan_in), the reference implementation's (PyTorch's) default."""
     bound = gain * fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32, out_sharding=None: jax.random.uniform(
@@ -43,7 +42,7 @@ class CausalConv1d(nnx.Module):
 
 
 class DtProjection(nnx.Module):
-    """The low-rank projection to Δ: kernel (r, e), bias (e); the bias enters inside the softplus."""
+    """The low-rank projection to Δ: kernel (r, e), and bias (e) inside the softplus."""
 
     def __init__(self, rank: int, channels: int, *, rngs: nnx.Rngs):
         kernel = uniform_fan_in(rank)(rngs.params(), (rank, channels), jnp.float32)

@@ -52,8 +52,8 @@ def cross_entropy(
         return jnp.swapaxes(v.reshape(c, k, *v.shape[1:]), 0, 1)
 
     with jax.named_scope("cross_entropy"):
-        nll_kc = _chunked_nll(dtype, split(x_nd), weight_vd, split(targets_n))
-        return nll_kc.T.reshape(-1)[:n]
+        nll_kc: jax.Array = _chunked_nll(dtype, split(x_nd), weight_vd, split(targets_n))
+        return jnp.swapaxes(nll_kc, 0, 1).reshape(-1)[:n]
 
 
 def _logits(dtype, x_cd, weight_vd):

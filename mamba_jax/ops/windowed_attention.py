@@ -50,7 +50,7 @@ def windowed_attention(
     # Padded queries repeat the last one's range: `high` stays monotone.
     chunked = lambda x, mode: jnp.pad(
         x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2), mode=mode
-    ).reshape((b, -1, chunk) + x.shape[2:])
+    ).reshape((b, -1, chunk, *x.shape[2:]))
     q_buchp = chunked(q_bthp, "constant")
     low_buc, high_buc = chunked(low_bt, "edge"), chunked(high_bt, "edge")
     start_bu = jnp.clip(high_buc[..., 0] - window + 1, 0, n_keys - band)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -13,7 +14,7 @@ DATA = "data"  # devices along it hold copies of the parameters
 FSDP = "fsdp"  # devices along it share one copy of parameters and optimizer state
 
 
-def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays the devices out as (data, fsdp).
 
     The batch is divided over both axes, the parameters over ``fsdp`` alone. The axis types are

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,7 @@ def test_pieces_of_a_row_equal_the_row(name):
 
     def pieces(params):
         cache, rows = build.init_cache(config, 2), []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             logits, _, cache = build.apply(
                 params,
                 config,

@@ -1,4 +1,4 @@
-"""Makes mamba.npz: weights, logits and gradients of a tiny random model of Hugging Face transformers.
+"""Makes mamba.npz: weights, logits and gradients of a tiny model of Hugging Face transformers.
 
 Run with torch and transformers installed (made with torch 2.13.0, transformers 5.23.0):
     python tests/models/golden/make_mamba.py
