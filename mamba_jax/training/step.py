@@ -61,7 +61,8 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
 
     def sums(params: Any, batch: Any, key: jax.Array | None) -> Any:
-        return loss_sums(params, config, mesh, *batch, eot_id, key)
+        windows, weights = batch
+        return loss_sums(params, config, mesh, windows, weights, eot_id, key)
 
     def sums_and_gradients(params: Any, batch: Any, key: jax.Array | None) -> Any:
         result, gradients = jax.value_and_grad(sums, has_aux=True)(params, batch, key)
@@ -89,7 +90,7 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
 
         with jax.named_scope("optimizer"):
             tensor_norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(leaf**2)), gradients)
-            norm = optax.global_norm(tensor_norms)
+            norm = optax.tree.norm(tensor_norms)
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             accepted = finite & (norm <= training.max_gradient_norm)
             if training.skip_spikes:
