@@ -2,7 +2,7 @@
 
     ./launch/quickstart.sh        or        python -m mamba_jax.train --config=configs/quickstart.py
 
-Parameters: 1,158,436 with the byte vocabulary, 1,125,540 of them outside the embedding.
+Parameters: 7,276,696, of them 843,800 outside the embedding (the GPT-2 vocabulary takes the rest).
 
 What to expect: a run of minutes on two CPU cores that ends with losses, a sample that looks like
 Python, a loss curve and the commands to try next. It shows that everything works; it is not a model
@@ -19,18 +19,25 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.name = "quickstart"
     config.output_dir = "checkpoints/quickstart"
-    config.sample_prompt = "def "
-    config.data.tokenizer = "bytes"
+    # The default seed happens to hold out two files that are mostly white space.
+    config.seed = 0
+    config.sample_prompt = "class Reader:\n    def __init__(self"
     config.model.update(
-        family="hybrid", d_model=128, n_layers=4, max_seq_len=256, attention_window=64
+        family="hybrid",
+        d_model=128,
+        n_layers=3,
+        recursion_depth=2,
+        max_seq_len=256,
+        attention_window=64,
     )
+    # Few tokens fit into minutes: small batches and a high rate make the most steps of them.
     config.training.update(
-        learning_rate=2e-3,
-        warmup_steps=40,
-        max_steps=600,
-        eval_steps=200,
-        save_steps=200,
+        learning_rate=3e-3,
+        warmup_steps=30,
+        max_steps=450,
+        eval_steps=150,
+        save_steps=150,
         eval_windows=64,
     )
-    config.vram.update(effective_batch_size=8, batch_size=8)
+    config.vram.update(effective_batch_size=4, batch_size=4)
     return config

@@ -10,4 +10,4 @@ set_up dev
 ruff check .
 ruff format --check .
 pyright
-exec pytest "$@"
+exec pytest --numprocesses 2 "$@"
