@@ -1,0 +1,62 @@
+"""The direction of imports: data flows one way, and nobody imports a command."""
+
+import ast
+import pathlib
+
+import pytest
+
+import mamba_jax
+
+ROOT = pathlib.Path(mamba_jax.__file__).parent
+COMMANDS = {"train", "generate", "report", "cli", "__main__"}
+# Who may import whom, besides itself and errors.
+ALLOWED = {
+    "errors": set(),
+    "presets": set(),
+    "ops": set(),
+    "config": {"presets"},
+    "modules": {"ops", "config"},
+    "models": {"modules", "ops", "config"},
+    "data": {"config"},
+    "parallel": {"config"},
+    "training": {"models", "ops", "parallel", "config"},
+    "generation": {"models", "training", "config", "data"},
+}
+
+
+def imported_parts(file: pathlib.Path) -> set[str]:
+    """The top-level parts of mamba_jax that a file imports, anywhere in it."""
+    parts = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in names if name.startswith("mamba_jax.")}
+    return parts - {"__version__"}
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_a_part_imports_only_what_lies_before_it(part):
+    path = ROOT / part
+    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    assert files
+    for file in files:
+        extra = imported_parts(file) - ALLOWED[part] - {part, "errors"}
+        assert not extra, f"{file} imports {extra}"
+
+
+def test_every_part_has_its_place():
+    parts = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert parts - {"__init__"} == set(ALLOWED) | COMMANDS
+
+
+def test_no_part_imports_a_command():
+    for file in ROOT.rglob("*.py"):
+        if file.parent == ROOT and file.stem in COMMANDS:
+            continue
+        assert not imported_parts(file) & COMMANDS, file
