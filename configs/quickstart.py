@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.output_dir = "checkpoints/quickstart"
     # The default seed happens to hold out two files that are mostly white space.
     config.seed = 0
-    config.sample_prompt = "class Reader:\n    def __init__(self"
+    config.sample_prompt = "import os\n\n\ndef read_file(path):"
     config.model.update(
         family="hybrid",
         d_model=128,

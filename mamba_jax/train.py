@@ -40,8 +40,8 @@ Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (told in one 
 """
 
 
-# How the closing sample is drawn.
-_SAMPLE = {"max_tokens": 200, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+# How the closing sample is drawn: cool, as it has to show what a short run has learnt.
+_SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
 
 
 def run(config: RunConfig, resume: str = "") -> int:
