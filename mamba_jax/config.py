@@ -77,7 +77,7 @@ class TrainingConfig:
 
     learning_rate: float = 3e-4  # the peak
     min_learning_rate_ratio: float = 0.1  # where the cosine ends, as a share of the peak
-    warmup_steps: int = 2_000
+    warmup_steps: int = 2_000  # in a run too short for them: a tenth of max_steps
     max_steps: int = 100_000
     gradient_clip: float = 1.0  # largest global norm of the gradient
     beta1: float = 0.9
@@ -93,6 +93,11 @@ class TrainingConfig:
     eval_windows: int = 256  # held-out windows per evaluation, the same each time; 0: all
     keep_last: int = 3  # newest checkpoints to keep; the best by eval loss is kept as well
     keep_every: int = 0  # keep each checkpoint at a multiple of this step; 0: none
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        """The warm-up, shortened where it would outlast the run (``max_steps=200`` as a trial)."""
+        return self.warmup_steps if self.warmup_steps < self.max_steps else self.max_steps // 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +160,7 @@ def preset_config(model_size: str, training_preset: str = "default") -> ConfigDi
     """
     size = _look_up(presets.SIZES, model_size, "model size")
     schedule = _look_up(presets.TRAINING_PRESETS, training_preset, "training preset")
-    values = to_dict(RunConfig(name=model_size))
+    values = to_dict(RunConfig(name=model_size, output_dir=f"checkpoints/{model_size}"))
     values["model"] |= {
         "family": size.family,
         "d_model": size.d_model,
@@ -220,6 +225,8 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
         *groups, leaf = name.split(".")
         target: Any = config
         for group in groups:
+            if group not in target:
+                raise UserError(f"--config.{name}: the config file has no group {group}")
             target = target[group]
         with target.unlocked():
             target[leaf] = _parse(text, fields[name], f"--config.{name}")
@@ -304,7 +311,7 @@ def _coerce(value: Any, type_: Any, name: str) -> Any:
     if isinstance(type_, types.GenericAlias):  # tuple[int, ...]
         if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
             return tuple(value)
-    elif type_ is int and type(value) in (int, float) and value == int(value):
+    elif type_ is int and type(value) in (int, float) and value % 1 == 0:
         return int(value)
     elif type_ is float and type(value) in (int, float):
         return float(value)
@@ -398,18 +405,18 @@ def _check(run: RunConfig) -> None:
         ):
             raise UserError(f"{name}={value(name)} must lie between 0 and 1")
     _check_model(run.model)
-    vram, training = run.vram, run.training
+    vram = run.vram
     if vram.batch_size * vram.accumulation_steps != vram.effective_batch_size:
         raise UserError(
             f"vram.effective_batch_size={vram.effective_batch_size} is not batch_size="
             f"{vram.batch_size} × gradient_accumulation_steps={vram.accumulation_steps}; "
             "choose a batch_size that divides the effective batch"
         )
-    if training.warmup_steps >= training.max_steps:
-        raise UserError(
-            f"training.warmup_steps={training.warmup_steps} must be below "
-            f"training.max_steps={training.max_steps}"
-        )
+    if run.seed >= 2**32:
+        raise UserError(f"seed={run.seed} must be below 2**32")
+    for name in ("name", "output_dir", "log_dir", "tensorboard_dir"):
+        if not value(name):
+            raise UserError(f"{name} must not be empty")
 
 
 def _check_model(model: ModelConfig) -> None:

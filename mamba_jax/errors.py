@@ -21,7 +21,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
-    """Wraps a command's ``main(argv) -> exit status`` so that a ``UserError`` is one line and 2."""
+    """Wraps a command's ``main(argv) -> exit status``: what a user can mend is one line and 2."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
@@ -29,6 +29,11 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
             return main(sys.argv[1:] if argv is None else argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # a disk, a permission, a name too long: the machine's, not ours
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             return 2
 
     return wrapped

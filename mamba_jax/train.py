@@ -1,6 +1,7 @@
 """``python -m mamba_jax.train``: trains a model, told by ``run`` from top to bottom."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -114,6 +115,11 @@ def run(config: RunConfig, resume: str = "") -> int:
         keep = {"keep_last": training.keep_last, "keep_every": training.keep_every}
         parameters = parameter_count(config.model)
         device = f"{mesh.size} × {jax.devices()[0].device_kind}"
+        if training.resolved_warmup_steps != training.warmup_steps:
+            monitor.say(
+                f"training.warmup_steps={training.warmup_steps} would outlast the "
+                f"{training.max_steps} steps: warming up for {training.resolved_warmup_steps}"
+            )
         monitor.say(f"{config.name}: {parameters.total:,} parameters on {device}; compiling …")
         monitor.start(first_step, start.path.parent if start else None)
 
@@ -131,7 +137,8 @@ def run(config: RunConfig, resume: str = "") -> int:
             return Metadata(config, step, samples_seen(), corpus.fingerprint, measures)
 
         def last_good() -> pathlib.Path | None:
-            writer.wait()
+            with contextlib.suppress(UserError):  # the divergence is what has to be told
+                writer.wait()
             return find_latest(output_dir, monitor.say)
 
         interrupts.defer()
@@ -176,7 +183,6 @@ def run(config: RunConfig, resume: str = "") -> int:
         assert evaluation is not None  # every way out of the loop but the interruption has one
         records = history.read(output_dir / history.NAME)
         picture = output_dir / "loss_curve.png"
-        history.draw_curve(records, picture, title=config.name, unigram_nll=corpus.unigram_nll)
         sample, prompt = "", config.sample_prompt
         if prompt:
             (sample,) = generate_text(
@@ -202,8 +208,14 @@ def run(config: RunConfig, resume: str = "") -> int:
             prompt=prompt,
             sample=sample,
         ).text()
-        monitor.say(block)
-        summary_file.write_text(block)
+        monitor.say(block)  # first of all: the disk may be full
+        monitor.attempt(
+            "the loss curve",
+            lambda: history.draw_curve(
+                records, picture, title=config.name, unigram_nll=corpus.unigram_nll
+            ),
+        )
+        monitor.attempt("the summary", lambda: summary_file.write_text(block))
     return 0
 
 
@@ -325,9 +337,11 @@ def _starting_config(file: str | None, resume: str) -> ConfigDict:
         return load_config(file)
     if not resume or resume == "auto":
         raise UserError("give --config=FILE, e.g. --config=configs/quickstart.py (see --help)")
-    from mamba_jax.training.checkpoint import read_metadata, resolve
+    from mamba_jax.training.checkpoint_folder import read_metadata
+    from mamba_jax.training.resume import named_start
 
-    checkpoint = resolve(resume, lambda _: None)  # what it passes over is told when the run starts
+    # What it passes over is told when the run starts.
+    checkpoint = named_start(pathlib.Path(resume), lambda _: None)
     config = ConfigDict(to_dict(read_metadata(checkpoint).config))
     config.output_dir = str(checkpoint.parent)  # the folder may have been moved since
     return config

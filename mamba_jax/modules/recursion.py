@@ -29,7 +29,11 @@ class DepthGate(nnx.Module):
 
     def __call__(self, s_btd: jax.Array, weight_d: jax.Array, bias: jax.Array) -> jax.Array:
         """Returns one step's weight for each token, (b, t) float32 in (0, 1)."""
-        return jax.nn.sigmoid(rms_normalise(s_btd, self.eps) @ weight_d + bias)
+        # In full float32: a GPU's or TPU's default would round the product's inputs.
+        logit_bt = jnp.einsum(
+            "btd,d->bt", rms_normalise(s_btd, self.eps), weight_d, precision="highest"
+        )
+        return jax.nn.sigmoid(logit_bt + bias)
 
 
 class RecursiveProcessor(nnx.Module):

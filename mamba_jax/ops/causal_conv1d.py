@@ -42,8 +42,8 @@ def causal_conv1d(
     if initial_state_bje.shape != (b, k - 1, e):
         raise ValueError(f"initial state {initial_state_bje.shape} is not {(b, k - 1, e)}")
     extended = jnp.concatenate([initial_state_bje.astype(x_bte.dtype), x_bte], axis=1)
-    weight_ke = weight_ke.astype(x_bte.dtype)
-    y_bte = jnp.broadcast_to(bias_e.astype(x_bte.dtype), x_bte.shape)
+    # Summed in the parameters' float32 and rounded once, at the end.
+    y_bte = jnp.broadcast_to(bias_e, x_bte.shape)
     for back in range(k):
         tap_bte = extended[:, k - 1 - back : k - 1 - back + t]
         if position_bt is not None:
@@ -53,4 +53,4 @@ def causal_conv1d(
     if position_bt is not None:
         back_j = jnp.arange(k - 2, -1, -1)
         state_bje = jnp.where((position_bt[:, -1:] >= back_j)[..., None], state_bje, 0)
-    return y_bte, state_bje
+    return y_bte.astype(x_bte.dtype), state_bje

@@ -125,7 +125,6 @@ class CheckpointWriter:
             write_metadata(unfinished, metadata)
             write_manifest(unfinished)
             publish(unfinished, target)
-            retain(self._output_dir, metadata.step, **self._keep)
         except Exception as error:  # orbax and tensorstore report a full disk in many classes
             _remove(unfinished)
             raise UserError(
@@ -133,6 +132,10 @@ class CheckpointWriter:
                 "untouched: mend that (make room, choose another --output_dir), then --resume auto"
             ) from error
         self._log(f"saved {target}")
+        try:
+            retain(self._output_dir, metadata.step, **self._keep)
+        except OSError as error:  # this checkpoint is good all the same
+            self._log(f"warning: cannot remove older checkpoints: {_reason(error)}")
 
 
 def _without_params(state: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def token_nll(
     windows: jax.Array,
     eot_id: int,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    initial_cache: build.Cache | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array], build.Cache]:
     """Returns −log p(target) of every token.
 
     Every document starts with ``eot_id``, so a model never sees across one and every token has a
@@ -35,15 +36,25 @@ def token_nll(
       windows: (b, t + 1) int32; the first t tokens are inputs, the last t targets.
       eot_id: the id that starts a document.
       dropout_key: None: no dropout.
+      initial_cache: the final one of the windows before these, to train long documents over
+        several windows; None: each window begins with nothing before it.
 
     Returns:
       nll_bt: float32, nats.
       aux: as ``models.build.forward`` gives it.
+      final_cache: the state after the windows.
     """
     inputs_bt, targets_bt = windows[:, :-1], windows[:, 1:]
     segment_ids_bt = jnp.cumsum(inputs_bt == eot_id, axis=1, dtype=jnp.int32)
-    x_btd, aux, _ = build.forward(
-        params, config.model, inputs_bt, segment_ids_bt=segment_ids_bt, dropout_key=dropout_key
+    if initial_cache is not None:  # ids go on, so that only a marker ends the carried document
+        segment_ids_bt += initial_cache["segment"][:, None]
+    x_btd, aux, final_cache = build.forward(
+        params,
+        config.model,
+        inputs_bt,
+        segment_ids_bt=segment_ids_bt,
+        initial_cache=initial_cache,
+        dropout_key=dropout_key,
     )
 
     def head_nll(x_btd: jax.Array, weight_vd: jax.Array, targets_bt: jax.Array) -> jax.Array:
@@ -62,7 +73,7 @@ def token_nll(
     nll_bt = jax.shard_map(
         head_nll, mesh=mesh, in_specs=(batch, whole, batch), out_specs=batch, check_vma=False
     )(x_btd, build.head_weight(params, config.model), targets_bt)
-    return nll_bt, aux
+    return nll_bt, aux, final_cache
 
 
 def loss_sums(
@@ -83,5 +94,5 @@ def loss_sums(
     Returns:
       Weighted sum of the nll (float32), then (weighted number of target tokens (float32), aux).
     """
-    nll_bt, aux = token_nll(params, config, mesh, windows, eot_id, dropout_key)
+    nll_bt, aux, _ = token_nll(params, config, mesh, windows, eot_id, dropout_key)
     return jnp.sum(weights_b[:, None] * nll_bt), (jnp.sum(weights_b) * nll_bt.shape[1], aux)

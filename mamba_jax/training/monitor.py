@@ -56,7 +56,7 @@ class Monitor:
         folder = pathlib.Path(config.tensorboard_dir) / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = path.open("a", encoding="utf-8")
+            log = self._log = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"cannot write the log {path}: {error.strerror}; choose another --config.log_dir"
@@ -68,7 +68,7 @@ class Monitor:
                 f"cannot write TensorBoard events to {folder}: {error.strerror}; "
                 "choose another --config.tensorboard_dir"
             ) from error
-        self._log.writelines(self._before_log)
+        self.attempt(_LOG, lambda: log.writelines(self._before_log))
         self.say(f"log: {path}; curves: tensorboard --logdir {config.tensorboard_dir}")
 
     def __enter__(self) -> "Monitor":
@@ -86,19 +86,28 @@ class Monitor:
             (_HISTORY, self._history),
         ):
             if stream is not None:
-                self._attempt(what, stream.close)
+                self.attempt(what, stream.close)
 
     def say(self, text: str) -> None:
         """Prints to standard output and to the log file."""
-        with tqdm.tqdm.external_write_mode(file=sys.stdout):
-            print(text, flush=True)
         self._to_log(text)
+        self._print(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Prints a warning to standard error and to the log file."""
-        with tqdm.tqdm.external_write_mode(file=sys.stderr):
-            print(f"warning: {text}", file=sys.stderr, flush=True)
         self._to_log(f"warning: {text}")
+        self._print(f"warning: {text}", sys.stderr)
+
+    def _print(self, text: str, stream: TextIO) -> None:
+        """Prints above the bar. A reader that went away, or its full disk, stops no training."""
+        try:
+            with tqdm.tqdm.external_write_mode(file=stream):
+                print(text, file=stream, flush=True)
+        except OSError as error:
+            # Nothing more can come there, and Python's own flush at the exit must not fail.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            self._to_log(f"warning: printing ended ({error}); training goes on")
 
     def start(self, step: int, source: pathlib.Path | None) -> None:
         """Opens ``metrics.jsonl`` and shows the bar.
@@ -196,7 +205,7 @@ class Monitor:
             f"ETA {_duration((last - step) * secs_per_step)}"
         )
         if self._bar is not None and self._bar.disable:
-            print(line, file=sys.stderr, flush=True)
+            self._print(line, sys.stderr)
         self._to_log(line)
         scalars = {
             "train/loss": mean_loss,
@@ -205,12 +214,12 @@ class Monitor:
             "train/tokens_per_sec": self._rate,
             "device/memory_mib": device_memory_bytes() / _MIB,
         }
-        for layer, depth in enumerate(aux.get("depth_mean_l", ())):
+        for layer, depth in enumerate(aux["depth_mean"] if aux else ()):
             scalars[f"depth/layer_{layer:02d}"] = float(depth)
         board = self._tensorboard
         if board is not None:
-            self._attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
-            self._attempt(_TENSORBOARD, lambda: _add_gates(board, step, aux))
+            self.attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
+            self.attempt(_TENSORBOARD, lambda: _add_gates(board, step, aux))
         self.flush()
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
@@ -221,7 +230,7 @@ class Monitor:
         }
         board = self._tensorboard
         if board is not None:
-            self._attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
+            self.attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
         self.say(
             f"step {step}: eval loss {evaluation.loss:.4f}, perplexity "
             f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte"
@@ -232,7 +241,7 @@ class Monitor:
         """Hands everything to the operating system, before a save for instance."""
         for what, stream in ((_TENSORBOARD, self._tensorboard), (_HISTORY, self._history)):
             if stream is not None:
-                self._attempt(what, stream.flush)
+                self.attempt(what, stream.flush)
 
     def _rate_text(self) -> str:
         return f"{self._rate:,.0f} tokens/s" if self._rate else "– tokens/s"
@@ -240,7 +249,7 @@ class Monitor:
     def _record(self, **record: Any) -> None:
         history = self._history
         if history is not None:
-            self._attempt(_HISTORY, lambda: history.append(**record))
+            self.attempt(_HISTORY, lambda: history.append(**record))
 
     def _to_log(self, text: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
@@ -248,10 +257,10 @@ class Monitor:
         if log is None:
             self._before_log.append(line)
         else:
-            self._attempt(_LOG, lambda: print(line, file=log, end="", flush=True))
+            self.attempt(_LOG, lambda: print(line, file=log, end="", flush=True))
 
-    def _attempt(self, what: str, write: Callable[[], object]) -> None:
-        """Writes; after a first failure ``what`` is silent."""
+    def attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Writes something that training can do without; after a failure ``what`` is silent."""
         if what in self._silenced:
             return
         try:
@@ -272,7 +281,7 @@ def device_memory_bytes() -> int:
 
 def _add_gates(board: TensorBoard, step: int, aux: Mapping[str, np.ndarray]) -> None:
     """Adds the distribution of the depth gates of each layer, over tokens and recursion steps."""
-    for layer, shares_kh in enumerate(aux.get("gate_histogram_lkh", ())):
+    for layer, shares_kh in enumerate(aux["gate_histogram"] if aux else ()):
         edges = np.linspace(0.0, 1.0, shares_kh.shape[-1] + 1).tolist()
         board.histogram(step, f"gate/layer_{layer:02d}", edges, shares_kh.mean(axis=0).tolist())
 

@@ -96,7 +96,7 @@ def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> St
             log(f"no checkpoint in {output_dir} yet: starting from the beginning")
             return None
     else:
-        path = _named_start(pathlib.Path(resume), log)
+        path = named_start(pathlib.Path(resume), log)
         if occupied and path.resolve().parent != output_dir.resolve():
             raise UserError(
                 f"output_dir {output_dir} already holds checkpoints of a run "
@@ -111,7 +111,7 @@ def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> St
     return Start(path, metadata)
 
 
-def _named_start(path: pathlib.Path, log: Callable[[str], None]) -> pathlib.Path:
+def named_start(path: pathlib.Path, log: Callable[[str], None]) -> pathlib.Path:
     """Returns the checkpoint at ``path``, if damaged the one before it, or a run's newest."""
     siblings = {folder: step for step, folder in list_checkpoints(path.parent)}
     if path not in siblings:

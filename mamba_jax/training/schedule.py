@@ -16,7 +16,7 @@ def learning_rate(config: TrainingConfig) -> optax.Schedule:
         s ≥ m:       P · f
 
     Args:
-      config: ``warmup_steps`` may be 0: step 0 then has the peak.
+      config: ``resolved_warmup_steps`` is w; it may be 0: step 0 then has the peak.
 
     Returns:
       step (int32 scalar, array or int) → learning rate (float32).
@@ -24,7 +24,7 @@ def learning_rate(config: TrainingConfig) -> optax.Schedule:
     Source: arXiv 1608.03983, equation 5, without restarts.
     """
     peak, floor = config.learning_rate, config.min_learning_rate_ratio
-    warmup, last = config.warmup_steps, config.max_steps
+    warmup, last = config.resolved_warmup_steps, config.max_steps
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)  # exact up to 2²⁴ steps

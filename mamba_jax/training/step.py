@@ -171,7 +171,7 @@ def make_eval_step(
 
     def evaluate(params: Any, windows: jax.Array, weights_b: jax.Array) -> dict[str, jax.Array]:
         params = jax.lax.with_sharding_constraint(params, replicated(mesh))
-        nll_bt, _ = token_nll(params, config, mesh, windows, eot_id)
+        nll_bt, _, _ = token_nll(params, config, mesh, windows, eot_id)
         weights_b1 = weights_b[:, None]
         return {
             "nll": jnp.sum(weights_b1 * nll_bt),

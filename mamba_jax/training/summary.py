@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import os
 import pathlib
+import shlex
+import sys
 
 from mamba_jax.models.cost import ParameterCount
 from mamba_jax.training.evaluation import Evaluation
@@ -32,6 +35,7 @@ class Summary:
     def text(self) -> str:
         """Returns the block, a line for each fact and the commands to try next."""
         evaluation, skipped = self.evaluation, self.skipped_steps
+        checkpoint = shlex.quote(str(self.checkpoint))
         facts = [
             (
                 "parameters",
@@ -62,9 +66,16 @@ class Summary:
         lines += [
             _RULE,
             "next:",
-            f'  python -m mamba_jax.generate --checkpoint {self.checkpoint} --prompt "…"',
-            f"  tensorboard --logdir {self.tensorboard_dir}",
-            f"  python -m mamba_jax.train --resume {self.checkpoint} "
+            f"  {program('python')} -m mamba_jax.generate --checkpoint {checkpoint} "
+            '--prompt "import os"',
+            f"  {program('tensorboard')} --logdir {shlex.quote(self.tensorboard_dir)}",
+            f"  {program('python')} -m mamba_jax.train --resume {checkpoint} "
             f"--config.training.max_steps={2 * self.steps}",
         ]
         return "\n".join(lines) + "\n"
+
+
+def program(name: str) -> str:
+    """Returns how to call a program of this environment from here, activated or not."""
+    path = os.path.relpath(pathlib.Path(sys.executable).with_name(name))
+    return name if path.startswith(os.pardir) else path

@@ -416,6 +416,43 @@ def test_a_full_disk_ends_the_run_in_one_line(call, place, monkeypatch, capsys):
     assert call("--output_dir=full", "--resume=auto") == 0
 
 
+def test_a_full_disk_under_standard_output_stops_no_training(finished, place):
+    """Nobody reads what is printed any more: the run ends all the same, and says nothing of it."""
+    # The command makes a process of its own: it closes standard output for good.
+    program = (
+        "import sys; from mamba_jax import train; "
+        "sys.exit(train.main(['--config=tiny.py', '--output_dir=unheard', "
+        "'--config.training.max_steps=1', '--config.training.warmup_steps=0']))"
+    )
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program], cwd=place, stdout=full, stderr=subprocess.PIPE
+        )
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"Traceback" not in result.stderr
+    assert (place / "unheard" / "final" / "MANIFEST.json").is_file()
+
+
+def test_a_damaged_final_named_without_a_config_gives_way_to_the_one_before(
+    finished, place, capsys, monkeypatch
+):
+    """The form that the summary prints: the config comes from the intact checkpoint as well."""
+    monkeypatch.chdir(place)
+    shutil.copytree(finished, place / "dented")
+    longer = ["--resume=dented/final", "--config.training.max_steps=7"]
+    assert train.main(longer) == 0
+    (place / "dented" / "final" / "config.json").write_text("{")
+    capsys.readouterr()
+    assert train.main(longer) == 0
+    assert "continuing from dented/step_6" in capsys.readouterr().out
+
+
+def test_a_trial_shorter_than_the_warmup_warms_up_for_a_tenth(call, capsys):
+    flags = ("--config.training.max_steps=2", "--config.training.warmup_steps=2000")
+    assert call("--output_dir=trial", *flags) == 0
+    assert "would outlast the 2 steps: warming up for 0" in capsys.readouterr().out
+
+
 def test_help_is_quick_and_shows_examples(capsys):
     with pytest.raises(SystemExit) as done:
         train.main(["--help"])

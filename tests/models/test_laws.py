@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from mamba_jax.models import build
+from mamba_jax.modules import layout as layouts
+from mamba_jax.modules.norm import rms_normalise
+from mamba_jax.ops.selective_scan import selective_scan
 
 from . import naive
 from .tiny import HYBRID, MAMBA, TOKENS, VARIANTS, assert_close, params_of
@@ -266,3 +269,35 @@ def test_dropout_needs_a_key_and_follows_it(config):
     np.testing.assert_array_equal(
         jitted_apply(dropped)(params, TOKENS)[0], jitted_apply(config)(params, TOKENS)[0]
     )
+
+
+def test_bfloat16_rounds_neither_delta_nor_a_nor_the_residual_stream(monkeypatch):
+    """Only matmuls: a value that bfloat16 cannot hold shows that nothing rounded it on the way."""
+    seen = {}
+
+    def spy(x, dt, A, *rest, **options):
+        seen.update(dt=dt, A=A)
+        return selective_scan(x, dt, A, *rest, **options)
+
+    monkeypatch.setattr("mamba_jax.modules.mamba.selective_scan", spy)
+    low = dataclasses.replace(HYBRID, dtype="bfloat16", n_layers=1, fusion="sum")
+    params = params_of(low)
+    layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+    build._bind_block(low, jnp.dtype("bfloat16"), layer).mixer(
+        jax.random.normal(jax.random.key(0), (1, 8, 32), jnp.bfloat16),
+        layouts.documents((1, 8), None, None, None),
+        None,
+    )
+    for name in ("dt", "A"):
+        assert seen[name].dtype == jnp.float32
+        assert (seen[name] != seen[name].astype(jnp.bfloat16)).any(), name
+
+    # With every output matrix at zero a layer is the identity on the residual stream.
+    silent = jax.tree.map(lambda leaf: leaf, params)
+    for module, matrix in (("mixer", "out_proj"), ("recursion", "down"), ("attention", "o_proj")):
+        kernel = silent["layers"][module][matrix]["kernel"]
+        silent["layers"][module][matrix]["kernel"] = jnp.zeros_like(kernel)
+    silent["embed"]["embedding"] = jnp.full((64, 32), 1 + 2.0**-12).at[:, 0].set(3 + 2.0**-12)
+    x, _, _ = build.forward(silent, low, TOKENS)
+    expected = rms_normalise(silent["embed"]["embedding"][TOKENS], low.norm_eps)
+    np.testing.assert_array_equal(x, expected * silent["norm_f"]["scale"])

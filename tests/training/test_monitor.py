@@ -14,11 +14,14 @@ from tensorboardX.proto import event_pb2
 
 from mamba_jax.config import RunConfig, TrainingConfig
 from mamba_jax.errors import UserError
+from mamba_jax.models import build
 from mamba_jax.models.cost import ParameterCount
 from mamba_jax.training import history, loop, monitor
 from mamba_jax.training.evaluation import Evaluation, evaluate
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.summary import Summary
+
+from .tiny_run import HYBRID
 
 
 @pytest.fixture
@@ -57,10 +60,16 @@ def read_events(folder) -> list[event_pb2.Event]:
 
 def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
     aux = {
-        "depth_mean_l": np.array([1.5, 2.5]),
-        "gate_histogram_lkh": np.stack([np.eye(3, 10), np.full((3, 10), 0.1)]),
-        "gate_mean_lk": np.full((2, 3), 0.5),
+        "depth_mean": np.array([1.5, 2.5]),
+        "gate_histogram": np.stack([np.eye(3, 10), np.full((3, 10), 0.1)]),
+        "gate_mean": np.full((2, 3), 0.5),
     }
+    reported = jax.eval_shape(
+        lambda: build.forward(
+            build.init(HYBRID, jax.random.key(0)), HYBRID, jnp.zeros((1, 4), jnp.int32)
+        )[1]
+    )
+    assert aux.keys() == reported.keys(), "the monitor is told other names than the model uses"
     with Monitor(config) as shown:
         shown.say("before the log is open")
         shown.open()
