@@ -206,21 +206,30 @@ def _hash(file: pathlib.Path) -> str:
 def publish(unfinished: pathlib.Path, target: pathlib.Path) -> None:
     """Gives a complete, fsynced folder its name: after a crash it is there whole or not at all.
 
-    A ``final`` of a shorter run that stands in the way becomes the ``step_N`` that it is.
+    A ``final`` of a shorter run that stands in the way becomes the ``step_N`` that it is, unless
+    that one is there and intact: at every moment one of the two is. A ``step_N`` in the way is an
+    older save of the same step, and gives way.
     """
-    replaced = None
-    if target.exists():
-        replaced = target.with_name(f"{_UNFINISHED}replaced-{target.name}")
-        if target.name == FINAL:
-            as_step = target.with_name(step_name(_read_step(target)))
-            replaced = replaced if as_step.exists() else as_step
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        target.rename(replaced)
+    if target.exists() and target.name == FINAL:
+        as_step = target.with_name(step_name(_read_step(target)))
+        if _is_intact(as_step):
+            shutil.rmtree(target)
+        else:
+            if as_step.exists():
+                shutil.rmtree(as_step)
+            target.rename(as_step)
+    elif target.exists():
+        shutil.rmtree(target)
     unfinished.rename(target)
     fsync(target.parent)
-    if replaced is not None and replaced.name.startswith(_UNFINISHED):
-        shutil.rmtree(replaced)
+
+
+def _is_intact(path: pathlib.Path) -> bool:
+    try:
+        verify(path)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def fsync(path: pathlib.Path) -> None:
