@@ -36,7 +36,6 @@ from mamba_jax.training.checkpoint_folder import (
 __all__ = [
     "CheckpointWriter",
     "Metadata",
-    "find_latest",
     "read_metadata",
     "resolve",
     "restore",
