@@ -1,0 +1,244 @@
+"""The backward kernels: the adjoint of the scan, and the adjoint's ends of segments.
+
+With g_t the gradient of the state h_t by y_t and all that comes after it, a_t = exp(Δ_t A), p the
+output before the gate, σ the sigmoid and dp = dy silu(z):
+  g_t = C_t dp_t + a_{t+1} g_{t+1},   q_t = g_t a_t h_{t-1}  (the gradient of the exponent Δ_t A)
+  dC_t = Σ_e h_t dp_t,   dB_t = Σ_e g_t Δ_t x_t,   dz = dy p σ(z) (1 + z (1 - σ(z)))
+  dx_t = Δ_t Σ_n g_t B_t + D dp_t,   dΔ_t = x_t Σ_n g_t B_t + Σ_n q_t A,   dA = Σ_t q_t Δ_t
+The forward saved the states before chunks. A chunk's are made again twice: first those before its
+groups, into a scratch that its program reuses for every chunk (so that it stays in the L2 cache),
+then those within a group, in registers. dB and dC are summed over a program's channels only; the
+caller adds the programs' sums, in an order that is always the same.
+
+Shapes: b batch, t time, e d_inner, n d_state, s segment, k chunk, j block of channels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from mamba_jax.ops.selective_scan.pallas_gpu import shell
+from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import LN_2, Math
+from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays, Reader, Tile
+from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+
+
+def scan(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+    """Runs the segments side by side.
+
+    Args:
+      inputs: those of the forward, ``starts`` (b, k, e, n), which it saved for the same chunks,
+        ``dy`` (b, t, e), and as ``edge`` (b, s, e, n) the gradient of the state after each segment.
+      walk: the division of time.
+      tile: the shape of a program; its block divides e.
+      softplus: whether Δ = softplus(dt + dt_bias).
+      interpret: whether to run as plain JAX.
+
+    Returns:
+      ``x``, ``dt``, ``z``: gradients in their input's dtype. Float32 sums: ``B``, ``C``
+      (j, b, t, n), ``A`` (b, s, e, n), ``D``, ``dt_bias`` (b, s, e), ``initial`` (b, e, n).
+    """
+    b, t, e = inputs["x"].shape
+    n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments
+    like = lambda name: jax.ShapeDtypeStruct((b, t, e), inputs[name].dtype)
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    along = pl.BlockSpec((None, t, block), lambda b, j, s: (b, 0, j))
+    partial = pl.BlockSpec((None, None, t, n), lambda b, j, s: (j, b, 0, 0))
+    groups = -(-walk.chunk_tokens // walk.group_tokens)
+    outputs = {
+        "x": (along, like("x")),
+        "dt": (along, like("dt")),
+        "B": (partial, float32(e // block, b, t, n)),
+        "C": (partial, float32(e // block, b, t, n)),
+        "A": (shell.segment_states(block, n), float32(b, s, e, n)),
+        "initial": (
+            pl.BlockSpec((None, block, n), lambda b, j, s: (b, j, 0)),
+            float32(b, e, n),
+        ),
+        "scratch": (
+            pl.BlockSpec((None, None, groups, block, n), lambda b, j, s: (b, s, 0, j, 0)),
+            float32(b, s, groups, e, n),
+        ),
+    }
+    if "z" in inputs:
+        outputs["z"] = (along, like("z"))
+    for name in ("D", "dt_bias"):
+        if name in inputs:
+            outputs[name] = (shell.segment_vectors(block), float32(b, s, e))
+    in_specs = shell.block_specs(inputs.keys() - {"starts"}, block, t, n)
+    in_specs["starts"] = shell.chunk_states(block, walk.chunks, n)
+    gradients = pl.pallas_call(
+        functools.partial(_scan_kernel, walk=walk, math=Math(interpret), softplus=softplus),
+        grid=(b, e // block, s),
+        in_specs=[in_specs],
+        out_specs={name: spec for name, (spec, _) in outputs.items()},
+        out_shape={name: shape for name, (_, shape) in outputs.items()},
+        compiler_params=shell.compiler_params(tile),
+        interpret=interpret,
+        name="selective_scan_backward",
+    )(inputs)
+    del gradients["scratch"]
+    return gradients
+
+
+def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+    """Runs every segment but the first backwards from zeros: what ``split.segment_edges`` joins.
+
+    Returns:
+      ``end`` (b, s - 1, e, n), the gradient of the state before each segment by its own outputs,
+      and ``step_sum`` (b, s - 1, e), the sum of its Δ; both float32.
+    """
+    names = ("dt", "A", "C", "z", "dt_bias", "drop", "dy")
+    inputs = {name: inputs[name] for name in names if name in inputs}
+    b, t, e = inputs["dt"].shape
+    n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments - 1
+    return pl.pallas_call(
+        functools.partial(_ends_kernel, walk=walk, math=Math(interpret), softplus=softplus),
+        grid=(b, e // block, s),
+        in_specs=[shell.block_specs(inputs, block, t, n)],
+        out_specs={
+            "end": shell.segment_states(block, n),
+            "step_sum": shell.segment_vectors(block),
+        },
+        out_shape={
+            "end": jax.ShapeDtypeStruct((b, s, e, n), jnp.float32),
+            "step_sum": jax.ShapeDtypeStruct((b, s, e), jnp.float32),
+        },
+        compiler_params=shell.compiler_params(tile),
+        interpret=interpret,
+        name="selective_scan_backward_ends",
+    )(inputs)
+
+
+def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+    reader = Reader(inputs, math, softplus)
+    segment = pl.program_id(2) if walk.segments > 1 else 0
+    chunk_tokens, group_tokens = walk.chunk_tokens, walk.group_tokens
+    scratch = outputs["scratch"]
+
+    def remake(start, tokens, state_en):
+        """Returns the states before each token of a group and after the last, and the inputs."""
+        x_te, dt_te, B_tn = (reader.rows(name, start, tokens) for name in ("x", "dt", "B"))
+        drop_t = reader.drops(start, tokens)
+        states, decays, steps, slopes = [state_en], [], [], []
+        for i in range(tokens):
+            step_e, slope = reader.step_size(dt_te[i])
+            decay_en = reader.decay(step_e, drop_t[i])
+            state_en = reader.advance(state_en, decay_en, step_e * x_te[i], B_tn[i])
+            states.append(state_en)
+            decays.append(decay_en)
+            steps.append(step_e)
+            slopes.append(slope)
+        return states, decays, steps, slopes, x_te, B_tn
+
+    def group_back(start, tokens, state_en, carry):
+        g_en, sums = carry
+        dy_te, C_tn = (reader.rows(name, start, tokens) for name in ("dy", "C"))
+        z_te = reader.rows("z", start, tokens) if "z" in inputs else None
+        states, decays, steps, slopes, x_te, B_tn = remake(start, tokens, state_en)
+        sums = dict(sums)
+        for i in reversed(range(tokens)):
+            token = start + i
+            x_e, step_e, B_n, C_n = x_te[i], steps[i], B_tn[i], C_tn[i]
+            dp_e = dy_te[i]
+            if z_te is not None:
+                z_e = z_te[i]
+                sigmoid_e = math.sigmoid(z_e)
+                p_e = jnp.sum(states[i + 1] * C_n[None, :], axis=1)
+                if reader.skip_e is not None:
+                    p_e = math.fma(reader.skip_e, x_e, p_e)
+                slope_e = sigmoid_e * math.fma(z_e, 1.0 - sigmoid_e, jnp.ones_like(z_e))
+                outputs["z"][token, :] = (dp_e * p_e * slope_e).astype(outputs["z"].dtype)
+                dp_e = dp_e * (z_e * sigmoid_e)
+            g_en = math.fma(dp_e[:, None], C_n[None, :], g_en)
+            outputs["C"][token, :] = jnp.sum(dp_e[:, None] * states[i + 1], axis=0)
+            outputs["B"][token, :] = jnp.sum((step_e * x_e)[:, None] * g_en, axis=0)
+            du_e = jnp.sum(g_en * B_n[None, :], axis=1)
+            g_en = g_en * decays[i]
+            q_en = g_en * states[i]
+            sums["A"] = math.fma(q_en, step_e[:, None], sums["A"])
+            dstep_e = jnp.sum(q_en * reader.rate2_en, axis=1) * LN_2
+            dstep_e = math.fma(x_e, du_e, dstep_e)
+            dx_e = step_e * du_e
+            if reader.skip_e is not None:
+                dx_e = math.fma(reader.skip_e, dp_e, dx_e)
+                sums["D"] = math.fma(dp_e, x_e, sums["D"])
+            outputs["x"][token, :] = dx_e.astype(outputs["x"].dtype)
+            slope = slopes[i]
+            ddt_e = dstep_e if slope is None else dstep_e * slope()
+            outputs["dt"][token, :] = ddt_e.astype(outputs["dt"].dtype)
+            if "dt_bias" in sums:
+                sums["dt_bias"] = sums["dt_bias"] + ddt_e
+        return g_en, sums
+
+    def chunk(k, tokens, carry):
+        start = k * chunk_tokens
+
+        def group_start(g, tokens, state_en):
+            scratch[g, :, :] = state_en
+            return remake(start + g * group_tokens, tokens, state_en)[0][-1]
+
+        state_en = inputs["starts"][k, :, :]
+        groups = -(-tokens // group_tokens)
+        before_last = (groups - 1) * group_tokens  # tokens before the last group, whole groups
+        state_en = walk.over_groups(before_last, group_start, state_en)
+        if not math.interpret:
+            plt.debug_barrier()  # should a lane read what another one has written
+        rest = tokens - before_last
+        carry = group_back(start + before_last, rest, state_en, carry)
+        step = lambda g, tokens, carry: group_back(
+            start + g * group_tokens, tokens, scratch[g, :, :], carry
+        )
+        carry = walk.over_groups(before_last, step, carry, reverse=True)
+        if not math.interpret:
+            plt.debug_barrier()  # nor may it be overwritten before
+        return carry
+
+    zeros_en = jnp.zeros_like(reader.rate2_en)
+    sums = {"A": zeros_en}
+    sums |= {name: jnp.zeros_like(zeros_en[:, 0]) for name in ("D", "dt_bias") if name in inputs}
+    g_en, sums = walk.over_chunks(segment, chunk, (inputs["edge"][...], sums), reverse=True)
+    for name, value in sums.items():
+        outputs[name][...] = value
+
+    def store_initial():
+        outputs["initial"][...] = g_en
+
+    if walk.segments == 1:
+        store_initial()
+    else:
+        pl.when(segment == 0)(store_initial)
+
+
+def _ends_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+    reader = Reader(inputs, math, softplus)
+
+    def group(start, tokens, carry):
+        g_en, step_sum_e = carry
+        dy_te, dt_te, C_tn = (reader.rows(name, start, tokens) for name in ("dy", "dt", "C"))
+        z_te = reader.rows("z", start, tokens) if "z" in inputs else None
+        drop_t = reader.drops(start, tokens)
+        for i in reversed(range(tokens)):
+            dp_e = dy_te[i]
+            if z_te is not None:
+                dp_e = dp_e * (z_te[i] * math.sigmoid(z_te[i]))
+            step_e, _ = reader.step_size(dt_te[i])
+            g_en = math.fma(dp_e[:, None], C_tn[i][None, :], g_en)
+            g_en = g_en * reader.decay(step_e, drop_t[i])
+            step_sum_e = step_sum_e + step_e
+        return g_en, step_sum_e
+
+    def chunk(k, tokens, carry):
+        start, size = k * walk.chunk_tokens, walk.group_tokens
+        step = lambda g, tokens, carry: group(start + g * size, tokens, carry)
+        return walk.over_groups(tokens, step, carry, reverse=True)
+
+    zeros_en = jnp.zeros_like(reader.rate2_en)
+    zeros_e = jnp.zeros(zeros_en.shape[0], jnp.float32)
+    segment = pl.program_id(2) + 1
+    g_en, step_sum_e = walk.over_chunks(segment, chunk, (zeros_en, zeros_e), reverse=True)
+    outputs["end"][...] = g_en
+    outputs["step_sum"][...] = step_sum_e

@@ -1,0 +1,155 @@
+"""The forward kernels: the scan itself, and the end states of segments.
+
+Shapes: b batch, t time, e d_inner, n d_state, s segment, k chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from mamba_jax.ops.selective_scan.pallas_gpu import shell
+from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import Math
+from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays, Reader, Tile
+from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+
+
+def scan(
+    inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, save: bool, interpret: bool
+) -> Arrays:
+    """Runs the segments side by side.
+
+    Args:
+      inputs: ``x``, ``dt``, ``A``, ``B``, ``C`` and, where wanted, ``D``, ``z``, ``dt_bias`` and
+        ``drop`` as (b, t) float32 (see ``shell.DROP``); ``edge`` (b, s, e, n): the state before each
+        segment, absent for one segment that starts from zeros.
+      walk: the division of time.
+      tile: the shape of a program; its block divides e.
+      softplus: whether Δ = softplus(dt + dt_bias).
+      save: whether the state before each chunk is wanted.
+      interpret: whether to run as plain JAX.
+
+    Returns:
+      ``y`` (b, t, e) in the dtype of x, ``final`` (b, e, n) float32, and ``starts`` (b, k, e, n)
+      float32 if they are to be saved.
+    """
+    b, t, e = inputs["x"].shape
+    n, block = inputs["A"].shape[1], tile.block_channels
+    specs = {
+        "y": pl.BlockSpec((None, t, block), lambda b, j, s: (b, 0, j)),
+        "final": pl.BlockSpec((None, block, n), lambda b, j, s: (b, j, 0)),
+    }
+    shapes = {
+        "y": jax.ShapeDtypeStruct((b, t, e), inputs["x"].dtype),
+        "final": jax.ShapeDtypeStruct((b, e, n), jnp.float32),
+    }
+    if save:
+        specs["starts"] = shell.chunk_states(block, walk.chunks, n)
+        shapes["starts"] = jax.ShapeDtypeStruct((b, walk.chunks, e, n), jnp.float32)
+    return pl.pallas_call(
+        functools.partial(_scan_kernel, walk=walk, math=Math(interpret), softplus=softplus),
+        grid=(b, e // block, walk.segments),
+        in_specs=[shell.block_specs(inputs, block, t, n)],
+        out_specs=specs,
+        out_shape=shapes,
+        compiler_params=shell.compiler_params(tile),
+        interpret=interpret,
+        name="selective_scan_forward",
+    )(inputs)
+
+
+def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+    """Runs every segment but the last from zeros: what ``split.segment_starts`` joins.
+
+    Returns:
+      ``end`` (b, s - 1, e, n), the state after each segment, and ``step_sum`` (b, s - 1, e), the sum
+      of its Δ; both float32.
+    """
+    names = ("x", "dt", "A", "B", "dt_bias", "drop")
+    inputs = {name: inputs[name] for name in names if name in inputs}
+    b, t, e = inputs["x"].shape
+    n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments - 1
+    return pl.pallas_call(
+        functools.partial(_ends_kernel, walk=walk, math=Math(interpret), softplus=softplus),
+        grid=(b, e // block, s),
+        in_specs=[shell.block_specs(inputs, block, t, n)],
+        out_specs={
+            "end": shell.segment_states(block, n),
+            "step_sum": shell.segment_vectors(block),
+        },
+        out_shape={
+            "end": jax.ShapeDtypeStruct((b, s, e, n), jnp.float32),
+            "step_sum": jax.ShapeDtypeStruct((b, s, e), jnp.float32),
+        },
+        compiler_params=shell.compiler_params(tile),
+        interpret=interpret,
+        name="selective_scan_ends",
+    )(inputs)
+
+
+def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+    reader = Reader(inputs, math, softplus)
+    segment = pl.program_id(2) if walk.segments > 1 else 0
+
+    def group(start, tokens, state_en):
+        # All loads first: their latencies overlap.
+        x_te, dt_te = (reader.rows(name, start, tokens) for name in ("x", "dt"))
+        B_tn, C_tn = (reader.rows(name, start, tokens) for name in ("B", "C"))
+        z_te = reader.rows("z", start, tokens) if "z" in inputs else None
+        drop_t = reader.drops(start, tokens)
+        for i in range(tokens):
+            step_e, _ = reader.step_size(dt_te[i])
+            decay_en = reader.decay(step_e, drop_t[i])
+            state_en = reader.advance(state_en, decay_en, step_e * x_te[i], B_tn[i])
+            y_e = jnp.sum(state_en * C_tn[i][None, :], axis=1)
+            if reader.skip_e is not None:
+                y_e = math.fma(reader.skip_e, x_te[i], y_e)
+            if z_te is not None:
+                y_e = y_e * (z_te[i] * math.sigmoid(z_te[i]))
+            outputs["y"][start + i, :] = y_e.astype(outputs["y"].dtype)
+        return state_en
+
+    def chunk(k, tokens, state_en):
+        if "starts" in outputs:
+            outputs["starts"][k, :, :] = state_en
+        start, size = k * walk.chunk_tokens, walk.group_tokens
+        step = lambda g, tokens, state_en: group(start + g * size, tokens, state_en)
+        return walk.over_groups(tokens, step, state_en)
+
+    state_en = inputs["edge"][...] if "edge" in inputs else jnp.zeros_like(reader.rate2_en)
+    state_en = walk.over_chunks(segment, chunk, state_en)
+
+    def store_final():
+        outputs["final"][...] = state_en
+
+    if walk.segments == 1:
+        store_final()
+    else:
+        pl.when(segment == walk.segments - 1)(store_final)
+
+
+def _ends_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+    reader = Reader(inputs, math, softplus)
+
+    def group(start, tokens, carry):
+        state_en, step_sum_e = carry
+        x_te, dt_te, B_tn = (reader.rows(name, start, tokens) for name in ("x", "dt", "B"))
+        drop_t = reader.drops(start, tokens)
+        for i in range(tokens):
+            step_e, _ = reader.step_size(dt_te[i])
+            decay_en = reader.decay(step_e, drop_t[i])
+            state_en = reader.advance(state_en, decay_en, step_e * x_te[i], B_tn[i])
+            step_sum_e = step_sum_e + step_e
+        return state_en, step_sum_e
+
+    def chunk(k, tokens, carry):
+        start, size = k * walk.chunk_tokens, walk.group_tokens
+        step = lambda g, tokens, carry: group(start + g * size, tokens, carry)
+        return walk.over_groups(tokens, step, carry)
+
+    zeros_en = jnp.zeros_like(reader.rate2_en)
+    zeros_e = jnp.zeros(zeros_en.shape[0], jnp.float32)
+    state_en, step_sum_e = walk.over_chunks(pl.program_id(2), chunk, (zeros_en, zeros_e))
+    outputs["end"][...] = state_en
+    outputs["step_sum"][...] = step_sum_e

@@ -1,0 +1,157 @@
+"""The selective scan by the kernels, differentiable.
+
+Shapes: b batch, t time, e d_inner, n d_state, s segment, j block of channels.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mamba_jax.ops.selective_scan.pallas_gpu import backward, forward, split, tuning
+from mamba_jax.ops.selective_scan.pallas_gpu.shell import DROP, Arrays
+from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+
+STATE_SIZES = (8, 16, 32)
+CHANNELS_MULTIPLE = 16
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+
+
+def supports(d_inner: int, d_state: int, dtype: jax.typing.DTypeLike) -> str | None:
+    """Returns None if the kernels take this shape and dtype, else a sentence that says why not."""
+    if d_state not in STATE_SIZES:
+        sizes = ", ".join(map(str, STATE_SIZES))
+        return f"the pallas_gpu scan takes a d_state of {sizes}, not {d_state}"
+    if d_inner < CHANNELS_MULTIPLE or d_inner % CHANNELS_MULTIPLE:
+        return (
+            f"the pallas_gpu scan takes a d_inner divisible by {CHANNELS_MULTIPLE}, not {d_inner}"
+        )
+    if jnp.dtype(dtype) not in DTYPES:
+        return f"the pallas_gpu scan takes bfloat16 and float32, not {jnp.dtype(dtype)}"
+    return None
+
+
+def scan(
+    x_bte: jax.Array,
+    dt_bte: jax.Array,
+    A_en: jax.Array,
+    B_btn: jax.Array,
+    C_btn: jax.Array,
+    *,
+    D_e: jax.Array | None = None,
+    z_bte: jax.Array | None = None,
+    dt_bias_e: jax.Array | None = None,
+    dt_softplus: bool = False,
+    initial_state_ben: jax.Array | None = None,
+    reset_bt: jax.Array | None = None,
+    interpret: bool = False,
+    plan: tuning.Plan | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the scan with all that surrounds it fused: the arguments of ``selective_scan``.
+
+    x, z, B, C and dt are bfloat16 or float32, each as it likes; all sums are float32. A reset
+    multiplies the state before it by 0, so that state must be finite.
+
+    Args:
+      interpret: whether to run the kernels as plain JAX, on any platform, slowly.
+      plan: the shape of the programs; None: the one tuned for this GPU.
+
+    Raises:
+      ValueError: for a shape or a dtype that the kernels do not take (see ``supports``).
+    """
+    b, t, e = x_bte.shape
+    n = A_en.shape[1]
+    for array in (x_bte, dt_bte, B_btn, C_btn, *([] if z_bte is None else [z_bte])):
+        if fault := supports(e, n, array.dtype):
+            raise ValueError(fault)
+    if t == 0:
+        raise ValueError(f"the pallas_gpu scan needs at least one token, got x of {x_bte.shape}")
+    float32 = lambda v: None if v is None else v.astype(jnp.float32)
+    inputs = {
+        "x": x_bte,
+        "dt": dt_bte,
+        "A": float32(A_en),
+        "B": B_btn,
+        "C": C_btn,
+        "D": float32(D_e),
+        "z": z_bte,
+        "dt_bias": float32(dt_bias_e),
+        "initial": float32(initial_state_ben),
+        "drop": None if reset_bt is None else jnp.where(reset_bt, jnp.float32(DROP), 0.0),
+    }
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    plan = plan or tuning.choose(b, t, e, n)
+    return _scan(_Options(plan, dt_softplus, interpret), inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    plan: tuning.Plan
+    softplus: bool
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(options: _Options, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
+    results = _run_forward(options, inputs, save=False)
+    return results["y"], results["final"]
+
+
+def _scan_forward(options: _Options, inputs: Arrays):
+    results = _run_forward(options, inputs, save=True)
+    return (results["y"], results["final"]), (inputs, results["starts"])
+
+
+def _scan_backward(options: _Options, saved: tuple, cotangents: tuple) -> tuple[Arrays]:
+    inputs, starts_bken = saved
+    dy_bte, dfinal_ben = cotangents
+    sums = _run_backward(
+        options, {**inputs, "starts": starts_bken, "dy": dy_bte, "final": dfinal_ben}
+    )
+    gradients = {name: sums[name] for name in ("x", "dt", "z", "initial") if name in inputs}
+    for name in ("B", "C"):  # over blocks of channels
+        gradients[name] = sums[name].sum(0).astype(inputs[name].dtype)
+    for name in ("A", "D", "dt_bias"):  # over rows and segments
+        if name in inputs:
+            gradients[name] = sums[name].sum((0, 1))
+    if "drop" in inputs:  # a reset is a fact, not a quantity
+        gradients["drop"] = jnp.zeros_like(inputs["drop"])
+    return (gradients,)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _run_forward(options: _Options, inputs: Arrays, save: bool) -> Arrays:
+    plan = options.plan
+    b, t, e = inputs["x"].shape
+    tile = plan.forward.fit(e)
+    walk = Walk.divide(t, plan.chunk_tokens, tile.group_tokens, plan.forward_segments)
+    common = {"softplus": options.softplus, "interpret": options.interpret}
+    inputs = dict(inputs)
+    initial_ben = inputs.pop("initial", None)
+    if walk.segments > 1:
+        if initial_ben is None:
+            initial_ben = jnp.zeros((b, *inputs["A"].shape), jnp.float32)
+        ends = forward.ends(inputs, walk, tile, **common)
+        inputs["edge"] = split.segment_starts(ends, initial_ben, inputs, walk)
+    elif initial_ben is not None:
+        inputs["edge"] = initial_ben[:, None]
+    return forward.scan(inputs, walk, tile, save=save, **common)
+
+
+def _run_backward(options: _Options, inputs: Arrays) -> Arrays:
+    plan = options.plan
+    _, t, e = inputs["x"].shape
+    tile = plan.backward.fit(e)
+    walk = Walk.divide(t, plan.chunk_tokens, tile.group_tokens, plan.backward_segments)
+    common = {"softplus": options.softplus, "interpret": options.interpret}
+    inputs = {name: value for name, value in inputs.items() if name != "initial"}
+    dfinal_ben = inputs.pop("final")
+    if walk.segments > 1:
+        ends = backward.ends(inputs, walk, tile, **common)
+        inputs["edge"] = split.segment_edges(ends, dfinal_ben, inputs, walk)
+    else:
+        inputs["edge"] = dfinal_ben[:, None]
+    return backward.scan(inputs, walk, tile, **common)

@@ -1,0 +1,47 @@
+"""The sequence in segments: what flows from one into the next.
+
+A segment maps the state before it to exp(A ΣΔ) h + (its end from zeros): so its end from zeros and
+the sum of its Δ are all that the others need to know of it. The same holds for gradients, backwards.
+
+Shapes: b batch, t time, e d_inner, n d_state, s segment.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays
+from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+
+
+def segment_starts(ends: Arrays, initial_ben: jax.Array, inputs: Arrays, walk: Walk) -> jax.Array:
+    """Returns the state before each segment (b, s, e, n), given ``forward.ends``."""
+    decay_bsen = _decays(ends, inputs, walk, first=0)
+    states = [initial_ben]
+    for s in range(walk.segments - 1):
+        states.append(decay_bsen[:, s] * states[-1] + ends["end"][:, s])
+    return jnp.stack(states, axis=1)
+
+
+def segment_edges(ends: Arrays, final_ben: jax.Array, inputs: Arrays, walk: Walk) -> jax.Array:
+    """Returns the gradient of the state after each segment (b, s, e, n), given ``backward.ends``.
+
+    ``final_ben`` is the gradient of the final state.
+    """
+    decay_bsen = _decays(ends, inputs, walk, first=1)
+    gradients = [final_ben]
+    for s in reversed(range(walk.segments - 1)):
+        gradients.append(decay_bsen[:, s] * gradients[-1] + ends["end"][:, s])
+    return jnp.stack(gradients[::-1], axis=1)
+
+
+def _decays(ends: Arrays, inputs: Arrays, walk: Walk, first: int) -> jax.Array:
+    """exp(A ΣΔ) of the segments from ``first`` on, one less than there are; 0 with a reset in it."""
+    decay_bsen = jnp.exp(ends["step_sum"][..., None] * inputs["A"])
+    if "drop" not in inputs:
+        return decay_bsen
+    size, count = walk.segment_tokens, walk.segments - 1
+    drop_bt = inputs["drop"]
+    spare = max(0, (first + count) * size - drop_bt.shape[1])  # the last segment may be shorter
+    drop_bt = jnp.pad(drop_bt, ((0, 0), (0, spare)))[:, first * size : (first + count) * size]
+    dropped_bs = drop_bt.reshape(-1, count, size).min(-1) < 0
+    return jnp.where(dropped_bs[:, :, None, None], 0, decay_bsen)
