@@ -1,0 +1,138 @@
+"""A whole training step against transformers' Mamba and a Transformer in JAX.
+
+The same tokens, AdamW and clipping for all; float32 on a CPU, bfloat16 matmuls on an accelerator,
+where the length grows while the tokens of a step stay the same: that shows where Mamba wins and
+where it does not. On a CPU peak memory is that of a process per candidate (``peak_rss_bytes``,
+libraries included); on a GPU that of its program.
+"""
+
+import functools
+from typing import Any
+
+from benchmarks import harness, workloads
+from benchmarks.harness import Candidate, Check, Context, Row
+from benchmarks.peers import gpt2, transformers_mamba
+from benchmarks.peers.transformers_mamba import MAMBAPY, SLOW
+from benchmarks.report import case_key, ratio
+
+BASELINE = "mamba_jax"
+TRANSFORMER, TRANSFORMER_REMAT = "Transformer in JAX", "Transformer in JAX, remat"
+SLOW_PATH_SECS = 130.0  # of one step on a CPU; beyond, its time is known from below
+LONGEST_SLOW_PATH = 2048  # tokens, on a GPU
+TIMES_FASTER = {MAMBAPY: 5.0, SLOW: 40.0}  # promised on one CPU core
+MEMORY_SHARE = 0.5  # promised of the peer with mambapy
+
+
+def cases(context: Context) -> list[dict[str, Any]]:
+    """Guide sizes, small first, over the length."""
+    if context.platform == "cpu":
+        shape = {"B": 1, "L": 128} if context.quick else {"B": 2, "L": 512}
+        return [{"size": "small", **shape}]
+    lengths = (512, 2048) if context.quick else (2048, 8192, 32768, 512)
+    sizes = ("small",) if context.quick else ("small", "medium")
+    return [{"size": s, "B": 32768 // t, "L": t} for s in sizes for t in lengths]
+
+
+def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
+    """Ours, transformers' two ways, and the Transformer."""
+    model, batch, length = workloads.model_of(case["size"]), case["B"], case["L"]
+    tokens = workloads.windows(batch, length, model.vocab_size)
+    on_cpu = context.platform == "cpu"
+
+    def peer(use_mambapy: bool) -> harness.Prepared:
+        if not (use_mambapy or on_cpu) and length > LONGEST_SLOW_PATH:
+            raise harness.NotMeasured(f"its loop over more than {LONGEST_SLOW_PATH} tokens is slow")
+        return transformers_mamba.prepare_train_step(
+            model, tokens, context, use_mambapy=use_mambapy
+        )
+
+    def transformer(remat: bool) -> harness.Prepared:
+        return gpt2.prepare_train_step(gpt2.config_like(model, context, remat=remat), tokens)
+
+    ours = functools.partial(workloads.prepare_train_step, model, batch, length)
+    found = [
+        Candidate(BASELINE, ours),
+        Candidate(TRANSFORMER, functools.partial(transformer, False)),
+        Candidate(MAMBAPY, functools.partial(peer, True)),
+        Candidate(SLOW, functools.partial(peer, False), SLOW_PATH_SECS if on_cpu else 0.0),
+    ]
+    if not on_cpu:  # there we too make activations again
+        found.insert(2, Candidate(TRANSFORMER_REMAT, functools.partial(transformer, True)))
+    return found
+
+
+def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
+    """Measures one size and length."""
+    found = candidates(case, context)
+    on_cpu = context.platform == "cpu"
+    harness.measure(
+        found,
+        case,
+        rows,
+        rounds=20 if not on_cpu else 3 if context.quick else 5,
+        candidate_secs=60.0 if on_cpu else 5.0,
+        deadline=context.deadline,
+    )
+    harness.measure_isolated("train", found, case, rows, context, memory=on_cpu)
+    workloads.add_token_rates(rows, case, case["B"] * case["L"])
+
+
+def checks(rows: list[Row], context: Context) -> list[Check]:
+    """The promises for one CPU core, at the full shape."""
+    if context.platform != "cpu" or context.quick:
+        return []
+    by_name = {row.name: row for row in rows}
+    ours, found = by_name.get(BASELINE), []
+    for name, least in TIMES_FASTER.items():
+        row, claim = by_name.get(name), f"a step is ≥ {least:g} × as fast as {name}'s"
+        times = ratio(row, ours) if row and ours else None
+        if times is None:
+            found.append(Check(claim, None, ""))
+        else:
+            detail = f"{'At least ' if row.at_least else ''}{times:.1f} ×"
+            # A step that was stopped proves a ratio reached, but not one missed.
+            missed = None if row.at_least else False
+            found.append(Check(claim, True if times >= least else missed, detail))
+    claim = f"peak memory is ≤ {MEMORY_SHARE} of {MAMBAPY}'s"
+    peaks = [row.metrics.get("peak_rss_bytes") for row in (ours, by_name.get(MAMBAPY)) if row]
+    if len(peaks) < 2 or None in peaks:
+        return [*found, Check(claim, None, "")]
+    share = peaks[0] / peaks[1]
+    return [*found, Check(claim, share <= MEMORY_SHARE, f"{share:.2f}")]
+
+
+def draw(rows: list[Row], figure: Any) -> None:
+    """Tokens per second and memory: bars for one case, lines over the length for several."""
+    plots = figure.subplots(1, 2)
+    memory = (
+        "peak_rss_bytes" if any("peak_rss_bytes" in r.metrics for r in rows) else "program_bytes"
+    )
+    titles = ("tokens per second", f"{memory.removesuffix('_bytes').replace('_', ' ')} memory (MB)")
+    sizes = list(dict.fromkeys(case_key({"size": row.case["size"]}) for row in rows))
+    for plot, key, factor, title in zip(
+        plots, ("tokens_per_sec", memory), (1.0, 1e-6), titles, strict=True
+    ):
+        for size in sizes:
+            for name in dict.fromkeys(row.name for row in rows):
+                mine = sorted(
+                    
+                        (row.case["L"], row.metrics[key] * factor)
+                        for row in rows
+                        if row.name == name
+                        and case_key({"size": row.case["size"]}) == size
+                        and key in row.metrics
+                    
+                )
+                if len({row.case["L"] for row in rows}) > 1:
+                    style = "-" if size == sizes[0] else ":"
+                    plot.plot(
+                        *zip(*mine, strict=True), style, marker="o", label=f"{name}, {size}"
+                    ) if mine else None
+                elif mine:
+                    plot.barh(name, mine[0][1])
+                    plot.text(mine[0][1], name, f" {mine[0][1]:,.0f}", va="center")
+        plot.set_title(title)
+    if len({row.case["L"] for row in rows}) > 1:
+        plots[0].set(xscale="log", yscale="log", xlabel="tokens in a sequence")
+        plots[1].set(xscale="log", yscale="log", xlabel="tokens in a sequence")
+        plots[0].legend(fontsize=7)
