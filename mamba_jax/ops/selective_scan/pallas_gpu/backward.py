@@ -39,20 +39,20 @@ def scan(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
 
     Returns:
       ``x``, ``dt``, ``z``: gradients in their input's dtype. Float32 sums: ``B``, ``C``
-      (j, b, t, n), ``A`` (b, s, e, n), ``D``, ``dt_bias`` (b, s, e), ``initial`` (b, e, n).
+      (b, j, t, n), ``A`` (b, s, e, n), ``D``, ``dt_bias`` (b, s, e), ``initial`` (b, e, n).
     """
     b, t, e = inputs["x"].shape
     n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments
     like = lambda name: jax.ShapeDtypeStruct((b, t, e), inputs[name].dtype)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     along = pl.BlockSpec((None, t, block), lambda b, j, s: (b, 0, j))
-    partial = pl.BlockSpec((None, None, t, n), lambda b, j, s: (j, b, 0, 0))
+    partial = pl.BlockSpec((None, None, t, n), lambda b, j, s: (b, j, 0, 0))
     groups = -(-walk.chunk_tokens // walk.group_tokens)
     outputs = {
         "x": (along, like("x")),
         "dt": (along, like("dt")),
-        "B": (partial, float32(e // block, b, t, n)),
-        "C": (partial, float32(e // block, b, t, n)),
+        "B": (partial, float32(b, e // block, t, n)),
+        "C": (partial, float32(b, e // block, t, n)),
         "A": (shell.segment_states(block, n), float32(b, s, e, n)),
         "initial": (
             pl.BlockSpec((None, block, n), lambda b, j, s: (b, j, 0)),

@@ -22,8 +22,8 @@ def scan(
 
     Args:
       inputs: ``x``, ``dt``, ``A``, ``B``, ``C`` and, where wanted, ``D``, ``z``, ``dt_bias`` and
-        ``drop`` as (b, t) float32 (see ``shell.DROP``); ``edge`` (b, s, e, n): the state before each
-        segment, absent for one segment that starts from zeros.
+        ``drop`` as (b, t) float32 (see ``shell.DROP``); ``edge`` (b, s, e, n): the state before
+        each segment, absent for one segment that starts from zeros.
       walk: the division of time.
       tile: the shape of a program; its block divides e.
       softplus: whether Δ = softplus(dt + dt_bias).
@@ -63,8 +63,8 @@ def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
     """Runs every segment but the last from zeros: what ``split.segment_starts`` joins.
 
     Returns:
-      ``end`` (b, s - 1, e, n), the state after each segment, and ``step_sum`` (b, s - 1, e), the sum
-      of its Δ; both float32.
+      ``end`` (b, s - 1, e, n), the state after each segment, and ``step_sum`` (b, s - 1, e), the
+      sum of its Δ; both float32.
     """
     names = ("x", "dt", "A", "B", "dt_bias", "drop")
     inputs = {name: inputs[name] for name in names if name in inputs}

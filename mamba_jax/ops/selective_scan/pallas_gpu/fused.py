@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba_jax.ops.selective_scan.pallas_gpu import backward, forward, split, tuning
+from mamba_jax.ops.selective_scan.pallas_gpu.partition import by_rows
 from mamba_jax.ops.selective_scan.pallas_gpu.shell import DROP, Arrays
 from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
 
@@ -81,7 +82,7 @@ def scan(
         "drop": None if reset_bt is None else jnp.where(reset_bt, jnp.float32(DROP), 0.0),
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    plan = plan or tuning.choose(b, t, e, n)
+    plan = plan or tuning.choose(b, t, e)
     return _scan(_Options(plan, dt_softplus, interpret), inputs)
 
 
@@ -94,24 +95,25 @@ class _Options:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(options: _Options, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
-    results = _run_forward(options, inputs, save=False)
+    results = by_rows(functools.partial(_run_forward, options, save=False), inputs)
     return results["y"], results["final"]
 
 
 def _scan_forward(options: _Options, inputs: Arrays):
-    results = _run_forward(options, inputs, save=True)
+    results = by_rows(functools.partial(_run_forward, options, save=True), inputs)
     return (results["y"], results["final"]), (inputs, results["starts"])
 
 
 def _scan_backward(options: _Options, saved: tuple, cotangents: tuple) -> tuple[Arrays]:
     inputs, starts_bken = saved
     dy_bte, dfinal_ben = cotangents
-    sums = _run_backward(
-        options, {**inputs, "starts": starts_bken, "dy": dy_bte, "final": dfinal_ben}
+    sums = by_rows(
+        functools.partial(_run_backward, options),
+        {**inputs, "starts": starts_bken, "dy": dy_bte, "final": dfinal_ben},
     )
     gradients = {name: sums[name] for name in ("x", "dt", "z", "initial") if name in inputs}
     for name in ("B", "C"):  # over blocks of channels
-        gradients[name] = sums[name].sum(0).astype(inputs[name].dtype)
+        gradients[name] = sums[name].sum(1).astype(inputs[name].dtype)
     for name in ("A", "D", "dt_bias"):  # over rows and segments
         if name in inputs:
             gradients[name] = sums[name].sum((0, 1))
@@ -123,7 +125,7 @@ def _scan_backward(options: _Options, saved: tuple, cotangents: tuple) -> tuple[
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _run_forward(options: _Options, inputs: Arrays, save: bool) -> Arrays:
+def _run_forward(options: _Options, inputs: Arrays, *, save: bool) -> Arrays:
     plan = options.plan
     b, t, e = inputs["x"].shape
     tile = plan.forward.fit(e)

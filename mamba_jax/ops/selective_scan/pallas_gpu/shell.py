@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import LOG2_E, Math
-from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
 
 # Added to the exponent of a decay, it makes the decay exactly 0: what came before is dropped. It
 # is finite, lest it meet an infinity.
@@ -36,8 +35,8 @@ class Tile:
       num_warps: warps that share a program's channels.
     """
 
-    block_channels: int = 32
-    group_tokens: int = 4
+    block_channels: int
+    group_tokens: int
     num_warps: int = 1
 
     def fit(self, channels: int) -> "Tile":

@@ -1,7 +1,7 @@
 """The sequence in segments: what flows from one into the next.
 
 A segment maps the state before it to exp(A ΣΔ) h + (its end from zeros): so its end from zeros and
-the sum of its Δ are all that the others need to know of it. The same holds for gradients, backwards.
+the sum of its Δ are all that the others need to know of it. So it is with gradients, backwards.
 
 Shapes: b batch, t time, e d_inner, n d_state, s segment.
 """
@@ -35,7 +35,7 @@ def segment_edges(ends: Arrays, final_ben: jax.Array, inputs: Arrays, walk: Walk
 
 
 def _decays(ends: Arrays, inputs: Arrays, walk: Walk, first: int) -> jax.Array:
-    """exp(A ΣΔ) of the segments from ``first`` on, one less than there are; 0 with a reset in it."""
+    """exp(A ΣΔ) of the segments from ``first`` on but one; 0 for those with a reset in them."""
     decay_bsen = jnp.exp(ends["step_sum"][..., None] * inputs["A"])
     if "drop" not in inputs:
         return decay_bsen

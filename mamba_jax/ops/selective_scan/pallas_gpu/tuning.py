@@ -1,18 +1,139 @@
-"""Which tiles to use."""
+"""Which tiles and how many segments: a small table, a row for each card.
+
+The table beside this file can be overridden, card by card, by a file that
+``python -m mamba_jax.autotune`` writes: ``user_table_path()``. Both are read once.
+
+Shapes: b batch, t time, e d_inner.
+"""
 
 import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
 
 from mamba_jax.ops.selective_scan.pallas_gpu.shell import Tile
+
+DEFAULT_CARD = "default"
+
+# Fewer tokens in a segment are not worth the kernel that joins segments.
+MIN_SEGMENT_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """How to run one direction.
+
+    Attributes:
+      tile: the shape of a program.
+      warps_per_scheduler: where rows and channels alone give each of the card's warp schedulers
+        less than half of these, the sequence is split until they have them. 0: never.
+    """
+
+    tile: Tile
+    warps_per_scheduler: int
+
+    def segments(self, b: int, t: int, e: int, schedulers: int) -> int:
+        """Returns the segments for a scan: a power of two."""
+        warps = b * e // self.tile.fit(e).block_channels * self.tile.num_warps
+        wanted = self.warps_per_scheduler * schedulers
+        segments = 1
+        while warps * segments * 2 <= wanted and t >= 2 * segments * MIN_SEGMENT_TOKENS:
+            segments *= 2
+        return segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the table knows of a card.
+
+    Attributes:
+      measured: whether the choice was timed on the card, or is arithmetic.
+      schedulers: warp schedulers of the card: four for each multiprocessor.
+      chunk_tokens: tokens for each state that the forward saves for the backward.
+      forward: how to run the scan.
+      backward: how to run its adjoint.
+    """
+
+    measured: bool
+    schedulers: int
+    chunk_tokens: int
+    forward: Pass
+    backward: Pass
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    forward: Tile = Tile()
-    backward: Tile = Tile()
-    chunk_tokens: int = 32
-    forward_segments: int = 1
-    backward_segments: int = 1
+    """What one scan does."""
+
+    chunk_tokens: int
+    forward: Tile
+    backward: Tile
+    forward_segments: int
+    backward_segments: int
 
 
-def choose(b, t, e, n) -> Plan:
-    return Plan()
+def choose(b: int, t: int, e: int) -> Plan:
+    """Returns the plan for a scan of b rows, t tokens and e channels on this machine's GPU."""
+    return plan_for(table().get(this_card(), table()[DEFAULT_CARD]), b, t, e)
+
+
+def plan_for(row: Row, b: int, t: int, e: int) -> Plan:
+    """Returns the plan that a row of the table means."""
+    return Plan(
+        chunk_tokens=row.chunk_tokens,
+        forward=row.forward.tile,
+        backward=row.backward.tile,
+        forward_segments=row.forward.segments(b, t, e, row.schedulers),
+        backward_segments=row.backward.segments(b, t, e, row.schedulers),
+    )
+
+
+def this_card() -> str:
+    """Returns the name of the first GPU, such as "NVIDIA H200", or "default" without one."""
+    device = jax.devices()[0]
+    return device.device_kind if device.platform == "gpu" else DEFAULT_CARD
+
+
+def user_table_path() -> pathlib.Path:
+    """Returns where ``autotune`` writes and this module looks."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "mamba_jax" / "selective_scan_tuning.json"
+
+
+@functools.cache
+def table() -> dict[str, Row]:
+    """Returns the rows by card.
+
+    Raises:
+      ValueError: if the user's file is not such a table; the message names it.
+    """
+    rows = read(pathlib.Path(__file__).with_suffix(".json"))
+    path = user_table_path()
+    return rows | read(path) if path.is_file() else rows
+
+
+def read(path: pathlib.Path) -> dict[str, Row]:
+    """Reads a table. Raises: ValueError, naming the file, if it is damaged."""
+    try:
+        return {card: _parse(row) for card, row in json.loads(path.read_text()).items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a tuning table ({type(error).__name__}: {error}); delete it, or make "
+            "it again: python -m mamba_jax.autotune"
+        ) from error
+
+
+def write(path: pathlib.Path, rows: dict[str, Row]) -> None:
+    """Writes a table that ``read`` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({card: dataclasses.asdict(row) for card, row in rows.items()}, indent=2)
+    path.write_text(text + "\n")
+
+
+def _parse(row: dict[str, Any]) -> Row:
+    one = lambda values: Pass(**(values | {"tile": Tile(**values["tile"])}))
+    return Row(**(row | {"forward": one(row["forward"]), "backward": one(row["backward"])}))

@@ -53,10 +53,8 @@ class Walk:
         """
         whole, rest = divmod(self.tokens, self.chunk_tokens)
         first = segment * self.chunks_per_segment
-        if self.segments == 1:
-            last = whole
-        else:
-            last = jnp.minimum(first + self.chunks_per_segment, whole)
+        end = first + self.chunks_per_segment
+        last = whole if self.segments == 1 else jnp.minimum(end, whole)
 
         def the_rest(carry: Any) -> Any:
             if not rest:

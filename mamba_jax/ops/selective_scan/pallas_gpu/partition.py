@@ -1,0 +1,76 @@
+"""Rows on several devices: each device runs the kernels on its own rows.
+
+XLA cannot look into a kernel, so it would gather the whole batch on every device. Here it is told
+that the leading axis, where an array has it, may be divided, and no other.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays
+
+# The inputs that every row shares; all others, and all outputs, have the rows on their first axis.
+SHARED = ("A", "D", "dt_bias")
+
+
+def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
+    """Returns ``function(inputs)``, computed where the rows lie.
+
+    Args:
+      function: works on any number of rows, each for itself.
+      inputs: arrays with the rows on the first axis, but for ``SHARED``.
+    """
+    names = tuple(inputs)
+    results = jax.eval_shape(function, inputs)
+
+    @custom_partitioning
+    def run(*arrays):
+        return tuple(function(dict(zip(names, arrays, strict=True))).values())
+
+    def partition(mesh, argument_shapes, result_shapes):
+        rows = argument_shapes[names.index("x")].sharding.spec[0]
+        divided = lambda name: None if name in SHARED else rows
+        place = lambda axis: NamedSharding(mesh, PartitionSpec(axis))
+        return (
+            mesh,
+            lambda *arrays: run.fun(*arrays),
+            tuple(place(rows) for _ in result_shapes),
+            tuple(place(divided(name)) for name in names),
+        )
+
+    rule, others = _sharding_rule(inputs, results)
+    run.def_partition(
+        partition,
+        # For the older of XLA's two partitioners, which asks this instead of reading the rule.
+        infer_sharding_from_operands=functools.partial(_infer, names.index("x")),
+        sharding_rule=rule,
+        need_replication_factors=others,
+    )
+    return dict(zip(results, run(*inputs.values()), strict=True))
+
+
+def _infer(x_index: int, mesh, argument_shapes, result_shapes):
+    rows = argument_shapes[x_index].sharding.spec[0]
+    return tuple(NamedSharding(mesh, PartitionSpec(rows)) for _ in result_shapes)
+
+
+def _sharding_rule(
+    inputs: Arrays, results: dict[str, jax.ShapeDtypeStruct]
+) -> tuple[str, tuple[str, ...]]:
+    """Returns the rule in einsum-like notation, and the factors that may not be divided."""
+    others = []
+
+    def axes(shared: bool, ndim: int) -> str:
+        names = [] if shared else ["rows"]
+        while len(names) < ndim:
+            others.append(f"axis{len(others)}")
+            names.append(others[-1])
+        return " ".join(names)
+
+    operands = [axes(name in SHARED, value.ndim) for name, value in inputs.items()]
+    outputs = [axes(False, value.ndim) for value in results.values()]
+    return f"{', '.join(operands)} -> {', '.join(outputs)}", tuple(others)
