@@ -39,7 +39,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     dtype: str = "auto"  # of matmuls: "bfloat16", "float32"; "auto": float32 on CPU, else bfloat16
-    remat: str = "auto"  # "none", "dots", "full"; "auto": none on CPU, else full
+    remat: str = "auto"  # "none", "dots", "full"; "auto": dots on CPU, else full
     scan: str = "auto"  # an implementation of ops.selective_scan
     # Hybrid Recursive Mamba only. Each part can be switched off for an ablation.
     recursion_depth: int = 3  # steps of the shared processor; 0: no recursion
@@ -84,7 +84,7 @@ class TrainingConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
-    loss_chunk_tokens: int = 1_024  # logits are made for this many tokens at a time
+    loss_chunk_tokens: int = 0  # logits are made for so many tokens at a time; 0: by device
     skip_spikes: float = 0.0  # skip a step whose gradient norm exceeds this × its mean; 0: never
     max_gradient_norm: float = 1e4  # above it the run stops as diverged
     log_steps: int = 10
@@ -330,7 +330,7 @@ _CHOICES = {
     "model.family": ("mamba", "hybrid"),
     "model.dtype": ("auto", "bfloat16", "float32"),
     "model.remat": ("auto", "none", "dots", "full"),
-    "model.scan": ("auto", "reference", "chunked", "sequential"),
+    "model.scan": ("auto", "reference", "sequential", "associative", "chunked"),
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
 }
@@ -348,7 +348,6 @@ _POSITIVE = (
     "training.max_steps",
     "training.gradient_clip",
     "training.adam_eps",
-    "training.loss_chunk_tokens",
     "training.max_gradient_norm",
     "training.log_steps",
     "training.save_steps",
@@ -365,6 +364,7 @@ _NOT_NEGATIVE = (
     "model.recursion_depth",
     "model.attention_head_size",
     "training.warmup_steps",
+    "training.loss_chunk_tokens",
     "training.weight_decay",
     "training.skip_spikes",
     "training.eval_windows",

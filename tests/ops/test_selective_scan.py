@@ -326,7 +326,7 @@ def test_same_inputs_twice_give_the_same_bits(implementation):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@fast
+@pytest.mark.parametrize("implementation", ["sequential", "chunked"])
 def test_gradient_memory_is_linear_and_without_the_states(implementation):
     """O(B·L·D): a token and channel costs a few floats, far fewer than its n = 32 states."""
     n, e = 32, 64
@@ -368,7 +368,9 @@ def test_auto_is_sequential_on_cpu_and_chunked_elsewhere(monkeypatch):
 
 def test_wrong_arguments_are_named():
     arguments = make_arguments(Case(t=3))
-    with pytest.raises(ValueError, match=r'"paralel".*auto, reference, chunked, sequential'):
+    with pytest.raises(
+        ValueError, match=r'"paralel".*auto, reference, sequential, associative, chunked'
+    ):
         selective_scan(**arguments, implementation="paralel")
     with pytest.raises(TypeCheckError, match="B_btn"):
         selective_scan(**arguments | {"B_btn": arguments["B_btn"][:, :2]})

@@ -3,17 +3,15 @@
 Shapes: b batch, t time, e d_inner, n d_state.
 """
 
+import importlib
+
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mamba_jax.ops.selective_scan import chunked, reference, sequential
+from mamba_jax.ops.selective_scan import reference
 
-IMPLEMENTATIONS = {
-    "reference": reference.scan,
-    "chunked": chunked.scan,
-    "sequential": sequential.scan,
-}
+# Each is the ``scan`` of the module of its name, which is imported when it is first used.
+IMPLEMENTATIONS = ("reference", "sequential", "associative", "chunked")
 
 
 def selective_scan(
@@ -30,6 +28,7 @@ def selective_scan(
     initial_state_ben: Float[Array, "b e n"] | None = None,
     reset_bt: Bool[Array, "b t"] | None = None,
     implementation: str = "auto",
+    interpret: bool = False,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """Runs a diagonal state space whose step size, input and output vary with the token.
 
@@ -73,33 +72,24 @@ def selective_scan(
         raise ValueError(
             f'unknown selective_scan implementation "{implementation}": not in {names}'
         )
-    b, t, e = x_bte.shape
+    t = x_bte.shape[1]
     if t == 0:
         raise ValueError(f"selective_scan needs at least one token, got x of shape {x_bte.shape}")
-
+    module = importlib.import_module(f"mamba_jax.ops.selective_scan.{implementation}")
+    # A single token is decoding: a chunk of one would be up to 2.5 times slower.
+    scan = reference.one_token if t == 1 else module.scan
     with jax.named_scope("selective_scan"):
-        dtype = jnp.result_type(jnp.float32, x_bte, dt_bte, A_en, B_btn, C_btn)
-        dt_bte, A_en = dt_bte.astype(dtype), A_en.astype(dtype)
-        if dt_bias_e is not None:
-            dt_bte += dt_bias_e.astype(dtype)
-        if dt_softplus:
-            dt_bte = jax.nn.softplus(dt_bte)
-        if initial_state_ben is None:
-            state_ben = jnp.zeros((b, e, A_en.shape[1]), dtype)
-        else:
-            state_ben = initial_state_ben.astype(dtype)
-
-        if t == 1:  # decoding: a chunk of one token would be up to 2.5 times slower
-            token = (x_bte[:, 0], dt_bte[:, 0], A_en, B_btn[:, 0], C_btn[:, 0])
-            reset_b = None if reset_bt is None else reset_bt[:, 0]
-            y_be, state_ben = reference.advance(state_ben, *token, reset_b)
-            y_bte = y_be[:, None]
-        else:
-            core = IMPLEMENTATIONS[implementation]
-            y_bte, state_ben = core(x_bte, dt_bte, A_en, B_btn, C_btn, state_ben, reset_bt)
-
-        if D_e is not None:
-            y_bte += D_e.astype(dtype) * x_bte.astype(dtype)
-        if z_bte is not None:
-            y_bte *= jax.nn.silu(z_bte.astype(dtype))
-        return y_bte.astype(x_bte.dtype), state_ben
+        return scan(
+            x_bte,
+            dt_bte,
+            A_en,
+            B_btn,
+            C_btn,
+            D_e=D_e,
+            z_bte=z_bte,
+            dt_bias_e=dt_bias_e,
+            dt_softplus=dt_softplus,
+            initial_state_ben=initial_state_ben,
+            reset_bt=reset_bt,
+            interpret=interpret,
+        )

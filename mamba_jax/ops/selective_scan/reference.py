@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mamba_jax.ops.selective_scan.contract import complete
 
+
+@complete
 def scan(
     x_bte: Float[Array, "b t e"],
     dt_bte: Float[Array, "b t e"],
@@ -19,8 +22,7 @@ def scan(
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """Runs ``advance`` over the tokens. Its gradient stores every state: O(B·L·D·N) memory.
 
-    The contract of all cores: dt is positive already; dt, A and the initial state have the dtype to
-    compute in (float32), and so have both results; x, B and C may be narrower.
+    See ``contract.complete`` for the arguments.
     """
 
     def step(state_ben, token):
@@ -32,6 +34,18 @@ def scan(
     time_first = [None if v is None else jnp.moveaxis(v, 1, 0) for v in tokens]
     final_state_ben, y_tbe = lax.scan(step, initial_state_ben, time_first)
     return jnp.moveaxis(y_tbe, 0, 1), final_state_ben
+
+
+@complete
+def one_token(x_bte, dt_bte, A_en, B_btn, C_btn, initial_state_ben, reset_bt):
+    """The scan of a single token (t = 1), without a loop: a decoding step of every implementation.
+
+    See ``contract.complete`` for the arguments.
+    """
+    reset_b = None if reset_bt is None else reset_bt[:, 0]
+    token = (x_bte[:, 0], dt_bte[:, 0], A_en, B_btn[:, 0], C_btn[:, 0])
+    y_be, state_ben = advance(initial_state_ben, *token, reset_b)
+    return y_be[:, None], state_ben
 
 
 def advance(
