@@ -12,7 +12,7 @@ from mamba_jax.errors import UserError, command, did_you_mean
 COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
     "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
-    "report": ("mamba_jax.report", "tables about the project: the model sizes"),
+    "report": ("mamba_jax.report", "tables about the project: model sizes, FLOPs, a run's MFU"),
 }
 
 

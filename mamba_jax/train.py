@@ -34,6 +34,7 @@ examples:
   python -m mamba_jax.train --config=configs/small.py --config.training.max_steps=200
   python -m mamba_jax.train --config=configs/small.py --resume=auto    (go on where it stopped)
   python -m mamba_jax.train --resume=checkpoints/small/step_5000       (with its own config)
+  python -m mamba_jax.train --config=configs/small.py --profile        (traces steps 6 to 8)
 
 Every field of the config can be overridden; mamba_jax/config.py lists them with their defaults.
 Ctrl-C or SIGTERM: the step is finished and saved; a second Ctrl-C stops at once.
@@ -45,12 +46,13 @@ Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (told in one 
 _SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
 
 
-def run(config: RunConfig, resume: str = "") -> int:
+def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = None) -> int:
     """Trains, evaluates and saves as the config says.
 
     Args:
       config: of the run.
       resume: "" to start anew, "auto", or a folder: see ``resume.find_start``.
+      profile: steps to run before a trace begins, and steps to trace; None: no trace.
 
     Returns:
       The exit status: 0 done, 75 stopped by a signal and saved.
@@ -58,7 +60,6 @@ def run(config: RunConfig, resume: str = "") -> int:
     Raises:
       UserError: for whatever a user can mend.
     """
-    import jax
 
     from mamba_jax.data.pipeline import prepare
     from mamba_jax.generation.generate import generate_text
@@ -70,7 +71,8 @@ def run(config: RunConfig, resume: str = "") -> int:
     from mamba_jax.training.checkpoint_folder import FINAL, Metadata, find_latest, step_name
     from mamba_jax.training.evaluation import Evaluation, evaluate
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
-    from mamba_jax.training.monitor import Monitor
+    from mamba_jax.training.monitor import Monitor, find_hardware
+    from mamba_jax.training.profile import Profile, traced_steps
     from mamba_jax.training.state import abstract_state, init_state
     from mamba_jax.training.step import make_eval_step, make_train_step
 
@@ -83,6 +85,8 @@ def run(config: RunConfig, resume: str = "") -> int:
             monitor.say(f"nothing to do: {start.path} is complete at step {start.metadata.step}")
             print(summary_file.read_text(), end="")
             return 0
+        begun = start.metadata.step if start else 0
+        traced = (1, 0) if profile is None else traced_steps(*profile, begun, training.max_steps)
         resuming.check_writable(output_dir)
         _cache_compilations(config)
         mesh = make_mesh(config.parallel)
@@ -114,14 +118,15 @@ def run(config: RunConfig, resume: str = "") -> int:
         )
         keep = {"keep_last": training.keep_last, "keep_every": training.keep_every}
         parameters = parameter_count(config.model)
-        device = f"{mesh.size} × {jax.devices()[0].device_kind}"
+        hardware = find_hardware(config, mesh)
+        device = f"{hardware.device_count} × {hardware.device_kind}"
         if training.resolved_warmup_steps != training.warmup_steps:
             monitor.say(
                 f"training.warmup_steps={training.warmup_steps} would outlast the "
                 f"{training.max_steps} steps: warming up for {training.resolved_warmup_steps}"
             )
         monitor.say(f"{config.name}: {parameters.total:,} parameters on {device}; compiling …")
-        monitor.start(first_step, start.path.parent if start else None)
+        monitor.start(first_step, start.path.parent if start else None, hardware)
 
         def evaluated() -> Evaluation:
             windows = corpus.eval_batches(config.vram.batch_size, training.eval_windows)
@@ -145,10 +150,15 @@ def run(config: RunConfig, resume: str = "") -> int:
         late = loop.LateMetrics(monitor, training.max_gradient_norm, last_good)
         step, interrupted = first_step, False
         evaluation: Evaluation | None = None  # of this very step
-        with CheckpointWriter(output_dir, **keep, log=monitor.say) as writer:
+        with (
+            CheckpointWriter(output_dir, **keep, log=monitor.say) as writer,
+            Profile(*traced, monitor, late.drain) as profiler,
+        ):
             for step in range(first_step + 1, training.max_steps + 1):
-                state, metrics = train_step(state, next(batches))
+                with profiler.step(step):
+                    state, metrics = train_step(state, next(batches))
                 late.push(step, metrics)
+                profiler.dispatched(step)
                 writer.check()
                 is_last = step == training.max_steps
                 interrupted = bool(interrupts.received) and not is_last
@@ -202,6 +212,7 @@ def run(config: RunConfig, resume: str = "") -> int:
             steps=step,
             skipped_steps=sum(record.get("skipped", False) for record in records),
             tokens=samples_seen() * seq_len,
+            speed=monitor.speed_text(),
             train_loss=history.mean_recent_loss(records),
             evaluation=evaluation,
             unigram_nll=corpus.unigram_nll,
@@ -268,6 +279,21 @@ def main(argv: list[str]) -> int:
         help="go on from a checkpoint, from the newest of a folder, or from the newest in "
         "output_dir if there is one",
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps into the run's TensorBoard folder",
+    )
+    parser.add_argument(
+        "--profile_steps", metavar="N", type=int, default=3, help="steps to trace (default 3)"
+    )
+    parser.add_argument(
+        "--profile_start",
+        metavar="N",
+        type=int,
+        default=5,
+        help="steps to run before the trace, compilation among them (default 5)",
+    )
     for flag, field in _SHORT_FORMS.items():
         parser.add_argument(flag, metavar="VALUE", help=f"short for --config.{field}")
     arguments = parser.parse_args(rest)
@@ -280,7 +306,8 @@ def main(argv: list[str]) -> int:
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, StoppedEarly
 
     try:
-        return run(freeze(config), arguments.resume)
+        profile = (arguments.profile_start, arguments.profile_steps) if arguments.profile else None
+        return run(freeze(config), arguments.resume, profile)
     except StoppedEarly as signal:
         print(f"stopped by {signal} before the first step: nothing to save", file=sys.stderr)
         return EXIT_PREEMPTED
@@ -314,7 +341,7 @@ class _Parser(argparse.ArgumentParser):
             fields = [f"--config.{name}" for name in _field_names(default_config())]
             same_leaf = [field for field in fields if field.endswith("." + flag.lstrip("-"))]
             near = did_you_mean(flag, same_leaf) or did_you_mean(
-                flag, ["--config", "--resume", *_SHORT_FORMS, *fields]
+                flag, ["--config", "--resume", "--profile", *_SHORT_FORMS, *fields]
             )
             self.error(f"unknown flag {flag}{near}")
         return arguments

@@ -16,11 +16,12 @@ ALLOWED = {
     "ops": set(),
     "config": {"presets"},
     "modules": {"ops", "config"},
-    "models": {"modules", "ops", "config"},
+    "models": {"modules", "ops", "config", "presets"},
     "data": {"config"},
     "parallel": {"config"},
     "training": {"models", "ops", "parallel", "config"},
     "generation": {"models", "training", "config", "data"},
+    "estimator": {"models", "training", "parallel", "config"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import os
 import pathlib
 import resource
@@ -16,12 +17,45 @@ import tqdm
 
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError
+from mamba_jax.models.flops import model_flops
+from mamba_jax.models.language_model import matmul_dtype
+from mamba_jax.models.roofline import find_device, published
 from mamba_jax.training.evaluation import Evaluation
 from mamba_jax.training.history import History
 from mamba_jax.training.tensorboard import TensorBoard
 
 _MIB = 1024**2
 _LOG, _TENSORBOARD, _HISTORY = "the log file", "TensorBoard", "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What a run trains on, and what a token costs there."""
+
+    device_kind: str
+    device_count: int
+    model_flops: float  # per trained token
+    peak_flops_per_sec: float | None  # of all devices in matmuls; None: not known
+
+    def measures(self, tokens_per_sec: float) -> dict[str, float]:
+        """Returns ``tflops``, the model's per second, and ``mfu``, their share of the peak."""
+        flops_per_sec = self.model_flops * tokens_per_sec
+        measures = {"tflops": flops_per_sec / 1e12}
+        if self.peak_flops_per_sec is not None:
+            measures["mfu"] = flops_per_sec / self.peak_flops_per_sec
+        return measures
+
+
+def find_hardware(config: RunConfig, mesh: jax.sharding.Mesh) -> Hardware:
+    """Returns the devices of a mesh with their published peak, if they have one."""
+    device = mesh.devices.flat[0]
+    known = find_device(device.device_kind)
+    peak = None
+    if known is not None:
+        peaks = published(known, matmul_dtype(config.model).name)
+        peak = mesh.size * peaks.matmul_flops_per_sec
+    cost = model_flops(config.model, config.model.max_seq_len)
+    return Hardware(device.device_kind, mesh.size, cost, peak)
 
 
 class Monitor:
@@ -42,7 +76,9 @@ class Monitor:
         self._interval: collections.Counter[str] = collections.Counter()
         self._secs = 0.0  # of training in the interval
         self._clock: float | None = None
+        self._pauses = 0
         self._rate = 0.0  # tokens per second in the last whole interval
+        self._hardware: Hardware | None = None
 
     def open(self) -> None:
         """Opens the log file and the TensorBoard folder, once the run has not been refused.
@@ -109,13 +145,23 @@ class Monitor:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             self._to_log(f"warning: printing ended ({error}); training goes on")
 
-    def start(self, step: int, source: pathlib.Path | None) -> None:
+    @property
+    def folder(self) -> pathlib.Path:
+        """The run's own TensorBoard folder; the monitor must be open."""
+        assert self._tensorboard is not None
+        return self._tensorboard.folder
+
+    def start(
+        self, step: int, source: pathlib.Path | None, hardware: Hardware | None = None
+    ) -> None:
         """Opens ``metrics.jsonl`` and shows the bar.
 
         Args:
           step: that the run continues from; 0 at its beginning.
           source: the folder of the run that it continues, if any.
+          hardware: to tell FLOPs per second and record the rate with; None: neither.
         """
+        self._hardware = hardware
         self._history = History(pathlib.Path(self._config.output_dir), step, source)
         # On something that is not a terminal, a log's reader wants whole lines now and then. Some
         # terminals (a container's) claim a size of 0, on which tqdm would draw nothing.
@@ -141,11 +187,17 @@ class Monitor:
     def paused(self) -> Iterator[None]:
         """Keeps what is not training (an evaluation, a save) out of the rate of tokens.
 
-        The first time starts the clock when it ends, so that compilation is kept out as well.
+        The first time starts the clock when it ends, so that compilation is kept out as well. Of
+        pauses within pauses only the outermost counts.
         """
         self._stop_clock()
-        yield
-        self._clock = time.perf_counter()
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+        if not self._pauses:
+            self._clock = time.perf_counter()
 
     def _stop_clock(self) -> None:
         if self._clock is not None:
@@ -193,8 +245,18 @@ class Monitor:
 
     def _show(self, step: int, record: Mapping[str, float], aux: Mapping[str, np.ndarray]) -> None:
         interval, self._interval = self._interval, collections.Counter()
+        measures: dict[str, float] = {}
+        hardware = self._hardware
         if self._secs > 0 and interval["timed"]:
             self._rate = interval["tokens"] / self._secs
+            if hardware is not None:
+                measures = hardware.measures(self._rate)
+                self._record(
+                    step=step,
+                    tokens_per_sec=self._rate,
+                    device_kind=hardware.device_kind,
+                    device_count=hardware.device_count,
+                )
         secs_per_step = self._secs / max(interval["timed"], 1)
         self._secs = 0.0
         mean_loss = interval["loss"] / interval["steps"]
@@ -202,7 +264,7 @@ class Monitor:
         line = (
             f"step {step}/{last}  loss {mean_loss:.4f}  lr {record['learning_rate']:.3g}  "
             f"gradient norm {record['gradient_norm']:.3g}  {self._rate_text()}  "
-            f"ETA {_duration((last - step) * secs_per_step)}"
+            f"{_flops_text(measures)}ETA {_duration((last - step) * secs_per_step)}"
         )
         if self._bar is not None and self._bar.disable:
             self._print(line, sys.stderr)
@@ -213,6 +275,7 @@ class Monitor:
             "train/gradient_norm": record["gradient_norm"],
             "train/tokens_per_sec": self._rate,
             "device/memory_mib": device_memory_bytes() / _MIB,
+            **{f"train/{name}": value for name, value in measures.items()},
         }
         for layer, depth in enumerate(aux["depth_mean"] if aux else ()):
             scalars[f"depth/layer_{layer:02d}"] = float(depth)
@@ -242,6 +305,11 @@ class Monitor:
         for what, stream in ((_TENSORBOARD, self._tensorboard), (_HISTORY, self._history)):
             if stream is not None:
                 self.attempt(what, stream.flush)
+
+    def speed_text(self) -> str:
+        """Returns tokens and FLOPs per second of the last interval of steps."""
+        measures = self._hardware.measures(self._rate) if self._hardware and self._rate else {}
+        return f"{self._rate_text()}  {_flops_text(measures)}".strip()
 
     def _rate_text(self) -> str:
         return f"{self._rate:,.0f} tokens/s" if self._rate else "– tokens/s"
@@ -284,6 +352,12 @@ def _add_gates(board: TensorBoard, step: int, aux: Mapping[str, np.ndarray]) -> 
     for layer, shares_kh in enumerate(aux["gate_histogram"] if aux else ()):
         edges = np.linspace(0.0, 1.0, shares_kh.shape[-1] + 1).tolist()
         board.histogram(step, f"gate/layer_{layer:02d}", edges, shares_kh.mean(axis=0).tolist())
+
+
+def _flops_text(measures: Mapping[str, float]) -> str:
+    if "mfu" in measures:
+        return f"{measures['tflops']:.3g} TFLOP/s (MFU {measures['mfu']:.1%})  "
+    return f"{measures['tflops']:.3g} TFLOP/s  " if measures else ""
 
 
 def _duration(secs: float) -> str:

@@ -26,6 +26,7 @@ class Summary:
     steps: int
     skipped_steps: int
     tokens: int
+    speed: str  # in the last interval of steps
     train_loss: float  # mean of the last steps
     evaluation: Evaluation
     unigram_nll: float  # nats per token
@@ -46,6 +47,7 @@ class Summary:
                 f"{self.steps:,}, {self.tokens:,} tokens"
                 + (f", {skipped} skipped as spikes" if skipped else ""),
             ),
+            ("speed", self.speed),
             ("train loss", f"{self.train_loss:.4f} nats per token"),
             (
                 "eval loss",

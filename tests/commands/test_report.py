@@ -5,6 +5,9 @@ import json
 import pytest
 
 from mamba_jax import presets, report
+from mamba_jax.config import freeze, preset_config
+from mamba_jax.training.checkpoint_folder import Metadata, write_metadata
+from mamba_jax.training.history import History
 
 KEYS = [
     "name", "family", "d_model", "n_layers", "depth", "nominal", "parameters", "non_embedding",
@@ -64,3 +67,114 @@ def test_hybrids_cost_more_than_their_mamba(rows):
             mixers = layers * (6 * d * d + d)  # in_proj, out_proj and norm alone
             assert row["non_embedding"] > mixers, name
             assert row["parameters"] - row["non_embedding"] == 50257 * d, name
+
+
+# --- flops ----------------------------------------------------------------------------------------
+
+
+def flops_json(capsys, *flags):
+    assert report.main(["flops", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_flops_of_all_sizes(capsys):
+    rows = flops_json(capsys)
+    assert [row["name"] for row in rows] == list(presets.SIZES)
+    for row in rows:
+        hybrid = presets.SIZES[row["name"]].family == "hybrid"
+        assert ("recursion" in row["parts"]) == hybrid == ("scores, scale 4" in row["parts"])
+        total = row["total"]
+        assert total["training_flops"] == 3 * total["forward_flops"] < total["hardware_flops"]
+        assert total["weight_bytes"] == sum(part["weight_bytes"] for part in row["parts"].values())
+        assert "floor_secs" not in total  # no device was named
+    assert report.main(["flops"]) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    assert "windows of 2048 tokens" in header and "bfloat16" in header and "floor" not in header
+
+
+def test_flops_of_one_size_with_a_floor(capsys):
+    (row,) = flops_json(
+        capsys, "--size=small", "--device=h200", "--seq_len=512", "--batch=2", "--remat=none"
+    )
+    assert row["setting"]["seq_len"] == 512 and row["setting"]["batch_size"] == 2
+    assert row["device"] == {"name": "H200", "origin": "vendor-published"}
+    in_proj = row["parts"]["in_proj"]
+    # 6 layers, d 384: 3 × 2 × 4 d² FLOPs. Bytes: forward u, xz; backward u, du, dxz, each of 2;
+    # weights read twice in 2 bytes and their gradient written in 4, for 1,024 tokens.
+    flops = 6 * 3 * 2 * 4 * 384**2
+    moved = 6 * (2 * (3 * 384 + 2 * 4 * 384) + (2 + 2 + 4) * 4 * 384**2 / 1024)
+    assert in_proj["training_flops"] == in_proj["hardware_flops"] == flops
+    assert in_proj["weight_bytes"] + in_proj["activation_bytes"] == pytest.approx(moved)
+    assert in_proj["floor_secs"] == pytest.approx(max(flops / 989.4e12, moved / 4.8e12))
+    assert row["floor_tokens_per_sec"] == pytest.approx(1 / row["total"]["floor_secs"])
+    assert report.main(["flops", "--size=small", "--device=TPU-v5e"]) == 0
+    printed = capsys.readouterr().out
+    assert "vendor-published peaks of TPU-v5e" in printed and "tokens/s" in printed
+
+
+def finished_run(folder, kind="NVIDIA H200", count=2, rates=(5e5, 4e5, 1e3)):
+    """A run's folder as training leaves it: a checkpoint's config and the recorded rates."""
+    config = preset_config("small")
+    config.model.vocab_size = 50257
+    checkpoint = folder / "final"
+    checkpoint.mkdir(parents=True)
+    write_metadata(checkpoint, Metadata(freeze(config), 3, 96, "fingerprint"))
+    history = History(folder, 0)
+    history.append(step=1, loss=3.0)
+    for step, rate in enumerate(rates, 1):
+        history.append(step=step, tokens_per_sec=rate, device_kind=kind, device_count=count)
+    history.close()
+    return folder
+
+
+def test_flops_of_a_run(capsys, tmp_path):
+    folder = finished_run(tmp_path / "run")
+    result = flops_json(capsys, f"--run={folder}")
+    (row,) = flops_json(capsys, "--size=small")
+    # The median rate, against the peak of both cards.
+    model = 4e5 * row["total"]["training_flops"]
+    assert result["tokens_per_sec"] == 4e5
+    assert result["model_tflops_per_sec"] == pytest.approx(model / 1e12)
+    assert result["mfu"] == pytest.approx(model / (2 * 989.4e12))
+    assert result["hfu"] == pytest.approx(4e5 * row["total"]["hardware_flops"] / (2 * 989.4e12))
+    assert result["share_of_floor"] == pytest.approx(
+        4e5 * result["cost"]["total"]["floor_secs"] / 2
+    )
+    assert report.main(["flops", f"--run={folder}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"MFU {result['mfu']:.1%}" in printed and "H200, vendor-published" in printed
+
+
+def test_flops_of_a_run_on_a_device_without_published_peaks(capsys, tmp_path):
+    folder = finished_run(tmp_path / "run", kind="cpu", count=8)
+    result = flops_json(capsys, f"--run={folder}")
+    assert "mfu" not in result
+    assert report.main(["flops", f"--run={folder}"]) == 0
+    printed = capsys.readouterr().out
+    assert "--measure" in printed and "MFU " not in printed.split("for MFU")[0]
+    measured = flops_json(capsys, f"--run={folder}", "--measure")
+    assert measured["peak_of"] == "cpu, measured here" and measured["mfu"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--size=smal"], 'unknown model size "smal"; did you mean "small"?'),
+        (["--seq_len=0"], "--seq_len=0 must be at least 1"),
+        (["--batch=-2"], "--batch=-2 must be at least 1"),
+        (["--device=H20"], 'unknown --device "H20"; did you mean "h200"?'),
+        (["--device=H200", "--measure"], "exclude each other"),
+        (["--run=nowhere"], "--run=nowhere: the folder holds no checkpoint"),
+        (["--run=nowhere", "--dtype=float32"], "--dtype has no use with --run"),
+    ],
+)
+def test_flops_mistakes_are_one_line(flags, message, capsys):
+    assert report.main(["flops", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_flops_of_a_run_without_rates(tmp_path, capsys):
+    folder = finished_run(tmp_path / "run", rates=())
+    assert report.main(["flops", f"--run={folder}"]) == 2
+    assert "tells no rate of tokens" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 user gets wrong is one line."""
 
 import contextlib
+import gzip
 import json
 import os
 import pathlib
@@ -88,7 +89,11 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
         jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True
     ):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
-    assert history.read(one / history.NAME) == history.read(other / history.NAME)
+    measures = [
+        [record for record in history.read(run / history.NAME) if "tokens_per_sec" not in record]
+        for run in (one, other)
+    ]
+    assert measures[0] == measures[1]  # but for their speed
     assert read_metadata(one / "final").samples_seen == read_metadata(other / "final").samples_seen
 
 
@@ -460,3 +465,61 @@ def test_help_is_quick_and_shows_examples(capsys):
     assert "--config=configs/quickstart.py" in capsys.readouterr().out
     script = "import sys; from mamba_jax import train; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+# --- profile --------------------------------------------------------------------------------------
+
+
+def test_profile_writes_a_trace_of_its_steps(call, place, monkeypatch, capsys):
+    runs = place / "profile-runs"
+    output = f"--output_dir={place / 'profiled'}"
+    board = f"--config.tensorboard_dir={runs}"
+    # The evaluation and the save of step 3 and 4 fall into the trace.
+    assert call(output, board, "--profile", "--profile_start=1", "--profile_steps=3") == 0
+    told = capsys.readouterr().out
+    (trace,) = runs.glob("tiny_*/plugins/profile/*/perfetto_trace.json.gz")
+    assert str(trace.parent.relative_to(place)) in told and "pip install xprof" in told
+    assert list(trace.parent.glob("*.xplane.pb")), "TensorBoard's file is missing"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {
+        int(event["args"]["step_num"])
+        for event in events
+        if event.get("name") == "train" and "step_num" in event.get("args", {})
+    }
+    assert steps == {2, 3, 4}
+    # The device's own events, not the host's alone.
+    assert any("hlo_op" in event.get("args", {}) for event in events)
+    # What was traced was not timed: its steps are in no rate.
+    rated = [
+        r["step"] for r in history.read(place / "profiled/metrics.jsonl") if "device_kind" in r
+    ]
+    assert rated == [5, 6]
+    # The trace changes nothing of what is learnt.
+    assert call(f"--output_dir={place / 'unprofiled'}") == 0
+    assert_same_run(place / "profiled", place / "unprofiled")
+
+
+def test_profile_is_closed_by_an_interruption(call, place, monkeypatch, capsys):
+    runs = place / "interrupted-runs"
+    interrupt_at(monkeypatch, 1, signal.SIGINT)
+    flags = f"--output_dir={place / 'cut'}", f"--config.tensorboard_dir={runs}"
+    assert call(*flags, "--profile", "--profile_start=0", "--profile_steps=6") == 75
+    (trace,) = runs.glob("tiny_*/plugins/profile/*/perfetto_trace.json.gz")
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert "profile of the steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "would trace the steps 6 to 8, but the run ends at step 6"),
+        (["--profile_steps=0"], "--profile_steps=0 must be at least 1"),
+        (["--profile_start=-1"], "--profile_start=-1 must not be negative"),
+        (["--profile_start=x"], "--profile_start: invalid int value: 'x'"),
+    ],
+)
+def test_profile_that_cannot_be_is_refused_in_one_line(call, place, capsys, flags, message):
+    assert call(f"--output_dir={place / 'refused'}", "--profile", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (place / "refused").exists()

@@ -21,7 +21,7 @@ from mamba_jax.training.evaluation import Evaluation, evaluate
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.summary import Summary
 
-from .tiny_run import HYBRID
+from .tiny_run import HYBRID, one_device
 
 
 @pytest.fixture
@@ -303,6 +303,7 @@ def test_the_closing_block(tmp_path):
         steps=20,
         skipped_steps=2,
         tokens=5120,
+        speed="1,000 tokens/s  2 TFLOP/s (MFU 50.0%)",
         train_loss=1.25,
         evaluation=Evaluation(10.0, 4.0, 10.0),
         unigram_nll=3.0,
@@ -322,3 +323,54 @@ def test_the_closing_block(tmp_path):
         json.dumps(str(tmp_path / "curve.png"))[1:-1],
     ):
         assert fact in text
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def test_flops_per_second_and_mfu(config, tmp_path, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+    hardware = monitor.Hardware("NVIDIA H200", 2, model_flops=4e9, peak_flops_per_sec=16e12)
+    with Monitor(config) as shown:
+        shown.open()
+        shown.start(0, None, hardware)
+        take_step(shown, 1)
+        with shown.paused():
+            pass
+        now[0] += 0.5
+        take_step(shown, 2)  # 1000 tokens in half a second
+        with shown.paused():
+            with shown.paused():  # an evaluation while steps are traced
+                now[0] += 50
+            now[0] += 50
+            take_step(shown, 3)  # not timed
+        now[0] += 0.25
+        take_step(shown, 4)
+        assert shown.speed_text() == "4,000 tokens/s  16 TFLOP/s (MFU 100.0%)"
+    speeds = [r for r in history.read(tmp_path / "out/metrics.jsonl") if "tokens_per_sec" in r]
+    device = {"device_kind": "NVIDIA H200", "device_count": 2}
+    assert speeds == [
+        {"step": 2, "tokens_per_sec": 2000.0} | device,
+        {"step": 4, "tokens_per_sec": 4000.0} | device,
+    ]
+    assert "2,000 tokens/s  8 TFLOP/s (MFU 50.0%)  ETA" in capsys.readouterr().err
+    curves = {
+        (value.tag, event.step): value.simple_value
+        for event in read_events(tmp_path / "runs")
+        for value in event.summary.value
+    }
+    assert curves["train/tflops", 2] == pytest.approx(8.0)
+    assert curves["train/mfu", 4] == pytest.approx(1.0)
+
+
+def test_an_unknown_peak_gives_no_mfu(config):
+    hardware = monitor.find_hardware(config_of(config), one_device())
+    assert hardware.device_kind == "cpu" and hardware.device_count == 1
+    assert list(hardware.measures(1e3)) == ["tflops"]
+    assert hardware.measures(1e3)["tflops"] == pytest.approx(hardware.model_flops / 1e9)
+
+
+def config_of(config: RunConfig) -> RunConfig:
+    """The run with the model of the tests, whose vocabulary is set."""
+    return dataclasses.replace(config, model=HYBRID)

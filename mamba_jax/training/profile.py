@@ -1,0 +1,103 @@
+"""A trace of a few training steps, for TensorBoard and Perfetto."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+
+from mamba_jax.errors import UserError
+from mamba_jax.training.monitor import Monitor
+from mamba_jax.training.summary import program
+
+
+class Profile:
+    """Traces some steps of a run; a context manager, whose end closes a trace in progress.
+
+    While it traces, the clock of the training rate stands still: tracing slows the steps.
+    """
+
+    def __init__(self, first: int, last: int, monitor: Monitor, settle: Callable[[], None]):
+        """
+        Args:
+          first: step to trace first.
+          last: and last; before ``first``: none is traced.
+          monitor: is told where the trace lies; the trace joins its TensorBoard folder.
+          settle: waits for the steps dispatched and records them.
+        """
+        self._first, self._last = first, last
+        self._monitor = monitor
+        self._settle = settle
+        self._open: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Marks a step in the trace while it is dispatched."""
+        if step == self._first <= self._last:
+            self._settle()  # the step before is not to be seen in the trace
+            self._start()
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def dispatched(self, step: int) -> None:
+        """Ends the trace after its last step, when the device is through with it."""
+        if self._open is not None and step == self._last:
+            self._settle()
+            self._stop()
+
+    def _start(self) -> None:
+        opened = contextlib.ExitStack()
+        opened.enter_context(self._monitor.paused())
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # each Python call: a hundred times the size
+        # A file for ui.perfetto.dev is written beside the one for TensorBoard.
+        jax.profiler.start_trace(
+            str(self._monitor.folder), create_perfetto_trace=True, profiler_options=options
+        )
+        opened.callback(jax.profiler.stop_trace)
+        self._open = opened
+
+    def _stop(self) -> None:
+        opened, self._open = self._open, None
+        if opened is None:
+            return
+        opened.close()
+        folder = max(pathlib.Path(self._monitor.folder, "plugins", "profile").iterdir())
+        self._monitor.say(
+            f"profile of the steps from {self._first} on: {folder}; open its "
+            f"perfetto_trace.json.gz at https://ui.perfetto.dev, or see the tab Profile of: "
+            f"{program('tensorboard')} --logdir {self._monitor.folder} "
+            "(that tab needs: pip install xprof)"
+        )
+
+
+def traced_steps(start: int, steps: int, first_step: int, max_steps: int) -> tuple[int, int]:
+    """Returns the first and last step to trace.
+
+    Args:
+      start: steps to run before, among them the one that compiles.
+      steps: how many to trace.
+      first_step: that the run continues from; 0 at its beginning.
+      max_steps: at which it ends.
+
+    Raises:
+      UserError: if either number cannot be, or the run ends before the trace does.
+    """
+    if steps < 1:
+        raise UserError(f"--profile_steps={steps} must be at least 1")
+    if start < 0:
+        raise UserError(f"--profile_start={start} must not be negative")
+    first, last = first_step + start + 1, first_step + start + steps
+    if last > max_steps:
+        raise UserError(
+            f"--profile would trace the steps {first} to {last}, but the run ends at step "
+            f"{max_steps}; give a smaller --profile_start or --profile_steps, or a larger "
+            "training.max_steps"
+        )
+    return first, last
