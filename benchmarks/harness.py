@@ -31,7 +31,7 @@ class Prepared:
     """
 
     run: Callable[[], float | None]
-    memory: Callable[[], dict[str, float]] = dict  # asked after the last run; keys end in _bytes
+    memory: Callable[[], dict[str, float]] = dict  # asked after the first run; keys end in _bytes
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -121,10 +121,9 @@ def measure(
         except Exception as error:  # a peer may fail in any way
             row.note = reason(error)
         else:
-            row.metrics |= prepared.metrics
+            row.metrics |= prepared.metrics | prepared.memory()
             going.append((row, prepared))
 
-    ready = list(going)
     for round_ in range(rounds):
         if round_ and time.monotonic() > deadline:
             break
@@ -141,8 +140,6 @@ def measure(
             for row, prepared in going
             if not row.note and sum(row.samples_secs) < candidate_secs
         ]
-    for row, prepared in ready:
-        row.metrics |= prepared.memory()
 
 
 def reason(error: Exception) -> str:

@@ -209,6 +209,22 @@ def metric_text(key: str, value: float | None) -> str:
     return number(value * next((f for end, (f, _) in _FACTORS.items() if key.endswith(end)), 1.0))
 
 
+def colours(rows: list[Row]) -> dict[str, str]:
+    """One colour per implementation, the same in all plots of a picture."""
+    return {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.name for row in rows))}
+
+
+def bars(plot: Any, values: list[tuple[str, float]], title: str) -> None:
+    """Draws named bars, the first on top, with their values."""
+    for name, value in values:
+        plot.barh(name, value, color="C0")
+        plot.text(value, name, f" {number(value)}", va="center", fontsize=8)
+    if not plot.yaxis_inverted():
+        plot.invert_yaxis()
+    plot.set_xlim(right=1.2 * max((value for _, value in values), default=1.0))
+    plot.set_xlabel(title)
+
+
 def write(result: Result, stem: pathlib.Path, draw: Callable[[list[Row], Any], None]) -> None:
     """Writes ``stem``.json, .md and .png."""
     import matplotlib

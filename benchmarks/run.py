@@ -95,6 +95,13 @@ def main(argv: list[str]) -> int:
 
 def run_cases(benchmark: ModuleType, context: Context, rows: list[Row]) -> str:
     """Measures case after case into ``rows``; returns how it ended: "complete", or why not."""
+    ending = _run_cases(benchmark, context, rows)
+    for row in rows:
+        row.note = row.note or ("" if row.samples_secs else f"not measured: {ending}")
+    return ending
+
+
+def _run_cases(benchmark: ModuleType, context: Context, rows: list[Row]) -> str:
     cases = benchmark.cases(context)
     for number, case in enumerate(cases):
         if context.seconds_left() < 0:

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks import floor, harness
 from benchmarks.harness import Candidate, Check, Context, Prepared, Row
 from benchmarks.peers import torch_scan
-from benchmarks.report import case_key, ratio
+from benchmarks.report import case_key, colours, ratio
 from mamba_jax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
 
 BASELINE = "auto"
@@ -171,6 +171,7 @@ def checks(rows: list[Row], context: Context) -> list[Check]:
 def draw(rows: list[Row], figure: Any) -> None:
     """Nanoseconds per channel and token, by case, one line per implementation."""
     plots = figure.subplots(1, 2, sharey=True)
+    colour = colours(rows)
     for plot, which in zip(plots, ("forward", BOTH), strict=True):
         chosen = [row for row in rows if row.case["pass"] == which]
         keys = list(dict.fromkeys(case_key(row.case) for row in chosen))
@@ -184,6 +185,7 @@ def draw(rows: list[Row], figure: Any) -> None:
                 ],
                 marker="o",
                 linestyle="--" if name == BASELINE else "-" if name in IMPLEMENTATIONS else ":",
+                color=colour[name],
                 label=name,
             )
         sizes = {

@@ -7,13 +7,14 @@ libraries included); on a GPU that of its program.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import harness, workloads
 from benchmarks.harness import Candidate, Check, Context, Row
 from benchmarks.peers import gpt2, transformers_mamba
 from benchmarks.peers.transformers_mamba import MAMBAPY, SLOW
-from benchmarks.report import case_key, ratio
+from benchmarks.report import bars, case_key, colours, ratio
 
 BASELINE = "mamba_jax"
 TRANSFORMER, TRANSFORMER_REMAT = "Transformer in JAX", "Transformer in JAX, remat"
@@ -102,37 +103,36 @@ def checks(rows: list[Row], context: Context) -> list[Check]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Tokens per second and memory: bars for one case, lines over the length for several."""
+    """Speed and memory: bars for a single case, else lines over the length."""
     plots = figure.subplots(1, 2)
-    memory = (
-        "peak_rss_bytes" if any("peak_rss_bytes" in r.metrics for r in rows) else "program_bytes"
-    )
-    titles = ("tokens per second", f"{memory.removesuffix('_bytes').replace('_', ' ')} memory (MB)")
-    sizes = list(dict.fromkeys(case_key({"size": row.case["size"]}) for row in rows))
-    for plot, key, factor, title in zip(
-        plots, ("tokens_per_sec", memory), (1.0, 1e-6), titles, strict=True
+    apart = any("peak_rss_bytes" in row.metrics for row in rows)
+    memory, what = ("peak_rss_bytes", "process") if apart else ("program_bytes", "program")
+    one_case = len({case_key(row.case) for row in rows}) == 1
+    for plot, key, factor, label in (
+        (plots[0], "tokens_per_sec", 1.0, "tokens per second"),
+        (plots[1], memory, 1e-6, f"peak memory of the {what} (MB)"),
     ):
+        known = [row for row in rows if key in row.metrics]
+        if one_case:
+            bars(plot, [(row.name, row.metrics[key] * factor) for row in known], label)
+        else:
+            draw_lines(plot, known, lambda row, k=key, f=factor: row.metrics[k] * f, label)
+
+
+def draw_lines(plot: Any, rows: list[Row], value: Callable[[Row], float], label: str) -> None:
+    """A line per implementation and size over the length."""
+    colour, sizes = colours(rows), list(dict.fromkeys(row.case["size"] for row in rows))
+    for name in colour:
         for size in sizes:
-            for name in dict.fromkeys(row.name for row in rows):
-                mine = sorted(
-                    
-                        (row.case["L"], row.metrics[key] * factor)
-                        for row in rows
-                        if row.name == name
-                        and case_key({"size": row.case["size"]}) == size
-                        and key in row.metrics
-                    
-                )
-                if len({row.case["L"] for row in rows}) > 1:
-                    style = "-" if size == sizes[0] else ":"
-                    plot.plot(
-                        *zip(*mine, strict=True), style, marker="o", label=f"{name}, {size}"
-                    ) if mine else None
-                elif mine:
-                    plot.barh(name, mine[0][1])
-                    plot.text(mine[0][1], name, f" {mine[0][1]:,.0f}", va="center")
-        plot.set_title(title)
-    if len({row.case["L"] for row in rows}) > 1:
-        plots[0].set(xscale="log", yscale="log", xlabel="tokens in a sequence")
-        plots[1].set(xscale="log", yscale="log", xlabel="tokens in a sequence")
-        plots[0].legend(fontsize=7)
+            mine = [row for row in rows if row.name == name and row.case["size"] == size]
+            points = sorted((row.case["L"], value(row)) for row in mine)
+            plot.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                marker="o",
+                linestyle="-" if size == sizes[0] else ":",
+                color=colour[name],
+                label=f"{name}, {size}",
+            )
+    plot.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel=label)
+    plot.legend(fontsize=7)

@@ -27,10 +27,13 @@ def wait(context: Context) -> None:
 def memory_of(context: Context) -> Callable[[], dict[str, float]]:
     """Measures the most that torch allocates on a GPU from here on; nothing on a CPU.
 
-    Other torch candidates of the same case count as well, unless they are measured one by one.
+    To be called before a candidate allocates anything, and the result after it ran.
     """
     if context.platform != "gpu":
         return dict
     cuda = import_peer("torch").cuda
+    if not cuda.is_available():
+        return dict
     cuda.reset_peak_memory_stats()
-    return lambda: {"program_bytes": float(cuda.max_memory_allocated())}
+    before = cuda.memory_allocated()
+    return lambda: {"program_bytes": float(cuda.max_memory_allocated() - before)}

@@ -29,6 +29,7 @@ def prepare(name: str, inputs: dict[str, np.ndarray], backward: bool, context: C
       context: of the run.
     """
     torch = import_peer("torch")
+    memory = memory_of(context)
     scan = {KERNEL: _kernel, PSCAN: _pscan, LOOP: _loop}[name](inputs, context)
     half = torch.bfloat16 if context.platform == "gpu" else torch.float32
     tensors = {}
@@ -53,7 +54,7 @@ def prepare(name: str, inputs: dict[str, np.ndarray], backward: bool, context: C
                 torch.autograd.grad(y_bte, list(tensors.values()), dy_bte)
         wait(context)
 
-    return Prepared(run, memory_of(context))
+    return Prepared(run, memory)
 
 
 def _kernel(inputs: dict[str, np.ndarray], context: Context) -> Any:

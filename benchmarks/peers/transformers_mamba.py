@@ -53,6 +53,7 @@ def prepare_train_step(
       use_mambapy: instead of the slow path.
     """
     torch = import_peer("torch")
+    memory = memory_of(context)
     peer = make_model(model, use_mambapy, context).train()
     training = TrainingConfig()
     optimizer = torch.optim.AdamW(
@@ -73,8 +74,10 @@ def prepare_train_step(
         optimizer.zero_grad(set_to_none=True)
         wait(context)
 
+    if context.platform == "gpu":
+        run()  # makes the optimizer's state, which is part of the peak of every later step
     count = sum(parameter.numel() for parameter in peer.parameters())
-    return Prepared(run, memory_of(context), {"parameters": count})
+    return Prepared(run, memory, {"parameters": count})
 
 
 def prepare_generation(
@@ -95,6 +98,7 @@ def prepare_generation(
       use_mambapy: instead of the slow path, which matters to the reading of the prompt only.
     """
     torch = import_peer("torch")
+    memory = memory_of(context)
     peer = make_model(model, use_mambapy, context).eval()
     if context.platform == "gpu":
         peer = peer.to(torch.bfloat16)
@@ -121,4 +125,4 @@ def prepare_generation(
         assert len(moments) == 1 + n_tokens, len(moments)
         return moments[-1] - moments[0] if n_tokens else moments[0] - begin
 
-    return Prepared(run, memory_of(context))
+    return Prepared(run, memory)

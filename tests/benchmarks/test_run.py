@@ -1,0 +1,111 @@
+"""The command from end to end, on a benchmark small enough for a test."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from benchmarks import report, run, scaling, scan, startup
+from benchmarks.harness import Candidate, Context, Prepared, Row, measure
+
+
+def command(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    )
+
+
+def test_mistakes_are_one_line_with_the_remedy(capsys):
+    assert run.main(["scann"]) == 2
+    assert 'unknown benchmark "scann"; did you mean "scan"?' in capsys.readouterr().err
+    assert run.main(["scan", "--threads=-1"]) == 2
+    assert "--threads=-1 must lie between 0 (all)" in capsys.readouterr().err
+    assert run.main(["scan", "--budget_secs=0"]) == 2
+    assert "--budget_secs=0.0 must be greater than 0" in capsys.readouterr().err
+
+
+def test_every_benchmark_has_the_parts_that_the_command_uses():
+    for name in run.BENCHMARKS:
+        module = run.load(name)
+        for platform in ("cpu", "gpu", "tpu"):
+            context = Context(platform, "a device")
+            cases = module.cases(context)
+            assert cases and len({report.case_key(case) for case in cases}) == len(cases)
+            assert module.checks([], context) is not None
+        assert module.BASELINE in [c.name for c in module.candidates(cases[0], context)]
+
+
+def test_startup_writes_json_table_and_picture(tmp_path):
+    done = command("startup", "--quick", "--budget_secs=0.001", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    stem = "startup_cpu_quick"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"{stem}.{e}" for e in ("json", "md", "png")
+    ]
+    result = report.from_json((tmp_path / f"{stem}.json").read_text())
+    # What began before the budget was spent is kept; nothing else began.
+    assert result.ending in [f"out of time after {n} of 2 cases" for n in (0, 1)]
+    assert result.environment["versions"]["jax"] and result.environment["device"] == "cpu"
+    assert (
+        result.environment["command_line"] == "python -m benchmarks.run startup --quick --threads=0"
+    )
+    assert (tmp_path / f"{stem}.md").read_text() in done.stdout
+    assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupt_keeps_what_was_measured():
+    def one(case, context, rows):
+        if case["L"] == 2:
+            rows.append(Row(case, "a"))
+            raise KeyboardInterrupt
+        measure(
+            [Candidate("a", lambda: Prepared(lambda: 1.0))], case, rows, rounds=2, candidate_secs=9
+        )
+
+    benchmark = types.SimpleNamespace(cases=lambda _: [{"L": i} for i in range(1, 4)], measure=one)
+    rows = []
+    assert run.run_cases(benchmark, Context("cpu", "cpu"), rows) == "interrupted"
+    assert [row.samples_secs for row in rows] == [[1.0, 1.0], []]
+    assert rows[1].note == "not measured: interrupted"
+
+
+def test_scaling_is_measured_and_judged():
+    context = Context("cpu", "cpu", quick=True)
+    case, rows = {"task": "forward", "family": "mamba", "B": 1}, []
+    lengths = scaling.lengths
+    try:
+        scaling.lengths = lambda _: [64, 128]
+        scaling.measure(case, context, rows)
+    finally:
+        scaling.lengths = lengths
+    assert [row.name for row in rows] == ["L = 64", "L = 128"]
+    assert all(len(row.samples_secs) == 3 and not row.note for row in rows)
+    assert rows[1].metrics["temporary_bytes"] > 1.5 * rows[0].metrics["temporary_bytes"]
+    time, memory = scaling.checks(rows, context)
+    assert time.passed is not None and memory.passed is not None
+
+
+def test_deviation_is_measured_from_the_median_per_token():
+    # Per token 1, 1 and 1.3.
+    assert scaling.worst_deviation({10: 10.0, 20: 20.0, 40: 52.0}) == (40, pytest.approx(0.3))
+
+
+def test_auto_is_compared_with_the_best_of_ours_only():
+    def rows(**secs):
+        return [Row({"B": 1}, name, [value] * 3) for name, value in secs.items()]
+
+    context = Context("cpu", "cpu")
+    (check,) = scan.checks(rows(auto=1.0, chunked=0.95, a_peer=0.1), context)
+    assert check.passed and "0.95, of chunked" in check.detail
+    (check,) = scan.checks(rows(auto=1.0, chunked=0.95, sequential=0.8), context)
+    assert check.passed is False and "0.80, of sequential" in check.detail
+
+
+def test_a_process_that_fails_to_compile_is_an_error_not_a_time():
+    with pytest.raises(subprocess.CalledProcessError):
+        startup.compile_in_process("no-such-size", "/nowhere")
