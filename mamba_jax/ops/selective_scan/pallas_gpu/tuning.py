@@ -136,4 +136,5 @@ def write(path: pathlib.Path, rows: dict[str, Row]) -> None:
 
 def _parse(row: dict[str, Any]) -> Row:
     one = lambda values: Pass(**(values | {"tile": Tile(**values["tile"])}))
-    return Row(**(row | {"forward": one(row["forward"]), "backward": one(row["backward"])}))
+    passes = {name: one(row[name]) for name in ("forward", "backward")}
+    return Row(**{**row, **passes})

@@ -1,0 +1,149 @@
+"""Cards to compile for without having them: what a program needs there, read off the result.
+
+``launch/compilers.sh`` installs the compilers into ``.compilers``, which must be on the path of a
+process of its own: ``PYTHONPATH=.compilers JAX_PLATFORMS=cpu python …``. Then
+
+    sharding = cuda_target("H200")
+    shape = jax.ShapeDtypeStruct((8, 2048), jnp.float32, sharding=sharding)
+    jax.jit(function).lower(shape).compile().memory_analysis()
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from mamba_jax.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """An NVIDIA card, as its maker's data sheet describes it."""
+
+    capability: str
+    multiprocessors: int
+    memory_bytes: int
+    bytes_per_sec: int
+    l2_cache_bytes: int
+    clock_ghz: float
+
+
+GB = 10**9
+MIB = 2**20
+CARDS = {
+    "A100": Card("8.0", 108, 80 * GB, 2_039 * GB, 40 * MIB, 1.41),
+    "RTX 3090": Card("8.6", 82, 24 * GB, 936 * GB, 6 * MIB, 1.70),
+    "RTX 4080": Card("8.9", 76, 16 * GB, 717 * GB, 64 * MIB, 2.51),
+    "RTX 4090": Card("8.9", 128, 24 * GB, 1_008 * GB, 72 * MIB, 2.52),
+    "H100": Card("9.0", 132, 80 * GB, 3_350 * GB, 50 * MIB, 1.98),
+    "H200": Card("9.0", 132, 141 * GB, 4_800 * GB, 50 * MIB, 1.98),
+    "B200": Card("10.0", 148, 180 * GB, 8_000 * GB, 126 * MIB, 1.96),
+    "RTX 5090": Card("12.0", 170, 32 * GB, 1_792 * GB, 96 * MIB, 2.41),
+}
+# By compute capability (CUDA C++ programming guide, table of technical specifications): float32
+# lanes, threads and bytes of shared memory of a multiprocessor.
+LIMITS = {
+    "8.0": (64, 2048, 164 * 1024),
+    "8.6": (128, 1536, 100 * 1024),
+    "8.9": (128, 1536, 100 * 1024),
+    "9.0": (128, 2048, 228 * 1024),
+    "10.0": (128, 2048, 228 * 1024),
+    "12.0": (128, 1536, 100 * 1024),
+}
+# Generation → (smallest topology, as libtpu names it, and its type).
+TPUS = {
+    "v4": ("v4:2x2x1", "v4-8"),
+    "v5e": ("v5e:2x2", "v5litepod-4"),
+    "v5p": ("v5p:2x2x1", "v5p-8"),
+    "v6e": ("v6e:2x2", "v6e-4"),
+}
+
+
+def cuda_target(card: str) -> SingleDeviceSharding:
+    """Returns the sharding that compiles for one such card.
+
+    Call it before the process compiles anything: XLA reads its flags once.
+
+    Args:
+      card: a key of ``CARDS``, or a compute capability such as "8.9": the first card of it.
+
+    Raises:
+      UserError: if the card is unknown or the compilers are not installed.
+    """
+    capabilities = {known.capability: name for name, known in reversed(CARDS.items())}
+    name = capabilities.get(card, card)
+    if name not in CARDS:
+        raise UserError(
+            f'unknown card "{card}"{did_you_mean(card, CARDS)} '
+            f"(choices: {', '.join([*CARDS, *capabilities])})"
+        )
+    plugin = _need("jax_plugins.xla_cuda12")
+    cuda = plugin.parents[1] / "nvidia" / "cuda_nvcc"
+    os.environ["PATH"] = f"{cuda / 'bin'}{os.pathsep}{os.environ['PATH']}"  # where ptxas lies
+    # There is no card to measure candidates on; libdevice is where it was installed.
+    flags = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={cuda}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    jax.devices()  # lets jax find the compiler
+    topology = topologies.get_topology_desc(
+        "1x1x1", "cuda", target_config=_target_config(name, CARDS[name]), topology="1x1x1"
+    )
+    return SingleDeviceSharding(topology.devices[0])
+
+
+def tpu_target(generation: str) -> SingleDeviceSharding:
+    """Returns the sharding that compiles for one chip of a generation, such as "v5e".
+
+    Raises:
+      UserError: if the generation is unknown or the compiler is not installed.
+    """
+    if generation not in TPUS:
+        raise UserError(f'unknown TPU "{generation}" (choices: {", ".join(TPUS)})')
+    _need("libtpu")
+    topology, kind = TPUS[generation]
+    os.environ |= {  # else libtpu asks the cloud which machine this is
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": kind,
+        "TPU_SKIP_MDS_QUERY": "1",
+    }
+    return SingleDeviceSharding(topologies.get_topology_desc(topology, "tpu").devices[0])
+
+
+def _need(module: str) -> pathlib.Path:
+    """Returns the folder of an importable package."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # not even the package above it
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"{module} is not importable: run ./launch/compilers.sh, then set "
+            "PYTHONPATH=.compilers and JAX_PLATFORMS=cpu"
+        )
+    return pathlib.Path(spec.origin).resolve().parent
+
+
+def _target_config(name: str, card: Card) -> str:
+    """XLA's description of a card (a GpuTargetConfigProto as text)."""
+    major, minor = card.capability.split(".")
+    fpus, threads, shared_bytes = LIMITS[card.capability]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {threads}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared_bytes}
+  shared_memory_per_block_optin: {shared_bytes - 1024}
+  core_count: {card.multiprocessors} fpus_per_core: {fpus} clock_rate_ghz: {card.clock_ghz}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: {card.bytes_per_sec} device_memory_size: {card.memory_bytes}
+  l2_cache_size: {card.l2_cache_bytes}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""

@@ -1,0 +1,113 @@
+"""The kernels compile for cards that are not here, within the memory they promise.
+
+The compilers are not part of the environment (see ``launch/compilers.sh``): what needs them runs in
+a process of its own, and is skipped without them. Lowering needs no compiler.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mamba_jax
+from mamba_jax.errors import UserError
+from mamba_jax.estimator.targets import CARDS, LIMITS, cuda_target, tpu_target
+from mamba_jax.ops.selective_scan import pallas_gpu
+
+ROOT = pathlib.Path(mamba_jax.__file__).parents[1]
+COMPILERS = ROOT / ".compilers"
+needs_compilers = pytest.mark.skipif(
+    not (COMPILERS / "installed").is_file(), reason="no .compilers: run ./launch/compilers.sh"
+)
+
+
+def compile_in_a_process(kind, name):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(COMPILERS), str(ROOT)]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    script = pathlib.Path(__file__).with_name("compile_scan.py")
+    command = [sys.executable, str(script), kind, name]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@needs_compilers
+@pytest.mark.parametrize("card", ["A100", "RTX 4080", "H200", "12.0"])
+def test_a_layers_gradient_compiles_in_little_memory_without_spilling(card):
+    result = compile_in_a_process("cuda", card)
+    # XLA's chunked form needs 0.38 GB for these shapes, a state for each token 1.6 GB.
+    assert result["temp_bytes"] < 0.25e9
+    assert {"selective_scan_forward", "selective_scan_backward"} <= result["kernels"].keys()
+    for name, kernel in result["kernels"].items():
+        assert kernel["spill_bytes"] == 0, (name, kernel)
+
+
+@needs_compilers
+def test_a_tpu_target_compiles():
+    assert compile_in_a_process("tpu", "v5e")["temp_bytes"] >= 0
+
+
+def test_an_unknown_target_or_a_missing_compiler_is_one_line():
+    with pytest.raises(UserError, match=r'"H20"; did you mean "H200"\? .*9\.0'):
+        cuda_target("H20")
+    with pytest.raises(UserError, match=r'"v3" \(choices: v4, v5e'):
+        tpu_target("v3")
+    with pytest.raises(UserError, match=r"launch/compilers\.sh.*PYTHONPATH=\.compilers"):
+        cuda_target("9.0")
+    assert {card.capability for card in CARDS.values()} == LIMITS.keys()
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Newer versions of jax ask which card a kernel is for when they lower it."""
+    if jax.__version_info__ < (0, 11):
+        yield
+        return
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "e", "n", "dtype", "everything"),
+    [
+        (8, 2048, 1536, 16, "bfloat16", True),
+        (1, 1001, 1216, 8, "float32", True),  # split, with a tail
+        (2, 77, 48, 32, "bfloat16", False),
+        (1, 1, 16, 16, "float32", False),
+    ],
+)
+def test_the_gradient_lowers_for_cuda(b, t, e, n, dtype, everything):
+    shape = lambda *dims, dtype="float32": jax.ShapeDtypeStruct(dims, dtype)
+    arguments = {
+        "x_bte": shape(b, t, e, dtype=dtype),
+        "dt_bte": shape(b, t, e),
+        "A_en": shape(e, n),
+        "B_btn": shape(b, t, n, dtype=dtype),
+        "C_btn": shape(b, t, n, dtype=dtype),
+    }
+    reset_bt = None
+    if everything:
+        arguments |= {"D_e": shape(e), "dt_bias_e": shape(e), "initial_state_ben": shape(b, e, n)}
+        arguments["z_bte"] = shape(b, t, e, dtype=dtype)
+        reset_bt = shape(b, t, dtype="bool")
+
+    def scalar(arguments, reset_bt):
+        y_bte, state_ben = pallas_gpu.scan(**arguments, dt_softplus=everything, reset_bt=reset_bt)
+        return y_bte.astype(jnp.float32).sum() + state_ben.sum()
+
+    with as_on_a_gpu():
+        traced = jax.jit(jax.grad(scalar)).trace(arguments, reset_bt)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = 4 if (b, t) == (1, 1001) or b == 8 else 2  # a split adds one in each direction
+    assert text.count("@__gpu$xla.gpu.triton") == kernels
