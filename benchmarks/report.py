@@ -10,7 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.harness import Check, Context, Row
@@ -167,7 +167,12 @@ def markdown(result: Result) -> str:
                     "–" if row.median_secs is None else bound + number(row.median_secs * 1e3),
                     spread(row.samples_secs),
                     "–" if times is None else f"{bound}{times:.2f}",
-                    *(metric_text(key, row.metrics.get(key)) for key in metrics),
+                    *(
+                        # Of a time known from below, a rate is known from above.
+                        ("< " if row.at_least and key.endswith("_per_sec") else "")
+                        + metric_text(key, row.metrics.get(key))
+                        for key in metrics
+                    ),
                     row.note.replace("|", "/"),
                 ]
             )
@@ -212,6 +217,14 @@ def metric_text(key: str, value: float | None) -> str:
 def colours(rows: list[Row]) -> dict[str, str]:
     """One colour per implementation, the same in all plots of a picture."""
     return {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.name for row in rows))}
+
+
+def length_axis(plot: Any, lengths: Iterable[int], title: str) -> None:
+    """A logarithmic axis whose ticks are the lengths that were measured."""
+    ticks = sorted(set(lengths))
+    plot.set_xscale("log", base=2)
+    plot.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
+    plot.set_xlabel(title)
 
 
 def bars(plot: Any, values: list[tuple[str, float]], title: str) -> None:

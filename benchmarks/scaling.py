@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import harness, workloads
 from benchmarks.harness import Candidate, Check, Context, Row
+from benchmarks.report import length_axis
 
 DEVIATION = 0.15  # from proportional, at most
 TASKS = {"forward": workloads.prepare_forward, "training step": workloads.prepare_train_step}
@@ -116,6 +117,7 @@ def draw(rows: list[Row], figure: Any) -> None:
             xs = [x for x, _ in points]
             plot.plot(xs, [most * x / longest for x in xs], "--", color=f"C{number}", alpha=0.5)
     for plot, label in zip(plots, ("time (s)", "temporary memory (MB)"), strict=True):
-        plot.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel=label)
+        plot.set(yscale="log", ylabel=label)
+        length_axis(plot, map(length_of, rows), "tokens in a sequence")
     plots[0].set_title("dashed: proportional to the longest")
     plots[0].legend()

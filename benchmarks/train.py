@@ -14,7 +14,7 @@ from benchmarks import harness, workloads
 from benchmarks.harness import Candidate, Check, Context, Row
 from benchmarks.peers import gpt2, transformers_mamba
 from benchmarks.peers.transformers_mamba import MAMBAPY, SLOW
-from benchmarks.report import bars, case_key, colours, ratio
+from benchmarks.report import bars, case_key, colours, length_axis, ratio
 
 BASELINE = "mamba_jax"
 TRANSFORMER, TRANSFORMER_REMAT = "Transformer in JAX", "Transformer in JAX, remat"
@@ -114,7 +114,9 @@ def draw(rows: list[Row], figure: Any) -> None:
     ):
         known = [row for row in rows if key in row.metrics]
         if one_case:
-            bars(plot, [(row.name, row.metrics[key] * factor) for row in known], label)
+            stopped = lambda row: ", stopped: at best" if row.at_least else ""
+            named = [(row.name + stopped(row), row.metrics[key] * factor) for row in known]
+            bars(plot, named, label)
         else:
             draw_lines(plot, known, lambda row, k=key, f=factor: row.metrics[k] * f, label)
 
@@ -134,5 +136,6 @@ def draw_lines(plot: Any, rows: list[Row], value: Callable[[Row], float], label:
                 color=colour[name],
                 label=f"{name}, {size}",
             )
-    plot.set(xscale="log", yscale="log", xlabel="tokens in a sequence", ylabel=label)
+    plot.set(yscale="log", ylabel=label)
+    length_axis(plot, (row.case["L"] for row in rows), "tokens in a sequence")
     plot.legend(fontsize=7)

@@ -29,7 +29,7 @@ ROWS = [
     Row(CASE, "ours", [0.010, 0.020, 0.012], {"temporary_bytes": 2e6}),
     Row(CASE, "peer", [0.030, 0.060, 0.012], {"floor_share": 0.25}),
     Row(CASE, "absent", note="not installed"),
-    Row(CASE, "stopped", [2.0], at_least=True, note="stopped after 2 s"),
+    Row(CASE, "stopped", [2.0], {"tokens_per_sec": 256.0}, True, "stopped after 2 s"),
     Row({"L": 1024}, "peer", [1.0]),
 ]
 
@@ -51,12 +51,13 @@ def test_the_table_has_medians_spread_ratios_and_reasons():
     header = next(line for line in lines if line.startswith("| L |")).strip("| ").split(" | ")
     assert header == [
         *("L", "implementation", "time (ms)", "25–75%", "time ÷ ours"),
-        *("temporary (MB)", "floor (%)", "note"),
+        *("temporary (MB)", "floor (%)", "tokens per sec", "note"),
     ]
-    assert cells["| 512", "ours"] == ["512", "ours", "12", "11–16", "1.00", "2", "–"]
-    assert cells["| 512", "peer"] == ["512", "peer", "30", "21–45", "3.00", "–", "25"]
+    assert cells["| 512", "ours"] == ["512", "ours", "12", "11–16", "1.00", "2", "–", "–"]
+    assert cells["| 512", "peer"] == ["512", "peer", "30", "21–45", "3.00", "–", "25", "–"]
     assert cells["| 512", "absent"][-1] == "not installed"
     assert cells["| 512", "stopped"][2] == "> 2,000" and cells["| 512", "stopped"][4] == "> 166.67"
+    assert cells["| 512", "stopped"][7] == "< 256"
     assert cells["| 1024", "peer"][4] == "–"  # no baseline of that length
     assert "- pass: it holds. 2.0" in lines
     assert "- **FAIL**: it fails." in lines and "- no figures: who." in lines
