@@ -13,6 +13,7 @@ COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
     "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
     "report": ("mamba_jax.report", "tables about the project: model sizes, FLOPs, a run's MFU"),
+    "autotune": ("mamba_jax.autotune", "measure the fastest tiles of the scan on this GPU"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import mamba_jax
 
 ROOT = pathlib.Path(mamba_jax.__file__).parent
-COMMANDS = {"train", "generate", "report", "cli", "__main__"}
+COMMANDS = {"autotune", "train", "generate", "report", "cli", "__main__"}
 # Who may import whom, besides itself and errors.
 ALLOWED = {
     "errors": set(),
