@@ -32,16 +32,22 @@ ABLATIONS = VARIANTS | {
 }
 
 
+def runs(value):
+    """Says whether a parameter of an equation is a program, closed over constants or not."""
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
 def equations(jaxpr, times=1, scope=""):
     """Yields every equation that runs, how often it does, and the named scopes around it."""
     for eqn in jaxpr.eqns:
         here = f"{scope}/{eqn.source_info.name_stack}"
-        inner = list(jax.core.jaxprs_in_params(eqn.params))
+        held = [v for value in eqn.params.values() for v in jax.tree.leaves(value, is_leaf=runs)]
+        inner = [getattr(v, "jaxpr", v) for v in held if runs(v)]
         if not inner:
             yield eqn, times, here
         repeated = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
         for sub in inner:
-            yield from equations(getattr(sub, "jaxpr", sub), repeated, here)
+            yield from equations(sub, repeated, here)
 
 
 def product_flops(jaxpr):
