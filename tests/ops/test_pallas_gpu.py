@@ -30,7 +30,7 @@ TOLERANCES = {
 }
 
 
-def make_plan(segments=(1, 1), chunk=8, groups=(4, 2), block=32):
+def make_plan(segments=(1, 1), chunk=4, groups=(2, 2), block=32):
     tile = functools.partial(Tile, block)
     return Plan(chunk, tile(groups[0]), tile(groups[1]), *segments)
 
@@ -60,19 +60,27 @@ CASES = [
     Case(t=1, initial=True),
     Case(t=1, e=16, n=16, narrow="bfloat16", dt="bfloat16", resets=(0,), initial=True),
     Case(t=2, options="", resets=(1,)),
-    Case(t=8, n=32, b=1, options="softplus"),  # one whole chunk
+    Case(t=4, n=32, b=1, options="softplus"),  # one whole chunk
     Case(t=9, e=48, n=16, initial=True),  # blocks of 16 channels; a chunk of one token
     Case(t=23, e=64, narrow="bfloat16", initial=True, resets=(0, 7, 8, 9, 22)),
     Case(t=23, n=16, b=3, options="D bias", dt="bfloat16"),
-    Case(t=13, options="z", initial=True, plan=make_plan(groups=(3, 5))),
+    Case(t=13, options="z", initial=True, plan=make_plan(chunk=8, groups=(3, 5))),
     Case(t=45, n=16, narrow="bfloat16", initial=True, plan=make_plan((3, 2))),
-    # Chunks of 8: segments of 16, 16 and 5 tokens forward, of 24 and 13 backward.
+    # Chunks of 4: segments of 16, 16 and 5 tokens forward, of 20 and 17 backward.
     Case(t=37, initial=True, resets=(0, 15, 16, 17, 32, 36), plan=make_plan((3, 2))),
     Case(t=33, n=32, b=1, options="z softplus", resets=(20,), plan=make_plan((4, 5))),
-    Case(t=33, options="D z", plan=make_plan((2, 3))),  # the last segment is a single token
+    Case(t=33, options="D z", plan=make_plan((9, 3))),  # the last segment is a single token
     Case(t=16, b=1, initial=True, plan=make_plan((99, 99))),  # more segments than chunks
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compiles twice as fast, at the price of slower programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_arguments(case, seed=0):
@@ -191,7 +199,7 @@ def test_values_and_every_gradient(case):
 
 
 def test_inference_equals_training_and_saves_nothing():
-    case = CASES[9]
+    case = Case(t=9, initial=True, resets=(0, 5))
     arguments = make_arguments(case)
     scan = functools.partial(
         pallas_gpu.scan, dt_softplus=True, interpret=True, reset_bt=make_reset(case), plan=case.plan
@@ -206,7 +214,7 @@ def test_inference_equals_training_and_saves_nothing():
 
 
 def test_the_same_inputs_give_the_same_bits():
-    case = CASES[8]
+    case = CASES[3]
     arguments = make_arguments(case)
     first = jax.tree.map(np.asarray, run(case, arguments))
     jax.clear_caches()
@@ -233,7 +241,7 @@ def test_extreme_steps(segments):
 @pytest.mark.slow
 @pytest.mark.parametrize("segments", [(1, 1), (16, 16)])
 def test_a_long_sequence(segments):
-    case = Case(t=65_536, e=16, b=1, plan=make_plan(segments, chunk=64))
+    case = Case(t=65_536, e=16, b=1, plan=make_plan(segments, chunk=64, groups=(4, 2)))
     arguments = make_arguments(case)
     (y_bte, state_ben), gradients = run(case, arguments)
     with jax.enable_x64(True):
