@@ -30,6 +30,7 @@ BASELINE = "auto"
 BOTH = "forward and backward"
 PLATFORM_OF = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # others run everywhere
 AUTO_SHARE = 0.9  # least speed of "auto", over that of the best
+BLOCK_TOKENS = 2048
 CANDIDATE_SECS = 2.0  # of timed work per case; a sample at least
 
 
@@ -61,15 +62,14 @@ def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
         *(n for n in IMPLEMENTATIONS if PLATFORM_OF.get(n, context.platform) == context.platform),
     ]
     found = [Candidate(name, functools.partial(prepare, name, case, context)) for name in ours]
-    return found + [
-        Candidate(
-            name,
-            functools.partial(
-                torch_scan.prepare, name, make_inputs(case), case["pass"] == BOTH, context
-            ),
-        )
-        for name in torch_scan.names(context)
-    ]
+    for name in torch_scan.names(context):
+
+        def peer(name: str = name) -> Prepared:
+            block, repeats = make_inputs(case)
+            return torch_scan.prepare(name, block, repeats, case["pass"] == BOTH, context)
+
+        found.append(Candidate(name, peer))
+    return found
 
 
 def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
@@ -88,31 +88,39 @@ def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
             row.metrics["floor_share"] = least_secs / row.median_secs
 
 
-def make_inputs(case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Draws float32 inputs as a fresh layer sees them: A = −1 … −N, Δ from 0.001 to 0.1."""
-    b, t, e, n = case["B"], case["L"], case["d"], floor.N_STATES
+def make_inputs(case: dict[str, Any]) -> tuple[dict[str, np.ndarray], tuple[int, int, int]]:
+    """Draws float32 inputs as a fresh layer sees them: A = −1 … −N, Δ from 0.001 to 0.1.
+
+    Returns:
+      Those of one row, or its first ``BLOCK_TOKENS``; and how often the arrays with a time axis
+      are to be repeated on the device, as drawing gigabytes here would take minutes.
+    """
+    t, e, n = min(case["L"], BLOCK_TOKENS), case["d"], floor.N_STATES
+    assert case["L"] % t == 0
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     dt_e = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), e))
-    return {
-        "x_bte": normal(b, t, e),
-        "dt_bte": 0.1 * normal(b, t, e),
+    block = {
+        "x_bte": normal(1, t, e),
+        "dt_bte": 0.1 * normal(1, t, e),
         "A_en": np.tile(-np.arange(1, n + 1, dtype=np.float32), (e, 1)),
-        "B_btn": normal(b, t, n),
-        "C_btn": normal(b, t, n),
+        "B_btn": normal(1, t, n),
+        "C_btn": normal(1, t, n),
         "D_e": np.ones(e, np.float32),
-        "z_bte": normal(b, t, e),
+        "z_bte": normal(1, t, e),
         "dt_bias_e": np.log(np.expm1(dt_e)).astype(np.float32),  # the inverse of softplus
-        "dy_bte": normal(b, t, e),
+        "dy_bte": normal(1, t, e),
     }
+    return block, (case["B"], case["L"] // t, 1)
 
 
 def prepare(name: str, case: dict[str, Any], context: Context) -> Prepared:
     """Compiles one of our implementations."""
     dtype = jnp.float32 if context.platform == "cpu" else jnp.bfloat16
+    block, repeats = make_inputs(case)
     arrays = {
-        key: jnp.asarray(value, dtype if "t" in key.split("_")[-1] else jnp.float32)
-        for key, value in make_inputs(case).items()
+        key: jnp.tile(jnp.asarray(value, dtype), repeats) if value.ndim == 3 else jnp.asarray(value)
+        for key, value in block.items()
     }
     dy_bte = arrays.pop("dy_bte")
 

@@ -19,33 +19,35 @@ def names(context: Context) -> list[str]:
     return {"gpu": [KERNEL, PSCAN, LOOP], "cpu": [PSCAN], "tpu": []}[context.platform]
 
 
-def prepare(name: str, inputs: dict[str, np.ndarray], backward: bool, context: Context) -> Prepared:
+def prepare(
+    name: str,
+    block: dict[str, np.ndarray],
+    repeats: tuple[int, int, int],
+    backward: bool,
+    context: Context,
+) -> Prepared:
     """Puts the inputs on the device.
 
     Args:
       name: of ``names``.
-      inputs: float32, as ``benchmarks.scan.make_inputs`` makes them.
+      block: float32, as ``benchmarks.scan.make_inputs`` makes it.
+      repeats: of its arrays with a time axis.
       backward: whether the gradients of all inputs are wanted too.
       context: of the run.
     """
     torch = import_peer("torch")
     memory = memory_of(context)
-    scan = {KERNEL: _kernel, PSCAN: _pscan, LOOP: _loop}[name](inputs, context)
     half = torch.bfloat16 if context.platform == "gpu" else torch.float32
     tensors = {}
-    for key, value in inputs.items():
-        dtype = half if "t" in key.split("_")[-1] else torch.float32
-        tensors[key] = on_device(torch.from_numpy(value), context).to(dtype)
-    dy_bte = tensors.pop("dy_bte")
-    if name == KERNEL:
-        channels_first = {key: value.ndim == 3 for key, value in tensors.items()}
-        tensors = {
-            k: v.transpose(1, 2).contiguous() if channels_first[k] else v
-            for k, v in tensors.items()
-        }
-        dy_bte = dy_bte.transpose(1, 2).contiguous()
-    for tensor in tensors.values():
-        tensor.requires_grad_(backward)
+    for key, value in block.items():
+        tensor = on_device(torch.from_numpy(value), context)
+        if value.ndim == 3:
+            tensor = tensor.to(half).repeat(repeats)
+            if name == KERNEL:
+                tensor = tensor.transpose(1, 2).contiguous()
+        tensors[key] = tensor.requires_grad_(backward)
+    dy_bte = tensors.pop("dy_bte").detach()
+    scan = {KERNEL: _kernel, PSCAN: _pscan, LOOP: _loop}[name](tensors, context)
 
     def run() -> None:
         with torch.set_grad_enabled(backward):
@@ -57,7 +59,7 @@ def prepare(name: str, inputs: dict[str, np.ndarray], backward: bool, context: C
     return Prepared(run, memory)
 
 
-def _kernel(inputs: dict[str, np.ndarray], context: Context) -> Any:
+def _kernel(inputs: dict[str, Any], context: Context) -> Any:
     function = import_peer("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
 
     def scan(v: dict[str, Any]) -> Any:
@@ -76,11 +78,11 @@ def _kernel(inputs: dict[str, np.ndarray], context: Context) -> Any:
     return scan
 
 
-def _pscan(inputs: dict[str, np.ndarray], context: Context) -> Any:
+def _pscan(inputs: dict[str, Any], context: Context) -> Any:
     pscan = import_peer("mambapy.pscan").pscan
     functional = import_peer("torch.nn.functional")
     # It stores states, decays and inputs, padded to a power of two, and their gradients.
-    needed_bytes = 10 * inputs["x_bte"].size * inputs["A_en"].shape[1] * 4
+    needed_bytes = 10 * inputs["x_bte"].numel() * inputs["A_en"].shape[1] * 4
     if context.platform == "cpu" and needed_bytes > available_host_bytes():
         raise NotMeasured(f"needs about {needed_bytes / 1e9:.0f} GB")
 
@@ -96,7 +98,7 @@ def _pscan(inputs: dict[str, np.ndarray], context: Context) -> Any:
     return scan
 
 
-def _loop(inputs: dict[str, np.ndarray], context: Context) -> Any:
+def _loop(inputs: dict[str, Any], context: Context) -> Any:
     torch = import_peer("torch")
     functional = torch.nn.functional
     if inputs["x_bte"].shape[1] > LONGEST_LOOP:

@@ -74,10 +74,11 @@ def test_a_torch_scan_equals_ours(name, monkeypatch):
     torch = pytest.importorskip("torch")
     pytest.importorskip("mambapy")
     monkeypatch.setattr(torch, "compile", lambda function: function)  # needs a C++ compiler
-    inputs = scan.make_inputs({"B": 2, "L": 24, "d": 8})
+    inputs, repeats = scan.make_inputs({"B": 2, "L": 24, "d": 8})
+    assert repeats == (2, 1, 1)
     scan_peer = {torch_scan.PSCAN: torch_scan._pscan, torch_scan.LOOP: torch_scan._loop}[name]
     tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
-    theirs = scan_peer(inputs, CONTEXT)(tensors).numpy()
+    theirs = scan_peer(tensors, CONTEXT)(tensors).numpy()
     arrays = {key: jnp.asarray(value) for key, value in inputs.items() if key != "dy_bte"}
     ours, _ = selective_scan(**arrays, dt_softplus=True, implementation="reference")
     # Float32 sums of 16 products in another order.
@@ -105,3 +106,18 @@ def test_transformers_generation_makes_all_tokens(n_tokens):
     prompts = workloads.windows(2, 8, TINY.vocab_size)[:, :-1]
     prepared = transformers_mamba.prepare_generation(TINY, prompts, n_tokens, CONTEXT)
     assert prepared.run() > 0  # it asserts the number of tokens
+
+
+def test_a_scan_of_the_grid_has_its_size_and_all_gradients(monkeypatch):
+    monkeypatch.setattr(scan, "BLOCK_TOKENS", 8)
+    case = {"pass": scan.BOTH, "B": 2, "L": 24, "d": 8}
+    made = {}
+    monkeypatch.setattr(
+        scan.harness, "prepare_jax", lambda f, *arrays: made.update(f=f, arrays=arrays)
+    )
+    scan.prepare("sequential", case, CONTEXT)
+    y_bte, (gradients,) = made["f"](*made["arrays"])
+    assert y_bte.shape == (2, 24, 8)
+    shapes = {key: gradient.shape for key, gradient in gradients.items()}
+    assert shapes["x_bte"] == (2, 24, 8) and shapes["B_btn"] == (2, 24, 16)
+    assert len(shapes) == 8 and all(jnp.abs(g).max() > 0 for g in gradients.values())
