@@ -46,6 +46,7 @@ def compile_for(kind: str, name: str, dump: str) -> dict:
         text = path.read_text()
         if entry := re.search(r"\.entry (selective_scan\w*)", text):
             kernels[entry[1]] = registers(path, re.search(r"\.target (\w+)", text)[1])
+        path.unlink()  # the next card's have the same names
     return {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes, "kernels": kernels}
 
 
@@ -63,4 +64,5 @@ def registers(path: pathlib.Path, architecture: str) -> dict[str, int]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=gradient"
-        print(json.dumps(compile_for(*sys.argv[1:], folder)))
+        kind, *names = sys.argv[1:]
+        print(json.dumps({name: compile_for(kind, name, folder) for name in names}))
