@@ -112,5 +112,5 @@ DEVICES: tuple[Device, ...] = (
     Device("TPU-v4", ("TPU v4",), 275.0, 275.0, None, None, 1228, 32),
     Device("TPU-v5e", ("TPU v5 lite", "TPU v5e"), 197.0, 197.0, None, None, 819, 16),
     Device("TPU-v5p", ("TPU v5", "TPU v5p"), 459.0, 459.0, None, None, 2765, 95),
-    Device("TPU-v6e", ("TPU v6 lite", "TPU v6e"), 918.0, 918.0, None, None, 1640, 32),
+    Device("TPU-v6e", ("TPU v6 lite", "TPU v6e"), 918.0, 918.0, None, None, 1638, 32),
 )
