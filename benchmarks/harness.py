@@ -106,7 +106,8 @@ def measure(
         interrupt loses nothing.
       rounds: samples per candidate.
       candidate_secs: of timed work that a candidate may take.
-      deadline: on ``time.monotonic``'s clock; no round starts after it.
+      deadline: on ``time.monotonic``'s clock; after it nothing is prepared but a first candidate,
+        and no round starts but the first.
       clock: seconds.
     """
     started = [(candidate, Row(case, candidate.name)) for candidate in candidates]
@@ -114,6 +115,9 @@ def measure(
     going: list[tuple[Row, Prepared]] = []
     for candidate, row in started:
         if candidate.isolated_secs:
+            continue
+        if going and time.monotonic() > deadline:  # those that are ready shall have their turn
+            row.note = "not measured: out of time"
             continue
         try:
             prepared = candidate.prepare()

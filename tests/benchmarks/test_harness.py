@@ -82,17 +82,18 @@ def test_an_interrupt_keeps_the_samples_so_far():
     assert rows[0].samples_secs == [1.0, 1.0]
 
 
-def test_no_round_starts_after_the_deadline_but_the_first():
+def test_after_the_deadline_one_candidate_has_one_round():
     rows = []
     harness.measure(
-        [Candidate("a", lambda: Prepared(lambda: 1.0))],
+        [Candidate(name, lambda: Prepared(lambda: 1.0)) for name in "ab"],
         CASE,
         rows,
         rounds=9,
         candidate_secs=100,
         deadline=-math.inf,
     )
-    assert rows[0].samples_secs == [1.0]
+    assert [row.samples_secs for row in rows] == [[1.0], []]
+    assert rows[1].note == "not measured: out of time"
 
 
 def test_a_missing_peer_is_named_with_its_remedy():

@@ -7,8 +7,9 @@ import types
 
 import pytest
 
-from benchmarks import report, run, scaling, scan, startup
+from benchmarks import hybrid, report, run, scaling, scan, startup
 from benchmarks.harness import Candidate, Context, Prepared, Row, measure
+from mamba_jax.models.cost import parameter_count
 
 
 def command(*words, **environment):
@@ -109,3 +110,16 @@ def test_auto_is_compared_with_the_best_of_ours_only():
 def test_a_process_that_fails_to_compile_is_an_error_not_a_time():
     with pytest.raises(subprocess.CalledProcessError):
         startup.compile_in_process("no-such-size", "/nowhere")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_hybrid_is_compared_with_a_mamba_of_as_many_parameters(platform):
+    context = Context(platform, "a device")
+    models = hybrid.models(hybrid.cases(context)[0], context)
+    count = {name: parameter_count(model).non_embedding for name, model in models.items()}
+    one_layer = count[hybrid.SAME_SHAPE] / models[hybrid.SAME_SHAPE].n_layers
+    assert abs(count[hybrid.BASELINE] - count[hybrid.HYBRID]) <= 0.51 * one_layer
+    assert count[hybrid.HYBRID] > 1.2 * count[hybrid.SAME_SHAPE]
+    assert models[hybrid.HYBRID].recursion_depth == 3
+    variants = [models[name] for name in hybrid.VARIANTS]
+    assert len({*variants, *models.values()}) == len(models)  # all differ
