@@ -252,7 +252,7 @@ def test_a_long_sequence(segments):
     for name, gradient in gradients.items():
         # A, D and the bias add 65,536 terms one after the other: 2^-24·√65536 = 1.5e-5 expected.
         size = np.abs(true_gradients[name]).max()
-        assert np.abs(gradient - true_gradients[name]).max() <= 5e-5 * size, name
+        assert np.abs(np.asarray(gradient) - true_gradients[name]).max() <= 5e-5 * size, name
 
 
 def test_softplus_keeps_its_digits():
