@@ -5,13 +5,15 @@ process of its own: ``PYTHONPATH=.compilers JAX_PLATFORMS=cpu python …``. Then
 
     sharding = cuda_target("H200")
     shape = jax.ShapeDtypeStruct((8, 2048), jnp.float32, sharding=sharding)
-    jax.jit(function).lower(shape).compile().memory_analysis()
+    compile_for(function, shape).memory_analysis()
 """
 
 import dataclasses
 import importlib.util
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -110,6 +112,30 @@ def tpu_target(generation: str) -> SingleDeviceSharding:
         "TPU_SKIP_MDS_QUERY": "1",
     }
     return SingleDeviceSharding(topologies.get_topology_desc(topology, "tpu").devices[0])
+
+
+def compile_for(function: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    """Compiles a function for the target that the shardings of its arguments name.
+
+    Args:
+      function: to be compiled.
+      *arguments: trees of ``jax.ShapeDtypeStruct`` with a sharding of ``cuda_target`` or
+        ``tpu_target``.
+    """
+    device = next(iter(jax.tree.leaves(arguments)[0].sharding.device_set))
+    if device.platform == "tpu" or jax.__version_info__ < (0, 11):
+        return jax.jit(function).lower(*arguments).compile()
+    # Newer versions of jax lower a kernel for an abstract device only, and then do not compile it.
+    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="gpu")
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
+    kernel = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    with use_abstract_mesh(AbstractMesh((1,), ("card",), abstract_device=kind)):
+        exported = jax.export.export(
+            jax.jit(function), platforms=["cuda"], disabled_checks=[kernel]
+        )(*plain)
+    return jax.jit(exported.call).lower(*arguments).compile()
 
 
 def _need(module: str) -> pathlib.Path:

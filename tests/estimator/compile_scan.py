@@ -11,16 +11,16 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-from mamba_jax.estimator.targets import cuda_target, tpu_target
+from mamba_jax.estimator.targets import compile_for, cuda_target, tpu_target
 from mamba_jax.ops.selective_scan import pallas_gpu
 
 
-def compile_for(kind: str, name: str, dump: str) -> dict:
+def compile_scan(kind: str, name: str, dump: str) -> dict:
     """Compiles the gradient of one layer's scan, or for a TPU of a plain product."""
     sharding = {"cuda": cuda_target, "tpu": tpu_target}[kind](name)
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
     if kind == "tpu":
-        compiled = jax.jit(lambda a: a @ a).lower(shape(256, 256)).compile()
+        compiled = compile_for(lambda a: a @ a, shape(256, 256))
         return {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
     b, t, e, n = 8, 2048, 1536, 16
     float32 = lambda *dims: shape(*dims, dtype=jnp.float32)
@@ -40,7 +40,7 @@ def compile_for(kind: str, name: str, dump: str) -> dict:
         y_bte, pull_back = jax.vjp(scan, arguments)
         return y_bte, pull_back(dy_bte)
 
-    compiled = jax.jit(gradient).lower(arguments, arguments["x_bte"]).compile()
+    compiled = compile_for(gradient, arguments, arguments["x_bte"])
     kernels = {}
     for path in pathlib.Path(dump).glob("*.ptx"):
         text = path.read_text()
@@ -63,6 +63,6 @@ def registers(path: pathlib.Path, architecture: str) -> dict[str, int]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=gradient"
+        os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder}"
         kind, *names = sys.argv[1:]
-        print(json.dumps({name: compile_for(kind, name, folder) for name in names}))
+        print(json.dumps({name: compile_scan(kind, name, folder) for name in names}))

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -23,11 +24,18 @@ from mamba_jax.ops.selective_scan import pallas_gpu
 
 ROOT = pathlib.Path(mamba_jax.__file__).parents[1]
 COMPILERS = ROOT / ".compilers"
+
+
+def compilers_fit():
+    """Whether the compilers are there, and those of this Python and this jax."""
+    installed = COMPILERS / "installed"
+    words = installed.read_text().split() if installed.is_file() else []
+    return {platform.python_version(), f"jax-cuda12-pjrt=={jax.__version__}"} <= set(words)
+
+
 needs_compilers = pytest.mark.skipif(
-    not (COMPILERS / "installed").is_file(), reason="no .compilers: run ./launch/compilers.sh"
+    not compilers_fit(), reason="no .compilers for this jax: run ./launch/compilers.sh"
 )
-
-
 CARDS_TO_TRY = ("A100", "RTX 4080", "H200", "12.0")
 
 
