@@ -47,6 +47,16 @@ def test_the_transformer_is_causal(remat):
     assert (np.abs(before - after)[:, 10:].max(-1) > 1e-4).all()
 
 
+def test_the_transformer_knows_where_a_token_stands():
+    config = transformer(n_layers=1)  # without positions one layer reads a set of tokens
+    params = gpt2.init(config, jax.random.key(0))
+    tokens = workloads.windows(1, 8, config.vocab_size)[:, :-1]
+    other = tokens[:, [1, 0, *range(2, 8)]]
+    assert not np.array_equal(tokens, other)
+    last = lambda tokens: gpt2.forward(params, config, tokens)[:, -1]
+    assert np.abs(last(tokens) - last(other)).max() > 1e-5  # rounding alone gives about 1e-7
+
+
 def test_the_transformer_learns_a_fixed_batch():
     config = transformer()
     windows = workloads.windows(2, 16, config.vocab_size)

@@ -94,6 +94,8 @@ def test_scaling_is_measured_and_judged():
 def test_deviation_is_measured_from_the_median_per_token():
     # Per token 1, 1 and 1.3.
     assert scaling.worst_deviation({10: 10.0, 20: 20.0, 40: 52.0}) == (40, pytest.approx(0.3))
+    # Too cheap counts as well: 0.5, 1 and 1.05.
+    assert scaling.worst_deviation({10: 5.0, 20: 20.0, 40: 42.0}) == (10, pytest.approx(-0.5))
 
 
 def test_auto_is_compared_with_the_best_of_ours_only():
