@@ -45,6 +45,7 @@ class ModelConfig:
     recursion_depth: int = 3  # steps of the shared processor; 0: no recursion
     recursion_expand: int = 2  # its hidden width, in units of d_model
     recursion_reads_attention: bool = True  # False: attention once, after the recursion
+    gate_skip_threshold: float = 0.0  # generating: skip a step no gate exceeds this at; 0: never
     gate_bias: float = 0.0  # of the depth gate at the start; 0: each step half open
     attention_scales: tuple[int, ...] = (1, 2, 4)  # pooling factors; (): no attention
     attention_window: int = 256  # pooled positions that a query sees at each scale
@@ -178,6 +179,16 @@ def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
             f'unknown {what} "{name}"{did_you_mean(name, table)} (choices: {", ".join(table)})'
         )
     return table[name]
+
+
+def with_scan(model: ModelConfig, scan: str) -> ModelConfig:
+    """Returns the same model, computed by another implementation of the scan.
+
+    Raises:
+      UserError: if there is none of that name.
+    """
+    _check_choice("model.scan", scan)
+    return dataclasses.replace(model, scan=scan)
 
 
 def load_config(path: str) -> ConfigDict:
@@ -330,7 +341,15 @@ _CHOICES = {
     "model.family": ("mamba", "hybrid"),
     "model.dtype": ("auto", "bfloat16", "float32"),
     "model.remat": ("auto", "none", "dots", "full"),
-    "model.scan": ("auto", "reference", "sequential", "associative", "chunked"),
+    "model.scan": (
+        "auto",
+        "reference",
+        "sequential",
+        "associative",
+        "chunked",
+        "pallas_gpu",
+        "pallas_tpu",
+    ),
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
 }
@@ -373,6 +392,7 @@ _NOT_NEGATIVE = (
 )
 _SHARES = (
     "model.dropout",
+    "model.gate_skip_threshold",
     "training.beta1",
     "training.beta2",
     "training.min_learning_rate_ratio",
@@ -387,12 +407,8 @@ def _check(run: RunConfig) -> None:
             target = getattr(target, part)
         return target
 
-    for name, choices in _CHOICES.items():
-        if value(name) not in choices:
-            raise UserError(
-                f'{name}="{value(name)}" is not one of {", ".join(choices)}'
-                f"{did_you_mean(str(value(name)), choices)}"
-            )
+    for name in _CHOICES:
+        _check_choice(name, value(name))
     for name in _POSITIVE:
         if not value(name) > 0:
             raise UserError(f"{name}={value(name)} must be greater than 0")
@@ -417,6 +433,15 @@ def _check(run: RunConfig) -> None:
     for name in ("name", "output_dir", "log_dir", "tensorboard_dir"):
         if not value(name):
             raise UserError(f"{name} must not be empty")
+
+
+def _check_choice(name: str, value: Any) -> None:
+    choices = _CHOICES[name]
+    if value not in choices:
+        raise UserError(
+            f'{name}="{value}" is not one of {", ".join(choices)}'
+            f"{did_you_mean(str(value), choices)}"
+        )
 
 
 def _check_model(model: ModelConfig) -> None:

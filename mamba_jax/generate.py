@@ -58,6 +58,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ):
         about += " (default: %(default)s)"
         parser.add_argument(name, type=type_, default=default, help=about)
+    parser.add_argument(
+        "--scan",
+        metavar="NAME",
+        help="of the implementation of the selective scan: auto, sequential, chunked, … "
+        "(default: the checkpoint's)",
+    )
     return parser.parse_args(argv)
 
 
@@ -88,8 +94,11 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Loads the checkpoint and prints prompts and texts."""
+    from mamba_jax.config import with_scan
     from mamba_jax.data.tokenizer import load_tokenizer
     from mamba_jax.generation import check_settings, generate_text
+    from mamba_jax.models.language_model import matmul_dtype
+    from mamba_jax.modules.mamba import resolve_scan
     from mamba_jax.training import checkpoint
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
@@ -99,9 +108,13 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     path = checkpoint.resolve(arguments.checkpoint, log)
     metadata = checkpoint.read_metadata(path)
     log(f"{path}: {metadata.config.name}, step {metadata.step}")
+    model = metadata.config.model
+    if arguments.scan is not None:
+        model = with_scan(model, arguments.scan)
+    resolve_scan(model, matmul_dtype(model))  # before a large checkpoint is read
     generate_text(
         checkpoint.restore_params(path),
-        metadata.config.model,
+        model,
         load_tokenizer(metadata.config.data.tokenizer),
         prompts,
         on_text=InOrder(prompts),

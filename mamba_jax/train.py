@@ -64,6 +64,8 @@ def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = N
     from mamba_jax.data.pipeline import prepare
     from mamba_jax.generation.generate import generate_text
     from mamba_jax.models.cost import parameter_count
+    from mamba_jax.models.language_model import matmul_dtype
+    from mamba_jax.modules.mamba import resolve_scan
     from mamba_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
     from mamba_jax.training import history, loop, summary
     from mamba_jax.training import resume as resuming
@@ -88,6 +90,7 @@ def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = N
         begun = start.metadata.step if start else 0
         traced = (1, 0) if profile is None else traced_steps(*profile, begun, training.max_steps)
         resuming.check_writable(output_dir)
+        scan = resolve_scan(config.model, matmul_dtype(config.model))
         _cache_compilations(config)
         mesh = make_mesh(config.parallel)
         check_batch(config.vram.batch_size, mesh)
@@ -125,7 +128,10 @@ def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = N
                 f"training.warmup_steps={training.warmup_steps} would outlast the "
                 f"{training.max_steps} steps: warming up for {training.resolved_warmup_steps}"
             )
-        monitor.say(f"{config.name}: {parameters.total:,} parameters on {device}; compiling …")
+        monitor.say(
+            f"{config.name}: {parameters.total:,} parameters on {device}; "
+            f"selective scan: {scan}; compiling …"
+        )
         monitor.start(first_step, start.path.parent if start else None, hardware)
 
         def evaluated() -> Evaluation:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba_jax.config import ModelConfig
+from mamba_jax.errors import UserError
 from mamba_jax.modules.layout import Documents
 from mamba_jax.ops.causal_conv1d import causal_conv1d
-from mamba_jax.ops.selective_scan import selective_scan
+from mamba_jax.ops.selective_scan import choose, selective_scan, unsupported
 
 # The paper's range of Δ at the start (section 3.6): log-uniform, never below the floor.
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -48,6 +49,27 @@ class DtProjection(nnx.Module):
         kernel = uniform_fan_in(rank)(rngs.params(), (rank, channels), jnp.float32)
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(inverse_softplus_dt(rngs.params(), (channels,)))
+
+
+def resolve_scan(config: ModelConfig, dtype: jnp.dtype) -> str:
+    """Returns the implementation that this machine scans with, before anything is compiled.
+
+    Args:
+      config: its ``scan`` is "auto" or a name.
+      dtype: of matmuls, and hence of the scan's x.
+
+    Raises:
+      UserError: if the name cannot run on this machine or with this shape.
+    """
+    where = (jax.default_backend(), dtype, config.d_inner, config.d_state)
+    if config.scan == "auto":
+        return choose(*where)
+    if reason := unsupported(config.scan, *where):
+        raise UserError(
+            f'model.scan="{config.scan}" cannot be used: {reason}; '
+            "give auto (train: --config.model.scan=auto, generate: --scan=auto)"
+        )
+    return config.scan
 
 
 class MambaMixer(nnx.Module):

@@ -1,5 +1,10 @@
 """The selective scan of Mamba behind one function."""
 
-from mamba_jax.ops.selective_scan.api import IMPLEMENTATIONS, selective_scan
+from mamba_jax.ops.selective_scan.api import (
+    IMPLEMENTATIONS,
+    choose,
+    selective_scan,
+    unsupported,
+)
 
-__all__ = ["IMPLEMENTATIONS", "selective_scan"]
+__all__ = ["IMPLEMENTATIONS", "choose", "selective_scan", "unsupported"]

@@ -3,7 +3,10 @@
 Shapes: b batch, t time, e d_inner, n d_state.
 """
 
+import functools
 import importlib
+import logging
+from types import ModuleType
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -11,7 +14,18 @@ from jaxtyping import Array, Bool, Float
 from mamba_jax.ops.selective_scan import reference
 
 # Each is the ``scan`` of the module of its name, which is imported when it is first used.
-IMPLEMENTATIONS = ("reference", "sequential", "associative", "chunked")
+IMPLEMENTATIONS = (
+    "reference",
+    "sequential",
+    "associative",
+    "chunked",
+    "pallas_gpu",
+    "pallas_tpu",
+)
+# As ``jax.default_backend()`` names them; the others run everywhere.
+_PLATFORM = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}
+
+_logger = logging.getLogger("mamba_jax")
 
 
 def selective_scan(
@@ -52,32 +66,29 @@ def selective_scan(
       initial_state_ben: the state before the first token; None: zeros.
       reset_bt: True at the first token of a document: what came before it, the initial state
         included, is dropped. None: no resets.
-      implementation: a key of ``IMPLEMENTATIONS``, or "auto": "sequential" on CPU, "chunked"
-        elsewhere. A named choice is never replaced by another. A single token (t = 1) needs none
-        of them: it is one plain step.
+      implementation: one of ``IMPLEMENTATIONS``, or "auto", which ``choose`` decides and the logger
+        "mamba_jax" tells once. A named choice is never replaced by another. A single token (t = 1)
+        needs none of them: it is one plain step.
+      interpret: whether Pallas kernels run as plain JAX, slowly, on any platform: for tests. The
+        other implementations have no kernels and are the same either way.
 
     Returns:
       y_bte in the dtype of x, and the state after the last token, float32.
 
     Raises:
-      ValueError: if the implementation is unknown or there is no token.
+      ValueError: if the implementation is unknown or does not take this shape or dtype (the
+        message says what it takes), or there is no token.
 
     Source: arXiv 2312.00752, section 3.2 and algorithm 2. As in its code, B is discretised to first
     order (Δ B), A by zero-order hold.
     """
-    if implementation == "auto":
-        implementation = "sequential" if jax.default_backend() == "cpu" else "chunked"
-    if implementation not in IMPLEMENTATIONS:
-        names = ", ".join(["auto", *IMPLEMENTATIONS])
-        raise ValueError(
-            f'unknown selective_scan implementation "{implementation}": not in {names}'
-        )
-    t = x_bte.shape[1]
+    _, t, e = x_bte.shape
     if t == 0:
         raise ValueError(f"selective_scan needs at least one token, got x of shape {x_bte.shape}")
-    module = importlib.import_module(f"mamba_jax.ops.selective_scan.{implementation}")
+    if implementation == "auto":
+        implementation = choose(jax.default_backend(), x_bte.dtype, e, A_en.shape[1])
     # A single token is decoding: a chunk of one would be up to 2.5 times slower.
-    scan = reference.one_token if t == 1 else module.scan
+    scan = _module(implementation).scan if t > 1 else reference.one_token
     with jax.named_scope("selective_scan"):
         return scan(
             x_bte,
@@ -93,3 +104,66 @@ def selective_scan(
             reset_bt=reset_bt,
             interpret=interpret,
         )
+
+
+def choose(platform: str, dtype: jax.typing.DTypeLike, d_inner: int, d_state: int) -> str:
+    """Returns the implementation that "auto" stands for.
+
+    CPU: "sequential". GPU: "pallas_gpu" where its kernels take the shape, else "chunked". TPU:
+    "chunked", as "pallas_tpu" has been compiled for TPUs but not yet run on one; by name it is
+    there. The length of the sequence has no say, but that a single token is a plain step anyway.
+
+    Args:
+      platform: as ``jax.default_backend()`` names it.
+      dtype: of x.
+      d_inner: channels of one device's x.
+      d_state: states of a channel.
+    """
+    name = "sequential" if platform == "cpu" else "chunked"
+    if platform == "gpu" and not unsupported("pallas_gpu", platform, dtype, d_inner, d_state):
+        name = "pallas_gpu"
+    _log_once(
+        f"selective scan: {name} ({platform}, {jax.numpy.dtype(dtype)}, "
+        f"d_inner {d_inner}, d_state {d_state})"
+    )
+    return name
+
+
+def unsupported(
+    implementation: str, platform: str, dtype: jax.typing.DTypeLike, d_inner: int, d_state: int
+) -> str | None:
+    """Tells whether a named implementation cannot run, before anything is compiled.
+
+    ``selective_scan`` itself does not ask for the platform: a program may be lowered for another
+    one than this machine's.
+
+    Args:
+      implementation: one of ``IMPLEMENTATIONS``; the others as in ``choose``.
+
+    Returns:
+      None if it can, else a sentence with the reason.
+
+    Raises:
+      ValueError: if there is no such implementation.
+    """
+    supports = getattr(_module(implementation), "supports", None)
+    if supports is None:
+        return None
+    needed = _PLATFORM[implementation]
+    if platform != needed:
+        return f"the {implementation} scan runs on a {needed.upper()}, not on a {platform.upper()}"
+    return supports(d_inner, d_state, dtype)
+
+
+def _module(implementation: str) -> ModuleType:
+    if implementation not in IMPLEMENTATIONS:
+        names = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise ValueError(
+            f'unknown selective_scan implementation "{implementation}": not in {names}'
+        )
+    return importlib.import_module(f"mamba_jax.ops.selective_scan.{implementation}")
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    _logger.info(line)

@@ -46,22 +46,33 @@ def scan(
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """See ``selective_scan``."""
     del interpret  # there is no Pallas in here
-    b, t, e = x_bte.shape
-    k = -(-t // CHUNK_TOKENS)
-    c = -(-t // k)  # chunks of equal length: 33 tokens are 2 × 17, not 2 × 32
     dtype = compute_dtype(x_bte, dt_bte, A_en, B_btn, C_btn)
-
-    def per_row(v):  # so that a gradient is summed over the rows (and devices) once, at the end
-        return None if v is None else jnp.broadcast_to(v.astype(dtype), (b, *v.shape))
-
-    weights = tuple(map(per_row, (A_en, D_e, dt_bias_e)))
-    tokens = jax.tree.map(
-        lambda v: jnp.pad(v, [(0, 0), (0, k * c - t)] + [(0, 0)] * (v.ndim - 2)),
-        (x_bte, dt_bte, z_bte, B_btn, C_btn, reset_bt),
-    )
     state_ben = start_state(initial_state_ben, x_bte, A_en, dtype)
+    c, weights, tokens = prepare(
+        (x_bte, dt_bte, z_bte, B_btn, C_btn, reset_bt), (A_en, D_e, dt_bias_e), dtype
+    )
+    t = x_bte.shape[1]
     y_bte, final_ben = _scan(c, t, dt_softplus, weights, state_ben, tokens)
     return y_bte[:, :t], final_ben
+
+
+def prepare(tokens, weights, dtype):
+    """Chooses the length of a chunk, pads the tokens to whole chunks and widens the weights.
+
+    Returns:
+      c, weights and tokens as ``forward`` takes them.
+    """
+    b, t, _ = tokens[0].shape
+    k = -(-t // CHUNK_TOKENS)
+    c = -(-t // k)  # chunks of equal length: 65 tokens are 2 × 33, not 2 × 64
+
+    def per_row(v):  # so that a gradient is summed over the rows (and devices) once, at the end
+        return jnp.broadcast_to(v.astype(dtype), (b, *v.shape))
+
+    def pad(v):
+        return jnp.pad(v, [(0, 0), (0, k * c - t)] + [(0, 0)] * (v.ndim - 2))
+
+    return c, jax.tree.map(per_row, weights), jax.tree.map(pad, tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -19,7 +19,7 @@ def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
 def start_state(
     initial_state_ben: jax.Array | None, x_bte: jax.Array, A_en: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """Returns the state before the first token (b, e, n) in ``dtype``; zeros where none is given."""
+    """Returns the state before the first token (b, e, n) in ``dtype``: zeros unless given."""
     if initial_state_ben is None:
         return jnp.zeros((x_bte.shape[0], *A_en.shape), dtype)
     return initial_state_ben.astype(dtype)
