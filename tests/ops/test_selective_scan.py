@@ -69,17 +69,16 @@ CASES = [
     Case(t=77, n=16),
     Case(t=77, n=8, initial=True, resets=(0, 1, 26, 39, 51, 52, 76), extras=True, gate=True),
 ]
-# The kernels for GPUs know fewer shapes, and run slowly as plain JAX.
+# Kernels run slowly as plain JAX, and those for GPUs know fewer shapes.
+TPU_CASES = [case for case in CASES if case.t != 31 and case != Case(t=77, n=16)]
 GPU_CASES = [
-    dataclasses.replace(case, e=16, b=3 if case.t == 33 else 2) for case in CASES if case.n != 5
-] + [
-    Case(t=2, initial=True, resets=(1,), gate=True, e=16),
-    Case(t=64, dtype="bfloat16", initial=True, resets=(0, 31, 32, 63), gate=True, e=48),
+    dataclasses.replace(case, e=48 if case.t == 64 else 16, n=8 if case.n == 5 else case.n)
+    for case in TPU_CASES
 ]
 PAIRS = [
     pytest.param(case, name, id=f"{name}-{case}")
     for name in FAST
-    for case in (GPU_CASES if name == "pallas_gpu" else CASES)
+    for case in {"pallas_gpu": GPU_CASES, "pallas_tpu": TPU_CASES}.get(name, CASES)
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 pairs = pytest.mark.parametrize(("case", "implementation"), PAIRS)
