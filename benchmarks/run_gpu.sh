@@ -36,7 +36,7 @@ for name in "${benchmarks[@]}"; do
   attempt "$name" $((budget * 5 / 4)) \
     python -m benchmarks.run "$name" --budget_secs "$budget"
 done
-attempt "gpu tests" 60 python -m pytest -q -m gpu
+attempt "gpu tests" 60 env TEST_PLATFORM=cuda python -m pytest -q -m gpu
 
 echo "── results"
 ls benchmarks/results

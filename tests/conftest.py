@@ -1,8 +1,11 @@
-"""Eight faked CPU devices for every test, and checked array shapes in the numerical packages."""
+"""Eight faked CPU devices for every test, and checked array shapes in the numerical packages.
+
+``TEST_PLATFORM=cuda pytest -m gpu`` runs the tests marked gpu, which are skipped on a CPU.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
