@@ -24,7 +24,8 @@ from mamba_jax.models import build
 
 PREFILL_TOKENS = 512  # of one piece: bounds memory, and lengths are compiled for up to here only
 _SHORTEST_PIECE = 16
-DISPATCH_TOKENS = 8  # decoded per call to the device: hides its latency, text still flows
+STREAM_TOKENS = 8  # decoded per call to the device: hides its latency, text still flows
+WHOLE_TOKENS = 1024  # where nobody watches: nearly always the whole text in one call
 
 
 def generate_text(
@@ -68,6 +69,7 @@ def generate_text(
     if not prompts:
         return []
     params = jax.device_put(params)  # once, not at every dispatch
+    prepared = build.prepare_for_decoding(params, model_config)
     begin = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
     sequences = [np.concatenate([begin, tokenizer.encode(prompt)]) for prompt in prompts]
     batch_size = min(batch_size or len(prompts), len(prompts))
@@ -96,6 +98,8 @@ def generate_text(
             seed=seed,
             vocab_size=tokenizer.vocab_size,
             eot_id=tokenizer.eot_id,
+            prepared=prepared,
+            dispatch_tokens=WHOLE_TOKENS if on_text is None else STREAM_TOKENS,
         )
         for step_tokens in tokens:
             for index, token in zip(indices, step_tokens, strict=True):
@@ -143,6 +147,8 @@ def generate_tokens(
     seed: int,
     vocab_size: int,
     eot_id: int,
+    prepared: build.Params | None = None,
+    dispatch_tokens: int = STREAM_TOKENS,
 ) -> Iterator[list[int]]:
     """Continues token sequences, step by step.
 
@@ -158,6 +164,8 @@ def generate_tokens(
       seed: of the randomness.
       vocab_size: ids from here up are padding of the model's vocabulary and never chosen.
       eot_id: ends a row.
+      prepared: ``params`` by ``models.build.prepare_for_decoding``; None: it is done here.
+      dispatch_tokens: steps of one call to the device; all that a call makes comes at once.
 
     Yields:
       The next token of each sequence; after its end, ``eot_id``. Stops when all ended.
@@ -168,24 +176,40 @@ def generate_tokens(
     ended_b = np.arange(n_rows) >= len(sequences)
     logits_bv, cache = prefill_in_pieces(params, config, tokens_bt, segments_bt)
     keys_b = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_ids_b)
-    for step in range(0, max_tokens, DISPATCH_TOKENS):
-        n_steps = min(DISPATCH_TOKENS, max_tokens - step)
+    cache = _unstack_cache(cache, config)
+    if prepared is None:
+        prepared = build.prepare_for_decoding(params, config)
+    under_way = None
+    for step in range(0, max_tokens, dispatch_tokens):
         tokens_bs, logits_bv, cache, ended_b, n_made = _decode(
-            params,
+            prepared,
             cache,
             logits_bv,
             ended_b,
             keys_b,
             step,
-            n_steps,
+            min(dispatch_tokens, max_tokens - step),
             config=config,
             sampling=sampling,
             vocab_size=vocab_size,
             eot_id=eot_id,
+            dispatch_tokens=dispatch_tokens,
         )
-        yield from np.asarray(tokens_bs).T[: int(n_made), : len(sequences)].tolist()
-        if np.all(ended_b):
-            return
+        # One call ahead of what is read, so that the device never waits for the host. When all
+        # rows have ended the call ahead does nothing.
+        if under_way is not None:
+            tokens_before_bs, n_made_before, ended_before_b = under_way
+            yield from _read(tokens_before_bs, n_made_before, len(sequences))
+            if np.all(ended_before_b):
+                return
+        under_way = tokens_bs, n_made, ended_b
+    if under_way is not None:
+        yield from _read(*under_way[:2], len(sequences))
+
+
+def _read(tokens_bs: jax.Array, n_made: jax.Array, n_sequences: int) -> list[list[int]]:
+    """Waits for a call's tokens; returns them step by step."""
+    return np.asarray(tokens_bs).T[: int(n_made), :n_sequences].tolist()
 
 
 def pad_left(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,12 +254,13 @@ def prefill_in_pieces(
     return logits_bv, cache
 
 
+_unstack_cache = jax.jit(build.unstack_cache, static_argnames="config")
 _prefill = jax.jit(build.prefill, static_argnames="config", donate_argnames="cache")
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "vocab_size", "eot_id"),
+    static_argnames=("config", "sampling", "vocab_size", "eot_id", "dispatch_tokens"),
     donate_argnames=("cache", "logits_bv"),
 )
 def _decode(
@@ -251,11 +276,12 @@ def _decode(
     sampling: Sampling,
     vocab_size: int,
     eot_id: int,
+    dispatch_tokens: int,
 ) -> tuple[Any, ...]:
     """Decodes up to ``n_steps`` tokens, fewer when all rows have ended.
 
     Returns:
-      tokens_bs int32 (b, DISPATCH_TOKENS), then the next logits, cache and ended_b, and how many
+      tokens_bs int32 (b, dispatch_tokens), then the next logits, cache and ended_b, and how many
       columns of tokens_bs were made.
     """
 
@@ -273,7 +299,7 @@ def _decode(
         logits_bv, cache = build.decode_step(params, config, token_b, cache)
         return made + 1, tokens_bs, logits_bv, cache, ended_b | (token_b == eot_id)
 
-    tokens_bs = jnp.full((len(ended_b), DISPATCH_TOKENS), eot_id, jnp.int32)
+    tokens_bs = jnp.full((len(ended_b), dispatch_tokens), eot_id, jnp.int32)
     made, tokens_bs, logits_bv, cache, ended_b = jax.lax.while_loop(
         going_on, one_token, (jnp.int32(0), tokens_bs, logits_bv, cache, ended_b)
     )

@@ -23,7 +23,7 @@ from mamba_jax.config import ModelConfig
 from mamba_jax.modules.layout import Blocks, Documents
 from mamba_jax.modules.mamba import uniform_fan_in
 from mamba_jax.modules.norm import RMSNorm
-from mamba_jax.ops.windowed_attention import windowed_attention
+from mamba_jax.ops.windowed_attention import ring_attention, ring_numbers, windowed_attention
 
 ROPE_BASE = 10_000.0  # arXiv 2104.09864, section 3.2.2
 
@@ -40,12 +40,16 @@ def rotate(x_bthp: jax.Array, number_bt: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What queries read at one scale: ``offset`` remembered blocks, then those of the row."""
+    """What queries read at one scale: ``offset`` remembered blocks, then those of the row.
+
+    When decoding (``newest_b`` is not None) it is the ring itself, the token's own block included.
+    """
 
     k_bchp: jax.Array
     v_bchp: jax.Array
     offset: int
     blocks: Blocks
+    newest_b: jax.Array | None = None  # the number of the newest block in its document
 
 
 class HierarchicalAttention(nnx.Module):
@@ -87,9 +91,9 @@ class HierarchicalAttention(nnx.Module):
           x_btd: float32 residual stream.
           where: the documents of the row.
           layouts: the blocks of each scale.
-          cache: per scale s ``keys_s``, ``values_s`` (b, w, h, p), the newest blocks, oldest first,
-            and for s > 1 ``partial_s`` (b, 2, h, p) float32, the sums of k and v over the tokens
-            of the incomplete block.
+          cache: per scale s ``keys_s``, ``values_s`` (b, w, h, p), rings of the newest blocks
+            (block i of a document in slot i mod w), and for s > 1 ``partial_s`` (b, 2, h, p)
+            float32, the sums of k and v over the tokens of the incomplete block.
 
         Returns:
           One memory per scale, and the cache after the row.
@@ -109,14 +113,26 @@ class HierarchicalAttention(nnx.Module):
             v = pooled[:, :, 1].astype(self.dtype)
             if scale > 1:
                 new_cache[f"partial_{scale}"] = partial
-            offset = 0
-            if cache is not None:
-                offset = self.window
-                k = jnp.concatenate([cache[f"keys_{scale}"].astype(k.dtype), k], axis=1)
-                v = jnp.concatenate([cache[f"values_{scale}"].astype(v.dtype), v], axis=1)
-            new_cache[f"keys_{scale}"] = newest(k, layout.count_b + offset, self.window)
-            new_cache[f"values_{scale}"] = newest(v, layout.count_b + offset, self.window)
-            memories.append(Memory(k, v, offset, layout))
+            rings = [None if cache is None else cache[f"{of}_{scale}"] for of in ("keys", "values")]
+            newest_b = where.next_position_b // scale - 1
+            offset = 0 if cache is None else self.window
+            if cache is not None and x_btd.shape[1] == 1:
+                k, v = (
+                    write(ring, x[:, 0], newest_b, layout.count_b > 0)
+                    for ring, x in zip(rings, (k, v), strict=True)
+                )
+                memory, rings = Memory(k, v, offset, layout, newest_b), [k, v]
+            else:
+                if cache is not None:
+                    before_b = where.position_bt[:, 0] // scale - 1
+                    k, v = (
+                        jnp.concatenate([unroll(ring, before_b).astype(x.dtype), x], axis=1)
+                        for ring, x in zip(rings, (k, v), strict=True)
+                    )
+                memory = Memory(k, v, offset, layout)
+                rings = [roll(x, layout.count_b + offset, newest_b, self.window) for x in (k, v)]
+            new_cache[f"keys_{scale}"], new_cache[f"values_{scale}"] = rings
+            memories.append(memory)
         return memories, new_cache
 
     @jax.named_scope("attention_read")
@@ -133,17 +149,16 @@ class HierarchicalAttention(nnx.Module):
         y_bthp = jnp.zeros(q.shape, jnp.float32)
         for index, (scale, memory) in enumerate(zip(self.scales, memories, strict=True)):
             layout = memory.blocks
-            high_bt = layout.newest_bt + memory.offset
-            low_bt = jnp.maximum(layout.first_bt + memory.offset, high_bt - self.window + 1)
-            y = windowed_attention(
-                rotate(q, layout.query_number_bt).astype(self.dtype),
-                memory.k_bchp,
-                memory.v_bchp,
-                low_bt,
-                high_bt,
-                self.window,
-                scale,
-            )
+            rotated = rotate(q, layout.query_number_bt).astype(self.dtype)
+            keys_and_values = memory.k_bchp, memory.v_bchp
+            if memory.newest_b is not None:
+                y = ring_attention(rotated[:, 0], *keys_and_values, memory.newest_b)[:, None]
+            else:
+                high_bt = layout.newest_bt + memory.offset
+                low_bt = jnp.maximum(layout.first_bt + memory.offset, high_bt - self.window + 1)
+                y = windowed_attention(
+                    rotated, *keys_and_values, low_bt, high_bt, self.window, scale
+                )
             y_bthp = y_bthp + mix[index][:, None] * y.astype(jnp.float32)
         return self.o_proj(y_bthp.astype(self.dtype)).astype(jnp.float32)
 
@@ -187,8 +202,34 @@ def pool(
     return block_sum / scale, tail
 
 
-def newest(x_bchp: jax.Array, count_b: jax.Array, window: int) -> jax.Array:
-    """Returns the ``window`` slots that end at slot ``count_b``, zeros where there are fewer."""
-    padded = jnp.pad(x_bchp, ((0, 0), (window, 0), (0, 0), (0, 0)))
-    index_bw = count_b[:, None] + jnp.arange(window)
-    return jnp.take_along_axis(padded, index_bw[:, :, None, None], axis=1)
+def write(
+    ring_bwhp: jax.Array, x_bhp: jax.Array, newest_b: jax.Array, done_b: jax.Array
+) -> jax.Array:
+    """Puts block ``newest_b`` into its slot where it is done: in place, in a decoding loop."""
+    row_b = jnp.arange(len(newest_b))
+    slot_b = newest_b % ring_bwhp.shape[1]
+    kept_bhp = ring_bwhp[row_b, slot_b]
+    x_bhp = jnp.where(done_b[:, None, None], x_bhp.astype(ring_bwhp.dtype), kept_bhp)
+    return ring_bwhp.at[row_b, slot_b].set(x_bhp)
+
+
+def unroll(ring_bwhp: jax.Array, newest_b: jax.Array) -> jax.Array:
+    """Returns the blocks of a ring, oldest first, the newest last."""
+    window = ring_bwhp.shape[1]
+    slot_bw = (newest_b[:, None] + 1 + jnp.arange(window)) % window
+    return jnp.take_along_axis(ring_bwhp, slot_bw[:, :, None, None], axis=1)
+
+
+def roll(x_bchp: jax.Array, count_b: jax.Array, newest_b: jax.Array, window: int) -> jax.Array:
+    """Puts the newest blocks of the last document into a ring; free slots are zero.
+
+    Args:
+      x_bchp: blocks in order; ``count_b`` of the slots are real.
+      count_b: slot ``count_b - 1`` holds the newest.
+      newest_b: its number in the document; -1: the document has none.
+      window: slots of the ring.
+    """
+    number_bw = ring_numbers(newest_b, window)
+    index_bw = count_b[:, None] - 1 - (newest_b[:, None] - number_bw)
+    ring = jnp.take_along_axis(x_bchp, jnp.maximum(index_bw, 0)[:, :, None, None], axis=1)
+    return jnp.where((number_bw >= 0)[:, :, None, None], ring, 0)

@@ -51,12 +51,13 @@ class RecursiveProcessor(nnx.Module):
             hidden, d, use_bias=False, dtype=dtype, kernel_init=initializers.zeros, rngs=rngs
         )
         self.gate = DepthGate(config)
+        self.skip_threshold = config.gate_skip_threshold
 
     @jax.named_scope("recursion")
     def __call__(
         self, h_btd: jax.Array, read: Callable[[jax.Array], jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Runs the steps.
+        """Runs the steps; skips, where ``skip_threshold`` is not 0, those no token's gate exceeds.
 
         Args:
           h_btd: float32 residual stream.
@@ -67,13 +68,20 @@ class RecursiveProcessor(nnx.Module):
           s_K (b, t, d) float32 and the gates (k, b, t) float32.
         """
 
-        def step(s_btd: jax.Array, gate_row: tuple[jax.Array, jax.Array]):
+        def advance(s_btd: jax.Array, gate_bt: jax.Array) -> jax.Array:
             change = self.down(jax.nn.silu(self.up(self.norm(s_btd).astype(self.dtype))))
             change = change.astype(jnp.float32)
             if read is not None:
                 change = change + read(s_btd)
+            return s_btd + gate_bt[..., None] * change
+
+        def step(s_btd: jax.Array, gate_row: tuple[jax.Array, jax.Array]):
             gate_bt = self.gate(s_btd, *gate_row)
-            return s_btd + gate_bt[..., None] * change, gate_bt
+            if not self.skip_threshold:
+                return advance(s_btd, gate_bt), gate_bt
+            needed = jnp.any(gate_bt > self.skip_threshold)
+            s_btd = jax.lax.cond(needed, advance, lambda s_btd, _: s_btd, s_btd, gate_bt)
+            return s_btd, gate_bt
 
         # A loop over one body: the program does not grow with the depth.
         return jax.lax.scan(step, h_btd, (self.gate.kernel[...], self.gate.bias[...]))

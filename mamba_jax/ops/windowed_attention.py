@@ -1,7 +1,7 @@
 """Causal attention over a moving window of keys, in memory linear in time.
 
 Legend: b batch, t queries in time, j keys, h heads, p head size, c queries of a chunk, u chunks,
-w keys of a chunk's band.
+w keys of a chunk's band, or of a ring.
 """
 
 import functools
@@ -68,3 +68,36 @@ def windowed_attention(
     weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), 0.0)
     y_buchp = jnp.einsum("buhcw,buwhp->buchp", weights.astype(v_bjhp.dtype), v_buwhp)
     return y_buchp.reshape(b, -1, h, p)[:, :t]
+
+
+@jax.named_scope("ring_attention")
+def ring_attention(
+    q_bhp: Float[Array, "b h p"],
+    k_bwhp: Float[Array, "b w h p"],
+    v_bwhp: Float[Array, "b w h p"],
+    newest_b: Int[Array, " b"],
+) -> Float[Array, "b h p"]:
+    """One query per row reads the newest w keys, kept in a ring: key number i in slot i mod w.
+
+    Args:
+      q_bhp: queries, scaled here by 1/√p.
+      k_bwhp: keys.
+      v_bwhp: values.
+      newest_b: the number of the newest key, -1: there is none and the result is zero.
+
+    Returns:
+      The attention outputs in the dtype of v; softmax in float32.
+    """
+    w, p = k_bwhp.shape[1], q_bhp.shape[-1]
+    seen_bw = ring_numbers(newest_b, w) >= 0
+    scores_bhw = jnp.einsum("bhp,bwhp->bhw", q_bhp, k_bwhp, preferred_element_type=jnp.float32) * (
+        p**-0.5
+    )
+    seen = seen_bw[:, None]
+    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores_bhw, -1e30), axis=-1), 0.0)
+    return jnp.einsum("bhw,bwhp->bhp", weights.astype(v_bwhp.dtype), v_bwhp)
+
+
+def ring_numbers(newest_b: Int[Array, " b"], w: int) -> Int[Array, "b w"]:
+    """Returns the number of the key in each slot of a ring; negative: the slot holds none."""
+    return newest_b[:, None] - (newest_b[:, None] - jnp.arange(w)) % w

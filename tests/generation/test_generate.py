@@ -50,7 +50,9 @@ def text_of(family, prompts=PROMPTS, settings=SAMPLED, **more):
     return generate_text(params_for(family), CONFIGS[family], TOKENIZER, prompts, **settings | more)
 
 
-def tokens_of(family, prompts, n_tokens, *, eot_id=-1, sampling=GREEDY_SAMPLING, params=None):
+def tokens_of(
+    family, prompts, n_tokens, *, eot_id=-1, sampling=GREEDY_SAMPLING, params=None, **more
+):
     """Ids, row by row; by default nothing ends a row."""
     steps = generate.generate_tokens(
         params or params_for(family),
@@ -63,6 +65,7 @@ def tokens_of(family, prompts, n_tokens, *, eot_id=-1, sampling=GREEDY_SAMPLING,
         seed=0,
         vocab_size=TOKENIZER.vocab_size,
         eot_id=eot_id,
+        **more,
     )
     return np.array(list(steps)).T
 
@@ -208,6 +211,20 @@ def test_fewer_tokens_are_a_beginning_and_compile_nothing_new():
         for whole, part in zip(long, short, strict=True):
             assert whole.startswith(part.rstrip("\ufffd"))  # which may end inside a character
     assert generate._decode._cache_size() == n_compiled
+
+
+@pytest.mark.parametrize("dispatch_tokens", [1, 7, 64])
+def test_how_many_tokens_a_call_makes_changes_nothing(dispatch_tokens):
+    """Calls that end before, at and after the rows' end."""
+    free = tokens_of("mamba", PROMPTS[:3], 20)
+    ending = int(free[0, 9])
+    expected = tokens_of("mamba", PROMPTS[:3], 20, eot_id=ending)
+    got = tokens_of("mamba", PROMPTS[:3], 20, eot_id=ending, dispatch_tokens=dispatch_tokens)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_watched_and_unwatched_texts_are_equal():
+    assert text_of("hybrid", on_text=lambda index, text: None) == text_of("hybrid")
 
 
 def test_no_prompts_no_texts():
