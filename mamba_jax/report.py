@@ -13,8 +13,9 @@ from mamba_jax.config import RunConfig, freeze, preset_config
 from mamba_jax.errors import UserError, command, did_you_mean
 
 if TYPE_CHECKING:
-    from mamba_jax.models.flops import Part, Setting
+    from mamba_jax.models.flops import Setting
     from mamba_jax.models.roofline import Peaks
+    from mamba_jax.models.work import Part
 
 _FLOPS_HELP = """\
 Per token, for a training step: FLOPs, special operations and bytes of each part of the model.
@@ -93,6 +94,12 @@ def _peaks(arguments: argparse.Namespace, dtype: str, kind: str = "") -> "Peaks 
     from mamba_jax.models import roofline
 
     if arguments.measure:
+        here = roofline.device_kind()
+        if kind and kind != here:
+            raise UserError(
+                f"--measure would measure {here}, but the run trained on {kind}: "
+                "measure there, or give --device"
+            )
         return roofline.measure(dtype)
     if not arguments.device:
         device = roofline.find_device(kind)
@@ -106,10 +113,12 @@ def _peaks(arguments: argparse.Namespace, dtype: str, kind: str = "") -> "Peaks 
 
 
 def _size_cost(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    from mamba_jax.models import roofline
     from mamba_jax.models.flops import parts, setting_of
 
     run = _with_vocabulary(freeze(preset_config(name)))
-    setting = setting_of(run, devices=1, on_cpu=False)
+    on_cpu = arguments.measure and roofline.device_kind() == "cpu"
+    setting = setting_of(run, devices=1, on_cpu=on_cpu)
     changes = {
         "seq_len": arguments.seq_len,
         "batch_size": arguments.batch,
@@ -156,56 +165,50 @@ def _cost_record(parts: "list[Part]", setting: "Setting", peaks: "Peaks | None")
     return record
 
 
-_COLUMNS = {  # heading → (key, unit); all per token
-    "forward MFLOP": ("forward_flops", 1e6),
-    "training MFLOP": ("training_flops", 1e6),
-    "hardware MFLOP": ("hardware_flops", 1e6),
-    "elementwise MFLOP": ("elementwise_flops", 1e6),
-    "special Mop": ("special_ops", 1e6),
-    "weights kB": ("weight_bytes", 1e3),
-    "activations kB": ("activation_bytes", 1e3),
-    "floor ns": ("floor_secs", 1e-9),
-}
+_COLUMNS = (  # heading, unit, key, size of the unit; all per token
+    ("forward", "MFLOP", "forward_flops", 1e6),
+    ("training", "MFLOP", "training_flops", 1e6),
+    ("hardware", "MFLOP", "hardware_flops", 1e6),
+    ("elementwise", "MFLOP", "elementwise_flops", 1e6),
+    ("special", "Mop", "special_ops", 1e6),
+    ("weights", "kB", "weight_bytes", 1e3),
+    ("activations", "kB", "activation_bytes", 1e3),
+    ("floor", "ns", "floor_secs", 1e-9),
+)
 
 
-def _cells(amounts: dict[str, float]) -> list[str]:
-    return [f"{amounts[key] / unit:,.2f}" for key, unit in _COLUMNS.values() if key in amounts]
+def _print_costs(title: str, rows: list[tuple[str, dict[str, float]]]) -> None:
+    shown = [column for column in _COLUMNS if column[2] in rows[0][1]]
+    units = ["", *(unit for _, unit, _, _ in shown)]
+    cells = [
+        [name, *(f"{amounts[key] / size:,.2f}" for _, _, key, size in shown)]
+        for name, amounts in rows
+    ]
+    header = [title, *(heading for heading, _, _, _ in shown)]
+    print_table(header, [units, *cells], n_text_columns=1)
 
 
-def _heading(amounts: dict[str, float]) -> list[str]:
-    return [heading for heading, (key, _) in _COLUMNS.items() if key in amounts]
-
-
-def _setting_line(record: dict[str, Any]) -> str:
+def _print_setting(record: dict[str, Any]) -> None:
     setting = record["setting"]
-    line = (
+    print(
         f"per token of training: windows of {setting['seq_len']} tokens, microbatches of "
         f"{setting['batch_size']} × {setting['accumulation_steps']}, {setting['dtype']}, "
         f"remat {setting['remat']}"
     )
     if "device" in record:
-        line += f"; floor by {record['device']['origin']} peaks of {record['device']['name']}"
-    return line
+        print(f"floor by the peaks of {record['device']['name']}, {record['device']['origin']}")
 
 
 def _print_totals(rows: list[dict[str, Any]]) -> None:
-    print(_setting_line(rows[0]))
-    print_table(
-        ["name", *_heading(rows[0]["total"])],
-        [[row["name"], *_cells(row["total"])] for row in rows],
-        n_text_columns=1,
-    )
+    _print_setting(rows[0])
+    _print_costs("name", [(row["name"], row["total"]) for row in rows])
     print("--size NAME shows the parts of one size")
 
 
 def _print_parts(record: dict[str, Any]) -> None:
-    print(f"{record['name']}, {_setting_line(record)}")
-    rows = [*record["parts"].items(), ("total", record["total"])]
-    print_table(
-        ["part", *_heading(record["total"])],
-        [[name, *_cells(amounts)] for name, amounts in rows],
-        n_text_columns=1,
-    )
+    print(record["name"])
+    _print_setting(record)
+    _print_costs("part", [*record["parts"].items(), ("total", record["total"])])
     if "device" in record:
         print(f"at most {record['floor_tokens_per_sec']:,.0f} tokens/s on one such device")
 
@@ -222,7 +225,7 @@ def _print_run(arguments: argparse.Namespace) -> int:
             f"--run={folder}: the folder holds no checkpoint; give the output_dir of a run"
         )
     run = read_metadata(checkpoints[0][1]).config
-    records = [r for r in history.read(folder / history.NAME) if "tokens_per_sec" in r]
+    records = [r for r in history.read(folder / history.NAME) if "device_kind" in r]
     if not records:
         raise UserError(
             f"--run={folder}: its {history.NAME} tells no rate of tokens; the run was too short "
@@ -260,7 +263,8 @@ def _print_run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result | {"cost": record}, indent=2))
         return 0
-    print(f"{run.name} ({folder}), {_setting_line(record)}")
+    print(f"{run.name} ({folder})")
+    _print_setting(record)
     print(f"{rate:,.0f} tokens/s on {count} × {kind} (median of {len(rates)} intervals)")
     print(f"{result['model_tflops_per_sec']:.4g} model TFLOP/s")
     if peaks:

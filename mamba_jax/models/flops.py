@@ -28,57 +28,11 @@ import dataclasses
 
 from mamba_jax.config import ModelConfig, RunConfig
 from mamba_jax.models.cost import parameter_count
+from mamba_jax.models.work import Amount, Part, Work
 
 # Tokens from one kept scan state to the next, as in a fused kernel's chunk.
 STATE_TOKENS = 64
-Amount = int | float
 _FLOAT32_BYTES = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Amounts, each per token."""
-
-    matmul_flops: Amount = 0
-    elementwise_flops: Amount = 0
-    special_ops: Amount = 0
-    weight_bytes: Amount = 0  # weights read, gradients of weights and optimizer state
-    activation_bytes: Amount = 0
-
-    @property
-    def bytes(self) -> Amount:
-        return self.weight_bytes + self.activation_bytes
-
-    def __add__(self, other: "Work") -> "Work":
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Work(*(a + b for a, b in zip(mine, others, strict=True)))
-
-    def __mul__(self, times: Amount) -> "Work":
-        return Work(*(times * amount for amount in dataclasses.astuple(self)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The work of one part of the model."""
-
-    name: str
-    forward: Work
-    backward: Work  # of the gradient alone
-    recomputed: Work = Work()  # what the backward makes again of the forward
-
-    def __mul__(self, times: Amount) -> "Part":
-        works = (self.forward * times, self.backward * times, self.recomputed * times)
-        return Part(self.name, *works)
-
-    @property
-    def training(self) -> Work:
-        """Forward and gradient, without what is made again: the model's share."""
-        return self.forward + self.backward
-
-    @property
-    def hardware(self) -> Work:
-        """All that a device does in training."""
-        return self.training + self.recomputed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,8 +304,13 @@ def _attention_projections(config: ModelConfig, setting: Setting, reads: int) ->
 
 
 def mean_keys(seq_len: int, window: int, scale: int) -> float:
-    """Returns how many keys a query of a scale reads, on average over a row of one document."""
-    return sum(min(window, (at + 1) // scale) for at in range(seq_len)) / seq_len
+    """Returns how many keys a query of a scale reads, on average over a row of one document.
+
+    The mean of min(window, (t + 1) // scale) over t < seq_len: the j-th key counts for every query
+    from t + 1 = scale·j on.
+    """
+    most = min(window, seq_len // scale)
+    return (most * (seq_len + 1) - scale * most * (most + 1) / 2) / seq_len
 
 
 def _scores(config: ModelConfig, setting: Setting, scale: int) -> Part:

@@ -1,13 +1,14 @@
 """What a device can do at best, and the time that this allows a model's parts."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 
-from mamba_jax.models.flops import Work
+from mamba_jax.models.work import Work
 from mamba_jax.presets import DEVICES, Device
 
 _REPEATS = 5  # the fastest counts: a peak is what is reached undisturbed
@@ -59,10 +60,17 @@ def published(device: Device, dtype: str) -> Peaks:
     )
 
 
+def device_kind() -> str:
+    """Returns what jax calls the first device here."""
+    return jax.local_devices()[0].device_kind
+
+
+@functools.cache
 def measure(dtype: str) -> Peaks:
     """Measures the first device: a large product, a copy, and chains of multiply-adds and of exps.
 
-    Takes some seconds. The chains run over an array read once, so that memory does not limit them.
+    Takes some seconds, the first time. The chains run over an array read once, so that memory does
+    not limit them.
     """
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"

@@ -11,13 +11,17 @@ NAME = "metrics.jsonl"
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the records; a last line that a kill cut short is dropped."""
+    """Reads the records up to the first line that is none: a kill may cut the last one short."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or "step" not in record:
+            break
+        records.append(record)
     return records
 
 

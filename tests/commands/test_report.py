@@ -1,11 +1,13 @@
 """The size report against the tables and against counts worked out by hand."""
 
+import functools
 import json
 
 import pytest
 
 from mamba_jax import presets, report
 from mamba_jax.config import freeze, preset_config
+from mamba_jax.models import roofline
 from mamba_jax.training.checkpoint_folder import Metadata, write_metadata
 from mamba_jax.training.history import History
 
@@ -88,8 +90,10 @@ def test_flops_of_all_sizes(capsys):
         assert total["weight_bytes"] == sum(part["weight_bytes"] for part in row["parts"].values())
         assert "floor_secs" not in total  # no device was named
     assert report.main(["flops"]) == 0
-    header = capsys.readouterr().out.splitlines()[0]
-    assert "windows of 2048 tokens" in header and "bfloat16" in header and "floor" not in header
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert "windows of 2048 tokens" in header and "bfloat16" in header
+    assert not any("floor" in line for line in lines)
+    assert any(line.split()[:2] == ["small", "49.95"] for line in lines)  # as worked out by hand
 
 
 def test_flops_of_one_size_with_a_floor(capsys):
@@ -109,7 +113,27 @@ def test_flops_of_one_size_with_a_floor(capsys):
     assert row["floor_tokens_per_sec"] == pytest.approx(1 / row["total"]["floor_secs"])
     assert report.main(["flops", "--size=small", "--device=TPU-v5e"]) == 0
     printed = capsys.readouterr().out
-    assert "vendor-published peaks of TPU-v5e" in printed and "tokens/s" in printed
+    assert "peaks of TPU-v5e, vendor-published" in printed and "tokens/s" in printed
+
+
+def test_flops_fit_on_a_terminal(capsys):
+    assert report.main(["flops", "--device=H200"]) == 0
+    assert report.main(["flops", "--device=H200", "--size=hybrid-large"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+
+
+def test_measured_peaks_are_those_of_one_measurement(capsys, monkeypatch):
+    calls = []
+
+    def measure(dtype):
+        calls.append(dtype)
+        return roofline.Peaks("cpu", "measured here", 1e10, 1e9, 1e8, 1e9)
+
+    monkeypatch.setattr(roofline, "measure", functools.cache(measure))
+    rows = flops_json(capsys, "--measure")
+    # On a CPU "auto" is what training there would choose.
+    settings = {(row["setting"]["dtype"], row["setting"]["remat"]) for row in rows}
+    assert settings == {("float32", "dots")} and calls == ["float32"]
 
 
 def finished_run(folder, kind="NVIDIA H200", count=2, rates=(5e5, 4e5, 1e3)):
@@ -172,6 +196,24 @@ def test_flops_mistakes_are_one_line(flags, message, capsys):
     assert report.main(["flops", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_run_is_not_held_against_another_machine(tmp_path, capsys):
+    folder = finished_run(tmp_path / "run")  # of H200s
+    assert report.main(["flops", f"--run={folder}", "--measure"]) == 2
+    error = capsys.readouterr().err
+    assert "--measure would measure cpu, but the run trained on NVIDIA H200" in error
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"5\n", b"{}\n", b'{"step": 4, "tok'])
+def test_flops_of_a_run_with_damaged_metrics(damage, tmp_path, capsys):
+    folder = finished_run(tmp_path / "run")
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + damage)
+    assert flops_json(capsys, f"--run={folder}")["tokens_per_sec"] == 4e5  # of what is whole
+    metrics.write_bytes(damage)
+    assert report.main(["flops", f"--run={folder}"]) == 2
+    assert "tells no rate of tokens" in capsys.readouterr().err
 
 
 def test_flops_of_a_run_without_rates(tmp_path, capsys):

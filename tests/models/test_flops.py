@@ -1,6 +1,7 @@
 """The price of a model against the products in its traced program and counts made by hand."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mamba_jax.config import ModelConfig, RunConfig, TrainingConfig, VramConfig
-from mamba_jax.models import build, flops, roofline
+from mamba_jax.models import build, flops, roofline, work
 from mamba_jax.modules import layout
 from mamba_jax.ops.selective_scan import reference
 from mamba_jax.parallel.mesh import make_mesh
@@ -77,8 +78,10 @@ def priced(config, amount, **setting):
     return per_token * B * T
 
 
-@pytest.mark.parametrize("remat", ["auto", "none", "dots", "full"])
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [("hybrid", "auto"), *itertools.product(ABLATIONS, ["none", "dots", "full"])],
+)
 def test_products_are_those_of_the_program(name, remat):
     config = dataclasses.replace(ABLATIONS[name], remat=remat)
     run = RunConfig(
@@ -190,9 +193,9 @@ def test_bytes_and_optimizer_by_hand():
 
 def test_floor_is_the_slowest_resource_of_each_part():
     peaks = roofline.Peaks("x", "made up", 100.0, 10.0, 5.0, 50.0)
-    works = [flops.Work(matmul_flops=200.0, weight_bytes=50.0), flops.Work(special_ops=20.0)]
-    works += [flops.Work(elementwise_flops=30.0), flops.Work(activation_bytes=250.0)]
-    assert [peaks.secs(work) for work in works] == [2.0, 4.0, 3.0, 5.0]
+    works = [work.Work(matmul_flops=200.0, weight_bytes=50.0), work.Work(special_ops=20.0)]
+    works += [work.Work(elementwise_flops=30.0), work.Work(activation_bytes=250.0)]
+    assert [peaks.secs(each) for each in works] == [2.0, 4.0, 3.0, 5.0]
     assert roofline.floor_secs(works, peaks) == 14.0
     unknown = dataclasses.replace(peaks, special_ops_per_sec=None)
     assert unknown.secs(works[1]) == 0.0

@@ -1,0 +1,51 @@
+"""What a part of a model does for each token; ``models.flops`` says how it is counted."""
+
+import dataclasses
+
+Amount = int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Amounts, each per token."""
+
+    matmul_flops: Amount = 0
+    elementwise_flops: Amount = 0
+    special_ops: Amount = 0
+    weight_bytes: Amount = 0  # weights read, gradients of weights and optimizer state
+    activation_bytes: Amount = 0
+
+    @property
+    def bytes(self) -> Amount:
+        return self.weight_bytes + self.activation_bytes
+
+    def __add__(self, other: "Work") -> "Work":
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Work(*(a + b for a, b in zip(mine, others, strict=True)))
+
+    def __mul__(self, times: Amount) -> "Work":
+        return Work(*(times * amount for amount in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The work of one part of the model."""
+
+    name: str
+    forward: Work
+    backward: Work  # of the gradient alone
+    recomputed: Work = Work()  # what the backward makes again of the forward
+
+    def __mul__(self, times: Amount) -> "Part":
+        works = (self.forward * times, self.backward * times, self.recomputed * times)
+        return Part(self.name, *works)
+
+    @property
+    def training(self) -> Work:
+        """Forward and gradient, without what is made again: the model's share."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> Work:
+        """All that a device does in training."""
+        return self.training + self.recomputed
