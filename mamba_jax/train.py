@@ -27,6 +27,8 @@ _SHORT_FORMS = {
     "--data_dir": "data.data_dir",
 }
 
+_FLAGS = ("--config", "--resume", "--profile", "--profile_steps", "--profile_start")
+
 _EPILOG = """\
 examples:
   python -m mamba_jax.train --config=configs/quickstart.py
@@ -290,19 +292,17 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="write a trace of a few steps into the run's TensorBoard folder",
     )
-    parser.add_argument(
-        "--profile_steps", metavar="N", type=int, default=3, help="steps to trace (default 3)"
-    )
+    parser.add_argument("--profile_steps", metavar="N", type=int, help="steps to trace (default 3)")
     parser.add_argument(
         "--profile_start",
         metavar="N",
         type=int,
-        default=5,
         help="steps to run before the trace, compilation among them (default 5)",
     )
     for flag, field in _SHORT_FORMS.items():
         parser.add_argument(flag, metavar="VALUE", help=f"short for --config.{field}")
     arguments = parser.parse_args(rest)
+    profile = _profile(arguments)
     for flag, field in _SHORT_FORMS.items():
         value = getattr(arguments, flag.removeprefix("--"))
         if value is not None:
@@ -312,13 +312,23 @@ def main(argv: list[str]) -> int:
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, StoppedEarly
 
     try:
-        profile = (arguments.profile_start, arguments.profile_steps) if arguments.profile else None
         return run(freeze(config), arguments.resume, profile)
     except StoppedEarly as signal:
         print(f"stopped by {signal} before the first step: nothing to save", file=sys.stderr)
         return EXIT_PREEMPTED
     except KeyboardInterrupt:  # while modules were still being imported
         return 130
+
+
+def _profile(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Returns how many steps to run before a trace, and to trace; None: no trace."""
+    start, steps = arguments.profile_start, arguments.profile_steps
+    if arguments.profile:
+        return 5 if start is None else start, 3 if steps is None else steps
+    for flag, value in (("--profile_start", start), ("--profile_steps", steps)):
+        if value is not None:
+            raise UserError(f"{flag}={value} has no use without --profile")
+    return None
 
 
 def _take_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -347,7 +357,7 @@ class _Parser(argparse.ArgumentParser):
             fields = [f"--config.{name}" for name in _field_names(default_config())]
             same_leaf = [field for field in fields if field.endswith("." + flag.lstrip("-"))]
             near = did_you_mean(flag, same_leaf) or did_you_mean(
-                flag, ["--config", "--resume", "--profile", *_SHORT_FORMS, *fields]
+                flag, [*_FLAGS, *_SHORT_FORMS, *fields]
             )
             self.error(f"unknown flag {flag}{near}")
         return arguments

@@ -77,7 +77,8 @@ class Monitor:
         self._secs = 0.0  # of training in the interval
         self._clock: float | None = None
         self._pauses = 0
-        self._rate = 0.0  # tokens per second in the last whole interval
+        self._rate = 0.0  # tokens per second in the last timed interval
+        self._secs_per_step = 0.0  # there
         self._hardware: Hardware | None = None
 
     def open(self) -> None:
@@ -249,6 +250,7 @@ class Monitor:
         hardware = self._hardware
         if self._secs > 0 and interval["timed"]:
             self._rate = interval["tokens"] / self._secs
+            self._secs_per_step = self._secs / interval["timed"]
             if hardware is not None:
                 measures = hardware.measures(self._rate)
                 self._record(
@@ -257,14 +259,14 @@ class Monitor:
                     device_kind=hardware.device_kind,
                     device_count=hardware.device_count,
                 )
-        secs_per_step = self._secs / max(interval["timed"], 1)
         self._secs = 0.0
         mean_loss = interval["loss"] / interval["steps"]
         last = self._config.training.max_steps
+        left = _duration((last - step) * self._secs_per_step) if self._rate else "–"
         line = (
             f"step {step}/{last}  loss {mean_loss:.4f}  lr {record['learning_rate']:.3g}  "
             f"gradient norm {record['gradient_norm']:.3g}  {self._rate_text()}  "
-            f"{_flops_text(measures)}ETA {_duration((last - step) * secs_per_step)}"
+            f"{_flops_text(measures)}ETA {left}"
         )
         if self._bar is not None and self._bar.disable:
             self._print(line, sys.stderr)

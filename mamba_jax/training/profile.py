@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import shlex
 from collections.abc import Callable, Iterator
 
 import jax
@@ -52,28 +53,34 @@ class Profile:
             self._stop()
 
     def _start(self) -> None:
-        opened = contextlib.ExitStack()
-        opened.enter_context(self._monitor.paused())
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(self._monitor.paused())
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # each Python call: a hundred times the size
         # A file for ui.perfetto.dev is written beside the one for TensorBoard.
         jax.profiler.start_trace(
             str(self._monitor.folder), create_perfetto_trace=True, profiler_options=options
         )
-        opened.callback(jax.profiler.stop_trace)
-        self._open = opened
 
     def _stop(self) -> None:
         opened, self._open = self._open, None
         if opened is None:
             return
-        opened.close()
-        folder = max(pathlib.Path(self._monitor.folder, "plugins", "profile").iterdir())
+        with opened:
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:  # XLA, which writes one file, raises the other
+                self._monitor.warn(
+                    f"the profile cannot be written ({error}); training goes on without it"
+                )
+                return
+        board = self._monitor.folder
+        folder = max(pathlib.Path(board, "plugins", "profile").iterdir())
         self._monitor.say(
-            f"profile of the steps from {self._first} on: {folder}; open its "
-            f"perfetto_trace.json.gz at https://ui.perfetto.dev, or see the tab Profile of: "
-            f"{program('tensorboard')} --logdir {self._monitor.folder} "
-            "(that tab needs: pip install xprof)"
+            f"profile of the steps from {self._first} on: {folder}\n"
+            "open its perfetto_trace.json.gz at https://ui.perfetto.dev, or see the tab Profile "
+            "(pip install xprof) of:\n"
+            f"  {program('tensorboard')} --logdir {shlex.quote(str(board))}"
         )
 
 

@@ -2,6 +2,7 @@
 user gets wrong is one line."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
@@ -507,6 +508,30 @@ def test_profile_is_closed_by_an_interruption(call, place, monkeypatch, capsys):
     (trace,) = runs.glob("tiny_*/plugins/profile/*/perfetto_trace.json.gz")
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert "profile of the steps" in capsys.readouterr().out
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, capsys):
+    stop = jax.profiler.stop_trace
+
+    def full() -> None:
+        stop()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jax.profiler, "stop_trace", full)
+    flags = f"--output_dir={place / 'full'}", f"--config.tensorboard_dir={place / 'full-runs'}"
+    assert call(*flags, "--profile", "--profile_start=1", "--profile_steps=1") == 0
+    told = capsys.readouterr()
+    assert "warning: the profile cannot be written" in told.err
+    assert "profile of the steps" not in told.out
+    # Its clock goes on with the step after.
+    rated = [r["step"] for r in history.read(place / "full/metrics.jsonl") if "device_kind" in r]
+    assert rated == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("flag", ["--profile_steps=2", "--profile_start=0"])
+def test_a_detail_of_no_profile_is_refused(call, capsys, flag):
+    assert call(flag) == 2
+    assert f"{flag} has no use without --profile" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
