@@ -59,12 +59,17 @@ def resolve_scan(config: ModelConfig, dtype: jnp.dtype) -> str:
       dtype: of matmuls, and hence of the scan's x.
 
     Raises:
-      UserError: if the name cannot run on this machine or with this shape.
+      UserError: if the name cannot run on this machine or with this shape, or a file that the
+        choice depends on is damaged.
     """
     where = (jax.default_backend(), dtype, config.d_inner, config.d_state)
-    if config.scan == "auto":
-        return choose(*where)
-    if reason := unsupported(config.scan, *where):
+    try:
+        if config.scan == "auto":
+            return choose(*where)
+        reason = unsupported(config.scan, *where)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if reason:
         raise UserError(
             f'model.scan="{config.scan}" cannot be used: {reason}; '
             "give auto (train: --config.model.scan=auto, generate: --scan=auto)"

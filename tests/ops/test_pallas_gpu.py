@@ -5,6 +5,7 @@ Shapes: b batch, t time, e d_inner, n d_state.
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from mamba_jax import presets
 from mamba_jax.ops.selective_scan import pallas_gpu, reference
+from mamba_jax.ops.selective_scan.pallas_gpu import tuning
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import Math
 from mamba_jax.ops.selective_scan.pallas_gpu.shell import Tile
 from mamba_jax.ops.selective_scan.pallas_gpu.tuning import Plan
@@ -289,6 +291,17 @@ def test_what_does_not_fit_is_named(e, n, dtype, words):
         pallas_gpu.scan(**make_arguments(case), interpret=True)
 
 
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [("7.5", "capability 8.0 or later, not 7.5"), ("gfx942", "not gfx942"), ("8.0", None)],
+)
+def test_a_card_that_cannot_run_it_is_named(monkeypatch, capability, words):
+    card = types.SimpleNamespace(platform="gpu", device_kind="card", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [card])
+    fault = pallas_gpu.supports(64, 16, "float32")
+    assert fault is None if words is None else words in fault
+
+
 def test_segments_cover_every_token_once():
     for tokens in (1, 7, 8, 9, 40, 41):
         for segments in (1, 2, 3, 8):
@@ -297,17 +310,26 @@ def test_segments_cover_every_token_once():
             assert 0 < last <= walk.segment_tokens and walk.segments <= segments
 
 
-def test_rows_on_four_devices_stay_there():
-    case = Case(t=9, b=4, initial=True, resets=(0, 5), plan=make_plan((2, 1)))
+def test_rows_on_four_devices_stay_there(monkeypatch):
+    """And each device has a plan for its one row, here split in segments, not for all four."""
+    planned_rows = []
+
+    def choose(b, t, e):
+        planned_rows.append(b)
+        return make_plan((2, 3) if b == 1 else (1, 1))
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    case = Case(t=9, b=4, initial=True, resets=(0, 5))
     arguments, reset_bt = make_arguments(case), make_reset(case)
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     rows, whole = NamedSharding(mesh, P(("a", "b"))), NamedSharding(mesh, P())
     shared = ("A_en", "D_e", "dt_bias_e")
     shardings = {name: whole if name in shared else rows for name in arguments}
-    scan = functools.partial(pallas_gpu.scan, interpret=True, plan=case.plan)
+    scan = functools.partial(pallas_gpu.scan, interpret=True)
     on_one = make_scalar(scan, case, reset_bt)
     on_four = jax.jit(on_one, in_shardings=(shardings,))
     program = on_four.lower(arguments).compile().as_text()
+    assert planned_rows[-1] == 1
     for collective in ("all-gather", "all-to-all", "collective-permute"):
         assert collective not in program
     assert "all-reduce" in program  # of the shared parameters' gradients

@@ -16,11 +16,27 @@ from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
 
 STATE_SIZES = (8, 16, 32)
 CHANNELS_MULTIPLE = 16
+MIN_CAPABILITY = 8.0  # the first with bfloat16 conversions
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 
 def supports(d_inner: int, d_state: int, dtype: jax.typing.DTypeLike) -> str | None:
-    """Returns None if the kernels take this shape and dtype, else a sentence that says why not."""
+    """Returns None if the kernels take this shape and dtype, else a sentence that says why not.
+
+    Where this machine has a GPU, it must be one that they run on; another machine's is not judged.
+
+    Raises:
+      ValueError: if the user's tuning table is damaged (see ``tuning.table``).
+    """
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        tuning.table()
+        capability = str(device.compute_capability)  # of AMD's cards: a name such as gfx942
+        if not (capability[0].isdigit() and float(capability) >= MIN_CAPABILITY):
+            return (
+                "the pallas_gpu scan takes an NVIDIA GPU of compute capability "
+                f"{MIN_CAPABILITY} or later, not {capability}"
+            )
     if d_state not in STATE_SIZES:
         sizes = ", ".join(map(str, STATE_SIZES))
         return f"the pallas_gpu scan takes a d_state of {sizes}, not {d_state}"
@@ -56,12 +72,13 @@ def scan(
 
     Args:
       interpret: whether to run the kernels as plain JAX, on any platform, slowly.
-      plan: the shape of the programs; None: the one tuned for this GPU.
+      plan: the shape of the programs; None: the one tuned for this GPU and for as many rows as
+        each device has.
 
     Raises:
       ValueError: for a shape or a dtype that the kernels do not take (see ``supports``).
     """
-    b, t, e = x_bte.shape
+    _, t, e = x_bte.shape
     n = A_en.shape[1]
     for array in (x_bte, dt_bte, B_btn, C_btn, *([] if z_bte is None else [z_bte])):
         if fault := supports(e, n, array.dtype):
@@ -82,13 +99,12 @@ def scan(
         "drop": None if reset_bt is None else jnp.where(reset_bt, jnp.float32(DROP), 0.0),
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    plan = plan or tuning.choose(b, t, e)
     return _scan(_Options(plan, dt_softplus, interpret), inputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    plan: tuning.Plan
+    plan: tuning.Plan | None
     softplus: bool
     interpret: bool
 
@@ -114,9 +130,9 @@ def _scan_backward(options: _Options, saved: tuple, cotangents: tuple) -> tuple[
     gradients = {name: sums[name] for name in ("x", "dt", "z", "initial") if name in inputs}
     for name in ("B", "C"):  # over blocks of channels
         gradients[name] = sums[name].sum(1).astype(inputs[name].dtype)
-    for name in ("A", "D", "dt_bias"):  # over rows and segments
+    for name in ("A", "D", "dt_bias"):  # over rows
         if name in inputs:
-            gradients[name] = sums[name].sum((0, 1))
+            gradients[name] = sums[name].sum(0)
     if "drop" in inputs:  # a reset is a fact, not a quantity
         gradients["drop"] = jnp.zeros_like(inputs["drop"])
     return (gradients,)
@@ -126,8 +142,8 @@ _scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _run_forward(options: _Options, inputs: Arrays, *, save: bool) -> Arrays:
-    plan = options.plan
-    b, t, e = inputs["x"].shape
+    b, t, e = inputs["x"].shape  # b: of one device
+    plan = options.plan or tuning.choose(b, t, e)
     tile = plan.forward.fit(e)
     walk = Walk.divide(t, plan.chunk_tokens, tile.group_tokens, plan.forward_segments)
     common = {"softplus": options.softplus, "interpret": options.interpret}
@@ -144,8 +160,8 @@ def _run_forward(options: _Options, inputs: Arrays, *, save: bool) -> Arrays:
 
 
 def _run_backward(options: _Options, inputs: Arrays) -> Arrays:
-    plan = options.plan
-    _, t, e = inputs["x"].shape
+    b, t, e = inputs["x"].shape
+    plan = options.plan or tuning.choose(b, t, e)
     tile = plan.backward.fit(e)
     walk = Walk.divide(t, plan.chunk_tokens, tile.group_tokens, plan.backward_segments)
     common = {"softplus": options.softplus, "interpret": options.interpret}
@@ -156,4 +172,8 @@ def _run_backward(options: _Options, inputs: Arrays) -> Arrays:
         inputs["edge"] = split.segment_edges(ends, dfinal_ben, inputs, walk)
     else:
         inputs["edge"] = dfinal_ben[:, None]
-    return backward.scan(inputs, walk, tile, **common)
+    sums = backward.scan(inputs, walk, tile, **common)
+    for name in ("A", "D", "dt_bias"):  # over segments: only this device knows how many
+        if name in sums:
+            sums[name] = sums[name].sum(1)
+    return sums

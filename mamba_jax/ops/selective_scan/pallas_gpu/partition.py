@@ -34,7 +34,8 @@ def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
 
     @custom_partitioning
     def run(*arrays):
-        return tuple(function(dict(zip(names, arrays, strict=True))).values())
+        values = function(dict(zip(names, arrays, strict=True)))
+        return tuple(values[name] for name in results)
 
     def partition(mesh, argument_shapes, result_shapes):
         rows = argument_shapes[names.index("x")].sharding.spec[0]

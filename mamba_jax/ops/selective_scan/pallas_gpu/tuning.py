@@ -122,19 +122,34 @@ def read(path: pathlib.Path) -> dict[str, Row]:
         return {card: _parse(row) for card, row in json.loads(path.read_text()).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a tuning table ({type(error).__name__}: {error}); delete it, or make "
-            "it again: python -m mamba_jax.autotune"
+            f"{path} is not a tuning table ({type(error).__name__}: {error}); delete it "
+            "(python -m mamba_jax.autotune makes a new one)"
         ) from error
 
 
 def write(path: pathlib.Path, rows: dict[str, Row]) -> None:
-    """Writes a table that ``read`` reads."""
+    """Writes a table that ``read`` reads; a run that starts meanwhile reads the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({card: dataclasses.asdict(row) for card, row in rows.items()}, indent=2)
-    path.write_text(text + "\n")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text + "\n")
+    unfinished.replace(path)
 
 
 def _parse(row: dict[str, Any]) -> Row:
-    one = lambda values: Pass(**(values | {"tile": Tile(**values["tile"])}))
-    passes = {name: one(row[name]) for name in ("forward", "backward")}
-    return Row(**{**row, **passes})
+    _check({name: row[name] for name in ("schedulers", "chunk_tokens")})
+    passes = {}
+    for name in ("forward", "backward"):
+        values = row[name]
+        _check(values["tile"])
+        _check({"warps_per_scheduler": values["warps_per_scheduler"]}, least=0)
+        passes[name] = Pass(**(values | {"tile": Tile(**values["tile"])}))
+    return Row(**(row | passes))
+
+
+def _check(sizes: dict[str, Any], least: int = 1) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} is {value!r}, not a whole number from {least} on")
+        if name in ("block_channels", "num_warps") and value & (value - 1):
+            raise ValueError(f"{name} is {value}, not a power of two")
