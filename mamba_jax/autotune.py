@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -15,7 +16,8 @@ from mamba_jax.errors import UserError, command
 # (b, t, d_inner): a full card, a long row that must be split, and a width that is no power of two.
 SHAPES = [(8, 2048, 1536), (1, 8192, 2048), (8, 2048, 1216)]
 BLOCKS, GROUPS, CHUNKS, WARPS_PER_SCHEDULER = (32, 64), (2, 3, 4, 8), (16, 32, 64), (0, 2, 3, 4, 8)
-REPEATS = 10
+N_STATES = 16
+REPEATS, CALLS = 5, 10
 
 
 @command
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
 
     import jax
 
+    from mamba_jax.ops.selective_scan import pallas_gpu
     from mamba_jax.ops.selective_scan.pallas_gpu import tuning
 
     device = jax.devices()[0]
@@ -41,12 +44,19 @@ def main(argv: list[str]) -> int:
             "machine with a GPU, with jax for CUDA installed (./launch/test.sh installs it)"
         )
     path = arguments.output or tuning.user_table_path()
-    rows = tuning.table()
+    try:
+        rows = tuning.table()
+        kept = tuning.read(path) if path.is_file() else {}
+        fault = pallas_gpu.supports(SHAPES[0][-1], N_STATES, "bfloat16")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if fault:
+        raise UserError(f"autotune cannot run: {fault}; such a card scans by XLA, without tiles")
     start = rows.get(device.device_kind, rows[tuning.DEFAULT_CARD])
     schedulers = 4 * getattr(device, "core_count", start.schedulers // 4)
     start = dataclasses.replace(start, measured=True, schedulers=schedulers)
     row = tune(start, SHAPES[:1] if arguments.quick else SHAPES, measure, arguments.quick)
-    tuning.write(path, (tuning.read(path) if path.is_file() else {}) | {device.device_kind: row})
+    tuning.write(path, kept | {device.device_kind: row})
     print(f"{device.device_kind}: wrote {path}")
     return 0
 
@@ -64,11 +74,19 @@ def tune(
 
     Returns:
       The best row.
+
+    Raises:
+      UserError: if no candidate runs.
     """
 
     def best(rows: list[Any], direction: str) -> Any:
         mean = lambda row: math.prod(measure(row, shape, direction) for shape in shapes)
         times = [mean(row) for row in rows]
+        if math.isinf(min(times)):
+            raise UserError(
+                f"none of {len(rows)} candidates for the {direction} pass runs on this GPU: see "
+                "why above; the table is left as it was"
+            )
         print(f"{direction}: best of {len(rows)} is {rows[times.index(min(times))]}", flush=True)
         return rows[times.index(min(times))]
 
@@ -90,53 +108,89 @@ def tune(
 
 
 def measure(row: Any, shape: tuple[int, int, int], direction: str) -> float:
-    """Returns the seconds of one scan, or of one scan and its gradient; infinity if it fails."""
+    """Returns the seconds of one scan, or of one scan and its gradient.
+
+    Infinity if it fails on this GPU or differs from what XLA's chunked scan computes.
+    """
     import jax
-    import jax.numpy as jnp
 
     from mamba_jax.ops.selective_scan import pallas_gpu
     from mamba_jax.ops.selective_scan.pallas_gpu import tuning
 
-    (b, t, e), n = shape, 16
-    keys = iter(jax.random.split(jax.random.key(0), 6))
-    draw = lambda *dims: jax.random.normal(next(keys), dims, jnp.bfloat16)
-    x_bte, z_bte, B_btn, C_btn = draw(b, t, e), draw(b, t, e), draw(b, t, n), draw(b, t, n)
-    dt_bte = draw(b, t, e).astype(jnp.float32) - 4.0
-    A_en = -jnp.broadcast_to(jnp.arange(1.0, n + 1), (e, n))
-    vector_e = jnp.ones(e)
-    plan = tuning.plan_for(row, b, t, e)
-
-    def scan(x_bte, dt_bte, B_btn, C_btn, z_bte):
-        return pallas_gpu.scan(
-            *(x_bte, dt_bte, A_en, B_btn, C_btn),
-            **{"D_e": vector_e, "z_bte": z_bte, "dt_bias_e": vector_e},
-            dt_softplus=True,
-            plan=plan,
-        )[0]
-
-    def both(*arrays):
-        y_bte, pull_back = jax.vjp(scan, *arrays)
-        return y_bte, pull_back(x_bte)
-
-    function = jax.jit(scan if direction == "forward" else both)
-    return seconds(lambda: function(x_bte, dt_bte, B_btn, C_btn, z_bte))
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Returns the median time of a call after a first one; infinity where the device refuses it."""
-    import jax
-
+    scan = functools.partial(pallas_gpu.scan, plan=tuning.plan_for(row, *shape))
+    run = functools.partial(program(scan, direction), *inputs(shape))
     try:
-        jax.block_until_ready(run())
-    except jax.errors.JaxRuntimeError as error:  # too many registers or too much memory
-        print(f"skipped: {str(error).splitlines()[0]}", file=sys.stderr)
-        return math.inf
+        results = jax.block_until_ready(run())
+    except Exception as error:  # too many registers, too much memory, or no form to compile it to
+        return _skip(str(error).partition("\n")[0])
+    if not agree(results, expected(shape, direction)):
+        return _skip(f"wrong results of {scan.keywords['plan']}")
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
+        for _ in range(CALLS):  # queued one behind the other: the host's part is hidden
+            results = run()
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - start) / CALLS)
     return sorted(times)[REPEATS // 2]
+
+
+@functools.cache
+def inputs(shape: tuple[int, int, int]) -> tuple[Any, ...]:
+    """Draws x, dt, B, C and z."""
+    import jax
+    import jax.numpy as jnp
+
+    b, t, e = shape
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    draw = lambda *dims: jax.random.normal(next(keys), dims, jnp.bfloat16)
+    dt_bte = draw(b, t, e).astype(jnp.float32) - 4.0
+    return draw(b, t, e), dt_bte, draw(b, t, N_STATES), draw(b, t, N_STATES), draw(b, t, e)
+
+
+@functools.cache
+def expected(shape: tuple[int, int, int], direction: str) -> Any:
+    """Returns what every tile must compute."""
+    from mamba_jax.ops.selective_scan import chunked
+
+    return program(chunked.scan, direction)(*inputs(shape))
+
+
+def program(scan: Callable[..., Any], direction: str) -> Callable[..., Any]:
+    """Returns the compiled function of ``inputs``: y, or y and the gradients by them."""
+    import jax
+    import jax.numpy as jnp
+
+    def forward(x_bte, dt_bte, B_btn, C_btn, z_bte):
+        e = x_bte.shape[-1]
+        A_en = -jnp.broadcast_to(jnp.arange(1.0, N_STATES + 1), (e, N_STATES))
+        vectors = {"D_e": jnp.ones(e), "dt_bias_e": jnp.ones(e)}
+        arrays = (x_bte, dt_bte, A_en, B_btn, C_btn)
+        return scan(*arrays, z_bte=z_bte, dt_softplus=True, **vectors)[0]
+
+    def both(*arrays):
+        y_bte, pull_back = jax.vjp(forward, *arrays)
+        return y_bte, pull_back(arrays[0])  # x will do as the gradient of y
+
+    return jax.jit(forward if direction == "forward" else both)
+
+
+def agree(results: Any, truth: Any) -> bool:
+    """Whether two trees of arrays are the same but for rounding to bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    def same(ours: jax.Array, theirs: jax.Array) -> bool:
+        difference = ours.astype(jnp.float32) - theirs.astype(jnp.float32)
+        # Four roundings to bfloat16 of the largest value; NaN is never below it.
+        return bool(jnp.abs(difference).max() <= 2**-6 * jnp.abs(theirs).max())
+
+    return jax.tree.all(jax.tree.map(same, results, truth))
+
+
+def _skip(reason: str) -> float:
+    print(f"skipped: {reason}", file=sys.stderr)
+    return math.inf
 
 
 if __name__ == "__main__":
