@@ -113,25 +113,25 @@ class HierarchicalAttention(nnx.Module):
             v = pooled[:, :, 1].astype(self.dtype)
             if scale > 1:
                 new_cache[f"partial_{scale}"] = partial
-            rings = [None if cache is None else cache[f"{of}_{scale}"] for of in ("keys", "values")]
+            names = [f"{of}_{scale}" for of in ("keys", "values")]
             newest_b = where.next_position_b // scale - 1
             offset = 0 if cache is None else self.window
             if cache is not None and x_btd.shape[1] == 1:
                 k, v = (
-                    write(ring, x[:, 0], newest_b, layout.count_b > 0)
-                    for ring, x in zip(rings, (k, v), strict=True)
+                    write(cache[name], x[:, 0], newest_b, layout.count_b > 0)
+                    for name, x in zip(names, (k, v), strict=True)
                 )
                 memory, rings = Memory(k, v, offset, layout, newest_b), [k, v]
             else:
                 if cache is not None:
                     before_b = where.position_bt[:, 0] // scale - 1
                     k, v = (
-                        jnp.concatenate([unroll(ring, before_b).astype(x.dtype), x], axis=1)
-                        for ring, x in zip(rings, (k, v), strict=True)
+                        jnp.concatenate([unroll(cache[name], before_b).astype(x.dtype), x], axis=1)
+                        for name, x in zip(names, (k, v), strict=True)
                     )
                 memory = Memory(k, v, offset, layout)
                 rings = [roll(x, layout.count_b + offset, newest_b, self.window) for x in (k, v)]
-            new_cache[f"keys_{scale}"], new_cache[f"values_{scale}"] = rings
+            new_cache |= zip(names, rings, strict=True)
             memories.append(memory)
         return memories, new_cache
 
