@@ -258,6 +258,9 @@ def _cache_compilations(config: RunConfig) -> None:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = pathlib.Path(config.data.cache_dir or f"{home}/mamba_jax").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    # Else a program for several GPUs is never found again: the scan's part of it, which is made
+    # when it is divided, has an address in it. Its name tells such parts apart.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
 @command

@@ -5,6 +5,7 @@ Shapes: b batch, t time, e d_inner, n d_state.
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -340,3 +341,25 @@ def test_rows_on_four_devices_stay_there(monkeypatch):
         assert_close(ours, truth, "value")
     for name in gradients:
         assert_close(gradients[name], true_gradients[name], name)
+
+
+def test_a_divided_program_is_named_for_what_it_does():
+    """By its text a program is found on the disk again, and the text lacks the kernels."""
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,))
+
+    def names(**options):
+        case = Case(t=4, e=16, options="")
+        scan = functools.partial(pallas_gpu.scan, **{"interpret": True, **options})
+        scalar = jax.grad(lambda arguments: scan(**arguments)[0].sum())
+        rows = {
+            name: NamedSharding(mesh, P() if name == "A_en" else P("a"))
+            for name in make_arguments(case)
+        }
+        text = jax.jit(scalar, in_shardings=(rows,)).lower(make_arguments(case)).as_text()
+        return set(re.findall(r"@(selective_scan_[0-9a-f]{16})\(", text))
+
+    first = names(plan=make_plan())
+    assert len(first) == 2 and first == names(plan=make_plan())  # one for each direction
+    others = [{"plan": make_plan(groups=(1, 1))}, {"plan": make_plan(), "dt_softplus": True}, {}]
+    for options in others:
+        assert not first & names(**options), options

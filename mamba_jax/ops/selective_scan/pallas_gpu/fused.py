@@ -108,15 +108,21 @@ class _Options:
     softplus: bool
     interpret: bool
 
+    def key(self, name: str) -> str:
+        """What a pass of this name depends on, beside its inputs: see ``by_rows``."""
+        return f"{name} {self} {self.plan or tuning.this_row()}"
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(options: _Options, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
-    results = by_rows(functools.partial(_run_forward, options, save=False), inputs)
+    run = functools.partial(_run_forward, options, save=False)
+    results = by_rows(run, inputs, options.key("inference"))
     return results["y"], results["final"]
 
 
 def _scan_forward(options: _Options, inputs: Arrays):
-    results = by_rows(functools.partial(_run_forward, options, save=True), inputs)
+    run = functools.partial(_run_forward, options, save=True)
+    results = by_rows(run, inputs, options.key("forward"))
     return (results["y"], results["final"]), (inputs, results["starts"])
 
 
@@ -126,6 +132,7 @@ def _scan_backward(options: _Options, saved: tuple, cotangents: tuple) -> tuple[
     sums = by_rows(
         functools.partial(_run_backward, options),
         {**inputs, "starts": starts_bken, "dy": dy_bte, "final": dfinal_ben},
+        options.key("backward"),
     )
     gradients = {name: sums[name] for name in ("x", "dt", "z", "initial") if name in inputs}
     for name in ("B", "C"):  # over blocks of channels

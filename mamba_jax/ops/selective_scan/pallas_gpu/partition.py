@@ -5,6 +5,8 @@ that the leading axis, where an array has it, may be divided, and no other.
 """
 
 import functools
+import hashlib
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -17,12 +19,15 @@ from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays
 SHARED = ("A", "D", "dt_bias")
 
 
-def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
+def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays, key: str) -> Arrays:
     """Returns ``function(inputs)``, computed where the rows lie.
 
     Args:
       function: works on any number of rows, each for itself.
       inputs: arrays with the rows on the first axis, but for ``SHARED``.
+      key: all that ``function`` depends on but its inputs and the code of this folder. What it does
+        is not part of a divided program's text, by which compiled programs are kept on the disk:
+        the key, in a name, stands for it (see ``train.py``, which has the address left out).
     """
     # With nothing to divide, do without: under an abstract mesh, by which a program for another
     # machine is lowered, newer versions of jax refuse what follows.
@@ -56,7 +61,18 @@ def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays) -> Arrays:
         sharding_rule=rule,
         need_replication_factors=others,
     )
-    return dict(zip(results, run(*inputs.values()), strict=True))
+
+    def named(*arrays):
+        return run(*arrays)
+
+    named.__name__ = f"selective_scan_{hashlib.sha256(_code() + key.encode()).hexdigest()[:16]}"
+    return dict(zip(results, jax.jit(named)(*inputs.values()), strict=True))
+
+
+@functools.cache
+def _code() -> bytes:
+    files = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    return b"".join(file.read_bytes() for file in files)
 
 
 def _infer(x_index: int, mesh, argument_shapes, result_shapes):

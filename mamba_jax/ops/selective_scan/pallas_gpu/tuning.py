@@ -78,7 +78,12 @@ class Plan:
 
 def choose(b: int, t: int, e: int) -> Plan:
     """Returns the plan for a scan of b rows, t tokens and e channels on this machine's GPU."""
-    return plan_for(table().get(this_card(), table()[DEFAULT_CARD]), b, t, e)
+    return plan_for(this_row(), b, t, e)
+
+
+def this_row() -> Row:
+    """Returns the row of the table for this machine's GPU."""
+    return table().get(this_card(), table()[DEFAULT_CARD])
 
 
 def plan_for(row: Row, b: int, t: int, e: int) -> Plan:
