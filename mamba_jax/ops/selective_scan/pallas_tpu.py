@@ -66,13 +66,17 @@ def scan(
         (x_bte, dt_bte, z_bte, B_btn, C_btn, reset_bt), (A_en, D_e, dt_bias_e), state_ben.dtype
     )
     t = x_bte.shape[1]
-    results: tuple[jax.Array, jax.Array] = _scan(c, t, dt_softplus, interpret, weights, state_ben, tokens)
+    results: tuple[jax.Array, jax.Array] = _scan(
+        c, t, dt_softplus, interpret, weights, state_ben, tokens
+    )
     y_bte, final_ben = results
     return y_bte[:, :t], final_ben
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _scan(c, t, dt_softplus, interpret, weights, initial_ben, tokens):
+def _scan(
+    c, t, dt_softplus, interpret, weights, initial_ben, tokens
+) -> tuple[jax.Array, jax.Array]:
     return _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, False)[:2]
 
 
