@@ -1,5 +1,6 @@
 """Run by ``test_targets.py`` in a process of its own: prints what the compiler says, as JSON."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,16 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from mamba_jax.estimator.targets import compile_for, cuda_target, tpu_target
-from mamba_jax.ops.selective_scan import pallas_gpu
+from mamba_jax.ops.selective_scan import selective_scan
 
 
-def compile_scan(kind: str, name: str, dump: str) -> dict:
-    """Compiles the gradient of one layer's scan, or for a TPU of a plain product."""
+def compile_scan(kind: str, name: str, implementation: str, dump: str) -> dict:
+    """Compiles one layer's scan: on a card its value and gradient, on a TPU its value."""
     sharding = {"cuda": cuda_target, "tpu": tpu_target}[kind](name)
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-    if kind == "tpu":
-        compiled = compile_for(lambda a: a @ a, shape(256, 256))
-        return {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    scan = functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
     b, t, e, n = 8, 2048, 1536, 16
     float32 = lambda *dims: shape(*dims, dtype=jnp.float32)
     arguments = {
@@ -34,10 +33,16 @@ def compile_scan(kind: str, name: str, dump: str) -> dict:
         "z_bte": shape(b, t, e),
         "dt_bias_e": float32(e),
     }
+    if kind == "tpu":
+        compiled = compile_for(lambda arguments: scan(**arguments), arguments)
+        text = compiled.as_text()
+        return {
+            "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "has_kernel": "selective_scan" in text and "tpu_custom_call" in text,
+        }
 
     def gradient(arguments, dy_bte):
-        scan = lambda arguments: pallas_gpu.scan(**arguments, dt_softplus=True)[0]
-        y_bte, pull_back = jax.vjp(scan, arguments)
+        y_bte, pull_back = jax.vjp(lambda arguments: scan(**arguments)[0], arguments)
         return y_bte, pull_back(dy_bte)
 
     compiled = compile_for(gradient, arguments, arguments["x_bte"])
@@ -64,5 +69,6 @@ def registers(path: pathlib.Path, architecture: str) -> dict[str, int]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder}"
-        kind, *names = sys.argv[1:]
-        print(json.dumps({name: compile_scan(kind, name, folder) for name in names}))
+        kind, implementation, *names = sys.argv[1:]
+        results = {name: compile_scan(kind, name, implementation, folder) for name in names}
+        print(json.dumps(results))
