@@ -164,8 +164,9 @@ def init_cache(config: ModelConfig, batch_size: int) -> Cache:
     if config.family == "hybrid":
         heads = (config.n_heads, config.head_size)
         for scale in config.attention_scales:
-            layers[f"keys_{scale}"] = zeros(config.attention_window, *heads)
-            layers[f"values_{scale}"] = zeros(config.attention_window, *heads)
+            for of in ("keys", "values"):
+                ring = config.n_heads, config.attention_window, config.head_size
+                layers[f"{of}_{scale}"] = zeros(*ring)
             if scale > 1:
                 layers[f"partial_{scale}"] = zeros(2, *heads, dtype=jnp.float32)
     counts = {name: jnp.zeros(batch_size, jnp.int32) for name in ("segment", "length")}

@@ -4,7 +4,6 @@ Legend: b batch, t time, d d_model, k recursion steps, g gate deciles.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -104,7 +103,7 @@ class HybridBlock(MambaBlock):
                 h_btd, layout.where, layout.blocks, cache
             )
             new_cache |= remembered
-            read = functools.partial(self.attention.read, memories=memories)
+            read = self.attention.reader(memories)
         if self.recursion is not None:
             s_btd, gates_kbt = self.recursion(h_btd, read)
             report = report_gates(gates_kbt)
@@ -114,7 +113,7 @@ class HybridBlock(MambaBlock):
                 s_btd, layout.where, layout.blocks, cache
             )
             new_cache |= remembered
-            r_btd = r_btd + self.attention.read(s_btd, memories)
+            r_btd = r_btd + self.attention.reader(memories)(s_btd)
 
         r_btd = dropout(r_btd, self.rate, fusion_key)
         if self.fusion is None:

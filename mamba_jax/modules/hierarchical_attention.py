@@ -14,6 +14,8 @@ Legend: b batch, t time, d d_model, h heads, p head size, c blocks, w window, s 
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +47,8 @@ class Memory:
     When decoding (``newest_b`` is not None) it is the ring itself, the token's own block included.
     """
 
-    k_bchp: jax.Array
-    v_bchp: jax.Array
+    k: jax.Array  # (b, c, h, p), or a ring, (b, h, w, p)
+    v: jax.Array
     offset: int
     blocks: Blocks
     newest_b: jax.Array | None = None  # the number of the newest block in its document
@@ -91,7 +93,7 @@ class HierarchicalAttention(nnx.Module):
           x_btd: float32 residual stream.
           where: the documents of the row.
           layouts: the blocks of each scale.
-          cache: per scale s ``keys_s``, ``values_s`` (b, w, h, p), rings of the newest blocks
+          cache: per scale s ``keys_s``, ``values_s`` (b, h, w, p), rings of the newest blocks
             (block i of a document in slot i mod w), and for s > 1 ``partial_s`` (b, 2, h, p)
             float32, the sums of k and v over the tokens of the incomplete block.
 
@@ -135,13 +137,21 @@ class HierarchicalAttention(nnx.Module):
             memories.append(memory)
         return memories, new_cache
 
+    def reader(self, memories: list[Memory]) -> Callable[[jax.Array], jax.Array]:
+        """Returns what reads every scale for each token: (b, t, d) float32 in and out.
+
+        The queries' kernel is cut out here, so that a loop around the reading adds up the gradient
+        of that third of ``qkv`` alone. It is cast inside: XLA takes the cast out of the loop, and
+        the gradients of its steps are added in float32.
+        """
+        return functools.partial(self._read, self.qkv.kernel[:, 0], memories)
+
     @jax.named_scope("attention_read")
-    def read(self, x_btd: jax.Array, memories: list[Memory]) -> jax.Array:
-        """Reads every scale for each token: (b, t, d) float32 in and out."""
+    def _read(self, kernel_dhp: jax.Array, memories: list[Memory], x_btd: jax.Array) -> jax.Array:
         q = jnp.einsum(
             "btd,dhp->bthp",
             self.norm(x_btd).astype(self.dtype),
-            self.qkv.kernel[:, 0].astype(self.dtype),
+            kernel_dhp.astype(self.dtype),
             preferred_element_type=jnp.float32,
         )
         q = self.query_norm(q)
@@ -150,7 +160,7 @@ class HierarchicalAttention(nnx.Module):
         for index, (scale, memory) in enumerate(zip(self.scales, memories, strict=True)):
             layout = memory.blocks
             rotated = rotate(q, layout.query_number_bt).astype(self.dtype)
-            keys_and_values = memory.k_bchp, memory.v_bchp
+            keys_and_values = memory.k, memory.v
             if memory.newest_b is not None:
                 y = ring_attention(rotated[:, 0], *keys_and_values, memory.newest_b)[:, None]
             else:
@@ -203,25 +213,25 @@ def pool(
 
 
 def write(
-    ring_bwhp: jax.Array, x_bhp: jax.Array, newest_b: jax.Array, done_b: jax.Array
+    ring_bhwp: jax.Array, x_bhp: jax.Array, newest_b: jax.Array, done_b: jax.Array
 ) -> jax.Array:
     """Puts block ``newest_b`` into its slot where it is done: in place, in a decoding loop."""
     row_b = jnp.arange(len(newest_b))
-    slot_b = newest_b % ring_bwhp.shape[1]
-    kept_bhp = ring_bwhp[row_b, slot_b]
-    x_bhp = jnp.where(done_b[:, None, None], x_bhp.astype(ring_bwhp.dtype), kept_bhp)
-    return ring_bwhp.at[row_b, slot_b].set(x_bhp)
+    slot_b = newest_b % ring_bhwp.shape[2]
+    kept_bhp = ring_bhwp[row_b, :, slot_b]
+    x_bhp = jnp.where(done_b[:, None, None], x_bhp.astype(ring_bhwp.dtype), kept_bhp)
+    return ring_bhwp.at[row_b, :, slot_b].set(x_bhp)
 
 
-def unroll(ring_bwhp: jax.Array, newest_b: jax.Array) -> jax.Array:
-    """Returns the blocks of a ring, oldest first, the newest last."""
-    window = ring_bwhp.shape[1]
+def unroll(ring_bhwp: jax.Array, newest_b: jax.Array) -> jax.Array:
+    """Returns the blocks of a ring, (b, w, h, p), oldest first, the newest last."""
+    window = ring_bhwp.shape[2]
     slot_bw = (newest_b[:, None] + 1 + jnp.arange(window)) % window
-    return jnp.take_along_axis(ring_bwhp, slot_bw[:, :, None, None], axis=1)
+    return jnp.take_along_axis(ring_bhwp.swapaxes(1, 2), slot_bw[:, :, None, None], axis=1)
 
 
 def roll(x_bchp: jax.Array, count_b: jax.Array, newest_b: jax.Array, window: int) -> jax.Array:
-    """Puts the newest blocks of the last document into a ring; free slots are zero.
+    """Puts the newest blocks of the last document into a ring, (b, h, w, p); free slots are zero.
 
     Args:
       x_bchp: blocks in order; ``count_b`` of the slots are real.
@@ -232,4 +242,4 @@ def roll(x_bchp: jax.Array, count_b: jax.Array, newest_b: jax.Array, window: int
     number_bw = ring_numbers(newest_b, window)
     index_bw = count_b[:, None] - 1 - (newest_b[:, None] - number_bw)
     ring = jnp.take_along_axis(x_bchp, jnp.maximum(index_bw, 0)[:, :, None, None], axis=1)
-    return jnp.where((number_bw >= 0)[:, :, None, None], ring, 0)
+    return jnp.where((number_bw >= 0)[:, :, None, None], ring, 0).swapaxes(1, 2)

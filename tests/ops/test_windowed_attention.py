@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.ops.windowed_attention import windowed_attention
+from mamba_jax.ops.windowed_attention import ring_attention, windowed_attention
 
 
 def dense(q_bthp, k_bjhp, v_bjhp, low_bt, high_bt):
@@ -78,3 +78,31 @@ def test_memory_grows_linearly_with_time():
         return compiled.compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes(4096) < 5 * temporary_bytes(1024)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_ring_equals_dense_attention(window):
+    """Keys come one by one; two rows are at different places, one wraps around while the other
+    is still empty. The truth is float64 over the whole history."""
+    rng = np.random.default_rng(window)
+    steps, b, h, p = 3 * window + 2, 2, 3, 8
+    k_bjhp, v_bjhp, q_bjhp = rng.normal(size=(3, b, steps, h, p))
+    late = window + 1  # the second row's first key comes so many steps after the first row's
+    rings = np.full((2, b, h, window, p), 7.0)  # what lies in a free slot must not be read
+    for step in range(steps):
+        newest = np.array([step, max(step - late, -1)])
+        for row, number in enumerate(newest):
+            if number >= 0:
+                rings[0, row, :, number % window] = k_bjhp[row, number]
+                rings[1, row, :, number % window] = v_bjhp[row, number]
+        q_bhp = q_bjhp[:, step]
+        ours = ring_attention(
+            *(jnp.asarray(x, jnp.float32) for x in (q_bhp, *rings)), jnp.asarray(newest)
+        )
+        for row, number in enumerate(newest):
+            seen = slice(max(0, number - window + 1), number + 1)
+            scores_hj = np.einsum("hp,jhp->hj", q_bhp[row], k_bjhp[row, seen]) / np.sqrt(p)
+            weights_hj = np.exp(scores_hj) / np.exp(scores_hj).sum(-1, keepdims=True)
+            truth = np.einsum("hj,jhp->hp", weights_hj, v_bjhp[row, seen])
+            # Values of order 1 in float32, sums of up to 8 terms; without a key exactly zero.
+            np.testing.assert_allclose(ours[row], truth, atol=5e-6 if number >= 0 else 0)
