@@ -77,7 +77,9 @@ def prepare_forward(model: ModelConfig, batch: int, length: int) -> Prepared:
     )
 
 
-def prepare_generation(model: ModelConfig, batch: int, context: int, n_tokens: int) -> Prepared:
+def prepare_generation(
+    model: ModelConfig, batch: int, context: int, n_tokens: int, *, int8_head: bool = False
+) -> Prepared:
     """Generation as ``mamba_jax.generate`` does it, on prompts of ``context`` random tokens.
 
     Args:
@@ -85,9 +87,11 @@ def prepare_generation(model: ModelConfig, batch: int, context: int, n_tokens: i
       batch: prompts.
       context: tokens in each.
       n_tokens: to time beyond the prompt, the time to the first one taken off; 0: time that.
+      int8_head: decode as ``--head int8`` does.
     """
     params = jax.device_put(jax.jit(lambda: build.init(model, jax.random.key(0)))())
-    prepared = build.prepare_for_decoding(params, model)  # as a program does once, not per text
+    # As a program does once, not per text.
+    prepared = build.prepare_for_decoding(params, model, int8_head=int8_head)
     prompts = list(windows(batch, context, model.vocab_size)[:, :-1])
 
     def secs(max_tokens: int) -> float:

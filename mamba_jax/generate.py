@@ -59,6 +59,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         about += " (default: %(default)s)"
         parser.add_argument(name, type=type_, default=default, help=about)
     parser.add_argument(
+        "--head",
+        default="exact",
+        metavar="NAME",
+        help="exact, or int8: rounds the output matrix; on a CPU a single prompt's tokens come "
+        "faster and are slightly other ones (default: %(default)s)",
+    )
+    parser.add_argument(
         "--scan",
         metavar="NAME",
         help="of the implementation of the selective scan: auto, sequential, chunked, … "
@@ -101,7 +108,7 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     from mamba_jax.modules.mamba import resolve_scan
     from mamba_jax.training import checkpoint
 
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "batch_size")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "head")
     settings = {name: getattr(arguments, name) for name in names}
     check_settings(**settings)  # before a large checkpoint is read
     log = lambda line: print(line, file=sys.stderr)

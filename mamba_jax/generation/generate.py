@@ -26,6 +26,7 @@ PREFILL_TOKENS = 512  # of one piece: bounds memory, and lengths are compiled fo
 _SHORTEST_PIECE = 16
 STREAM_TOKENS = 8  # decoded per call to the device: hides its latency, text still flows
 WHOLE_TOKENS = 1024  # where nobody watches: nearly always the whole text in one call
+HEADS = ("exact", "int8")
 
 
 def generate_text(
@@ -40,6 +41,7 @@ def generate_text(
     top_p: float,
     seed: int,
     batch_size: int | None = None,
+    head: str = "exact",
     on_text: Callable[[int, str | None], None] | None = None,
 ) -> list[str]:
     """Continues each prompt until the model ends its document or ``max_tokens`` are made.
@@ -56,6 +58,8 @@ def generate_text(
       temperature: as in ``Sampling``, likewise ``top_k`` and ``top_p``.
       seed: 0 … 2³² - 1.
       batch_size: prompts at a time; None: all at once.
+      head: "exact", or "int8": decode with the head's matrix rounded to int8, which is faster for
+        one row on a CPU and changes the logits slightly. Prompts are read with the exact one.
       on_text: told (index of the prompt, new text) as it comes, in whole characters, and at last
         (index, None): that text is complete.
 
@@ -63,13 +67,13 @@ def generate_text(
       The new text of each prompt, without the prompt; all that ``on_text`` was told, joined.
 
     Raises:
-      UserError: if a number is out of range.
+      UserError: if a number is out of range, or the head unknown or not for this device.
     """
-    sampling = check_settings(max_tokens, temperature, top_k, top_p, seed, batch_size)
+    sampling = check_settings(max_tokens, temperature, top_k, top_p, seed, batch_size, head)
     if not prompts:
         return []
     params = jax.device_put(params)  # once, not at every dispatch
-    prepared = build.prepare_for_decoding(params, model_config)
+    prepared = build.prepare_for_decoding(params, model_config, int8_head=head == "int8")
     begin = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
     sequences = [np.concatenate([begin, tokenizer.encode(prompt)]) for prompt in prompts]
     batch_size = min(batch_size or len(prompts), len(prompts))
@@ -120,11 +124,12 @@ def check_settings(
     top_p: float,
     seed: int,
     batch_size: int | None,
+    head: str = "exact",
 ) -> Sampling:
     """Returns how to sample; see ``generate_text`` for the arguments.
 
     Raises:
-      UserError: if a number is out of range.
+      UserError: if a number is out of range, or the head unknown or not for this device.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens} must be at least 1")
@@ -132,6 +137,11 @@ def check_settings(
         raise UserError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+    if head not in HEADS:
+        raise UserError(f"unknown head={head}: choose one of {', '.join(HEADS)}")
+    platform = jax.default_backend()
+    if head == "int8" and platform != "cpu":
+        raise UserError(f"head=int8 is for a CPU, this is a {platform}: leave it at exact")
     return Sampling(temperature, top_k, top_p)
 
 

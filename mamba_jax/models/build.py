@@ -21,6 +21,7 @@ from mamba_jax.models.language_model import BLOCKS, LanguageModel, matmul_dtype
 from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.block import Layout
 from mamba_jax.modules.norm import rms_normalise
+from mamba_jax.ops import int8_matmul
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -117,9 +118,15 @@ def head_weight(params: Params, config: ModelConfig) -> Float[Array, "v d"]:
 
 
 def logits(params: Params, config: ModelConfig, x: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
-    """Applies the head: a matmul in the matmul dtype, accumulated in float32."""
+    """Applies the head: a matmul in the matmul dtype, accumulated in float32.
+
+    From int8, as ``prepare_for_decoding`` may make the head, the factors are float32.
+    """
     dtype = matmul_dtype(config)
     with jax.named_scope("lm_head"):
+        if "int8" in params.get("lm_head", {}):
+            y_nv = int8_matmul.matmul(x.reshape(-1, x.shape[-1]), params["lm_head"]["int8"])
+            return y_nv.reshape(*x.shape[:-1], -1)
         return jnp.einsum(
             "...d,vd->...v",
             x.astype(dtype),
@@ -211,13 +218,20 @@ def decode_step(
 _MATMULS = ("in_proj", "x_proj", "dt_proj", "out_proj", "up", "down", "qkv", "o_proj", "proj")
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def prepare_for_decoding(params: Params, config: ModelConfig) -> Params:
+@functools.partial(jax.jit, static_argnames=("config", "int8_head"))
+def prepare_for_decoding(params: Params, config: ModelConfig, *, int8_head: bool = False) -> Params:
     """Lays parameters out as ``decode_step`` reads them fastest; do it once, not at every step.
 
     Each layer's parameters become arrays of their own: from stacked ones a step first copies each
     layer out (on a CPU core this took 28% of a token). The factors of matrix products are cast to
     the matmul dtype, the head's included. The embedding stays float32: one row of it is read.
+
+    Args:
+      params: as made by ``init``.
+      config: the structure they were made with.
+      int8_head: round the head's rows to int8. On a CPU, where reading the head is most of a small
+        model's token, one row decodes 1.5 times as fast (four: no gain); a logit is off by about
+        0.7% of a typical one. Only the head: the layers are a fifth of what is read.
 
     Returns:
       Parameters for ``decode_step`` with a cache from ``unstack_cache``; for nothing else.
@@ -229,8 +243,10 @@ def prepare_for_decoding(params: Params, config: ModelConfig) -> Params:
         return leaf.astype(dtype) if is_factor else leaf
 
     layers = jax.tree_util.tree_map_with_path(narrow, params["layers"])
-    head = {"kernel": head_weight(params, config).astype(dtype)}
     prepared = params | {"layers": _unstack(layers, config)}
+    if int8_head:
+        return prepared | {"lm_head": {"int8": int8_matmul.quantise(head_weight(params, config))}}
+    head = {"kernel": head_weight(params, config).astype(dtype)}
     tied_in_float32 = config.tie_embeddings and dtype == jnp.float32
     return prepared if tied_in_float32 else prepared | {"lm_head": head}
 

@@ -128,6 +128,7 @@ def test_ctrl_c_keeps_what_was_printed(run_dir, capsys, monkeypatch):
         (["--prompt=a", "--top_k=-2"], "top_k=-2"),
         (["--prompt=a", "--max_tokens=0"], "max_tokens=0"),
         (["--prompt=a", "--batch_size=0"], "batch_size=0"),
+        (["--prompt=a", "--head=int4"], "unknown head=int4: choose one of exact, int8"),
         (["--prompt_file=missing.txt"], "prompt file missing.txt: No such file"),
         (["--prompt_file=EMPTY"], "holds no prompt: write one a line"),
         (["--prompt_file=BINARY"], "not UTF-8"),
