@@ -77,7 +77,7 @@ def prepare(tokens, weights, dtype):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan(c, t, dt_softplus, weights, initial_ben, tokens):
+def _scan(c, t, dt_softplus, weights, initial_ben, tokens) -> tuple[jax.Array, jax.Array]:
     return forward(c, t, dt_softplus, weights, initial_ben, tokens)[0]
 
 
