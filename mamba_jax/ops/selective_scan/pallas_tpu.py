@@ -77,7 +77,8 @@ def scan(
 def _scan(
     c, t, dt_softplus, interpret, weights, initial_ben, tokens
 ) -> tuple[jax.Array, jax.Array]:
-    return _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, False)[:2]
+    y_bte, final_ben = _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, False)
+    return y_bte, final_ben
 
 
 def _forward(c, t, dt_softplus, interpret, weights, initial_ben, tokens):
