@@ -25,7 +25,6 @@ from mamba_jax.ops.selective_scan import (
 )
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
-XLA = [name for name in IMPLEMENTATIONS if not name.startswith("pallas")]
 
 # Largest error allowed, as a share of the largest value of the array.
 TOLERANCES = {
@@ -326,7 +325,11 @@ def test_one_token_is_one_plain_step():
     ("implementation", "t"),
     [
         *((name, 4_100) for name in FAST),
-        *(pytest.param(name, 65_536, marks=pytest.mark.slow) for name in IMPLEMENTATIONS),
+        *(
+            # As plain JAX the GPU kernels take 10 s for 16,400 tokens, but 275 s for 65,536.
+            pytest.param(name, 16_400 if name == "pallas_gpu" else 65_536, marks=pytest.mark.slow)
+            for name in IMPLEMENTATIONS
+        ),
     ],
 )
 def test_long_sequence_of_extreme_steps(implementation, t):
@@ -334,7 +337,7 @@ def test_long_sequence_of_extreme_steps(implementation, t):
     case, arguments, directions, true_values, slopes = extreme_truth(t)
     values, gradients = run_case(case, implementation, arguments)
     # A decay near 1 is rounded by up to 2^-25, the same way at every step where Δ is constant: a
-    # state may be off by t × 2^-25 of its size, 1.2e-4 and 2e-3 here.
+    # state may be off by t × 2^-25 of its size: 1.2e-4 at 4,100 tokens, 2e-3 at 65,536.
     tolerance = t * 2**-25
     assert_close(list(values), list(true_values), tolerance)
     for name, gradient in as_float64(gradients).items():
