@@ -503,7 +503,7 @@ def test_profile_writes_a_trace_of_its_steps(call, place, monkeypatch, capsys):
 def test_profile_is_closed_by_an_interruption(call, place, monkeypatch, capsys):
     runs = place / "interrupted-runs"
     interrupt_at(monkeypatch, 1, signal.SIGINT)
-    flags = f"--output_dir={place / 'cut'}", f"--config.tensorboard_dir={runs}"
+    flags = f"--output_dir={place / 'cut-profile'}", f"--config.tensorboard_dir={runs}"
     assert call(*flags, "--profile", "--profile_start=0", "--profile_steps=6") == 75
     (trace,) = runs.glob("tiny_*/plugins/profile/*/perfetto_trace.json.gz")
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -518,13 +518,18 @@ def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(jax.profiler, "stop_trace", full)
-    flags = f"--output_dir={place / 'full'}", f"--config.tensorboard_dir={place / 'full-runs'}"
+    flags = (
+        f"--output_dir={place / 'full-profile'}",
+        f"--config.tensorboard_dir={place / 'full-runs'}",
+    )
     assert call(*flags, "--profile", "--profile_start=1", "--profile_steps=1") == 0
     told = capsys.readouterr()
     assert "warning: the profile cannot be written" in told.err
     assert "profile of the steps" not in told.out
     # Its clock goes on with the step after.
-    rated = [r["step"] for r in history.read(place / "full/metrics.jsonl") if "device_kind" in r]
+    rated = [
+        r["step"] for r in history.read(place / "full-profile/metrics.jsonl") if "device_kind" in r
+    ]
     assert rated == [3, 4, 5, 6]
 
 

@@ -26,14 +26,23 @@ from mamba_jax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
 
 TOLERANCES = {"float32": (6e-4, 2e-3), "float16": (3e-3, 5e-3), "bfloat16": (3e-2, 5e-2)}
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+MARKS = {128: [], 4096: [pytest.mark.slow]}
 CELLS = [
-    # Compiling takes the time, whatever the length: the shortest cells run always.
-    pytest.param(name, dtype, t, marks=[pytest.mark.slow] if t > 128 else [])
+    # Compiling takes the time, whatever the length: the lengths between run when asked for.
+    pytest.param(name, dtype, t, marks=MARKS.get(t, [pytest.mark.exhaustive]))
     for name in IMPLEMENTATIONS
     for dtype in TOLERANCES
     if not (dtype == "float16" and name.startswith("pallas"))
     for t in LENGTHS
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """Compiles twice as fast, at the price of slower programs."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(("implementation", "dtype", "t"), CELLS)
