@@ -18,7 +18,8 @@ from benchmarks import harness
 from benchmarks.harness import Context, Prepared
 from mamba_jax.config import ModelConfig, TrainingConfig
 from mamba_jax.models.cost import parameter_count
-from mamba_jax.ops.cross_entropy import cross_entropy
+from mamba_jax.ops.cross_entropy import weighted_cross_entropy
+from mamba_jax.training.loss import default_chunk_tokens
 from mamba_jax.training.optimizer import make_optimizer
 
 Params = dict[str, Any]
@@ -106,7 +107,7 @@ def _positions(length: int, d_model: int) -> np.ndarray:
 
 
 def prepare_train_step(config: Gpt2Config, windows: np.ndarray) -> Prepared:
-    """One step of AdamW on the mean loss.
+    """One step of AdamW on the mean loss, by the same loss as ours.
 
     Args:
       config: the structure.
@@ -117,13 +118,14 @@ def prepare_train_step(config: Gpt2Config, windows: np.ndarray) -> Prepared:
 
     def loss(params: Params, windows: jax.Array) -> jax.Array:
         x_nd = forward(params, config, windows[:, :-1]).reshape(-1, config.d_model)
-        return cross_entropy(
+        return weighted_cross_entropy(
             x_nd,
             params["embedding"],
             windows[:, 1:].reshape(-1),
-            chunk_tokens=training.loss_chunk_tokens,
+            jnp.full(len(x_nd), 1 / len(x_nd)),
+            chunk_tokens=default_chunk_tokens(),
             dtype=config.dtype,
-        ).mean()
+        )
 
     def step(state: Any, windows: jax.Array) -> Any:
         params, opt_state = state
