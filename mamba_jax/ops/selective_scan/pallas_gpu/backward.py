@@ -92,25 +92,9 @@ def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
       and ``step_sum`` (b, s - 1, e), the sum of its Δ; both float32.
     """
     names = ("dt", "A", "C", "z", "dt_bias", "drop", "dy")
+    kernel = functools.partial(_ends_kernel, walk=walk, math=Math(interpret), softplus=softplus)
     inputs = {name: inputs[name] for name in names if name in inputs}
-    b, t, e = inputs["dt"].shape
-    n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments - 1
-    return pl.pallas_call(
-        functools.partial(_ends_kernel, walk=walk, math=Math(interpret), softplus=softplus),
-        grid=(b, e // block, s),
-        in_specs=[shell.block_specs(inputs, block, t, n)],
-        out_specs={
-            "end": shell.segment_states(block, n),
-            "step_sum": shell.segment_vectors(block),
-        },
-        out_shape={
-            "end": jax.ShapeDtypeStruct((b, s, e, n), jnp.float32),
-            "step_sum": jax.ShapeDtypeStruct((b, s, e), jnp.float32),
-        },
-        compiler_params=shell.compiler_params(tile),
-        interpret=interpret,
-        name="selective_scan_backward_ends",
-    )(inputs)
+    return shell.run_ends(kernel, "selective_scan_backward_ends", inputs, walk, tile, interpret)
 
 
 def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import LOG2_E, Math
+from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
 
 # Added to the exponent of a decay, it makes the decay exactly 0: what came before is dropped. It
 # is finite, lest it meet an infinity.
@@ -119,6 +120,32 @@ def segment_vectors(block: int) -> pl.BlockSpec:
 def chunk_states(block: int, chunks: int, n: int) -> pl.BlockSpec:
     """The block of an array (b, k, e, n)."""
     return pl.BlockSpec((None, chunks, block, n), lambda b, j, s: (b, 0, j, 0))
+
+
+def run_ends(
+    kernel: Callable[..., None], name: str, inputs: Arrays, walk: Walk, tile: Tile, interpret: bool
+) -> Arrays:
+    """Runs a kernel over all segments but one, each from zeros.
+
+    Returns:
+      ``end`` (b, s - 1, e, n), what each segment ends with, and ``step_sum`` (b, s - 1, e), the sum
+      of its Δ; both float32.
+    """
+    b, t, e = inputs["dt"].shape
+    n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments - 1
+    return pl.pallas_call(
+        kernel,
+        grid=(b, e // block, s),
+        in_specs=[block_specs(inputs, block, t, n)],
+        out_specs={"end": segment_states(block, n), "step_sum": segment_vectors(block)},
+        out_shape={
+            "end": jax.ShapeDtypeStruct((b, s, e, n), jnp.float32),
+            "step_sum": jax.ShapeDtypeStruct((b, s, e), jnp.float32),
+        },
+        compiler_params=compiler_params(tile),
+        interpret=interpret,
+        name=name,
+    )(inputs)
 
 
 def compiler_params(tile: Tile) -> plt.CompilerParams:
