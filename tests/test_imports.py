@@ -12,6 +12,7 @@ COMMANDS = {"autotune", "train", "generate", "report", "cli", "__main__"}
 # Who may import whom, besides itself and errors.
 ALLOWED = {
     "errors": set(),
+    "host_memory": set(),
     "presets": set(),
     "ops": set(),
     "config": {"presets"},

@@ -22,6 +22,7 @@ from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.block import Layout
 from mamba_jax.modules.norm import rms_normalise
 from mamba_jax.ops import int8_matmul
+from mamba_jax.ops.selective_scan import SAVEABLE
 
 Params = dict[str, Any]
 Cache = dict[str, Any]
@@ -288,9 +289,12 @@ def _remat(layer: Any, config: ModelConfig) -> Any:
         policy = "dots" if jax.default_backend() == "cpu" else "full"
     if policy == "none":
         return layer
+    policies = jax.checkpoint_policies
     saveable = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(SAVEABLE)
+        ),
+        "full": policies.nothing_saveable,
     }[policy]
     # Inside a scan the loop itself keeps XLA from merging the two passes.
     return jax.checkpoint(layer, policy=saveable, prevent_cse=False)

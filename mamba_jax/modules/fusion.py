@@ -10,6 +10,7 @@ from flax import nnx
 from mamba_jax.config import ModelConfig
 from mamba_jax.modules.mamba import uniform_fan_in
 from mamba_jax.modules.norm import RMSNorm
+from mamba_jax.ops.dot_by_rows import dot_by_rows
 
 
 class Fusion(nnx.Module):
@@ -24,7 +25,13 @@ class Fusion(nnx.Module):
         self.residual = config.fusion == "residual_norm"
         self.dtype = dtype
         self.proj = nnx.Linear(
-            2 * d, d, use_bias=False, dtype=dtype, kernel_init=uniform_fan_in(2 * d), rngs=rngs
+            2 * d,
+            d,
+            use_bias=False,
+            dtype=dtype,
+            dot_general=dot_by_rows,
+            kernel_init=uniform_fan_in(2 * d),
+            rngs=rngs,
         )
         self.norm = RMSNorm(d, config.norm_eps, init=config.fusion_gain if self.residual else 1.0)
 

@@ -11,6 +11,7 @@ from mamba_jax.config import ModelConfig
 from mamba_jax.errors import UserError
 from mamba_jax.modules.layout import Documents
 from mamba_jax.ops.causal_conv1d import causal_conv1d
+from mamba_jax.ops.dot_by_rows import dot_by_rows
 from mamba_jax.ops.selective_scan import choose, selective_scan, unsupported
 
 # The paper's range of Δ at the start (section 3.6): log-uniform, never below the floor.
@@ -88,11 +89,23 @@ class MambaMixer(nnx.Module):
         self.dtype = dtype
         # x and z on an axis of their own: their split never cuts a sharded axis.
         self.in_proj = nnx.LinearGeneral(
-            d, (2, e), use_bias=False, dtype=dtype, kernel_init=uniform_fan_in(d), rngs=rngs
+            d,
+            (2, e),
+            use_bias=False,
+            dtype=dtype,
+            dot_general=dot_by_rows,
+            kernel_init=uniform_fan_in(d),
+            rngs=rngs,
         )
         self.conv1d = CausalConv1d(e, config.d_conv, rngs=rngs)
         self.x_proj = nnx.Linear(
-            e, r + 2 * n, use_bias=False, dtype=dtype, kernel_init=uniform_fan_in(e), rngs=rngs
+            e,
+            r + 2 * n,
+            use_bias=False,
+            dtype=dtype,
+            dot_general=dot_by_rows,
+            kernel_init=uniform_fan_in(e),
+            rngs=rngs,
         )
         self.dt_proj = DtProjection(r, e, rngs=rngs)
         self.A_log = nnx.Param(
@@ -102,7 +115,13 @@ class MambaMixer(nnx.Module):
         # Scaled by depth, as each layer adds one residual (GPT-2's rule, kept by the reference).
         out_init = uniform_fan_in(e, config.n_layers**-0.5)
         self.out_proj = nnx.Linear(
-            e, d, use_bias=False, dtype=dtype, kernel_init=out_init, rngs=rngs
+            e,
+            d,
+            use_bias=False,
+            dtype=dtype,
+            dot_general=dot_by_rows,
+            kernel_init=out_init,
+            rngs=rngs,
         )
 
     def __call__(
@@ -119,8 +138,8 @@ class MambaMixer(nnx.Module):
           (b, t, d) outputs in the matmul dtype, and the cache after the row.
         """
         cache = cache or {}
-        xz = self.in_proj(u_btd)
-        x_bte, z_bte = xz[..., 0, :], xz[..., 1, :]
+        # Not by indices: their gradients would be padded and added.
+        x_bte, z_bte = (v.squeeze(-2) for v in jnp.split(self.in_proj(u_btd), 2, axis=-2))
         x_bte, conv_state = causal_conv1d(
             x_bte,
             self.conv1d.kernel[...],
@@ -130,12 +149,8 @@ class MambaMixer(nnx.Module):
         )
         x_bte = jax.nn.silu(x_bte)
         dt_btr, B_btn, C_btn = jnp.split(self.x_proj(x_bte), self.splits, axis=-1)
-        dt_bte = jnp.einsum(
-            "btr,re->bte",
-            dt_btr,
-            self.dt_proj.kernel[...].astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        kernel_re = self.dt_proj.kernel[...].astype(self.dtype)
+        dt_bte = dot_by_rows(dt_btr, kernel_re, preferred_element_type=jnp.float32)
         y_bte, ssm_state = selective_scan(
             x_bte,
             dt_bte,

@@ -16,6 +16,7 @@ from flax.nnx import initializers
 from mamba_jax.config import ModelConfig
 from mamba_jax.modules.mamba import uniform_fan_in
 from mamba_jax.modules.norm import RMSNorm, rms_normalise
+from mamba_jax.ops.dot_by_rows import dot_by_rows
 
 
 class DepthGate(nnx.Module):
@@ -44,11 +45,23 @@ class RecursiveProcessor(nnx.Module):
         self.dtype = dtype
         self.norm = RMSNorm(d, config.norm_eps)
         self.up = nnx.Linear(
-            d, hidden, use_bias=False, dtype=dtype, kernel_init=uniform_fan_in(d), rngs=rngs
+            d,
+            hidden,
+            use_bias=False,
+            dtype=dtype,
+            dot_general=dot_by_rows,
+            kernel_init=uniform_fan_in(d),
+            rngs=rngs,
         )
         # From zero: at the start a layer is the one without R, whatever the depth.
         self.down = nnx.Linear(
-            hidden, d, use_bias=False, dtype=dtype, kernel_init=initializers.zeros, rngs=rngs
+            hidden,
+            d,
+            use_bias=False,
+            dtype=dtype,
+            dot_general=dot_by_rows,
+            kernel_init=initializers.zeros,
+            rngs=rngs,
         )
         self.gate = DepthGate(config)
         self.skip_threshold = config.gate_skip_threshold

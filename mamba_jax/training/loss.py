@@ -143,5 +143,7 @@ def _per_device(function: Callable[..., jax.Array], mesh: Mesh, in_specs: Any) -
     The head's gradient is then summed over devices once. XLA by itself would sum that (v, d)
     matrix over devices after every chunk.
     """
+    if mesh.size == 1:  # not even a copy of that matrix
+        return function
     batch = batch_sharding(mesh).spec
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)

@@ -6,5 +6,6 @@ from mamba_jax.ops.selective_scan.api import (
     selective_scan,
     unsupported,
 )
+from mamba_jax.ops.selective_scan.contract import SAVEABLE
 
-__all__ = ["IMPLEMENTATIONS", "choose", "selective_scan", "unsupported"]
+__all__ = ["IMPLEMENTATIONS", "SAVEABLE", "choose", "selective_scan", "unsupported"]

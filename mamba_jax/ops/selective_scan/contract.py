@@ -10,6 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# The name under which an implementation marks, for ``jax.checkpoint``, what lets a backward do
+# without a second forward scan.
+SAVEABLE = "selective_scan"
+
 
 def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
     """Returns float32, or float64 where an array is: of Δ, the decays, the state and all sums."""

@@ -17,9 +17,10 @@ Shapes: b batch, t time, e d_inner, n d_state, c chunk length, k chunks.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from mamba_jax.ops.selective_scan.contract import complete
+from mamba_jax.ops.selective_scan.contract import SAVEABLE, complete
 
 CHUNK_TOKENS = 32  # 16 to 64 are equally fast
 
@@ -66,6 +67,7 @@ def _forward(A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb):
 
     inputs = (x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb)
     final_bne, (y_kcbe, start_kbne) = lax.scan(one_chunk, initial_bne, inputs)
+    y_kcbe, start_kbne = checkpoint_name((y_kcbe, start_kbne), SAVEABLE)
     return (y_kcbe, final_bne), (A_ne, start_kbne, *inputs)
 
 
