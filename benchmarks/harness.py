@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -41,9 +41,11 @@ class Candidate:
 
     name: str
     prepare: Callable[[], Prepared]
-    # Not 0: run once in a process of its own, ended after so many seconds. For what is so slow
-    # that interleaving it is hopeless, and whose time is then only known from below.
+    # Not 0: run in a process of its own, ended after so many seconds. For what is so slow that
+    # interleaving it is hopeless, and whose time is then only known from below.
     isolated_secs: float = 0.0
+    isolated_samples: int = 1  # there; several come after a first run that does not count
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # there
 
 
 @dataclasses.dataclass
@@ -242,7 +244,14 @@ class Isolated:
 
 
 def isolate(
-    benchmark: str, case: dict, name: str, context: Context, *, repetitions: int, limit_secs: float
+    benchmark: str,
+    case: dict,
+    name: str,
+    context: Context,
+    *,
+    repetitions: int,
+    limit_secs: float,
+    environment: Mapping[str, str] | None = None,
 ) -> Isolated:
     """Runs one candidate in a process of its own, for its peak memory or because it is slow.
 
@@ -255,6 +264,7 @@ def isolate(
       context: of this run.
       repetitions: samples to take; there is no warm-up.
       limit_secs: after which the process is ended.
+      environment: variables that it has besides those of this process.
     """
     request = {
         "benchmark": benchmark,
@@ -265,6 +275,7 @@ def isolate(
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.probe", json.dumps(request)],
+        env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -335,6 +346,7 @@ def measure_isolated(
     by_name = {row.name: row for row in rows if row.case == case}
     for candidate in candidates:
         row, limit_secs = by_name[candidate.name], candidate.isolated_secs
+        n_warm_up = int(candidate.isolated_samples > 1)
         if row.note or not (limit_secs or memory) or context.seconds_left() < 0:
             row.note = row.note or ("" if row.samples_secs else "not measured: out of time")
             continue
@@ -343,12 +355,13 @@ def measure_isolated(
             case,
             candidate.name,
             context,
-            repetitions=1 if limit_secs else 2,
+            repetitions=candidate.isolated_samples + n_warm_up if limit_secs else 2,
+            environment=candidate.environment,
             limit_secs=min(limit_secs or 120.0, max(5.0, context.seconds_left())),
         )
         if result.peak_rss_bytes:
             row.metrics["peak_rss_bytes"] = result.peak_rss_bytes
         if limit_secs:
-            row.samples_secs, row.note = result.samples_secs, result.note
+            row.samples_secs, row.note = result.samples_secs[n_warm_up:], result.note
             if not result.samples_secs and result.unfinished_secs:
                 row.samples_secs, row.at_least = [result.unfinished_secs], True

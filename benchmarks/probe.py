@@ -9,12 +9,10 @@ import time
 
 from benchmarks.harness import peak_rss_bytes, reason
 from benchmarks.run import load, make_context
-from mamba_jax.host_memory import keep_freed_memory
 
 
 def main() -> None:
     """Runs what ``harness.isolate`` asks for."""
-    keep_freed_memory()
     request = json.loads(sys.argv[1])
     benchmark = load(request["benchmark"])
     context = make_context(quick=request["quick"])

@@ -19,7 +19,6 @@ from types import ModuleType
 from benchmarks import report
 from benchmarks.harness import Context, Row
 from mamba_jax.errors import UserError, command, did_you_mean
-from mamba_jax.host_memory import keep_freed_memory
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BENCHMARKS = {
@@ -71,7 +70,6 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--budget_secs={arguments.budget_secs} must be greater than 0")
     arguments.output.mkdir(parents=True, exist_ok=True)
     set_environment(threads)
-    keep_freed_memory()  # as the commands do; so the peers have it too
 
     context = make_context(arguments.quick, arguments.budget_secs)
     words = [name, *(["--quick"] if context.quick else []), f"--threads={threads}"]

@@ -89,9 +89,9 @@ def prepare_generation(
       n_tokens: to time beyond the prompt, the time to the first one taken off; 0: time that.
       int8_head: decode as ``--head int8`` does.
     """
-    params = jax.device_put(jax.jit(lambda: build.init(model, jax.random.key(0)))())
+    params = jax.jit(lambda: build.init(model, jax.random.key(0)))()
     # As a program does once, not per text.
-    prepared = build.prepare_for_decoding(params, model, int8_head=int8_head)
+    params = build.prepare_for_decoding(jax.device_put(params), model, int8_head=int8_head)
     prompts = list(windows(batch, context, model.vocab_size)[:, :-1])
 
     def secs(max_tokens: int) -> float:
@@ -107,7 +107,6 @@ def prepare_generation(
             seed=0,
             vocab_size=model.vocab_size,
             eot_id=-1,  # none: no row ends
-            prepared=prepared,
             dispatch_tokens=generate.WHOLE_TOKENS,
         )
         n_made = sum(1 for _ in made)

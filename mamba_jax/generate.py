@@ -10,13 +10,11 @@ import pathlib
 import sys
 
 from mamba_jax.errors import UserError, command
-from mamba_jax.host_memory import keep_freed_memory
 
 
 @command
 def main(argv: list[str]) -> int:
     """Runs the command; 130 after Ctrl-C."""
-    keep_freed_memory()
     arguments = parse(argv)
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
     try:

@@ -20,7 +20,6 @@ from mamba_jax.config import (
     to_dict,
 )
 from mamba_jax.errors import UserError, command, did_you_mean
-from mamba_jax.host_memory import keep_freed_memory
 
 _SHORT_FORMS = {
     "--output_dir": "output_dir",
@@ -267,7 +266,6 @@ def _cache_compilations(config: RunConfig) -> None:
 @command
 def main(argv: list[str]) -> int:
     """The command: reads ``argv``, returns the exit status."""
-    keep_freed_memory()
     overrides, rest = _take_overrides(argv)
     parser = _Parser(
         prog="mamba_jax.train",

@@ -12,7 +12,6 @@ COMMANDS = {"autotune", "train", "generate", "report", "cli", "__main__"}
 # Who may import whom, besides itself and errors.
 ALLOWED = {
     "errors": set(),
-    "host_memory": set(),
     "presets": set(),
     "ops": set(),
     "config": {"presets"},

@@ -58,8 +58,8 @@ def generate_text(
       temperature: as in ``Sampling``, likewise ``top_k`` and ``top_p``.
       seed: 0 … 2³² - 1.
       batch_size: prompts at a time; None: all at once.
-      head: "exact", or "int8": decode with the head's matrix rounded to int8, which is faster for
-        one row on a CPU and changes the logits slightly. Prompts are read with the exact one.
+      head: "exact", or "int8": with the head's matrix rounded to int8, which is faster for one row
+        on a CPU and changes the logits slightly.
       on_text: told (index of the prompt, new text) as it comes, in whole characters, and at last
         (index, None): that text is complete.
 
@@ -73,7 +73,7 @@ def generate_text(
     if not prompts:
         return []
     params = jax.device_put(params)  # once, not at every dispatch
-    prepared = build.prepare_for_decoding(params, model_config, int8_head=head == "int8")
+    params = build.prepare_for_decoding(params, model_config, int8_head=head == "int8")
     begin = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
     sequences = [np.concatenate([begin, tokenizer.encode(prompt)]) for prompt in prompts]
     batch_size = min(batch_size or len(prompts), len(prompts))
@@ -102,7 +102,6 @@ def generate_text(
             seed=seed,
             vocab_size=tokenizer.vocab_size,
             eot_id=tokenizer.eot_id,
-            prepared=prepared,
             dispatch_tokens=WHOLE_TOKENS if on_text is None else STREAM_TOKENS,
         )
         for step_tokens in tokens:
@@ -157,13 +156,12 @@ def generate_tokens(
     seed: int,
     vocab_size: int,
     eot_id: int,
-    prepared: build.Params | None = None,
     dispatch_tokens: int = STREAM_TOKENS,
 ) -> Iterator[list[int]]:
     """Continues token sequences, step by step.
 
     Args:
-      params: on the device.
+      params: by ``models.build.prepare_for_decoding``, on the device.
       config: of the model.
       sequences: int32 (t,) each, with at least one token.
       row_ids: one per sequence; with ``seed`` they decide its randomness.
@@ -174,7 +172,6 @@ def generate_tokens(
       seed: of the randomness.
       vocab_size: ids from here up are padding of the model's vocabulary and never chosen.
       eot_id: ends a row.
-      prepared: ``params`` by ``models.build.prepare_for_decoding``; None: it is done here.
       dispatch_tokens: steps of one call to the device; all that a call makes comes at once.
 
     Yields:
@@ -186,13 +183,10 @@ def generate_tokens(
     ended_b = np.arange(n_rows) >= len(sequences)
     logits_bv, cache = prefill_in_pieces(params, config, tokens_bt, segments_bt)
     keys_b = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_ids_b)
-    cache = _unstack_cache(cache, config)
-    if prepared is None:
-        prepared = build.prepare_for_decoding(params, config)
     under_way = None
     for step in range(0, max_tokens, dispatch_tokens):
         tokens_bs, logits_bv, cache, ended_b, n_made = _decode(
-            prepared,
+            params,
             cache,
             logits_bv,
             ended_b,
@@ -251,8 +245,17 @@ def piece_lengths(n_tokens: int) -> list[int]:
 def prefill_in_pieces(
     params: build.Params, config: ModelConfig, tokens_bt: np.ndarray, segments_bt: np.ndarray
 ) -> tuple[Float[Array, "b v"], build.Cache]:
-    """Reads padded prompts; see ``models.build.prefill`` for what it returns."""
-    cache = build.init_cache(config, len(tokens_bt))
+    """Reads padded prompts.
+
+    Args:
+      params: by ``models.build.prepare_for_decoding``.
+      config: of the model.
+      tokens_bt, segments_bt: as ``pad_left`` makes them.
+
+    Returns:
+      What ``models.build.prefill`` does.
+    """
+    cache = _empty_cache(config, len(tokens_bt))
     logits_bv, start = None, 0
     for length in piece_lengths(tokens_bt.shape[1]):
         piece = slice(start, start + length)
@@ -264,7 +267,11 @@ def prefill_in_pieces(
     return logits_bv, cache
 
 
-_unstack_cache = jax.jit(build.unstack_cache, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "n_rows"))
+def _empty_cache(config: ModelConfig, n_rows: int) -> build.Cache:
+    return build.unstack_cache(build.init_cache(config, n_rows), config)
+
+
 _prefill = jax.jit(build.prefill, static_argnames="config", donate_argnames="cache")
 
 

@@ -55,7 +55,7 @@ def tokens_of(
 ):
     """Ids, row by row; by default nothing ends a row."""
     steps = generate.generate_tokens(
-        params or params_for(family),
+        build.prepare_for_decoding(params or params_for(family), CONFIGS[family]),
         CONFIGS[family],
         [sequence_of(prompt) for prompt in prompts],
         range(len(prompts)),
@@ -114,7 +114,8 @@ def test_prefill_in_pieces_equals_one_piece(family, monkeypatch):
     monkeypatch.setattr(generate, "PREFILL_TOKENS", 32)
     tokens, segments = generate.pad_left(sequences)
     assert tokens.shape == (2, 16 + 2 * 32)  # the second row has two pieces of padding alone
-    logits, _ = generate.prefill_in_pieces(params_for(family), CONFIGS[family], tokens, segments)
+    params = build.prepare_for_decoding(params_for(family), CONFIGS[family])
+    logits, _ = generate.prefill_in_pieces(params, CONFIGS[family], tokens, segments)
     # Other shapes sum in another order: float32 rounding through two layers.
     assert_close(logits, jnp.stack(whole), 2e-5)
 
