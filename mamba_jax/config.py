@@ -116,11 +116,15 @@ class VramConfig:
     """How the effective batch is laid out on the device."""
 
     effective_batch_size: int = 32  # sequences per optimizer step
-    batch_size: int = 8  # sequences per microbatch, over all devices
+    batch_size: int = 0  # sequences per microbatch, over all devices; 0: the most that fit
     gradient_accumulation_steps: int = 0  # 0: effective_batch_size / batch_size
+    memory_gb: float = 16.0  # GiB of each device, where it is not detected
+    auto: bool = False  # use all the memory that the device is found to have
+    safety_margin_mb: int = 2048  # MiB of it that a run leaves free
 
     @property
     def accumulation_steps(self) -> int:
+        """Microbatches per step; ``batch_size`` must be set or planned."""
         return self.gradient_accumulation_steps or self.effective_batch_size // self.batch_size
 
 
@@ -373,7 +377,7 @@ _POSITIVE = (
     "training.eval_steps",
     "training.keep_last",
     "vram.effective_batch_size",
-    "vram.batch_size",
+    "vram.memory_gb",
     "parallel.fsdp",
 )
 _NOT_NEGATIVE = (
@@ -388,7 +392,9 @@ _NOT_NEGATIVE = (
     "training.skip_spikes",
     "training.eval_windows",
     "training.keep_every",
+    "vram.batch_size",
     "vram.gradient_accumulation_steps",
+    "vram.safety_margin_mb",
 )
 _SHARES = (
     "model.dropout",
@@ -421,18 +427,32 @@ def _check(run: RunConfig) -> None:
         ):
             raise UserError(f"{name}={value(name)} must lie between 0 and 1")
     _check_model(run.model)
-    vram = run.vram
-    if vram.batch_size * vram.accumulation_steps != vram.effective_batch_size:
-        raise UserError(
-            f"vram.effective_batch_size={vram.effective_batch_size} is not batch_size="
-            f"{vram.batch_size} × gradient_accumulation_steps={vram.accumulation_steps}; "
-            "choose a batch_size that divides the effective batch"
-        )
+    _check_vram(run.vram)
     if run.seed >= 2**32:
         raise UserError(f"seed={run.seed} must be below 2**32")
     for name in ("name", "output_dir", "log_dir", "tensorboard_dir"):
         if not value(name):
             raise UserError(f"{name} must not be empty")
+
+
+def _check_vram(vram: VramConfig) -> None:
+    effective, accumulation = vram.effective_batch_size, vram.gradient_accumulation_steps
+    if not vram.batch_size and accumulation and effective % accumulation:
+        raise UserError(
+            f"vram.effective_batch_size={effective} is not divisible by "
+            f"gradient_accumulation_steps={accumulation}; choose a divisor, or 0"
+        )
+    if vram.batch_size and vram.batch_size * vram.accumulation_steps != effective:
+        raise UserError(
+            f"vram.effective_batch_size={effective} is not batch_size="
+            f"{vram.batch_size} × gradient_accumulation_steps={vram.accumulation_steps}; "
+            "choose a batch_size that divides the effective batch, or 0"
+        )
+    if vram.safety_margin_mb >= vram.memory_gb * 1024:
+        raise UserError(
+            f"vram.safety_margin_mb={vram.safety_margin_mb} leaves nothing of "
+            f"vram.memory_gb={vram.memory_gb:g} ({vram.memory_gb * 1024:.0f} MB)"
+        )
 
 
 def _check_choice(name: str, value: Any) -> None:
