@@ -11,7 +11,8 @@ The time is that of the slowest of the three; how fast each goes is the card's.
 """
 
 import dataclasses
-import re
+
+from mamba_jax.models.roofline import find_device
 
 N_STATES = 16  # that the counts are for
 FORWARD = (9.0, 20.0, 175.0)
@@ -31,31 +32,13 @@ class Card:
     dram_bytes_per_sec: float
 
 
-# By a part of jax.devices()[0].device_kind; the first that fits counts, so longer names come first.
-CARDS = {
-    "B200": Card(148, 1.965e9, 8.0e12),
-    "H200": Card(132, 1.98e9, 4.8e12),
-    "H100 PCIe": Card(114, 1.755e9, 2.0e12),
-    "H100": Card(132, 1.98e9, 3.35e12),
-    "A100-SXM4-40GB": Card(108, 1.41e9, 1.555e12),
-    "A100": Card(108, 1.41e9, 2.039e12),
-    "L40S": Card(142, 2.52e9, 0.864e12),
-    "L4": Card(58, 2.04e9, 0.300e12),
-    "A10G": Card(80, 1.71e9, 0.600e12),
-    "RTX 5090": Card(170, 2.407e9, 1.792e12),
-    "RTX 4090": Card(128, 2.52e9, 1.008e12),
-    "RTX 4080 SUPER": Card(80, 2.55e9, 0.736e12),
-    "RTX 4080": Card(76, 2.505e9, 0.717e12),
-    "RTX 3090": Card(82, 1.695e9, 0.936e12),
-}
-
-
 def find_card(device_kind: str) -> Card | None:
     """Returns the card of this name, or None: then there is no floor to compare with."""
-    if "Laptop" in device_kind:  # same name, other clocks
+    device = find_device(device_kind)
+    if device is None or device.cuda is None:
         return None
-    fits = lambda name: re.search(rf"\b{name}\b", device_kind)
-    return next((card for name, card in CARDS.items() if fits(name)), None)
+    cuda = device.cuda
+    return Card(cuda.multiprocessors, cuda.clock_ghz * 1e9, device.memory_gb_per_sec * 1e9)
 
 
 def floor_secs(card: Card, channel_tokens: int, *, backward: bool) -> float:

@@ -105,7 +105,12 @@ class TrainingConfig:
 class DataConfig:
     """Where the text comes from and how it becomes windows of tokens."""
 
-    data_dir: str = ""  # "": ./data where it exists, else the Python standard library's source
+    # "": the dataset; without one ./data where it exists, else the Python standard library's source
+    data_dir: str = ""
+    dataset: str = ""  # an id on the Hugging Face Hub, or a folder; beside data_dir: both are read
+    dataset_config: str = ""  # one of the dataset's configurations, where it has several
+    dataset_split: str = "train"
+    text_column: str = ""  # "a,b": joined by a blank line; "": text, else as the columns suggest
     tokenizer: str = "gpt2"  # or "bytes"
     eval_fraction: float = 0.01  # of the tokens, held out by content hash
     cache_dir: str = ""  # tokenised shards; "": $XDG_CACHE_HOME/mamba_jax
@@ -163,18 +168,51 @@ def preset_config(model_size: str, training_preset: str = "default") -> ConfigDi
     Raises:
       UserError: if either name is unknown; it suggests the nearest.
     """
-    size = _look_up(presets.SIZES, model_size, "model size")
-    schedule = _look_up(presets.TRAINING_PRESETS, training_preset, "training preset")
-    values = to_dict(RunConfig(name=model_size, output_dir=f"checkpoints/{model_size}"))
-    values["model"] |= {
-        "family": size.family,
-        "d_model": size.d_model,
-        "n_layers": size.n_layers,
-        # A plain Mamba keeps the default: it has no recursion, whatever the number.
-        "recursion_depth": size.depth or ModelConfig.recursion_depth,
+    config = default_config()
+    config.update(name=model_size, output_dir=f"checkpoints/{model_size}")
+    merge(config, size_fields(model_size))
+    merge(config, training_fields(training_preset))
+    return config
+
+
+def size_fields(name: str) -> dict[str, Any]:
+    """Returns the fields that a row of ``presets.SIZES`` sets, in their group.
+
+    Raises:
+      UserError: if there is none of that name; it suggests the nearest.
+    """
+    size = _look_up(presets.SIZES, name, "model size")
+    return {
+        "model": {
+            "family": size.family,
+            "d_model": size.d_model,
+            "n_layers": size.n_layers,
+            # A plain Mamba keeps the default: it has no recursion, whatever the number.
+            "recursion_depth": size.depth or ModelConfig.recursion_depth,
+        }
     }
-    values["training"] |= dataclasses.asdict(schedule)
-    return ConfigDict(values)
+
+
+def training_fields(preset: str) -> dict[str, Any]:
+    """Returns the fields that a row of ``presets.TRAINING_PRESETS`` sets, in their group.
+
+    Raises:
+      UserError: if there is none of that name; it suggests the nearest.
+    """
+    row = _look_up(presets.TRAINING_PRESETS, preset, "training preset")
+    return {"training": dataclasses.asdict(row)}
+
+
+def merge(config: ConfigDict, values: Mapping[str, Any]) -> None:
+    """Sets the given fields, group by group; ``config`` is changed."""
+    with config.unlocked(), config.ignore_type():
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                if name not in config:
+                    config[name] = ConfigDict()
+                merge(config[name], value)
+            else:
+                config[name] = value
 
 
 def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -201,12 +239,11 @@ def load_config(path: str) -> ConfigDict:
     Raises:
       UserError: if the file is missing, does not run, or has no ``get_config``.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        near = did_you_mean(file.name, (p.name for p in file.parent.glob("*.py")))
-        raise UserError(f"config file {path} does not exist{near}")
+    file = _existing_file(path)
     if file.suffix != ".py":
-        raise UserError(f"config file {path} is not a .py file with a get_config() function")
+        raise UserError(
+            f"config file {path} is neither a .py file with a get_config() function nor .json"
+        )
     try:
         spec = importlib.util.spec_from_file_location(f"mamba_jax_config_{file.stem}", file)
         assert spec is not None and spec.loader is not None
@@ -227,24 +264,80 @@ def load_config(path: str) -> ConfigDict:
     return config
 
 
-def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+def load_json(path: str) -> dict[str, Any]:
+    """Reads a JSON config file: some fields, in their groups ``model``, ``training``, ``vram`` ….
+
+    Returns:
+      The fields that the file names, and no others, checked and of their types.
+
+    Raises:
+      UserError: if the file is missing or no JSON object, or has an unknown or repeated field or
+        one of a wrong type.
+    """
+    file = _existing_file(path)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        if not isinstance(values, dict):
+            raise UserError(f'must hold an object of groups such as "model", not {values!r:.40}')
+        return _only(values, to_dict(from_dict(values)))
+    except UserError as error:
+        raise UserError(f"config file {path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # with the line and column
+        raise UserError(f"config file {path} is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UserError(f'"{repeated}" is given twice in one group')
+    return values
+
+
+def _only(names: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns of ``values`` what ``names`` has, group by group."""
+    return {
+        name: _only(names[name], value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if name in names
+    }
+
+
+def _existing_file(path: str) -> pathlib.Path:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        beside = (other.name for other in file.parent.glob("*") if other.suffix in (".py", ".json"))
+        raise UserError(f"config file {path} does not exist{did_you_mean(file.name, beside)}")
+    return file
+
+
+def apply_overrides(
+    config: ConfigDict, overrides: Mapping[str, str], flags: Mapping[str, str] | None = None
+) -> None:
     """Sets dotted fields from the command line's text, e.g. ``{"training.max_steps": "200"}``.
+
+    Args:
+      config: is changed.
+      overrides: field → text.
+      flags: field → the flag it was given by, for messages; ``--config.field`` otherwise.
 
     Raises:
       UserError: if a field does not exist (suggesting the nearest) or the text does not fit it.
     """
     fields = _field_types(RunConfig)
     for name, text in overrides.items():
+        flag = (flags or {}).get(name, f"--config.{name}")
         if name not in fields:
-            raise UserError(f"unknown config field --config.{name}{_nearest_field(name, fields)}")
+            raise UserError(f"unknown config field {flag}{_nearest_field(name, fields)}")
         *groups, leaf = name.split(".")
         target: Any = config
         for group in groups:
             if group not in target:
-                raise UserError(f"--config.{name}: the config file has no group {group}")
+                raise UserError(f"{flag}: the config file has no group {group}")
             target = target[group]
-        with target.unlocked():
-            target[leaf] = _parse(text, fields[name], f"--config.{name}")
+        with target.unlocked(), target.ignore_type():
+            target[leaf] = _parse(text, fields[name], flag)
 
 
 def freeze(config: ConfigDict) -> RunConfig:
@@ -427,12 +520,23 @@ def _check(run: RunConfig) -> None:
         ):
             raise UserError(f"{name}={value(name)} must lie between 0 and 1")
     _check_model(run.model)
+    _check_data(run.data)
     _check_vram(run.vram)
     if run.seed >= 2**32:
         raise UserError(f"seed={run.seed} must be below 2**32")
     for name in ("name", "output_dir", "log_dir", "tensorboard_dir"):
         if not value(name):
             raise UserError(f"{name} must not be empty")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.dataset:
+        if not data.dataset_split:
+            raise UserError("data.dataset_split must not be empty")
+        return
+    for name in ("dataset_config", "dataset_split", "text_column"):
+        if (given := getattr(data, name)) != getattr(DataConfig, name):
+            raise UserError(f'data.{name}="{given}" has no use without a data.dataset (--dataset)')
 
 
 def _check_vram(vram: VramConfig) -> None:
@@ -448,7 +552,7 @@ def _check_vram(vram: VramConfig) -> None:
             f"{vram.batch_size} × gradient_accumulation_steps={vram.accumulation_steps}; "
             "choose a batch_size that divides the effective batch, or 0"
         )
-    if vram.safety_margin_mb >= vram.memory_gb * 1024:
+    if not vram.auto and vram.safety_margin_mb >= vram.memory_gb * 1024:
         raise UserError(
             f"vram.safety_margin_mb={vram.safety_margin_mb} leaves nothing of "
             f"vram.memory_gb={vram.memory_gb:g} ({vram.memory_gb * 1024:.0f} MB)"

@@ -19,6 +19,7 @@ class SizePreset:
     n_layers: int
     depth: int  # recursion steps; 0 for plain Mamba
     use_case: str
+    parameters: int  # with the GPT-2 vocabulary; a test holds it to the structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +37,24 @@ class TrainingPreset:
 SIZES: dict[str, SizePreset] = {
     row[0]: SizePreset(*row)
     for row in (
-        ("small", "mamba", "50M", 384, 6, 0, "Testing, edge devices"),
-        ("medium-lite", "mamba", "90M", 512, 8, 0, "Balanced performance"),
-        ("medium-plus", "mamba", "120M", 640, 9, 0, "Good quality"),
-        ("medium-x", "mamba", "150M", 704, 10, 0, "High quality"),
-        ("medium", "mamba", "200M", 768, 12, 0, "Production quality"),
-        ("medium-extra", "mamba", "250M", 832, 13, 0, "Near-large quality"),
-        ("large-lite", "mamba", "300M", 896, 14, 0, "Cost-effective large"),
-        ("large-plus", "mamba", "400M", 960, 15, 0, "High performance"),
-        ("large", "mamba", "500M", 1024, 16, 0, "Professional grade"),
-        ("xlarge", "mamba", "750M", 1280, 20, 0, "Research, enterprise"),
-        ("xxlarge", "mamba", "1B", 1536, 24, 0, "Maximum capability"),
-        ("hybrid-small", "hybrid", "75M", 512, 8, 3, "Entry-level reasoning"),
-        ("hybrid-small-mini", "hybrid", "100M", 576, 9, 3, "Balanced reasoning"),
-        ("hybrid-small-standard", "hybrid", "112M", 608, 10, 3, "Recommended for 16 GB"),
-        ("hybrid-small-plus", "hybrid", "125M", 640, 10, 3, "High-quality reasoning"),
-        ("hybrid-small-pro", "hybrid", "165M", 704, 11, 3, "Maximum for 16 GB"),
-        ("hybrid-medium", "hybrid", "220M", 768, 12, 3, "Professional reasoning"),
-        ("hybrid-large", "hybrid", "550M", 1024, 16, 4, "Enterprise reasoning"),
+        ("small", "mamba", "50M", 384, 6, 0, "Testing, edge devices", 25_084_416),
+        ("medium-lite", "mamba", "90M", 512, 8, 0, "Balanced performance", 39_293_952),
+        ("medium-plus", "mamba", "120M", 640, 9, 0, "Good quality", 55_844_480),
+        ("medium-x", "mamba", "150M", 704, 10, 0, "High quality", 67_139_072),
+        ("medium", "mamba", "200M", 768, 12, 0, "Production quality", 83_857_920),
+        ("medium-extra", "mamba", "250M", 832, 13, 0, "Near-large quality", 99_258_432),
+        ("large-lite", "mamba", "300M", 896, 14, 0, "Cost-effective large", 116_669_952),
+        ("large-plus", "mamba", "400M", 960, 15, 0, "High performance", 136_246_080),
+        ("large", "mamba", "500M", 1024, 16, 0, "Professional grade", 158_140_416),
+        ("xlarge", "mamba", "750M", 1280, 20, 0, "Research, enterprise", 271_971_840),
+        ("xxlarge", "mamba", "1B", 1536, 24, 0, "Maximum capability", 435_182_592),
+        ("hybrid-small", "hybrid", "75M", 512, 8, 3, "Entry-level reasoning", 60_291_288),
+        ("hybrid-small-mini", "hybrid", "100M", 576, 9, 3, "Balanced reasoning", 78_078_798),
+        ("hybrid-small-standard", "hybrid", "112M", 608, 10, 3, "Recommended on 16GB", 91_339_864),
+        ("hybrid-small-plus", "hybrid", "125M", 640, 10, 3, "High-quality reasoning", 99_475_530),
+        ("hybrid-small-pro", "hybrid", "165M", 704, 11, 3, "Maximum for 16 GB", 124_880_844),
+        ("hybrid-medium", "hybrid", "220M", 768, 12, 3, "Professional reasoning", 154_694_100),
+        ("hybrid-large", "hybrid", "550M", 1024, 16, 4, "Enterprise reasoning", 326_030_144),
     )
 }
 
@@ -62,6 +63,16 @@ TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "default": TrainingPreset(3e-4, 2_000, 100_000, 5_000, 5_000, 1.0),
     "careful": TrainingPreset(1e-4, 5_000, 200_000, 10_000, 10_000, 1.0),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuda:
+    """What a compiler has to know of an NVIDIA card, at boost clock."""
+
+    capability: str
+    multiprocessors: int
+    l2_cache_mib: int
+    clock_ghz: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,37 +91,104 @@ class Device:
     vector_tflops: float | None  # float32 outside matmuls
     special_tops: float | None
     memory_gb_per_sec: float
-    memory_gb: int
+    memory_gb: int  # GiB: what a card's name rounds, up to 0.5% above what it reports
+    cuda: Cuda | None = None  # of cards that the kernels compile for
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory_gb * 2**30
 
 
-# Sources, as published by the vendors: NVIDIA's data sheets of H200, H100, A100, L4, T4 and V100,
-# the white papers of the architectures GA102, AD102 and RTX Blackwell (rows with float32
-# accumulation); Google Cloud's pages on the system architecture of each TPU. Cards of another form
-# (NVL, laptop, SUPER, MIG slices) have other peaks, hence exact names.
+def _geforce(
+    name: str, float32_tflops: float, bandwidth: float, memory_gb: int, cuda: Cuda
+) -> Device:
+    """A GeForce card: tensor cores make 2 (bfloat16) or 1 times the rest's float32 FLOPs."""
+    peaks = 2 * float32_tflops, float32_tflops, float32_tflops, float32_tflops / 16
+    kind = f"NVIDIA GeForce {name}"
+    return Device(name.replace(" ", "-"), (kind,), *peaks, bandwidth, memory_gb, cuda)
+
+
+_H100_PEAKS = (989.4, 494.7, 66.9, 66.9 / 16)
+_A100_PEAKS = (312.0, 156.0, 19.5, 19.5 / 8)
+_A100 = Cuda("8.0", 108, 40, 1.41)
+# Sources, as published by the vendors: NVIDIA's data sheets of B200, H200, H100, A100, L40S, L4,
+# A10, T4 and V100, the white papers of the architectures GA102, AD102 and RTX Blackwell (rows with
+# float32 accumulation); Google Cloud's pages on the system architecture of each TPU. Cards of
+# another form (NVL, laptop, MIG slices) have other peaks, hence exact names.
 DEVICES: tuple[Device, ...] = (
-    Device("H200", ("NVIDIA H200",), 989.4, 494.7, 66.9, 66.9 / 16, 4800, 141),
-    Device("H100-SXM", ("NVIDIA H100 80GB HBM3",), 989.4, 494.7, 66.9, 66.9 / 16, 3350, 80),
-    Device("H100-PCIe", ("NVIDIA H100 PCIe",), 756.0, 378.0, 51.2, 51.2 / 16, 2000, 80),
+    Device(
+        "B200",
+        ("NVIDIA B200",),
+        *(2250.0, 1125.0, 75.0, 75.0 / 16, 8000, 180, Cuda("10.0", 148, 126, 1.965)),
+    ),
+    Device("H200", ("NVIDIA H200",), *_H100_PEAKS, 4800, 141, Cuda("9.0", 132, 50, 1.98)),
+    Device(
+        "H100-SXM",
+        ("NVIDIA H100 80GB HBM3",),
+        *(*_H100_PEAKS, 3350, 80, Cuda("9.0", 132, 50, 1.98)),
+    ),
+    Device(
+        "H100-PCIe",
+        ("NVIDIA H100 PCIe",),
+        *(756.0, 378.0, 51.2, 51.2 / 16, 2000, 80, Cuda("9.0", 114, 50, 1.755)),
+    ),
+    Device("A100-80GB", ("NVIDIA A100-SXM4-80GB",), *_A100_PEAKS, 2039, 80, _A100),
+    Device("A100-80GB-PCIe", ("NVIDIA A100 80GB PCIe",), *_A100_PEAKS, 1935, 80, _A100),
     Device(
         "A100-40GB",
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
-        *(312.0, 156.0, 19.5, 19.5 / 8, 1555, 40),
+        *(*_A100_PEAKS, 1555, 40, _A100),
     ),
-    Device("A100-80GB", ("NVIDIA A100-SXM4-80GB",), 312.0, 156.0, 19.5, 19.5 / 8, 2039, 80),
-    Device("A100-80GB-PCIe", ("NVIDIA A100 80GB PCIe",), 312.0, 156.0, 19.5, 19.5 / 8, 1935, 80),
-    Device("L4", ("NVIDIA L4",), 121.0, 60.0, 30.3, 30.3 / 16, 300, 24),
+    Device(
+        "L40S",
+        ("NVIDIA L40S",),
+        *(362.0, 183.0, 91.6, 91.6 / 16, 864, 48, Cuda("8.9", 142, 96, 2.52)),
+    ),
+    Device(
+        "L4", ("NVIDIA L4",), *(121.0, 60.0, 30.3, 30.3 / 16, 300, 24, Cuda("8.9", 58, 48, 2.04))
+    ),
+    Device(
+        "A10G",
+        ("NVIDIA A10G",),
+        *(70.0, 35.0, 35.0, 35.0 / 16, 600, 24, Cuda("8.6", 80, 6, 1.71)),
+    ),
     Device("T4", ("Tesla T4",), 8.1, 8.1, 8.1, 8.1 / 8, 320, 16),
     Device(
         "V100",
         ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"),
         *(15.7, 15.7, 15.7, 15.7 / 8, 900, 32),
     ),
-    Device("RTX-3090", ("NVIDIA GeForce RTX 3090",), 71.0, 35.6, 35.6, 35.6 / 16, 936, 24),
-    Device("RTX-4080", ("NVIDIA GeForce RTX 4080",), 97.5, 48.7, 48.7, 48.7 / 16, 716.8, 16),
-    Device("RTX-4090", ("NVIDIA GeForce RTX 4090",), 165.2, 82.6, 82.6, 82.6 / 16, 1008, 24),
-    Device("RTX-5090", ("NVIDIA GeForce RTX 5090",), 209.5, 104.8, 104.8, 104.8 / 16, 1792, 32),
+    _geforce("RTX 3060", 12.7, 360, 12, Cuda("8.6", 28, 3, 1.78)),
+    _geforce("RTX 3070", 20.3, 448, 8, Cuda("8.6", 46, 4, 1.73)),
+    _geforce("RTX 3080", 29.8, 760, 10, Cuda("8.6", 68, 5, 1.71)),
+    _geforce("RTX 3090", 35.6, 936, 24, Cuda("8.6", 82, 6, 1.70)),
+    _geforce("RTX 4070 Ti", 40.1, 504, 12, Cuda("8.9", 60, 48, 2.61)),
+    _geforce("RTX 4080", 48.7, 716.8, 16, Cuda("8.9", 76, 64, 2.51)),
+    _geforce("RTX 4080 SUPER", 52.2, 736, 16, Cuda("8.9", 80, 64, 2.55)),
+    _geforce("RTX 4090", 82.6, 1008, 24, Cuda("8.9", 128, 72, 2.52)),
+    _geforce("RTX 5090", 104.8, 1792, 32, Cuda("12.0", 170, 96, 2.41)),
     Device("TPU-v4", ("TPU v4",), 275.0, 275.0, None, None, 1228, 32),
     Device("TPU-v5e", ("TPU v5 lite", "TPU v5e"), 197.0, 197.0, None, None, 819, 16),
     Device("TPU-v5p", ("TPU v5", "TPU v5p"), 459.0, 459.0, None, None, 2765, 95),
     Device("TPU-v6e", ("TPU v6 lite", "TPU v6e"), 918.0, 918.0, None, None, 1638, 32),
 )
+
+
+def device_named(name: str) -> Device | None:
+    """Returns the row that a user means, or jax names by its ``device_kind``; None: there is none.
+
+    Case, spaces and hyphens do not matter; "4080" and "v5e" will do, and "A100" is the first of its
+    rows.
+    """
+    asked = _words(name)
+    for device in DEVICES:
+        words = _words(device.name)
+        short = words[1:] if words[0] in ("rtx", "tpu") else words[:1]
+        if name in device.kinds or asked in (words, short):
+            return device
+    return None
+
+
+def _words(name: str) -> list[str]:
+    words = name.lower().replace("-", " ").split()
+    return [word for word in words if word not in ("nvidia", "geforce")]

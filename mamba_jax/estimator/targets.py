@@ -8,7 +8,6 @@ process of its own: ``PYTHONPATH=.compilers JAX_PLATFORMS=cpu python …``. Then
     compile_for(function, shape).memory_analysis()
 """
 
-import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -20,32 +19,9 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from mamba_jax.errors import UserError, did_you_mean
+from mamba_jax.presets import DEVICES, Device, device_named
 
 
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """An NVIDIA card, as its maker's data sheet describes it."""
-
-    capability: str
-    multiprocessors: int
-    memory_bytes: int
-    bytes_per_sec: int
-    l2_cache_bytes: int
-    clock_ghz: float
-
-
-GB = 10**9
-MIB = 2**20
-CARDS = {
-    "A100": Card("8.0", 108, 80 * GB, 2_039 * GB, 40 * MIB, 1.41),
-    "RTX 3090": Card("8.6", 82, 24 * GB, 936 * GB, 6 * MIB, 1.70),
-    "RTX 4080": Card("8.9", 76, 16 * GB, 717 * GB, 64 * MIB, 2.51),
-    "RTX 4090": Card("8.9", 128, 24 * GB, 1_008 * GB, 72 * MIB, 2.52),
-    "H100": Card("9.0", 132, 80 * GB, 3_350 * GB, 50 * MIB, 1.98),
-    "H200": Card("9.0", 132, 141 * GB, 4_800 * GB, 50 * MIB, 1.98),
-    "B200": Card("10.0", 148, 180 * GB, 8_000 * GB, 126 * MIB, 1.96),
-    "RTX 5090": Card("12.0", 170, 32 * GB, 1_792 * GB, 96 * MIB, 2.41),
-}
 # By compute capability (CUDA C++ programming guide, table of technical specifications): float32
 # lanes, threads and bytes of shared memory of a multiprocessor.
 LIMITS = {
@@ -71,17 +47,21 @@ def cuda_target(card: str) -> SingleDeviceSharding:
     Call it before the process compiles anything: XLA reads its flags once.
 
     Args:
-      card: a key of ``CARDS``, or a compute capability such as "8.9": the first card of it.
+      card: a name such as "RTX 4080", or a compute capability such as "8.9": a card of it.
 
     Raises:
       UserError: if the card is unknown or the compilers are not installed.
     """
-    capabilities = {known.capability: name for name, known in reversed(CARDS.items())}
-    name = capabilities.get(card, card)
-    if name not in CARDS:
+    capabilities = {}
+    for device in DEVICES:
+        if device.cuda is not None:
+            capabilities[device.cuda.capability] = device
+    device = capabilities.get(card) or device_named(card)
+    if device is None or device.cuda is None:
+        names = [device.name for device in DEVICES if device.cuda is not None]
         raise UserError(
-            f'unknown card "{card}"{did_you_mean(card, CARDS)} '
-            f"(choices: {', '.join([*CARDS, *capabilities])})"
+            f'unknown card "{card}"{did_you_mean(card, names)} '
+            f"(choices: {', '.join([*names, *capabilities])})"
         )
     plugin = _need("jax_plugins.xla_cuda12")
     cuda = plugin.parents[1] / "nvidia" / "cuda_nvcc"
@@ -91,7 +71,7 @@ def cuda_target(card: str) -> SingleDeviceSharding:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     jax.devices()  # lets jax find the compiler
     topology = topologies.get_topology_desc(
-        "1x1x1", "cuda", target_config=_target_config(name, CARDS[name]), topology="1x1x1"
+        "1x1x1", "cuda", target_config=_target_config(device), topology="1x1x1"
     )
     return SingleDeviceSharding(topology.devices[0])
 
@@ -152,8 +132,10 @@ def _need(module: str) -> pathlib.Path:
     return pathlib.Path(spec.origin).resolve().parent
 
 
-def _target_config(name: str, card: Card) -> str:
+def _target_config(device: Device) -> str:
     """XLA's description of a card (a GpuTargetConfigProto as text)."""
+    card = device.cuda
+    assert card is not None
     major, minor = card.capability.split(".")
     fpus, threads, shared_bytes = LIMITS[card.capability]
     return f"""
@@ -165,11 +147,11 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: {card.bytes_per_sec} device_memory_size: {card.memory_bytes}
-  l2_cache_size: {card.l2_cache_bytes}
+  memory_bandwidth: {int(device.memory_gb_per_sec * 1e9)} device_memory_size: {device.memory_bytes}
+  l2_cache_size: {card.l2_cache_mib * 2**20}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-device_description_str: "NVIDIA {name}"
+device_description_str: "{device.kinds[0]}"
 """

@@ -1,12 +1,8 @@
-"""What a model costs, from its own structure."""
+"""What a model's parameters are, from its structure alone: no array, no tracing."""
 
 import dataclasses
-import math
-
-import jax
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.models import build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +14,31 @@ class ParameterCount:
 
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
-    """Counts parameters without allocating them."""
-    tree = build.abstract_params(config)
-    count = lambda part: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
-    total = count(tree)
-    return ParameterCount(total, total - count(tree["embed"]) - count(tree.get("lm_head", {})))
+    """Counts the parameters of ``models.build.init``; ``config.vocab_size`` must be set."""
+    table = config.vocab_size * config.d_model
+    rest = config.n_layers * layer_parameters(config) + config.d_model  # the final norm
+    tables = table if config.tie_embeddings else 2 * table
+    return ParameterCount(rest + tables, rest)
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Counts the parameters of one layer.
+
+    Legend: d d_model, e d_inner, n d_state, r dt_rank, k conv width.
+    """
+    d, e, n = config.d_model, config.d_inner, config.d_state
+    r, k = config.resolved_dt_rank, config.d_conv
+    norm, conv1d = d, (k + 1) * e
+    in_proj, x_proj, dt_proj, out_proj = 2 * d * e, e * (r + 2 * n), (r + 1) * e, e * d
+    count = norm + in_proj + conv1d + x_proj + dt_proj + e * n + e + out_proj  # A_log, D
+    if config.family == "mamba":
+        return count
+    if config.recursion_depth > 0:
+        hidden, gates = config.recursion_expand * d, config.recursion_depth * (d + 1)
+        count += d + 2 * d * hidden + gates
+    if config.attention_scales:
+        mixture = len(config.attention_scales) * config.n_heads
+        count += d + 3 * d * d + 2 * config.head_size + mixture + d * d
+    if config.fusion != "sum":
+        count += 2 * d * d + d
+    return count

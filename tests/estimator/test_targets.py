@@ -19,8 +19,9 @@ import pytest
 
 import mamba_jax
 from mamba_jax.errors import UserError
-from mamba_jax.estimator.targets import CARDS, LIMITS, cuda_target, tpu_target
+from mamba_jax.estimator.targets import LIMITS, cuda_target, tpu_target
 from mamba_jax.ops.selective_scan import pallas_gpu
+from mamba_jax.presets import DEVICES
 
 ROOT = pathlib.Path(mamba_jax.__file__).parents[1]
 COMPILERS = ROOT / ".compilers"
@@ -87,7 +88,7 @@ def test_an_unknown_target_or_a_missing_compiler_is_one_line():
         tpu_target("v3")
     with pytest.raises(UserError, match=r"launch/compilers\.sh.*PYTHONPATH=\.compilers"):
         cuda_target("9.0")
-    assert {card.capability for card in CARDS.values()} == LIMITS.keys()
+    assert {device.cuda.capability for device in DEVICES if device.cuda} == LIMITS.keys()
 
 
 @contextlib.contextmanager
