@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import types
 import typing
@@ -115,6 +116,12 @@ class DataConfig:
     eval_fraction: float = 0.01  # of the tokens, held out by content hash
     cache_dir: str = ""  # tokenised shards; "": $XDG_CACHE_HOME/mamba_jax
 
+    @property
+    def cache_root(self) -> pathlib.Path:
+        """The folder of all that is kept between runs."""
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return pathlib.Path(self.cache_dir or f"{home}/mamba_jax").expanduser()
+
 
 @dataclasses.dataclass(frozen=True)
 class VramConfig:
@@ -131,6 +138,14 @@ class VramConfig:
     def accumulation_steps(self) -> int:
         """Microbatches per step; ``batch_size`` must be set or planned."""
         return self.gradient_accumulation_steps or self.effective_batch_size // self.batch_size
+
+    def microbatches(self, devices: int) -> list[int]:
+        """Returns the microbatches that make up the effective batch exactly, smallest first.
+
+        Each device gets equally many sequences of one.
+        """
+        whole = self.effective_batch_size
+        return [size for size in range(devices, whole + 1, devices) if whole % size == 0]
 
 
 @dataclasses.dataclass(frozen=True)
