@@ -1,60 +1,31 @@
 """``python -m mamba_jax.train``: trains a model, told by ``run`` from top to bottom."""
 
-import argparse
 import contextlib
-import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import Any, NoReturn
 
-from ml_collections import ConfigDict
-
-from mamba_jax.config import (
-    RunConfig,
-    apply_overrides,
-    default_config,
-    freeze,
-    load_config,
-    to_dict,
-)
-from mamba_jax.errors import UserError, command, did_you_mean
-
-_SHORT_FORMS = {
-    "--output_dir": "output_dir",
-    "--seed": "seed",
-    "--data_dir": "data.data_dir",
-}
-
-_FLAGS = ("--config", "--resume", "--profile", "--profile_steps", "--profile_start")
-
-_EPILOG = """\
-examples:
-  python -m mamba_jax.train --config=configs/quickstart.py
-  python -m mamba_jax.train --config=configs/small.py --data_dir=texts --output_dir=runs/mine
-  python -m mamba_jax.train --config=configs/small.py --config.training.max_steps=200
-  python -m mamba_jax.train --config=configs/small.py --resume=auto    (go on where it stopped)
-  python -m mamba_jax.train --resume=checkpoints/small/step_5000       (with its own config)
-  python -m mamba_jax.train --config=configs/small.py --profile        (traces steps 6 to 8)
-
-Every field of the config can be overridden; mamba_jax/config.py lists them with their defaults.
-Ctrl-C or SIGTERM: the step is finished and saved; a second Ctrl-C stops at once.
-Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (told in one line).
-"""
-
+from mamba_jax import arguments
+from mamba_jax.config import RunConfig
+from mamba_jax.errors import UserError, command
 
 # How the closing sample is drawn: cool, as it has to show what a short run has learnt.
 _SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
 
 
-def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = None) -> int:
+def run(
+    config: RunConfig,
+    resume: str = "",
+    profile: tuple[int, int] | None = None,
+    notes: tuple[str, ...] = (),
+) -> int:
     """Trains, evaluates and saves as the config says.
 
     Args:
       config: of the run.
       resume: "" to start anew, "auto", or a folder: see ``resume.find_start``.
       profile: steps to run before a trace begins, and steps to trace; None: no trace.
+      notes: to be said before anything else.
 
     Returns:
       The exit status: 0 done, 75 stopped by a signal and saved.
@@ -64,6 +35,7 @@ def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = N
     """
 
     from mamba_jax.data.pipeline import prepare
+    from mamba_jax.data.tokenizer import with_vocabulary
     from mamba_jax.generation.generate import generate_text
     from mamba_jax.models.cost import parameter_count
     from mamba_jax.models.language_model import matmul_dtype
@@ -83,6 +55,8 @@ def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = N
     training, output_dir = config.training, pathlib.Path(config.output_dir)
     summary_file = output_dir / summary.NAME
     with Interrupts() as interrupts, Monitor(config) as monitor:
+        for note in notes:
+            monitor.say(note)
         # What can be refused is refused before anything slow.
         start = resuming.find_start(config, resume, monitor.say)
         if start and start.ends(config) and summary_file.is_file():
@@ -101,7 +75,7 @@ def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = N
         # The data.
         seq_len, batch_size = config.model.max_seq_len, config.vram.effective_batch_size
         corpus = prepare(config.data, seq_len=seq_len, seed=config.seed, log=monitor.say)
-        config = _with_vocabulary(config, corpus.tokenizer)
+        config = with_vocabulary(config, corpus.tokenizer)
 
         # The state, made from the seed or read from a checkpoint.
         if start:
@@ -238,18 +212,6 @@ def run(config: RunConfig, resume: str = "", profile: tuple[int, int] | None = N
     return 0
 
 
-def _with_vocabulary(config: RunConfig, tokenizer: Any) -> RunConfig:
-    """Gives the model as many embeddings as the tokenizer has ids, if the config leaves it open."""
-    wanted = config.model.vocab_size
-    if wanted and wanted < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size={wanted} is below the {tokenizer.vocab_size} ids of "
-            f'data.tokenizer="{tokenizer.name}"; give 0 for exactly as many'
-        )
-    model = dataclasses.replace(config.model, vocab_size=wanted or tokenizer.vocab_size)
-    return dataclasses.replace(config, model=model)
-
-
 def _cache_compilations(config: RunConfig) -> None:
     """Keeps compiled programs on the disk, unless the environment says where or whether."""
     import jax
@@ -266,131 +228,21 @@ def _cache_compilations(config: RunConfig) -> None:
 @command
 def main(argv: list[str]) -> int:
     """The command: reads ``argv``, returns the exit status."""
-    overrides, rest = _take_overrides(argv)
-    parser = _Parser(
-        prog="mamba_jax.train",
-        description="Trains a Mamba or Hybrid Recursive Mamba language model.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="a config file, e.g. configs/quickstart.py"
-    )
-    parser.add_argument(
-        "--config.GROUP.FIELD",
-        metavar="VALUE",
-        dest="_",
-        help="override a field, e.g. --config.training.max_steps=200",
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="DIR|auto",
-        default="",
-        help="go on from a checkpoint, from the newest of a folder, or from the newest in "
-        "output_dir if there is one",
-    )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="write a trace of a few steps into the run's TensorBoard folder",
-    )
-    parser.add_argument("--profile_steps", metavar="N", type=int, help="steps to trace (default 3)")
-    parser.add_argument(
-        "--profile_start",
-        metavar="N",
-        type=int,
-        help="steps to run before the trace, compilation among them (default 5)",
-    )
-    for flag, field in _SHORT_FORMS.items():
-        parser.add_argument(flag, metavar="VALUE", help=f"short for --config.{field}")
-    arguments = parser.parse_args(rest)
-    profile = _profile(arguments)
-    for flag, field in _SHORT_FORMS.items():
-        value = getattr(arguments, flag.removeprefix("--"))
-        if value is not None:
-            overrides[field] = value
-    config = _starting_config(arguments.config, arguments.resume)
-    apply_overrides(config, overrides)
+    asked = arguments.read(argv)
+    if asked.dry_run:
+        from mamba_jax.dry_run import describe
+
+        print(describe(asked))
+        return 0
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, StoppedEarly
 
     try:
-        return run(freeze(config), arguments.resume, profile)
+        return run(asked.config, asked.resume, asked.profile, asked.notes)
     except StoppedEarly as signal:
         print(f"stopped by {signal} before the first step: nothing to save", file=sys.stderr)
         return EXIT_PREEMPTED
     except KeyboardInterrupt:  # while modules were still being imported
         return 130
-
-
-def _profile(arguments: argparse.Namespace) -> tuple[int, int] | None:
-    """Returns how many steps to run before a trace, and to trace; None: no trace."""
-    start, steps = arguments.profile_start, arguments.profile_steps
-    if arguments.profile:
-        return 5 if start is None else start, 3 if steps is None else steps
-    for flag, value in (("--profile_start", start), ("--profile_steps", steps)):
-        if value is not None:
-            raise UserError(f"{flag}={value} has no use without --profile")
-    return None
-
-
-def _take_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Takes ``--config.field=value`` and ``--config.field value`` out of the arguments."""
-    overrides, rest, words = {}, [], iter(argv)
-    for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        if not equals and (value := next(words, None)) is None:
-            raise UserError(f"{flag} needs a value: {flag}=VALUE")
-        overrides[flag.removeprefix("--config.")] = value
-    return overrides, rest
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as every part of the program does, and suggests the flag that was meant."""
-
-    def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        arguments, unknown = self.parse_known_args(args)
-        for word in unknown:
-            flag = word.partition("=")[0]
-            if not flag.startswith("-"):
-                self.error(f'unexpected argument "{word}"')
-            fields = [f"--config.{name}" for name in _field_names(default_config())]
-            same_leaf = [field for field in fields if field.endswith("." + flag.lstrip("-"))]
-            near = did_you_mean(flag, same_leaf) or did_you_mean(
-                flag, [*_FLAGS, *_SHORT_FORMS, *fields]
-            )
-            self.error(f"unknown flag {flag}{near}")
-        return arguments
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _field_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def _starting_config(file: str | None, resume: str) -> ConfigDict:
-    """Returns the config of the file, or else the one in the checkpoint to continue."""
-    if file is not None:
-        return load_config(file)
-    if not resume or resume == "auto":
-        raise UserError("give --config=FILE, e.g. --config=configs/quickstart.py (see --help)")
-    from mamba_jax.training.checkpoint_folder import read_metadata
-    from mamba_jax.training.resume import named_start
-
-    # What it passes over is told when the run starts.
-    checkpoint = named_start(pathlib.Path(resume), lambda _: None)
-    config = ConfigDict(to_dict(read_metadata(checkpoint).config))
-    config.output_dir = str(checkpoint.parent)  # the folder may have been moved since
-    return config
 
 
 if __name__ == "__main__":

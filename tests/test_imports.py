@@ -22,6 +22,8 @@ ALLOWED = {
     "training": {"models", "ops", "parallel", "config"},
     "generation": {"models", "training", "config", "data"},
     "estimator": {"models", "training", "parallel", "config"},
+    "arguments": {"config", "presets", "training"},
+    "dry_run": {"arguments", "config", "presets", "training", "models", "data", "estimator"},
 }
 
 

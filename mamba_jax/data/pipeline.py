@@ -7,6 +7,7 @@ dispatched asynchronously), so there is no thread here that could hang or run ah
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.cache import load_or_build
-from mamba_jax.data.sources import Summary, open_source
+from mamba_jax.data.hub import open_dataset
+from mamba_jax.data.sources import Source, Summary, open_source
 from mamba_jax.data.split import split_by_place, split_units
 from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mamba_jax.data.windows import Windows
@@ -120,7 +122,7 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
       UserError: if there is no text or too little of it, or the cache cannot be used.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    source = open_source(config.data_dir, log)
+    source = _open(config, log)
     digests, summary = source.read()
     cache = load_or_build(source, digests, summary.text_bytes, tokenizer, config.cache_dir, log)
     total = summary.tokens = len(cache.tokens)
@@ -147,3 +149,15 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     identity = [cache.key.encode(), *(side.tobytes() for side in runs), str(seq_len).encode()]
     fingerprint = hashlib.blake2b(b"|".join(identity), digest_size=16).hexdigest()
     return Corpus(tokenizer, fingerprint, train, evaluation, summary)
+
+
+def _open(config: DataConfig, log: Callable[[str], None]) -> Source:
+    """Finds the files, the dataset or both; whichever was named is read."""
+    if not config.dataset:
+        return open_source(config.data_dir, log)
+    if config.data_dir:
+        return open_source(config.data_dir, log).with_rows(open_dataset(config, log))
+    if os.path.exists("data"):
+        log("./data is not read beside a dataset; --data_dir data adds it")
+    rows = open_dataset(config, log)
+    return Source(rows.origin, (), Summary(rows.origin), rows)

@@ -1,7 +1,8 @@
 """From a folder to documents: what is text is taken, everything else is skipped and counted.
 
 Nothing that lies in a folder may end a run or slip in as garbage. A file is one document; a JSON
-file is one document per record. The order is that of the sorted paths.
+file is one document per record. The order is that of the sorted paths. Rows of a dataset
+(``data.hub``) come after the files.
 """
 
 import codecs
@@ -14,7 +15,7 @@ import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from mamba_jax.data.tokenizer import well_formed
 from mamba_jax.errors import UserError
@@ -45,6 +46,7 @@ class Summary:
     Attributes:
       origin: where the text comes from, for people.
       files: files that gave at least one document.
+      rows: rows of a dataset that gave one.
       documents: different documents.
       duplicates: documents left out because an equal one came before.
       text_bytes: UTF-8 bytes of the different documents.
@@ -57,6 +59,7 @@ class Summary:
 
     origin: str
     files: int = 0
+    rows: int = 0
     documents: int = 0
     duplicates: int = 0
     text_bytes: int = 0
@@ -81,10 +84,9 @@ class Summary:
 
     def lines(self) -> list[str]:
         """Returns the summary for people, one line per fact."""
-        taken = (
-            f"{self.origin}: {self.files:,} files, {self.documents:,} documents, "
-            f"{self.text_bytes / 1e6:,.2f} MB of text"
-        )
+        counts = {"files": self.files, "rows": self.rows, "documents": self.documents}
+        units = [f"{count:,} {unit}" for unit, count in counts.items() if count]
+        taken = f"{self.origin}: {', '.join(units)}, {self.text_bytes / 1e6:,.2f} MB of text"
         if self.tokens:
             taken += f", {self.tokens:,} tokens"
         if self.duplicates:
@@ -113,13 +115,23 @@ class Summary:
         return lines
 
 
+class Rows(Protocol):
+    """What else gives documents: ``data.hub.Rows``."""
+
+    @property
+    def origin(self) -> str: ...
+
+    def texts(self, summary: Summary) -> Iterator[str]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Files to read, found by ``open_source``."""
+    """Files to read, found by ``open_source``, and the rows of a dataset."""
 
     origin: str
     files: tuple[str, ...]
     found: Summary  # what the search for files skipped
+    rows: Rows | None = None
 
     def documents(self) -> Iterator[tuple[bytes, str]]:
         """Yields (digest, text) of every different document, in order."""
@@ -134,27 +146,37 @@ class Source:
         summary = copy.deepcopy(self.found)
         digests = [digest for digest, _ in self._documents(summary)]
         if not digests:
-            raise UserError(
-                f"no text in {self.origin}{summary.why()}; "
-                f"data.data_dir needs files with text, named {' '.join(EXTENSIONS)}"
-            )
+            needs = f"data.data_dir needs files with text, named {' '.join(EXTENSIONS)}"
+            if self.rows and not self.files:
+                needs = "name the columns with text by data.text_column"
+            raise UserError(f"no text in {self.origin}{summary.why()}; {needs}")
         return digests, summary
 
     def _documents(self, summary: Summary) -> Iterator[tuple[bytes, str]]:
         seen: set[bytes] = set()
+        for text in self._texts(summary):
+            encoded = text.encode("utf-8")
+            digest = hashlib.blake2b(encoded, digest_size=16).digest()
+            if digest in seen:
+                summary.duplicates += 1
+                continue
+            seen.add(digest)
+            summary.documents += 1
+            summary.text_bytes += len(encoded)
+            yield digest, text
+
+    def _texts(self, summary: Summary) -> Iterator[str]:
         for path in self.files:
             texts = _read_file(path, summary)
             summary.files += bool(texts)
-            for text in texts:
-                encoded = text.encode("utf-8")
-                digest = hashlib.blake2b(encoded, digest_size=16).digest()
-                if digest in seen:
-                    summary.duplicates += 1
-                    continue
-                seen.add(digest)
-                summary.documents += 1
-                summary.text_bytes += len(encoded)
-                yield digest, text
+            yield from texts
+        if self.rows:
+            yield from self.rows.texts(summary)
+
+    def with_rows(self, rows: Rows) -> "Source":
+        """Returns a source of these files and then the rows."""
+        origin = f"{self.origin} and {rows.origin}"
+        return Source(origin, self.files, dataclasses.replace(self.found, origin=origin), rows)
 
 
 def open_source(data_dir: str, log: Callable[[str], None]) -> Source:
@@ -263,7 +285,7 @@ def _read_file(path: str, summary: Summary) -> list[str]:
         if isinstance(records, int):
             summary.skip("broken JSON", f"{path}:{records}")
             return []
-        texts = [well_formed(text) for text in map(_text_of_record, records) if text.strip()]
+        texts = [well_formed(text) for text in map(text_of_record, records) if text.strip()]
         if not texts:
             summary.skip("JSON without text", path)
     if repaired and texts:
@@ -329,7 +351,7 @@ def _loads(text: str) -> Any:
     return json.loads(text, parse_int=float)
 
 
-def _text_of_record(record: Any) -> str:
+def text_of_record(record: Any) -> str:
     """Returns a record's text: its text key, its messages, or all its strings in order.
 
     Messages are rendered ``role: content``, separated by a blank line.

@@ -7,6 +7,7 @@ text spells, so that document boundaries can be found again in the token stream 
 import abc
 import base64
 import codecs
+import dataclasses
 import functools
 import hashlib
 import importlib.resources
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, did_you_mean
 
 # r50k_base of tiktoken; tiktoken itself would download the ranks, and its cache may delete them.
@@ -212,3 +214,19 @@ def _chop_white_space(text: str) -> Iterator[str]:
             yield text[probe : probe + step]
             start = probe + step
     yield text[start:]
+
+
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """Gives the model as many embeddings as the tokenizer has ids, if the config leaves it open.
+
+    Raises:
+      UserError: if the config names fewer.
+    """
+    wanted = config.model.vocab_size
+    if wanted and wanted < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={wanted} is below the {tokenizer.vocab_size} ids of "
+            f'data.tokenizer="{tokenizer.name}"; give 0 for exactly as many'
+        )
+    model = dataclasses.replace(config.model, vocab_size=wanted or tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)
