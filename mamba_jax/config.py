@@ -164,12 +164,17 @@ class RunConfig:
     output_dir: str = "checkpoints"
     log_dir: str = "logs"
     tensorboard_dir: str = "runs"
-    sample_prompt: str = ""  # when not empty, a sample from it closes the run
+    sample_prompt: str = ""  # when not empty, a sample from it follows each evaluation
+    trackers: str = ""  # "wandb", "mlflow" or "wandb,mlflow"; each needs the extra of its name
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
     vram: VramConfig = VramConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.trackers.split(",") if name.strip())
 
 
 def default_config() -> ConfigDict:
@@ -465,6 +470,7 @@ _CHOICES = {
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
 }
+TRACKERS = ("wandb", "mlflow")
 _POSITIVE = (
     "model.d_model",
     "model.n_layers",
@@ -542,6 +548,12 @@ def _check(run: RunConfig) -> None:
     for name in ("name", "output_dir", "log_dir", "tensorboard_dir"):
         if not value(name):
             raise UserError(f"{name} must not be empty")
+    for tracker in run.tracker_names:
+        if tracker not in TRACKERS:
+            raise UserError(
+                f'trackers="{run.trackers}": "{tracker}" is not one of {", ".join(TRACKERS)}'
+                f"{did_you_mean(tracker, TRACKERS)}"
+            )
 
 
 def _check_data(data: DataConfig) -> None:
