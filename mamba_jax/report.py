@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mamba_jax.models.roofline import Peaks
     from mamba_jax.models.work import Part
 
+_MICROBATCH = 8  # sequences, unless --batch says otherwise
 _FLOPS_HELP = """\
 Per token, for a training step: FLOPs, special operations and bytes of each part of the model.
 
@@ -117,6 +118,8 @@ def _size_cost(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from mamba_jax.models.flops import parts, setting_of
 
     run = _with_vocabulary(freeze(preset_config(name)))
+    # A run would choose its microbatch by its device.
+    run = dataclasses.replace(run, vram=dataclasses.replace(run.vram, batch_size=_MICROBATCH))
     on_cpu = arguments.measure and roofline.device_kind() == "cpu"
     setting = setting_of(run, devices=1, on_cpu=on_cpu)
     changes = {

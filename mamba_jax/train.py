@@ -33,9 +33,29 @@ def run(
     Raises:
       UserError: for whatever a user can mend.
     """
+    from mamba_jax.training import resume as resuming
+    from mamba_jax.training.checkpoint_folder import list_checkpoints
+    from mamba_jax.training.elastic import OutOfMemory
 
+    try:
+        return _run(config, resume, profile, notes)
+    except OutOfMemory as lost:
+        config = lost.config
+    # Out here, where nothing holds the arrays of the run that failed any more.
+    if list_checkpoints(pathlib.Path(config.output_dir)):
+        resume = resuming.AUTO
+    again = f"starting again with a microbatch of {config.vram.batch_size}: the state was lost"
+    return run(config, resume, profile, (*notes, again))
+
+
+def _run(
+    config: RunConfig, resume: str, profile: tuple[int, int] | None, notes: tuple[str, ...]
+) -> int:
+    """One attempt of ``run``."""
     from mamba_jax.data.pipeline import prepare
     from mamba_jax.data.tokenizer import with_vocabulary
+    from mamba_jax.estimator import plan
+    from mamba_jax.estimator.budget import set_client_fraction
     from mamba_jax.generation.generate import generate_text
     from mamba_jax.models.cost import parameter_count
     from mamba_jax.models.language_model import matmul_dtype
@@ -45,12 +65,13 @@ def run(
     from mamba_jax.training import resume as resuming
     from mamba_jax.training.checkpoint import CheckpointWriter, restore
     from mamba_jax.training.checkpoint_folder import FINAL, Metadata, find_latest, step_name
+    from mamba_jax.training.elastic import ElasticStep
     from mamba_jax.training.evaluation import Evaluation, evaluate
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
     from mamba_jax.training.monitor import Monitor, find_hardware
     from mamba_jax.training.profile import Profile, traced_steps
     from mamba_jax.training.state import abstract_state, init_state
-    from mamba_jax.training.step import make_eval_step, make_train_step
+    from mamba_jax.training.step import make_eval_step
 
     training, output_dir = config.training, pathlib.Path(config.output_dir)
     summary_file = output_dir / summary.NAME
@@ -66,6 +87,10 @@ def run(
         begun = start.metadata.step if start else 0
         traced = (1, 0) if profile is None else traced_steps(*profile, begun, training.max_steps)
         resuming.check_writable(output_dir)
+        set_client_fraction(config.vram)  # before jax starts
+        planned = plan(config)
+        config = planned.config
+        monitor.say(planned.text())
         scan = resolve_scan(config.model, matmul_dtype(config.model))
         _cache_compilations(config)
         mesh = make_mesh(config.parallel)
@@ -90,7 +115,7 @@ def run(
 
         # The step, its batches and its measures.
         eot_id, token_bytes = corpus.tokenizer.eot_id, corpus.tokenizer.token_bytes
-        train_step = make_train_step(config, mesh, eot_id)
+        train_step = ElasticStep(config, mesh, eot_id, monitor.warn)
         eval_step = make_eval_step(config, mesh, eot_id, token_bytes)
         batches = loop.prefetch(
             corpus.train_batches(batch_size, config.seed, first_sample), batch_sharding(mesh)
@@ -133,12 +158,14 @@ def run(
         step, interrupted = first_step, False
         evaluation: Evaluation | None = None  # of this very step
         with (
+            train_step.guard(),
             CheckpointWriter(output_dir, **keep, log=monitor.say) as writer,
             Profile(*traced, monitor, late.drain) as profiler,
         ):
             for step in range(first_step + 1, training.max_steps + 1):
                 with profiler.step(step):
                     state, metrics = train_step(state, next(batches))
+                config = train_step.config  # its microbatch may have become smaller
                 late.push(step, metrics)
                 profiler.dispatched(step)
                 writer.check()
@@ -149,6 +176,8 @@ def run(
                 evaluation = None
                 if evaluates or saves or step == first_step + 1:
                     late.drain()  # nothing is evaluated or saved before its step was checked
+                    if config.vram == planned.config.vram and (line := planned.compared()):
+                        monitor.say(line)
                     with monitor.paused():
                         evaluation = evaluated() if evaluates else None
                         if saves:
@@ -217,9 +246,7 @@ def _cache_compilations(config: RunConfig) -> None:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = pathlib.Path(config.data.cache_dir or f"{home}/mamba_jax").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(config.data.cache_root / "compiled"))
     # Else a program for several GPUs is never found again: the scan's part of it, which is made
     # when it is divided, has an address in it. Its name tells such parts apart.
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)

@@ -1,1 +1,5 @@
 """What a run needs, computed before it starts."""
+
+from mamba_jax.estimator.planning import Plan, plan
+
+__all__ = ["Plan", "plan"]

@@ -33,6 +33,7 @@ class Machine:
     total_bytes: int | None = None  # of each; None: not known
     pool_bytes: int | None = None  # of it, that jax's allocator may take; None: not known
     source: str = ""  # who says so
+    is_here: bool = False  # rather than only described
 
     @property
     def sharers(self) -> int:
@@ -109,7 +110,7 @@ def this_machine() -> Machine:
 
     device = jax.devices()[0]
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
-    found = Machine(device.device_kind, platform, jax.device_count())
+    found = Machine(device.device_kind, platform, jax.device_count(), is_here=True)
     if platform == "cpu":
         has = available_host_bytes()
         return dataclasses.replace(found, total_bytes=has, source="free memory of this machine")

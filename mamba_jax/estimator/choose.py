@@ -1,0 +1,183 @@
+"""Chooses how a run's effective batch is laid out: microbatch, remat policy, loss chunk.
+
+The effective batch, the model and the length of its windows are the user's and never change. What
+the user has set of the layout stays as well. Of what is left open, the fastest is taken that fits:
+
+* Speed is the floor of ``models.flops`` on the device's published peaks: no remat before "dots"
+  before "full", which make more again; larger microbatches before smaller ones, which read weights
+  and add up gradients more often. Of layouts within 1% of the fastest, the one that needs least.
+* Without published peaks (a CPU, an unknown card) a policy that makes less again comes first, then
+  a larger microbatch. On a CPU "dots" is the fastest policy, and a microbatch ends at
+  ``CPU_TOKENS`` tokens.
+* The loss is made in the usual chunks; only where nothing fits, in halves of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+from mamba_jax import presets
+from mamba_jax.config import RunConfig, preset_config
+from mamba_jax.errors import UserError
+from mamba_jax.estimator.account import Account, account
+from mamba_jax.estimator.budget import Budget, Machine, gib
+from mamba_jax.models.cost import parameter_count
+from mamba_jax.models.flops import Setting, parts, setting_of
+
+CPU_TOKENS = 4_096  # of a device's microbatch: a CPU core gains nothing from more
+CHUNK_TOKENS = {True: 512, False: 1_024}  # of the loss, on a CPU and elsewhere
+SMALLEST_CHUNK = 128
+SAME_SPEED = 1.01
+POLICIES = ("none", "dots", "full")  # fastest first
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One way to lay out a step."""
+
+    batch_size: int  # sequences of a microbatch, over all devices
+    remat: str
+    chunk_tokens: int
+
+
+def laid_out(config: RunConfig, layout: Layout) -> RunConfig:
+    """Returns a run with a layout filled in."""
+    whole = config.vram.effective_batch_size
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat=layout.remat),
+        training=dataclasses.replace(config.training, loss_chunk_tokens=layout.chunk_tokens),
+        vram=dataclasses.replace(
+            config.vram,
+            batch_size=layout.batch_size,
+            gradient_accumulation_steps=whole // layout.batch_size,
+        ),
+    )
+
+
+def quick(config: RunConfig, machine: Machine, layout: Layout) -> Account:
+    """Accounts for a layout by the formula; the run's vocabulary must be set."""
+    setting = _setting(config, machine, layout)
+    return account(config.model, setting, chunk_tokens=layout.chunk_tokens)
+
+
+def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
+    """Returns the layouts that a run leaves open, fastest first, by size of the loss chunk.
+
+    Raises:
+      UserError: if the effective batch cannot be divided over the devices.
+    """
+    vram, model, on_cpu = config.vram, config.model, machine.platform == "cpu"
+    if vram.batch_size:
+        sizes = [vram.batch_size]
+    elif vram.gradient_accumulation_steps:
+        sizes = [vram.effective_batch_size // vram.gradient_accumulation_steps]
+    else:
+        sizes = vram.microbatches(machine.count)
+        if not sizes:
+            raise UserError(
+                f"vram.effective_batch_size={vram.effective_batch_size} is not divisible by the "
+                f"{machine.count} devices that share it; choose a multiple of {machine.count}"
+            )
+        if on_cpu:
+            few = [s for s in sizes if s * model.max_seq_len <= CPU_TOKENS * machine.count]
+            sizes = few or sizes[:1]
+    if model.remat != "auto":
+        policies: tuple[str, ...] = (model.remat,)
+    else:
+        policies = POLICIES[1:] if on_cpu else POLICIES
+    chunk = config.training.loss_chunk_tokens
+    chunks = [chunk] if chunk else _halves(CHUNK_TOKENS[on_cpu])
+    return [
+        _by_speed(config, machine, [Layout(s, p, chunk) for p in policies for s in sizes])
+        for chunk in chunks
+    ]
+
+
+def _halves(chunk: int) -> list[int]:
+    count = int(math.log2(chunk / SMALLEST_CHUNK)) + 1
+    return [chunk >> i for i in range(count)]
+
+
+def _by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list[Layout]:
+    preset = machine.preset
+    if preset is None:
+        return sorted(layouts, key=lambda one: (POLICIES.index(one.remat), -one.batch_size))
+    from mamba_jax.models.roofline import floor_secs, published
+
+    peaks = published(preset, _setting(config, machine, layouts[0]).dtype)
+    secs = {
+        layout: floor_secs(
+            (part.hardware for part in parts(config.model, _setting(config, machine, layout))),
+            peaks,
+        )
+        for layout in layouts
+    }
+    needs = {layout: quick(config, machine, layout).total_bytes for layout in layouts}
+    ordered: list[Layout] = []
+    left = set(layouts)
+    while left:
+        fastest = min(secs[layout] for layout in left)
+        level = [layout for layout in left if secs[layout] <= SAME_SPEED * fastest]
+        ordered += sorted(level, key=needs.__getitem__)
+        left -= set(level)
+    return ordered
+
+
+def _setting(config: RunConfig, machine: Machine, layout: Layout) -> Setting:
+    on_cpu = machine.platform == "cpu"
+    return setting_of(laid_out(config, layout), devices=machine.count, on_cpu=on_cpu)
+
+
+def first_that_fits(
+    layouts: Iterable[Layout], needs: Callable[[Layout], int], limit_bytes: int
+) -> tuple[Layout, int] | None:
+    """Returns the first layout within the limit and what it needs; None: there is none."""
+    for layout in layouts:
+        needed = needs(layout)
+        if needed <= limit_bytes:
+            return layout, needed
+    return None
+
+
+def smallest_bytes(config: RunConfig, machine: Machine) -> int:
+    """Returns the least that a run could need, whatever layout is left open."""
+    groups = candidates(config, machine)
+    return min(quick(config, machine, one).total_bytes for group in groups for one in group)
+
+
+def nothing_fits(config: RunConfig, machine: Machine, limit: Budget) -> UserError:
+    """Returns the error that names what would fit, and the knob to turn."""
+    model = config.model
+    fitting = [
+        size
+        for size in presets.SIZES.values()
+        if size.family == model.family
+        and smallest_bytes(_resized(config, size.name), machine) <= limit.bytes
+    ]
+    count = lambda size: parameter_count(_resized(config, size.name).model).total
+    knobs = []
+    if fitting:
+        knobs.append(f'the largest size that fits is "{max(fitting, key=count).name}"')
+    length = model.max_seq_len
+    while length > 64:
+        length //= 2
+        shorter = dataclasses.replace(model, max_seq_len=length)
+        if smallest_bytes(dataclasses.replace(config, model=shorter), machine) <= limit.bytes:
+            knobs.append(f"this one fits with model.max_seq_len={length}")
+            break
+    knobs.append("else give it more memory (--vram, a smaller --vram_safety_margin)")
+    if machine.count > 1 and config.parallel.fsdp < machine.count:
+        knobs.append(f"or divide the state (parallel.fsdp={machine.count})")
+    return UserError(
+        f"{config.name} needs at least {gib(smallest_bytes(config, machine))} on each device and "
+        f"may use {limit.text()}: {', '.join(knobs)}"
+    )
+
+
+def _resized(config: RunConfig, size: str) -> RunConfig:
+    """Returns a run of another size, its other settings the same."""
+    preset = preset_config(size).model
+    fields = ("d_model", "n_layers", "recursion_depth")
+    model = dataclasses.replace(config.model, **{name: preset[name] for name in fields})
+    return dataclasses.replace(config, model=dataclasses.replace(model, attention_head_size=0))

@@ -1,0 +1,173 @@
+"""The plan of a run: a layout that fits, how it was found, and where its bytes go."""
+
+import dataclasses
+
+from mamba_jax.config import RunConfig
+from mamba_jax.estimator import choose
+from mamba_jax.estimator.account import Account
+from mamba_jax.estimator.budget import Budget, Machine, budget, gib, this_machine
+from mamba_jax.estimator.choose import Layout
+from mamba_jax.estimator.exact import Compiler, Unavailable
+
+HOPELESS = 1.3  # times the budget by the formula: not worth a compile
+FAR_APART = 4  # times the smallest microbatch: where the second one is compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A layout with its reasons."""
+
+    config: RunConfig  # with the layout filled in
+    machine: Machine
+    budget: Budget
+    account: Account  # by the formula
+    needs_bytes: int  # on each device, by ``level``
+    level: str  # "quick" or "exact"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.needs_bytes <= self.budget.bytes
+
+    def text(self) -> str:
+        """Returns lines that tell the plan and where its bytes go."""
+        config, vram = self.config, self.config.vram
+        found = {"quick": "by formula", "exact": "compiled"}[self.level]
+        verdict = "" if self.fits else "; MORE THAN IT MAY USE: it can run out of memory"
+        width = max(map(len, self.account.parts))
+        parts = (f"  {part:<{width}}  {gib(n)}" for part, n in self.account.parts.items())
+        lines = (
+            f"memory of {self.machine.count} × {self.machine.kind}: {self.budget.text()}",
+            f"layout: microbatch {vram.batch_size} × {vram.accumulation_steps} = "
+            f"{vram.effective_batch_size} sequences of {config.model.max_seq_len} tokens, remat "
+            f"{config.model.remat}, loss by {config.training.loss_chunk_tokens} tokens",
+            f"needs {gib(self.needs_bytes)} on each device ({found}){verdict}; by formula:",
+            *parts,
+            *self.notes,
+        )
+        return "\n".join(lines)
+
+    def compared(self) -> str:
+        """Tells the estimate beside the peak of the first device; "" where that tells none."""
+        import jax
+
+        peak_bytes = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if not peak_bytes:
+            return ""
+        return (
+            f"memory: {gib(self.needs_bytes)} estimated, {gib(peak_bytes)} at the peak so far "
+            f"(estimate {self.needs_bytes / peak_bytes - 1:+.1%})"
+        )
+
+
+def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = None) -> Plan:
+    """Lays a run out.
+
+    Args:
+      config: of the run; what its layout leaves open (0 or "auto") is chosen.
+      level: "quick", by the formula, in milliseconds; or "exact", by compiling the step, where
+        there is a compiler (else quick, and a note says why).
+      machine: to plan for; None: this one, which starts jax's backend.
+
+    Raises:
+      UserError: if nothing fits, or the effective batch cannot be divided over the devices.
+    """
+    machine = machine or this_machine()
+    limit = budget(config.vram, machine)
+    whole = _with_vocabulary(config)
+    groups = choose.candidates(whole, machine)
+    formula = lambda layout: choose.quick(whole, machine, layout).total_bytes
+    notes: tuple[str, ...] = ()
+    found = None
+    if level == "exact":
+        try:
+            with Compiler(machine, config.data.cache_root) as compiler:
+                search = _Exact(whole, machine, compiler, limit.bytes)
+                found = next(filter(None, map(search.best, groups)), None)
+        except Unavailable as reason:
+            level, notes = "quick", (f"not compiled: {reason}",)
+    if level == "quick":
+        fitting = (choose.first_that_fits(group, formula, limit.bytes) for group in groups)
+        found = next(filter(None, fitting), None)
+    if found is None:
+        if not (config.vram.batch_size or config.vram.gradient_accumulation_steps):
+            raise choose.nothing_fits(whole, machine, limit)
+        # The user's own microbatch is not refused: with the least of what is left open.
+        layout = min((one for group in groups for one in group), key=formula)
+        level, found = "quick", (layout, formula(layout))
+    layout, needs_bytes = found
+    return Plan(
+        config=choose.laid_out(config, layout),
+        machine=machine,
+        budget=limit,
+        account=choose.quick(whole, machine, layout),
+        needs_bytes=needs_bytes,
+        level=level,
+        notes=notes,
+    )
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    """Returns the run with as many embeddings as the tokenizer has ids, if it leaves that open."""
+    if config.model.vocab_size:  # the tokenizer takes a tenth of a second
+        return config
+    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+
+    return with_vocabulary(config, load_tokenizer(config.data.tokenizer))
+
+
+class _Exact:
+    """Searches by what the compiler says: a line through two microbatches, then the choice itself.
+
+    Memory grows by the same amount with every sequence, so two compiles of a remat policy tell all
+    its microbatches nearly; what is chosen is compiled, and stepped down from if it is over.
+    """
+
+    def __init__(
+        self, config: RunConfig, machine: Machine, compiler: Compiler, limit_bytes: int
+    ) -> None:
+        self._config = _resolved(config, machine)
+        self._machine, self._compiler = machine, compiler
+        self._limit_bytes = limit_bytes
+
+    def best(self, layouts: list[Layout]) -> tuple[Layout, int] | None:
+        """Returns the first layout that fits, and what it needs."""
+        for layout in layouts:
+            about = choose.quick(self._config, self._machine, layout).total_bytes
+            if about > HOPELESS * self._limit_bytes:
+                continue
+            if self._on_the_line(layout, layouts) > self._limit_bytes:
+                continue
+            needed = self._compiled(layout)
+            if needed <= self._limit_bytes:
+                return layout, needed
+        return None
+
+    def _on_the_line(self, layout: Layout, layouts: list[Layout]) -> float:
+        same = lambda other: dataclasses.replace(other, batch_size=layout.batch_size) == layout
+        sizes = sorted(other.batch_size for other in layouts if same(other))
+        low = sizes[0]
+        high = max((size for size in sizes if size <= FAR_APART * low), default=low)
+        at = lambda size: self._compiled(dataclasses.replace(layout, batch_size=size))
+        if layout.batch_size in (low, high) or low == high:
+            return at(layout.batch_size)
+        slope = (at(high) - at(low)) / (high - low)
+        return at(low) + slope * (layout.batch_size - low)
+
+    def _compiled(self, layout: Layout) -> int:
+        return self._compiler.step_bytes(choose.laid_out(self._config, layout))
+
+
+def _resolved(config: RunConfig, machine: Machine) -> RunConfig:
+    """Returns the run with what depends on its device named, for a process that is elsewhere."""
+    if machine.is_here:
+        return config
+    from mamba_jax.ops.selective_scan import unsupported
+
+    model = config.model
+    dtype = "bfloat16" if model.dtype == "auto" else model.dtype
+    scan = model.scan
+    if scan == "auto":
+        reason = unsupported("pallas_gpu", "gpu", dtype, model.d_inner, model.d_state)
+        scan = "chunked" if reason else "pallas_gpu"
+    return dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype, scan=scan))

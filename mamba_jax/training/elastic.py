@@ -1,0 +1,122 @@
+"""A train step that survives an out-of-memory error by a smaller microbatch.
+
+The step's arrays are the same at every step, so a microbatch that is too large shows at the first
+one. The state is donated to the step. What is guaranteed:
+
+* Found out when the step is compiled or its buffers are allocated, the state is untouched: the same
+  batch is tried again, with the microbatch halved and accumulation doubled. The mean over the
+  effective batch is the same to rounding.
+* Found out after the state was given up, there is nothing to try again with: ``OutOfMemory``, on
+  which ``train.run`` starts again from the newest checkpoint, or from its beginning.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mamba_jax.config import RunConfig
+from mamba_jax.errors import UserError
+from mamba_jax.training.state import TrainState
+from mamba_jax.training.step import Metrics, make_train_step
+
+
+class OutOfMemory(Exception):
+    """A step ran out of memory when its state was given up already."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__("the device ran out of memory and the state is lost")
+        self.config = config  # with a smaller microbatch
+
+
+class ElasticStep:
+    """``step(state, windows) → (state, metrics)``, as ``make_train_step`` makes it.
+
+    Attributes:
+      config: of the run, with the microbatch that is in use.
+    """
+
+    def __init__(self, config: RunConfig, mesh: Mesh, eot_id: int, warn: Callable[[str], None]):
+        """
+        Args:
+          config, mesh, eot_id: as for ``make_train_step``.
+          warn: is told of every change.
+        """
+        self.config = config
+        self._mesh, self._eot_id, self._warn = mesh, eot_id, warn
+        self._step = make_train_step(config, mesh, eot_id)
+        self._proven = False  # whether a step of this size has been through
+
+    def __call__(self, state: TrainState, windows: Any) -> tuple[TrainState, Metrics]:
+        """Takes a step.
+
+        Raises:
+          OutOfMemory: if the state is lost.
+          UserError: if the smallest microbatch is too large.
+        """
+        while True:
+            try:
+                new_state, metrics = self._step(state, windows)
+                if not self._proven:
+                    # A device reports what failed on it late: here nothing has been built on it.
+                    jax.block_until_ready(metrics)
+                    self._proven = True
+                return new_state, metrics
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+            self._shrink()
+            if lost:
+                raise OutOfMemory(self.config)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turns an out-of-memory error that a later call meets into ``OutOfMemory``."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shrink()
+            raise OutOfMemory(self.config) from None
+
+    def _shrink(self) -> None:
+        before = self.config.vram
+        self.config = smaller(self.config, self._mesh.size)
+        after = self.config.vram
+        self._warn(
+            f"out of memory with a microbatch of {before.batch_size}: going on with "
+            f"{after.batch_size} × {after.accumulation_steps} (before {before.batch_size} × "
+            f"{before.accumulation_steps}; the effective batch stays {after.effective_batch_size})"
+        )
+        self._step = make_train_step(self.config, self._mesh, self._eot_id)
+        self._proven = False
+
+
+def smaller(config: RunConfig, devices: int) -> RunConfig:
+    """Returns a run with half the microbatch, or the next below that makes up the batch exactly.
+
+    Raises:
+      UserError: if it is one sequence a device already.
+    """
+    vram = config.vram
+    sizes = [size for size in vram.microbatches(devices) if 2 * size <= vram.batch_size]
+    if not sizes:
+        raise UserError(
+            f"out of memory with vram.batch_size={vram.batch_size}, which is the smallest: choose "
+            "a smaller --model_size, --config.model.max_seq_len or --config.model.remat=full"
+        )
+    size = sizes[-1]
+    layout = dataclasses.replace(
+        vram, batch_size=size, gradient_accumulation_steps=vram.effective_batch_size // size
+    )
+    return dataclasses.replace(config, vram=layout)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of the runtime is that of an allocation."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
