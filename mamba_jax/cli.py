@@ -12,6 +12,7 @@ from mamba_jax.errors import UserError, command, did_you_mean
 COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
     "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
+    "memory": ("mamba_jax.memory", "what a run needs of a device, and which layout fits it"),
     "report": ("mamba_jax.report", "tables about the project: model sizes, FLOPs, a run's MFU"),
     "autotune": ("mamba_jax.autotune", "measure the fastest tiles of the scan on this GPU"),
 }

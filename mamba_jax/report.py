@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mamba_jax import presets
 from mamba_jax.config import RunConfig, freeze, preset_config
 from mamba_jax.errors import UserError, command, did_you_mean
+from mamba_jax.tables import print_table
 
 if TYPE_CHECKING:
     from mamba_jax.models.flops import Setting
@@ -309,17 +310,6 @@ def preset_row(name: str) -> dict[str, Any]:
     columns = ("name", "family", "d_model", "n_layers", "depth", "nominal")
     row = {column: getattr(size, column) for column in columns}
     return row | {"parameters": count.total, "non_embedding": count.non_embedding}
-
-
-def print_table(header: list[str], rows: list[list[str]], n_text_columns: int) -> None:
-    """Prints aligned columns: the first ones, text, to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [
-            f"{cell:<{width}}" if column < n_text_columns else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
 
 
 if __name__ == "__main__":

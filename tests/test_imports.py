@@ -8,10 +8,11 @@ import pytest
 import mamba_jax
 
 ROOT = pathlib.Path(mamba_jax.__file__).parent
-COMMANDS = {"autotune", "train", "generate", "report", "cli", "__main__"}
+COMMANDS = {"autotune", "memory", "train", "generate", "report", "cli", "__main__"}
 # Who may import whom, besides itself and errors.
 ALLOWED = {
     "errors": set(),
+    "tables": set(),
     "presets": set(),
     "ops": set(),
     "config": {"presets"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "parallel": {"config"},
     "training": {"models", "ops", "parallel", "config"},
     "generation": {"models", "training", "config", "data"},
-    "estimator": {"models", "training", "parallel", "config"},
+    "estimator": {"models", "training", "parallel", "ops", "data", "config", "presets"},
     "arguments": {"config", "presets", "training"},
     "dry_run": {"arguments", "config", "presets", "training", "models", "data", "estimator"},
 }

@@ -1,4 +1,4 @@
-"""What a step needs by the figure of the compiler that makes it: for the device here, or a card that is not.
+"""What a step needs by its compiler's own figure, for the device here or a card that is not.
 
 A card that is not here needs its compiler (``launch/compilers.sh``, or the extra ``estimate``) and a
 process of its own, ``mamba_jax.estimator.compiled``: XLA reads its flags once. A compile takes
@@ -22,7 +22,10 @@ from mamba_jax.estimator.budget import Machine
 _ROOT = pathlib.Path(__file__).parents[2]
 _PLUGIN = "jax_plugins.xla_cuda12"
 # What the program of a step is made of.
-_CODE = ("models", "modules", "ops", "parallel", "training")
+_CODE = (
+    *("models", "modules", "ops", "parallel"),
+    *(f"training/{name}.py" for name in ("accumulate", "loss", "optimizer", "state", "step")),
+)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -157,6 +160,7 @@ def _digest(request: dict[str, Any]) -> str:
     text = json.dumps(request | {"versions": versions}, sort_keys=True)
     digest = hashlib.sha256(text.encode())
     for part in _CODE:
-        for file in sorted((_ROOT / "mamba_jax" / part).rglob("*.py")):
+        path = _ROOT / "mamba_jax" / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:32]

@@ -126,7 +126,7 @@ class _Exact:
     def __init__(
         self, config: RunConfig, machine: Machine, compiler: Compiler, limit_bytes: int
     ) -> None:
-        self._config = _resolved(config, machine)
+        self._config = resolved(config, machine)
         self._machine, self._compiler = machine, compiler
         self._limit_bytes = limit_bytes
 
@@ -158,7 +158,7 @@ class _Exact:
         return self._compiler.step_bytes(choose.laid_out(self._config, layout))
 
 
-def _resolved(config: RunConfig, machine: Machine) -> RunConfig:
+def resolved(config: RunConfig, machine: Machine) -> RunConfig:
     """Returns the run with what depends on its device named, for a process that is elsewhere."""
     if machine.is_here:
         return config

@@ -1,0 +1,262 @@
+"""``python -m mamba_jax.memory``: what a run needs of a device, and which layout fits it."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any, NoReturn
+
+from mamba_jax import arguments as train_arguments
+from mamba_jax import presets
+from mamba_jax.config import RunConfig, freeze, preset_config
+from mamba_jax.errors import UserError, command, did_you_mean
+from mamba_jax.estimator.budget import GIB, Machine, of_device, this_machine, visible_cards
+from mamba_jax.tables import print_table
+
+_STAND_IN = "RTX-4080"  # the guide's own card, where there is none here
+
+_DESCRIPTION = """\
+Plans a run as training would: microbatch × accumulation, remat policy and loss chunk, with the
+bytes of each part. Takes the flags of mamba_jax.train that say what to train (--model_size,
+--training_preset, --config, --vram, --vram_safety_margin, --config.GROUP.FIELD=VALUE …) and:
+"""
+_EPILOG = """\
+examples:
+  python -m mamba_jax.memory --model_size hybrid-small-standard --vram 16gb
+  python -m mamba_jax.memory --model_size large --device "A100 40GB" --seq_len 8192 --exact
+  python -m mamba_jax.memory --table
+"""
+
+# The guide's tables, "VRAM" of each size in GB and the sizes it recommends for a GPU.
+_GUIDE_SIZES = {
+    "small": "4-6",
+    "medium-lite": "8-10",
+    "medium-plus": "10-12",
+    "medium-x": "12-14",
+    "medium": "14-16",
+    "medium-extra": "16-18",
+    "large-lite": "18-20",
+    "large-plus": "22-24",
+    "large": "28-32",
+    "xlarge": "45-50",
+    "xxlarge": "70-80",
+    "hybrid-small": "8-10",
+    "hybrid-small-mini": "11-13",
+    "hybrid-small-standard": "13-14.5",
+    "hybrid-small-plus": "13-15",
+    "hybrid-small-pro": "15-16",
+    "hybrid-medium": "18-20",
+    "hybrid-large": "40-45",
+}
+_GUIDE_CARDS = {
+    "RTX 3060": ("medium-lite", "medium-plus", "hybrid-small"),
+    "RTX 3070": ("small", "medium-lite"),
+    "RTX 3080": ("medium-lite", "medium-plus"),
+    "RTX 3090": ("medium-extra", "large-lite", "large-plus", "hybrid-medium"),
+    "RTX 4070 Ti": ("medium-plus", "medium-x", "hybrid-small"),
+    "RTX 4080": ("medium-x", "medium", "hybrid-small-standard"),
+    "RTX 4090": ("large-lite", "large-plus", "hybrid-medium"),
+    "A100 40GB": ("large", "xlarge", "hybrid-large"),
+    "A100 80GB": ("xxlarge", "hybrid-large"),
+    "H100": ("xxlarge", "hybrid-large"),
+}
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="mamba-jax memory",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--device", metavar="NAME", help="plan for: " + ", ".join(_device_names()))
+    parser.add_argument("--seq_len", metavar="N", help="tokens of a window")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="compile the step (half a minute; see launch/compilers.sh), not by formula",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--table", action="store_true", help="all sizes on the guide's GPUs, beside its figures"
+    )
+    parser.error = _refuse  # type: ignore[method-assign]
+    own, rest = parser.parse_known_args(argv)
+    if own.table:
+        if own.device or own.exact or own.seq_len or rest:
+            raise UserError("--table goes with --json only: it is of all sizes and GPUs")
+        return _print_tables(own.json)
+    config = train_arguments.read(rest).config
+    if own.seq_len is not None:
+        config = _with_length(config, own.seq_len)
+    gives_vram = any(word.partition("=")[0] == "--vram" for word in rest)
+    machine, note = _machine(own.device)
+    if own.device and not gives_vram:
+        config = dataclasses.replace(config, vram=dataclasses.replace(config.vram, auto=True))
+    from mamba_jax.estimator import plan
+
+    planned = plan(config, level="exact" if own.exact else "quick", machine=machine)
+    if own.json:
+        print(json.dumps(_record(planned), indent=2))
+    else:
+        print(f"{config.name}: {note}\n{planned.text()}")
+    return 0
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (--help lists the flags)")
+
+
+def _with_length(config: RunConfig, text: str) -> RunConfig:
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--seq_len={text} must be a whole number of at least 1")
+    model = dataclasses.replace(config.model, max_seq_len=int(text))
+    return dataclasses.replace(config, model=model)
+
+
+def _device_names() -> list[str]:
+    return [device.name for device in presets.DEVICES]
+
+
+def _machine(name: str | None) -> tuple[Machine, str]:
+    """Returns what to plan for, and what to say of it."""
+    if name is not None:
+        device = presets.device_named(name)
+        if device is None:
+            names = _device_names()
+            near = did_you_mean(name.replace(" ", "-").upper(), names)
+            raise UserError(f'unknown --device "{name}"{near} (choices: {", ".join(names)})')
+        return of_device(device), f"computed for {device.name}, not measured"
+    if visible_cards():
+        return this_machine(), "computed for this machine, not measured"
+    stand_in = Machine(_STAND_IN, "gpu")
+    return stand_in, f"no GPU here: computed as for {_STAND_IN}, not measured"
+
+
+def _record(planned: Any) -> dict[str, Any]:
+    config = planned.config
+    return {
+        "name": config.name,
+        "device": planned.machine.kind,
+        "devices": planned.machine.count,
+        "budget_bytes": planned.budget.bytes,
+        "total_bytes": planned.budget.total_bytes,
+        "margin_bytes": planned.budget.margin_bytes,
+        "needs_bytes": planned.needs_bytes,
+        "fits": planned.fits,
+        "level": planned.level,
+        "measured": False,
+        "parts_bytes": planned.account.parts,
+        "batch_size": config.vram.batch_size,
+        "gradient_accumulation_steps": config.vram.accumulation_steps,
+        "effective_batch_size": config.vram.effective_batch_size,
+        "seq_len": config.model.max_seq_len,
+        "remat": config.model.remat,
+        "loss_chunk_tokens": config.training.loss_chunk_tokens,
+        "notes": list(planned.notes),
+    }
+
+
+def _print_tables(as_json: bool) -> int:
+    """Prints the guide's two tables with our figures beside it."""
+    sizes = {name: _size(name) for name in presets.SIZES}
+    layouts = {card: {name: _on_card(name, card) for name in sizes} for card in _GUIDE_CARDS}
+    if as_json:
+        cards = {
+            card: {"guide": list(_GUIDE_CARDS[card]), "layouts": layouts[card]}
+            for card in _GUIDE_CARDS
+        }
+        print(json.dumps({"measured": False, "sizes": sizes, "cards": cards}, indent=2))
+        return 0
+    print(
+        "Computed, not measured: windows of 2048 tokens, an effective batch of 32, bfloat16.\n\n"
+        "Memory of a size in GiB: the guide's, the least that a step needs (one sequence a\n"
+        "microbatch, full remat), and what the layout chosen for an RTX 4080 needs.\n"
+    )
+    rows = []
+    for name, figures in sizes.items():
+        chosen = layouts["RTX 4080"][name]
+        rows.append(
+            [
+                name,
+                f"{figures['parameters'] / 1e6:,.0f}M",
+                figures["guide_gb"],
+                f"{figures['least_bytes'] / GIB:.1f}",
+                f"{chosen['needs_bytes'] / GIB:.1f}" if chosen else "does not fit",
+                _layout_text(chosen),
+            ]
+        )
+    header = ["size", "parameters", "guide", "least", "RTX 4080", "microbatch, remat"]
+    print_table(header, rows, n_text_columns=1)
+    print(
+        "\nMicrobatch of each size on each GPU, of 32; n: no remat, d: dots, f: full; -: does not\n"
+        "fit; *: the guide recommends it there.\n"
+    )
+    rows = [
+        [
+            name,
+            *(
+                _short(layouts[card][name]) + ("*" if name in _GUIDE_CARDS[card] else "")
+                for card in _GUIDE_CARDS
+            ),
+        ]
+        for name in sizes
+    ]
+    print_table(["size", *_GUIDE_CARDS], rows, n_text_columns=1)
+    return 0
+
+
+def _size(name: str) -> dict[str, Any]:
+    from mamba_jax.estimator.choose import smallest_bytes
+    from mamba_jax.models.cost import parameter_count
+
+    config = _run_of(name)
+    return {
+        "parameters": parameter_count(config.model).total,
+        "guide_gb": _GUIDE_SIZES[name],
+        "least_bytes": smallest_bytes(config, of_device(_preset(_STAND_IN))),
+    }
+
+
+def _on_card(name: str, card: str) -> dict[str, Any] | None:
+    """Returns the layout chosen for a size on a card; None: it does not fit."""
+    from mamba_jax.estimator import plan
+
+    try:
+        planned = plan(_run_of(name), machine=of_device(_preset(card)))
+    except UserError:
+        return None
+    kept = ("batch_size", "gradient_accumulation_steps", "remat", "needs_bytes", "budget_bytes")
+    record = _record(planned)
+    return {key: record[key] for key in kept}
+
+
+def _preset(name: str) -> presets.Device:
+    device = presets.device_named(name)
+    assert device is not None, name
+    return device
+
+
+def _run_of(name: str) -> RunConfig:
+    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+
+    config = freeze(preset_config(name))
+    config = dataclasses.replace(config, vram=dataclasses.replace(config.vram, auto=True))
+    return with_vocabulary(config, load_tokenizer(config.data.tokenizer))
+
+
+def _layout_text(chosen: dict[str, Any] | None) -> str:
+    if chosen is None:
+        return "-"
+    return f"{chosen['batch_size']} × {chosen['gradient_accumulation_steps']}, {chosen['remat']}"
+
+
+def _short(chosen: dict[str, Any] | None) -> str:
+    return "-" if chosen is None else f"{chosen['batch_size']}{chosen['remat'][0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

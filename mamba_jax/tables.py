@@ -1,0 +1,12 @@
+"""Tables on a terminal."""
+
+
+def print_table(header: list[str], rows: list[list[str]], n_text_columns: int) -> None:
+    """Prints aligned columns: the first ones, text, to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            f"{cell:<{width}}" if column < n_text_columns else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
