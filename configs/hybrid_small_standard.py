@@ -6,8 +6,8 @@ Parameters: 91,339,864 with the GPT-2 vocabulary, 60,783,608 of them outside the
 known as "112M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
-the optimizer's two moments take 1.1 GB, a gradient 0.4 GB more, activations come on top: if
-they do not fit, lower `vram.batch_size` (the effective batch stays) or `model.max_seq_len`.
+the optimizer's two moments take 1.1 GB, a gradient 0.4 GB more, activations come on top:
+the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@ Parameters: 158,140,416 with the GPT-2 vocabulary, 106,677,248 of them outside t
 known as "500M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
-the optimizer's two moments take 1.9 GB, a gradient 0.6 GB more, activations come on top: if
-they do not fit, lower `vram.batch_size` (the effective batch stays) or `model.max_seq_len`.
+the optimizer's two moments take 1.9 GB, a gradient 0.6 GB more, activations come on top:
+the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@ Parameters: 25,084,416 with the GPT-2 vocabulary, 5,785,728 of them outside the 
 known as "50M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
-the optimizer's two moments take 0.3 GB, a gradient 0.1 GB more, activations come on top: if
-they do not fit, lower `vram.batch_size` (the effective batch stays) or `model.max_seq_len`.
+the optimizer's two moments take 0.3 GB, a gradient 0.1 GB more, activations come on top:
+the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
 """
 
 from ml_collections import ConfigDict
