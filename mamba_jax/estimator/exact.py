@@ -23,7 +23,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _PLUGIN = "jax_plugins.xla_cuda12"
 # What the program of a step is made of.
 _CODE = (
-    *("models", "modules", "ops", "parallel"),
+    *("models/build.py", "models/language_model.py", "modules", "ops", "parallel"),
     *(f"training/{name}.py" for name in ("accumulate", "loss", "optimizer", "state", "step")),
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
@@ -150,9 +150,14 @@ def _find_compilers(machine: Machine) -> str:
 def _relevant(config: RunConfig) -> dict[str, Any]:
     """Returns the config without what has no part in the step."""
     values = to_dict(config)
-    kept = {name: values[name] for name in ("model", "training", "parallel")}
-    layout = ("effective_batch_size", "batch_size", "gradient_accumulation_steps")
-    return kept | {"vram": {name: values["vram"][name] for name in layout}}
+    training = "loss_chunk_tokens", "skip_spikes"
+    layout = "effective_batch_size", "batch_size", "gradient_accumulation_steps"
+    return {
+        "model": values["model"],
+        "training": {name: values["training"][name] for name in training},
+        "parallel": values["parallel"],
+        "vram": {name: values["vram"][name] for name in layout},
+    }
 
 
 def _digest(request: dict[str, Any]) -> str:
