@@ -1,18 +1,20 @@
 """A train step that survives an out-of-memory error by a smaller microbatch.
 
-The step's arrays are the same at every step, so a microbatch that is too large shows at the first
-one. The state is donated to the step. What is guaranteed:
+The state is donated to the step, and XLA's GPU client gives donated arrays up before it allocates what
+the step needs: an allocation that fails there takes the state along. A step's needs are the same every
+time, so they are looked at before the first one:
 
-* Found out when the step is compiled or its buffers are allocated, the state is untouched: the same
-  batch is tried again, with the microbatch halved and accumulation doubled. The mean over the
-  effective batch is the same to rounding.
-* Found out after the state was given up, there is nothing to try again with: ``OutOfMemory``, on
-  which ``train.run`` starts again from the newest checkpoint, or from its beginning.
+* Where the device tells what is free, the step is compiled first, and a microbatch whose buffers
+  cannot all be there is halved before anything runs (accumulation doubled). Nothing is lost.
+* If a step fails all the same and the state is still there (a failed compilation), the same batch is
+  tried again with half the microbatch. The mean over the effective batch is the same to rounding.
+* If the state is gone, there is nothing to try again with: ``OutOfMemory``, on which ``train.run``
+  starts again from the newest checkpoint, or from its beginning: a run is a function of its config.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +60,9 @@ class ElasticStep:
           UserError: if the smallest microbatch is too large.
         """
         while True:
+            if not self._proven and self._lacks_memory(state, windows):
+                self._shrink()
+                continue
             try:
                 new_state, metrics = self._step(state, windows)
                 if not self._proven:
@@ -84,6 +89,16 @@ class ElasticStep:
             self._shrink()
             raise OutOfMemory(self.config) from None
 
+    def _lacks_memory(self, state: TrainState, windows: Any) -> bool:
+        """Whether the compiled step needs more than is free; False where that is not known."""
+        free = free_bytes(self._mesh.local_devices)
+        if free is None:
+            return False
+        step: Any = self._step
+        needs = step.lower(state, windows).compile().memory_analysis()  # the call finds it made
+        new = needs.output_size_in_bytes - needs.alias_size_in_bytes  # the rest lies in the state
+        return needs.temp_size_in_bytes + new > free
+
     def _shrink(self) -> None:
         before = self.config.vram
         self.config = smaller(self.config, self._mesh.size)
@@ -95,6 +110,14 @@ class ElasticStep:
         )
         self._step = make_train_step(self.config, self._mesh, self._eot_id)
         self._proven = False
+
+
+def free_bytes(devices: Sequence[Any]) -> int | None:
+    """Returns what jax can still allocate on the fullest device; None: it does not tell."""
+    stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in each and "bytes_in_use" in each for each in stats):
+        return None
+    return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
 
 
 def smaller(config: RunConfig, devices: int) -> RunConfig:

@@ -114,3 +114,36 @@ def test_the_next_smaller_microbatch_makes_up_the_batch_exactly(whole, size, dev
 def test_the_smallest_microbatch_cannot_be_halved():
     with pytest.raises(UserError, match=r"batch_size=4, which is the smallest: .*--model_size"):
         smaller(run_config(batch=8, microbatch=4), devices=4)
+
+
+def test_what_cannot_fit_is_found_before_the_state_is_given_up(monkeypatch):
+    mesh, said = one_device(), []
+    needs = {}
+    for size in (8, 4):
+        step = make_train_step(run_config(batch=8, microbatch=size), mesh, EOT)
+        state = init_state(CONFIG, mesh)
+        analysis = step.lower(state, windows(8)).compile().memory_analysis()
+        needs[size] = analysis.temp_size_in_bytes
+    assert needs[4] < needs[8]
+    monkeypatch.setattr(elastic, "free_bytes", lambda _: (needs[4] + needs[8]) // 2)
+    step = ElasticStep(CONFIG, mesh, EOT, said.append)
+    state, _ = step(state, windows(8))
+    assert step.config.vram.batch_size == 4 and len(said) == 1
+    assert int(state["step"]) == 1
+    monkeypatch.setattr(elastic, "free_bytes", lambda _: 10)
+    with pytest.raises(UserError, match="smallest"):
+        ElasticStep(CONFIG, mesh, EOT, said.append)(state, windows(8))
+    assert not state["step"].is_deleted()
+
+
+def test_free_memory_is_that_of_the_fullest_device():
+    class Device:
+        def __init__(self, *stats):
+            self.stats = stats
+
+        def memory_stats(self):
+            return dict(zip(("bytes_limit", "bytes_in_use"), self.stats, strict=False)) or None
+
+    assert elastic.free_bytes([Device(100, 20), Device(100, 70)]) == 30
+    assert elastic.free_bytes([Device(100, 20), Device()]) is None
+    assert elastic.free_bytes([Device(100)]) is None
