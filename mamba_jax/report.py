@@ -228,7 +228,7 @@ def _print_run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--run={folder}: the folder holds no checkpoint; give the output_dir of a run"
         )
-    run = read_metadata(checkpoints[0][1]).config
+    run = read_metadata(checkpoints[0][1]).laid_out
     records = [r for r in history.read(folder / history.NAME) if "device_kind" in r]
     if not records:
         raise UserError(

@@ -64,7 +64,13 @@ def _run(
     from mamba_jax.training import history, loop, summary
     from mamba_jax.training import resume as resuming
     from mamba_jax.training.checkpoint import CheckpointWriter, restore
-    from mamba_jax.training.checkpoint_folder import FINAL, Metadata, find_latest, step_name
+    from mamba_jax.training.checkpoint_folder import (
+        FINAL,
+        Metadata,
+        find_latest,
+        layout_of,
+        step_name,
+    )
     from mamba_jax.training.elastic import ElasticStep
     from mamba_jax.training.evaluation import Evaluation, evaluate
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
@@ -88,7 +94,7 @@ def _run(
         traced = (1, 0) if profile is None else traced_steps(*profile, begun, training.max_steps)
         resuming.check_writable(output_dir)
         set_client_fraction(config.vram)  # before jax starts
-        planned = plan(config)
+        planned, asked = plan(config), config
         config = planned.config
         monitor.say(planned.text())
         scan = resolve_scan(config.model, matmul_dtype(config.model))
@@ -100,7 +106,7 @@ def _run(
         # The data.
         seq_len, batch_size = config.model.max_seq_len, config.vram.effective_batch_size
         corpus = prepare(config.data, seq_len=seq_len, seed=config.seed, log=monitor.say)
-        config = with_vocabulary(config, corpus.tokenizer)
+        asked, config = (with_vocabulary(each, corpus.tokenizer) for each in (asked, config))
 
         # The state, made from the seed or read from a checkpoint.
         if start:
@@ -146,7 +152,9 @@ def _run(
 
         def metadata() -> Metadata:
             measures = evaluation.measures() if evaluation else {}
-            return Metadata(config, step, samples_seen(), corpus.fingerprint, measures)
+            # As asked for: on another device the run is laid out anew.
+            layout = layout_of(asked, config)
+            return Metadata(asked, step, samples_seen(), corpus.fingerprint, measures, layout)
 
         def last_good() -> pathlib.Path | None:
             with contextlib.suppress(UserError):  # the divergence is what has to be told

@@ -41,11 +41,32 @@ _STEP_NAME = re.compile(r"step_(\d+)")
 class Metadata:
     """What ``config.json`` holds."""
 
-    config: RunConfig  # with the tokenizer's real vocab_size
+    config: RunConfig  # as it was asked for, with the tokenizer's real vocab_size
     step: int  # optimizer steps taken
     samples_seen: int  # windows consumed: the position in the data
     data_fingerprint: str  # of the corpus that they came from
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of this very step
+    # What was chosen for the device where the config leaves it open: group → field → value.
+    layout: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def laid_out(self) -> RunConfig:
+        """The config with the layout that the run had."""
+        values = to_dict(self.config)
+        for group, fields in self.layout.items():
+            values[group] |= fields
+        return from_dict(values)
+
+
+def layout_of(asked: RunConfig, planned: RunConfig) -> dict[str, dict[str, Any]]:
+    """Returns the fields of groups in which a planned run differs from what was asked for."""
+    before, after = to_dict(asked), to_dict(planned)
+    changed = {
+        group: {name: new for name, new in fields.items() if new != before[group][name]}
+        for group, fields in after.items()
+        if isinstance(fields, dict)
+    }
+    return {group: fields for group, fields in changed.items() if fields}
 
 
 def step_name(step: int) -> str:
@@ -95,6 +116,7 @@ def write_metadata(path: pathlib.Path, metadata: Metadata) -> None:
         "data_fingerprint": metadata.data_fingerprint,
         "tokenizer": metadata.config.data.tokenizer,
         "metrics": dict(metadata.metrics),
+        "layout": dict(metadata.layout),
         "versions": {
             "mamba_jax": mamba_jax.__version__,
             **{name: _version(name) for name in ("jax", "flax", "orbax-checkpoint")},
@@ -137,6 +159,7 @@ def read_metadata(path: pathlib.Path) -> Metadata:
             samples_seen=int(record["samples_seen"]),
             data_fingerprint=record["data_fingerprint"],
             metrics=record["metrics"],
+            layout=record.get("layout", {}),  # which older checkpoints lack
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {_CONFIG} lacks or garbles {error}") from error
