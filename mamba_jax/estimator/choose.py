@@ -62,7 +62,7 @@ def quick(config: RunConfig, machine: Machine, layout: Layout) -> Account:
 
 
 def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
-    """Returns the layouts that a run leaves open, fastest first, by size of the loss chunk.
+    """Returns the layouts that a run leaves open, by size of the loss chunk, largest first.
 
     Raises:
       UserError: if the effective batch cannot be divided over the devices.
@@ -88,10 +88,7 @@ def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
         policies = POLICIES[1:] if on_cpu else POLICIES
     chunk = config.training.loss_chunk_tokens
     chunks = [chunk] if chunk else _halves(CHUNK_TOKENS[on_cpu])
-    return [
-        _by_speed(config, machine, [Layout(s, p, chunk) for p in policies for s in sizes])
-        for chunk in chunks
-    ]
+    return [[Layout(s, p, chunk) for p in policies for s in sizes] for chunk in chunks]
 
 
 def _halves(chunk: int) -> list[int]:
@@ -99,7 +96,8 @@ def _halves(chunk: int) -> list[int]:
     return [chunk >> i for i in range(count)]
 
 
-def _by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list[Layout]:
+def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list[Layout]:
+    """Sorts layouts by the speed to expect, fastest first."""
     preset = machine.preset
     if preset is None:
         return sorted(layouts, key=lambda one: (POLICIES.index(one.remat), -one.batch_size))

@@ -76,6 +76,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
     limit = budget(config.vram, machine)
     whole = _with_vocabulary(config)
     groups = choose.candidates(whole, machine)
+    sorted_groups = (choose.by_speed(whole, machine, group) for group in groups)
     formula = lambda layout: choose.quick(whole, machine, layout).total_bytes
     notes: tuple[str, ...] = ()
     found = None
@@ -83,11 +84,11 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
         try:
             with Compiler(machine, config.data.cache_root) as compiler:
                 search = _Exact(whole, machine, compiler, limit.bytes)
-                found = next(filter(None, map(search.best, groups)), None)
+                found = next(filter(None, map(search.best, sorted_groups)), None)
         except Unavailable as reason:
             level, notes = "quick", (f"not compiled: {reason}",)
     if level == "quick":
-        fitting = (choose.first_that_fits(group, formula, limit.bytes) for group in groups)
+        fitting = (choose.first_that_fits(group, formula, limit.bytes) for group in sorted_groups)
         found = next(filter(None, fitting), None)
     if found is None:
         if not (config.vram.batch_size or config.vram.gradient_accumulation_steps):
