@@ -224,9 +224,11 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     model = parser.add_argument_group("model and schedule")
-    model.add_argument("--model_size", metavar="NAME", help=f"default {DEFAULT_SIZE}; see below")
     model.add_argument(
-        "--training_preset", metavar="NAME", help=f"default {DEFAULT_PRESET}; see below"
+        "--model_size", metavar="NAME", help=f"of the sizes below; default {DEFAULT_SIZE}"
+    )
+    model.add_argument(
+        "--training_preset", metavar="NAME", help=f'of those below; default "{DEFAULT_PRESET}"'
     )
     model.add_argument(
         "--config", metavar="FILE", help="a .py file with a whole config, or a .json with fields"
@@ -313,15 +315,15 @@ def _epilog() -> str:
         for size in presets.SIZES.values()
     )
     schedules = "\n".join(
-        f"  {name:<8} {row.max_steps:>8,} {row.learning_rate:>14.0e} {row.warmup_steps:>8,} "
-        f"{row.save_steps:>23,}"
+        f"  {name:<14} {row.max_steps:>9,} {row.learning_rate:>15.0e} {row.warmup_steps:>9,} "
+        f"{row.save_steps:>26,}"
         for name, row in presets.TRAINING_PRESETS.items()
     )
     return f"""\
 sizes: parameters (with GPT-2's vocabulary), width × layers, recursion, the label known by
 {sizes}
 
-training presets:  steps   learning rate   warmup   save and evaluate every
+training presets:     steps   learning rate   warm-up    save and evaluate every
 {schedules}
 
 what wins:

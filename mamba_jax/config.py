@@ -470,7 +470,7 @@ _CHOICES = {
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
 }
-TRACKERS = ("wandb", "mlflow")
+_TRACKERS = ("wandb", "mlflow")
 _POSITIVE = (
     "model.d_model",
     "model.n_layers",
@@ -549,10 +549,10 @@ def _check(run: RunConfig) -> None:
         if not value(name):
             raise UserError(f"{name} must not be empty")
     for tracker in run.tracker_names:
-        if tracker not in TRACKERS:
+        if tracker not in _TRACKERS:
             raise UserError(
-                f'trackers="{run.trackers}": "{tracker}" is not one of {", ".join(TRACKERS)}'
-                f"{did_you_mean(tracker, TRACKERS)}"
+                f'trackers="{run.trackers}": "{tracker}" is not one of {", ".join(_TRACKERS)}'
+                f"{did_you_mean(tracker, _TRACKERS)}"
             )
 
 

@@ -1,18 +1,20 @@
-"""``train --dry_run``: what a run would be and do, and every refusal that needs no training to find.
+"""``train --dry_run``: what a run would be, and every refusal that needs no training to find.
 
-It reads no text, makes no array and writes nothing.
+It reads no text, makes no array and writes nothing; it does start jax, to see the devices.
 """
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mamba_jax import presets
 from mamba_jax.arguments import Arguments
 from mamba_jax.config import DataConfig, RunConfig, size_fields, training_fields
 from mamba_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from mamba_jax.training.resume import Start
 
 _LABEL_WIDTH = 10
 
@@ -24,19 +26,36 @@ def describe(arguments: Arguments) -> str:
       UserError: where the run would end with it before its first step.
     """
     from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
-    from mamba_jax.estimator import plan
+    from mamba_jax.estimator import plan_run
+    from mamba_jax.estimator.budget import set_client_fraction
+    from mamba_jax.models.language_model import matmul_dtype
+    from mamba_jax.modules.mamba import resolve_scan
+    from mamba_jax.parallel.mesh import check_batch, make_mesh
+    from mamba_jax.training.profile import traced_steps
+    from mamba_jax.training.resume import find_start
 
-    config = arguments.config
-    output = _output(config, arguments.resume)
+    config, said = arguments.config, list(arguments.notes)
+    # The order of what is refused is that of the run.
+    start = find_start(config, arguments.resume, said.append)
+    if arguments.profile:
+        begun = start.metadata.step if start else 0
+        traced_steps(*arguments.profile, begun, config.training.max_steps)
+    _check_could_write(pathlib.Path(config.output_dir))
+    # A card that another run is using stays that run's.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    set_client_fraction(config.vram)
+    planned = plan_run(config, start)
+    scan = resolve_scan(config.model, matmul_dtype(config.model))
+    check_batch(planned.config.vram.batch_size, make_mesh(config.parallel))
     data = _data(config.data)
     config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
     parts = {
-        "note": list(arguments.notes),
-        "model": _model(config),
+        "said": said,
+        "model": [*_model(config), f"selective scan: {scan}"],
         "training": _training(config),
         "data": data,
-        "memory": plan(config).text().splitlines(),
-        "output": output,
+        "memory": planned.text().splitlines(),
+        "output": [_output(config, start)],
     }
     lines = [f'dry run of "{config.name}": nothing is started']
     for label, texts in parts.items():
@@ -96,20 +115,15 @@ def _data(data: DataConfig) -> list[str]:
     return lines
 
 
-def _output(config: RunConfig, resume: str) -> list[str]:
-    from mamba_jax.training import resume as resuming
+def _output(config: RunConfig, start: "Start | None") -> str:
     from mamba_jax.training import summary
 
-    output_dir = pathlib.Path(config.output_dir)
-    lines: list[str] = []
-    start = resuming.find_start(config, resume, lines.append)
-    _check_could_write(output_dir)
+    folder = pathlib.Path(config.output_dir)
     if start is None:
-        return [f"{output_dir}: a new run", *lines]
-    if start.ends(config) and (output_dir / summary.NAME).is_file():
-        return [f"{output_dir}: complete at step {start.metadata.step}: nothing to do", *lines]
-    left = config.training.max_steps - start.metadata.step
-    return [f"{output_dir}: {max(left, 0):,} steps to go", *lines]
+        return f"{folder}: a new run"
+    if start.ends(config) and (folder / summary.NAME).is_file():
+        return f"{folder}: nothing to do, complete at step {start.metadata.step}"
+    return f"{folder}: {max(config.training.max_steps - start.metadata.step, 0):,} steps to go"
 
 
 def _check_could_write(folder: pathlib.Path) -> None:

@@ -54,7 +54,7 @@ def _run(
     """One attempt of ``run``."""
     from mamba_jax.data.pipeline import prepare
     from mamba_jax.data.tokenizer import with_vocabulary
-    from mamba_jax.estimator import plan
+    from mamba_jax.estimator import plan_run
     from mamba_jax.estimator.budget import set_client_fraction
     from mamba_jax.generation.generate import generate_text
     from mamba_jax.models.cost import parameter_count
@@ -94,7 +94,7 @@ def _run(
         traced = (1, 0) if profile is None else traced_steps(*profile, begun, training.max_steps)
         resuming.check_writable(output_dir)
         set_client_fraction(config.vram)  # before jax starts
-        planned, asked = plan(config), config
+        planned, asked = plan_run(config, start), config
         config = planned.config
         monitor.say(planned.text())
         scan = resolve_scan(config.model, matmul_dtype(config.model))
@@ -129,14 +129,13 @@ def _run(
         keep = {"keep_last": training.keep_last, "keep_every": training.keep_every}
         parameters = parameter_count(config.model)
         hardware = find_hardware(config, mesh)
-        device = f"{hardware.device_count} × {hardware.device_kind}"
         if training.resolved_warmup_steps != training.warmup_steps:
             monitor.say(
                 f"training.warmup_steps={training.warmup_steps} would outlast the "
                 f"{training.max_steps} steps: warming up for {training.resolved_warmup_steps}"
             )
         monitor.say(
-            f"{config.name}: {parameters.total:,} parameters on {device}; "
+            f"{config.name}: {parameters.total:,} parameters on {planned.device}; "
             f"selective scan: {scan}; compiling …"
         )
         monitor.start(first_step, start.path.parent if start else None, hardware)
@@ -154,7 +153,9 @@ def _run(
             measures = evaluation.measures() if evaluation else {}
             # As asked for: on another device the run is laid out anew.
             layout = layout_of(asked, config)
-            return Metadata(asked, step, samples_seen(), corpus.fingerprint, measures, layout)
+            return Metadata(
+                asked, step, samples_seen(), corpus.fingerprint, measures, layout, planned.device
+            )
 
         def last_good() -> pathlib.Path | None:
             with contextlib.suppress(UserError):  # the divergence is what has to be told

@@ -8,7 +8,17 @@ import pytest
 import mamba_jax
 
 ROOT = pathlib.Path(mamba_jax.__file__).parent
-COMMANDS = {"autotune", "memory", "train", "generate", "report", "cli", "__main__"}
+COMMANDS = {
+    "autotune",
+    "background",
+    "memory",
+    "sweep",
+    "train",
+    "generate",
+    "report",
+    "cli",
+    "__main__",
+}
 # Who may import whom, besides itself and errors.
 ALLOWED = {
     "errors": set(),
@@ -24,7 +34,12 @@ ALLOWED = {
     "generation": {"models", "training", "config", "data"},
     "estimator": {"models", "training", "parallel", "ops", "data", "config", "presets"},
     "arguments": {"config", "presets", "training"},
-    "dry_run": {"arguments", "config", "presets", "training", "models", "data", "estimator"},
+    "launching": {"training"},
+    "sweeps": {"launching", "training", "config"},
+    "dry_run": {
+        *("arguments", "config", "presets", "modules", "models", "data", "parallel", "training"),
+        "estimator",
+    },
 }
 
 

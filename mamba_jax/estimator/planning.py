@@ -8,6 +8,7 @@ from mamba_jax.estimator.account import Account
 from mamba_jax.estimator.budget import Budget, Machine, budget, gib, this_machine
 from mamba_jax.estimator.choose import Layout
 from mamba_jax.estimator.exact import Compiler, Unavailable
+from mamba_jax.training.resume import Start, laid_out_as_before
 
 HOPELESS = 1.3  # times the budget by the formula: not worth a compile
 FAR_APART = 4  # times the smallest microbatch: where the second one is compiled
@@ -29,6 +30,11 @@ class Plan:
     def fits(self) -> bool:
         return self.needs_bytes <= self.budget.bytes
 
+    @property
+    def device(self) -> str:
+        """What it was made for, e.g. "1 × NVIDIA GeForce RTX 4080"."""
+        return f"{self.machine.count} × {self.machine.kind}"
+
     def text(self) -> str:
         """Returns lines that tell the plan and where its bytes go."""
         config, vram = self.config, self.config.vram
@@ -37,7 +43,7 @@ class Plan:
         width = max(map(len, self.account.parts))
         parts = (f"  {part:<{width}}  {gib(n)}" for part, n in self.account.parts.items())
         lines = (
-            f"memory of {self.machine.count} × {self.machine.kind}: {self.budget.text()}",
+            f"memory of {self.device}: {self.budget.text()}",
             f"layout: microbatch {vram.batch_size} × {vram.accumulation_steps} = "
             f"{vram.effective_batch_size} sequences of {config.model.max_seq_len} tokens, remat "
             f"{config.model.remat}, loss by {config.training.loss_chunk_tokens} tokens",
@@ -106,6 +112,19 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
         level=level,
         notes=notes,
     )
+
+
+def plan_run(config: RunConfig, start: Start | None) -> Plan:
+    """Lays out a run on this machine, where it can as the run that it continues was.
+
+    Raises:
+      UserError: as ``plan``.
+    """
+    planned = plan(config)
+    if start is None:
+        return planned
+    before = plan(laid_out_as_before(start, config, planned.device))
+    return before if before.fits else planned
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:

@@ -48,11 +48,16 @@ class Metadata:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of this very step
     # What was chosen for the device where the config leaves it open: group → field → value.
     layout: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    device: str = ""  # that it was chosen for
 
     @property
     def laid_out(self) -> RunConfig:
         """The config with the layout that the run had."""
-        values = to_dict(self.config)
+        return self.lay_out(self.config)
+
+    def lay_out(self, config: RunConfig) -> RunConfig:
+        """Returns a run with the layout that this one had."""
+        values = to_dict(config)
         for group, fields in self.layout.items():
             values[group] |= fields
         return from_dict(values)
@@ -117,6 +122,7 @@ def write_metadata(path: pathlib.Path, metadata: Metadata) -> None:
         "tokenizer": metadata.config.data.tokenizer,
         "metrics": dict(metadata.metrics),
         "layout": dict(metadata.layout),
+        "device": metadata.device,
         "versions": {
             "mamba_jax": mamba_jax.__version__,
             **{name: _version(name) for name in ("jax", "flax", "orbax-checkpoint")},
@@ -159,7 +165,8 @@ def read_metadata(path: pathlib.Path) -> Metadata:
             samples_seen=int(record["samples_seen"]),
             data_fingerprint=record["data_fingerprint"],
             metrics=record["metrics"],
-            layout=record.get("layout", {}),  # which older checkpoints lack
+            layout=record.get("layout", {}),  # older checkpoints lack it
+            device=record.get("device", ""),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {_CONFIG} lacks or garbles {error}") from error

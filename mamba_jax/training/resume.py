@@ -150,6 +150,25 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
         )
 
 
+def laid_out_as_before(start: Start, config: RunConfig, device: str) -> RunConfig:
+    """Returns the run with the checkpoint's layout, where nothing that this hangs on has changed.
+
+    Another microbatch rounds gradients differently: only with the same one does a resumed run equal
+    one uninterrupted bit for bit, however much memory happens to be free now.
+
+    Args:
+      start: the checkpoint.
+      config: of the run; returned as it is on another device, or where its settings of layout and
+        memory are not the checkpoint's.
+      device: what the run trains on.
+    """
+    saved = start.metadata
+    settings = lambda run: (run.vram, run.model.remat, run.training.loss_chunk_tokens)
+    if saved.device != device or settings(saved.config) != settings(config):
+        return config
+    return saved.lay_out(config)
+
+
 def check_same_data(start: Start, fingerprint: str) -> None:
     """Refuses to continue on other data: its position in them would mean nothing.
 

@@ -38,6 +38,7 @@ def test_a_size_is_its_row_of_the_table(stem):
     assert config.to_dict() == preset_config(SIZE_OF[stem]).to_dict()
     size = presets.SIZES[SIZE_OF[stem]]
     docstring = (FOLDER / f"{stem}.py").read_text().split('"""')[1]
+    assert f"Parameters: {size.parameters:,} with" in docstring
     assert f'"{size.nominal}"' in docstring
     assert f"{size.d_model} wide, {size.n_layers} layers" in docstring
     assert (f"depth {size.depth}" in docstring) == (size.family == "hybrid")

@@ -158,3 +158,35 @@ def test_the_end_is_the_final_of_this_folder_at_the_last_step(run):
 
     assert ends(6) and not ends(7) and not ends(6, run.parent)
     assert not resume.find_start(config_for(run), str(run / "step_4"), print).ends(config_for(run))
+
+
+def test_the_layout_stays_where_nothing_that_it_hangs_on_changed(tmp_path):
+    asked = config_for(tmp_path, vocab_size=257)
+    layout = {
+        "model": {"remat": "dots"},
+        "vram": {"batch_size": 4, "gradient_accumulation_steps": 8},
+    }
+    path = tmp_path / "step_2"
+    path.mkdir()
+    metadata = Metadata(asked, 2, 64, "these data", layout=layout, device="1 × card")
+    checkpoint_folder.write_metadata(path, metadata)
+    checkpoint_folder.write_manifest(path)
+    start = resume.find_start(asked, "auto", print)
+
+    def microbatch(config: RunConfig, device: str = "1 × card") -> int:
+        return resume.laid_out_as_before(start, config, device).vram.batch_size
+
+    kept = resume.laid_out_as_before(start, asked, "1 × card")
+    assert (kept.vram.batch_size, kept.vram.accumulation_steps, kept.model.remat) == (4, 8, "dots")
+    assert checkpoint_folder.layout_of(asked, kept) == layout
+    other = dataclasses.replace(asked.training, max_steps=7)
+    assert microbatch(dataclasses.replace(asked, training=other)) == 4
+    assert microbatch(asked, "2 × card") == 0
+    for field in ({"memory_gb": 8.0}, {"safety_margin_mb": 1}, {"effective_batch_size": 64}):
+        assert (
+            microbatch(dataclasses.replace(asked, vram=dataclasses.replace(asked.vram, **field)))
+            == 0
+        )
+    assert microbatch(config_for(tmp_path, vocab_size=257, remat="full")) == 0
+    mine = dataclasses.replace(asked.vram, batch_size=8)
+    assert microbatch(dataclasses.replace(asked, vram=mine)) == 8

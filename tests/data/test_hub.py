@@ -1,0 +1,275 @@
+"""Datasets through the library's own loading, from folders laid out like those of the Hub."""
+
+import json
+import pathlib
+import socket
+import sys
+import threading
+
+import pytest
+
+from mamba_jax.config import DataConfig
+from mamba_jax.data import hub
+from mamba_jax.data.hub import open_dataset
+from mamba_jax.data.pipeline import prepare
+from mamba_jax.data.sources import Summary
+from mamba_jax.errors import UserError
+
+ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}.", "id": i} for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> pathlib.Path:
+    """A working folder, with the library's cache inside it."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    return tmp_path
+
+
+def put(name: str, **splits: list[dict]) -> str:
+    """Writes a dataset as a folder with one file of JSON lines a split; returns its id."""
+    folder = pathlib.Path(name)
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def texts_of(name: str, **config) -> tuple[list[str], Summary, list[str]]:
+    """Returns (documents, summary, log)."""
+    log: list[str] = []
+    rows = open_dataset(DataConfig(dataset=name, **config), log.append)
+    summary = Summary(rows.origin)
+    return list(rows.texts(summary)), summary, log
+
+
+def error_of(name: str, **config) -> str:
+    with pytest.raises(UserError) as error:
+        texts_of(name, **config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_columns_are_joined_by_a_blank_line():
+    name = put("org/name", train=ROWS)
+    texts, summary, log = texts_of(name, text_column="instruction, output")
+    assert texts == [f"Say {i}.\n\nIt is {i}." for i in range(40)]
+    assert summary.rows == 40 and not summary.skipped and not log
+    assert texts_of(name, text_column="output")[0][3] == "It is 3."
+    assert texts_of(name, text_column="output,id")[0][3] == "It is 3.\n\n3"
+
+
+def test_what_is_no_text_is_left_out_and_counted():
+    rows = [{"a": "x", "b": None}, {"a": None, "b": " \n"}, {"a": "y", "b": "z"}]
+    texts, summary, _ = texts_of(put("org/gaps", train=rows), text_column="a,b")
+    assert texts == ["x", "y\n\nz"]
+    assert summary.rows == 2 and summary.skipped == {"row without text": 1}
+    assert summary.examples["row without text"] == ["dataset org/gaps, split train row 1"]
+
+
+def test_messages_are_rendered():
+    messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yo"}]
+    texts, _, log = texts_of(put("org/chat", train=[{"n": 1, "messages": messages}]))
+    assert texts == ["user: hi\n\nbot: yo"]
+    assert log == ["dataset org/chat has no column text: taking messages (of n, messages)"]
+
+
+@pytest.mark.parametrize(
+    ("row", "taken"),
+    [
+        ({"text": "t", "content": "c"}, "t"),
+        ({"question": "q", "answer": "a", "source": "s"}, "q\n\na"),
+        ({"source": "s", "instruction": "i", "output": "o"}, "i\n\no"),
+        ({"type": "t", "query": "q", "response": "r"}, "q\n\nr"),
+        ({"code": "c", "path": "p"}, "c"),
+        ({"body": "b", "n": 3}, "b"),
+    ],
+)
+def test_columns_that_were_not_named_are_inferred(row, taken):
+    texts, _, log = texts_of(put("org/name", train=[row]))
+    assert texts == [taken] and len(log) == ("text" not in row)
+
+
+def test_a_split_is_one_of_those_there_or_a_part_of_it():
+    name = put("org/name", train=ROWS[:30], test=ROWS[30:])
+    count = lambda split: len(texts_of(name, text_column="output", dataset_split=split)[0])
+    assert (count("train"), count("test"), count("train+test")) == (30, 10, 40)
+    assert count("train[:10%]") == 3 and count("train[25:]") == 5
+    assert error_of(name, dataset_split="validation") == (
+        'dataset org/name has no split "validation" (choices: train, test); give one by '
+        "--dataset_split"
+    )
+    assert 'did you mean "train"?' in error_of(name, dataset_split="trian[:5]")
+    assert "cannot be loaded: " in error_of(name, dataset_split="train[")
+
+
+def test_a_configuration_is_named_or_the_main_one():
+    folder = pathlib.Path("org/several")
+    folder.mkdir(parents=True)
+    names = ("main", "other")
+    lines = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in names]
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
+    for name in names:
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    texts, _, log = texts_of("org/several")
+    assert texts == ["main"]
+    assert log == ["dataset org/several has configurations main, other: taking main"]
+    assert texts_of("org/several", dataset_config="other")[0] == ["other"]
+    assert error_of("org/several", dataset_config="othr") == (
+        'dataset org/several has no configuration "othr"; did you mean "other"? '
+        "(choices: main, other)"
+    )
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n{lines[1]}{lines[0]}---\n".replace(
+            "config_name: main", "config_name: third"
+        )
+    )
+    assert "choose one by --dataset_config: other, third" in error_of("org/several")
+
+
+def test_mistakes_name_what_there_is():
+    name = put("org/name", train=[{"body": "x", "title": "y", "n": 1}])
+    assert error_of(name, text_column="titel") == (
+        'dataset org/name has no column "titel"; did you mean "title"? (it has: body, title, n)'
+    )
+    assert "by --text_column, separated by commas (it has: body, title, n)" in error_of(name)
+    assert "dataset folder ./nowhere does not exist" in error_of("./nowhere")
+    assert "dataset folder a/b/c does not exist" in error_of("a/b/c")
+    pathlib.Path("empty").mkdir()
+    assert "dataset empty cannot be loaded: " in error_of("empty")
+    pathlib.Path("broken").mkdir()
+    pathlib.Path("broken/train.jsonl").write_text('{"text": "x"\n{')
+    assert "dataset broken cannot be loaded: " in error_of("broken")
+
+
+# --- without the Hub ------------------------------------------------------------------------------
+
+
+def test_offline_is_said_before_the_library_is_even_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # an import would fail
+    assert error_of("openai/gsm8k") == (
+        "dataset openai/gsm8k is neither a folder here nor in the cache, and the Hugging Face Hub "
+        "is out of reach (HF_HUB_OFFLINE is set); go online once, or give a folder"
+    )
+
+
+def online_with(monkeypatch, endpoint: str) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_a_hub_that_refuses_or_says_nothing_is_given_up_soon(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))  # bound, but not listening
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        online_with(monkeypatch, endpoint)
+        assert f"out of reach ({endpoint} does not answer)" in error_of("openai/gsm8k")
+
+    silent, closing = threading.Event(), socket.socket()
+    monkeypatch.setattr(hub, "_PATIENCE_SECS", 0.05)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: silent.wait() and closing)
+    assert "does not answer" in error_of("openai/gsm8k")  # though looking up never returns
+    silent.set()
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        online_with(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(ImportError):  # of the library, which this test has taken away
+            texts_of("openai/gsm8k")
+
+
+def test_what_the_library_has_built_before_is_enough(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "built"))
+    (tmp_path / "built/TIGER-Lab___math_instruct").mkdir(parents=True)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    log: list[str] = []
+    with pytest.raises(ImportError):
+        open_dataset(DataConfig(dataset="TIGER-Lab/MathInstruct"), log.append)
+    assert "taking dataset TIGER-Lab/MathInstruct from the cache" in log[0]
+    assert "nor in the cache" in error_of("TIGER-Lab/MathInstruct2")
+
+
+# --- as a corpus ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus_of(tmp_path):
+    log: list[str] = []
+
+    def corpus_of(**config):
+        log.clear()
+        values = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")} | config
+        corpus = prepare(DataConfig(**values), seq_len=32, seed=0, log=log.append)
+        return corpus, list(log)
+
+    return corpus_of
+
+
+def tokens_in(tmp_path) -> list[bytes]:
+    return [path.read_bytes() for path in (tmp_path / "cache/tokens").glob("*/tokens.bin")]
+
+
+def test_a_folder_and_a_dataset_are_both_read_files_first(corpus_of, tmp_path):
+    import numpy as np
+
+    name = put("org/name", train=ROWS)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("From a file.")
+    (tmp_path / "texts/b.txt").write_text("Say 3.\n\nIt is 3.")  # a row's text as well
+    corpus, _ = corpus_of(dataset=name, data_dir="texts", text_column="instruction,output")
+    summary = corpus.summary
+    assert (summary.files, summary.rows, summary.documents, summary.duplicates) == (2, 40, 41, 1)
+    assert summary.lines()[0].startswith(
+        "texts and dataset org/name, split train: 2 files, 40 rows"
+    )
+    expected = ["From a file.", "Say 3.\n\nIt is 3."]
+    expected += [f"Say {i}.\n\nIt is {i}." for i in range(40) if i != 3]
+    (tokens,) = tokens_in(tmp_path)
+    assert np.frombuffer(tokens, np.uint16).tolist() == [
+        token for text in expected for token in (256, *text.encode())
+    ]
+
+
+def test_a_dataset_alone_leaves_data_alone_and_says_so(corpus_of, tmp_path):
+    name = put("org/name", train=ROWS)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.txt").write_text("not asked for")
+    corpus, log = corpus_of(dataset=name, text_column="output")
+    assert corpus.summary.files == 0 and corpus.summary.documents == 40
+    assert "./data is not read beside a dataset; --data_dir data adds it" in log
+
+
+def test_split_columns_and_content_each_give_another_cache(corpus_of, tmp_path):
+    name = put("org/name", train=ROWS, test=ROWS[:35])
+    choices = [{"text_column": "output"}, {"text_column": "instruction,output"}]
+    choices += [{"text_column": "output", "dataset_split": "test"}]
+    fingerprints = [corpus_of(dataset=name, **choice)[0].fingerprint for choice in choices]
+    assert len(set(fingerprints)) == 3 == len(tokens_in(tmp_path))
+    again, log = corpus_of(dataset=name, **choices[0])
+    assert again.fingerprint == fingerprints[0]
+    assert not [line for line in log if line.startswith("tokenising")]
+    (tmp_path / name / "train.jsonl").write_text(
+        "".join(json.dumps(row | {"output": "Other " * 9}) + "\n" for row in ROWS)
+        + json.dumps(ROWS[0])
+        + "\n"
+    )
+    assert corpus_of(dataset=name, text_column="instruction,output")[0].fingerprint not in (
+        fingerprints
+    )
+
+
+def test_a_dataset_without_text_is_an_error(corpus_of):
+    name = put("org/name", train=[{"text": " ", "n": 1}])
+    with pytest.raises(UserError, match=r"no text in dataset org/name, .*1 × row without text.*"):
+        corpus_of(dataset=name)
