@@ -1,12 +1,28 @@
-"""What a train step needs on one device, part by part, by formula."""
+"""What a train step needs on one device, part by part, by formula.
+
+A step goes through two narrow places, and needs the most of one of them: the loss, where all kept
+activations exist and a chunk's logits come on top; and the backward of a layer, where that layer's
+values, its gradients' buffers and the gradients of all layers come on top. The counts below are of
+the buffers that XLA (jax 0.10) has alive there in the compiled step on an NVIDIA card; the larger
+ones were found in its buffer assignment by name and shape. What it leaves out are small arrays and
+the gaps between buffers: a few percent (``benchmarks/results/estimator_rtx4080.md``).
+
+Legend, of one layer and token: d d_model, e d_inner, n d_state, r dt_rank, k conv width; f bytes of a
+float32, a of a number of the matmul dtype; v vocabulary.
+"""
 
 import dataclasses
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.models.cost import parameter_count
+from mamba_jax.models.cost import layer_parameters, parameter_count
 from mamba_jax.models.flops import Setting
 
-_FLOAT32_BYTES = 4
+_F = 4
+# Of the fused scan: tokens from one kept state to the next, channels of a program (each makes its
+# own sums of dB and dC), tokens whose states are in registers together.
+_CHUNK_TOKENS, _BLOCK_CHANNELS, _GROUP_TOKENS = 32, 32, 2
+_SCHEDULER_WARPS = 1_056  # warps up to which the backward scan splits a sequence
+_PADDED = 16  # to a multiple of it XLA pads the vocabulary for tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +37,146 @@ class Account:
 
 
 def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Account:
-    count = parameter_count(model).total
-    rows = setting.batch_size // setting.devices
+    """Accounts for a step.
+
+    Args:
+      model: with its ``vocab_size`` set.
+      setting: how it is trained.
+      chunk_tokens: tokens whose logits are made at a time.
+    """
+    rows = -(-setting.batch_size // setting.devices)
     tokens = rows * setting.seq_len
-    d = model.d_model
+    count = parameter_count(model).total
+    layers = model.n_layers * layer_parameters(model)
+    d, v, a = model.d_model, model.vocab_size, setting.dtype_bytes
+
+    sums = _F * count // setting.fsdp if setting.accumulation_steps > 1 else 0
+    gathered = _F * count if setting.fsdp > 1 else 0
+    head = _F * v * d  # the gradient of the head, made in the loss
+    kept = tokens * (model.n_layers * _kept(model, setting) + _masks(model, setting))
+    if setting.remat == "none" and a < _F:
+        kept += a * layers  # the weights in the matmul dtype, for the backward
+
+    chunk = -(-tokens // -(-tokens // chunk_tokens))
+    logits = (_F + a) * chunk * v  # and their gradients; or these once more, padded
+    padded = 2 * a * chunk * v + a * v * d if v % _PADDED and a < _F else 0
+    loss = 2 * _F * d * tokens + a * v * d + max(logits, padded)
+    workspace = tokens * _workspace(model, setting) + _scratch(model, rows, setting.seq_len)
     parts = {
-        "weights": 4 * count,
-        "optimizer": 8 * count,
-        "gradients": 4 * count * (2 if setting.accumulation_steps > 1 else 1),
-        "activations": tokens * 4 * d * model.n_layers,
-        "workspace": tokens * 50 * model.d_inner,
-        "loss": 10 * chunk_tokens * model.vocab_size,
+        "weights": _F * count // setting.fsdp + gathered,
+        "optimizer": 2 * _F * count // setting.fsdp,
+        "gradients": sums + head,
+        "activations": kept,
     }
-    return Account(parts)
+    if loss > _F * layers + workspace:
+        parts["loss"] = loss
+    else:
+        parts["gradients"] += _F * layers
+        parts["workspace"] = workspace
+    return Account({part: round(size) for part, size in parts.items()})
+
+
+def _starts(model: ModelConfig) -> float:
+    """The states at chunks' starts, which the scan keeps for its backward."""
+    return _F * model.d_inner * model.d_state / _CHUNK_TOKENS
+
+
+def _kept(model: ModelConfig, setting: Setting) -> float:
+    """Bytes that a layer keeps of each token from forward to backward."""
+    d, e, a = model.d_model, model.d_inner, setting.dtype_bytes
+    selected = a * (model.resolved_dt_rank + 2 * model.d_state)  # Δ's rank, B and C
+    if setting.remat == "full":
+        return _F * d  # the stream
+    if setting.remat == "dots":
+        # x and z, Δ, y.
+        kept = _F * d + 2 * a * e + _F * e + selected + a * e + _starts(model)
+        return kept + (_kept_dots_hybrid(model, a) if model.family == "hybrid" else 0)
+    # The conv's taps and Δ; x, z, silu's and y's parts; the stream, its norm and both products.
+    kept = (model.d_conv + 1) * _F * e + 7 * a * e + 3 * _F * d + a * d + selected
+    kept += _starts(model)
+    if model.dropout > 0:
+        kept += (_F + 1) * d * (2 if model.family == "hybrid" else 1)
+    return kept + (_kept_all_hybrid(model, a) if model.family == "hybrid" else 0)
+
+
+def _masks(model: ModelConfig, setting: Setting) -> int:
+    """Of each tap and channel whether it lies in the document: made once, for all layers."""
+    return model.d_conv * model.d_inner if setting.remat == "none" else 0
+
+
+def _kept_dots_hybrid(model: ModelConfig, a: int) -> float:
+    """Results of the hybrid's products: up, down; queries and outputs; keys, values; fusion."""
+    d, hidden, steps = model.d_model, model.recursion_expand * model.d_model, model.recursion_depth
+    kept = a * d + (a * d if model.fusion != "sum" else 0)
+    kept += steps * (a * hidden + a * d)
+    if model.attention_scales:
+        kept += _reads(model) * (_F * d + a * d) + 2 * _F * d
+    return kept
+
+
+def _kept_all_hybrid(model: ModelConfig, a: int) -> float:
+    d, scales = model.d_model, model.attention_scales
+    kept = 6 * _F * d + a * d + (2 * a * d if model.fusion != "sum" else 0)
+    kept += model.recursion_depth * (_step(model, a) + 4 * _F * d)
+    if scales:
+        kept += _reads(model) * _read(model, a)
+        kept += (3 * _F + 2 * a) * d * sum(1 / scale for scale in scales)  # keys and values
+    return kept
+
+
+def _reads(model: ModelConfig) -> int:
+    """How often the attention is read."""
+    inside = model.recursion_reads_attention and model.recursion_depth > 0
+    return model.recursion_depth if inside else 1
+
+
+def _step(model: ModelConfig, a: int) -> float:
+    """What the backward of a step of the recursion needs of its forward."""
+    d, hidden = model.d_model, model.recursion_expand * model.d_model
+    return 4 * _F * d + 4 * a * hidden + 2 * a * d
+
+
+def _read(model: ModelConfig, a: int) -> float:
+    """What the backward of a read of the attention needs, but for scores: they are made again."""
+    scales = len(model.attention_scales)
+    return (3 + scales) * _F * model.d_model + (1 + scales) * a * model.d_model
+
+
+def _workspace(model: ModelConfig, setting: Setting) -> float:
+    """Bytes for each token in the backward of a layer."""
+    d, e, a = model.d_model, model.d_inner, setting.dtype_bytes
+    partial = 2 * _F * model.d_state * e / _BLOCK_CHANNELS  # dB and dC, by programs of the scan
+    # The gradient of the stream; x, z, y and their gradients; Δ and its gradient.
+    work = _F * d + a * d + 5 * a * e + 2 * _F * e + partial + _starts(model)
+    if setting.remat == "full":
+        work += a * d + 3 * a * e  # the norm, x and z, made again
+    if model.family == "mamba":
+        return work
+    stream = 6 * _F * d  # of the parts of the block, and of their gradients
+    steps = model.recursion_depth * _step(model, a)
+    if not model.attention_scales:
+        return max(work, stream + steps)
+    steps += _reads(model) * _read(model, a)
+    if setting.remat == "none":
+        return stream + steps
+    return work + stream + steps + _scores(model, setting.seq_len, a)
+
+
+def _scores(model: ModelConfig, seq_len: int, a: int) -> float:
+    """Of each scale two float32 arrays of scores and a mask; of the largest also their weights."""
+    chunk = min(model.attention_window, seq_len)
+    bands = [
+        min(model.attention_window + -(-chunk // scale), -(-seq_len // scale))
+        for scale in model.attention_scales
+    ]
+    return model.n_heads * ((2 * _F + 1) * sum(bands) + (_F + a) * max(bands))
+
+
+def _scratch(model: ModelConfig, rows: int, seq_len: int) -> int:
+    """The states that a program of the backward scan makes again, for all that run side by side."""
+    segments = 1
+    warps = rows * model.d_inner // _BLOCK_CHANNELS
+    while warps * segments * 2 <= _SCHEDULER_WARPS and seq_len >= 2 * segments * 128:
+        segments *= 2
+    groups = _CHUNK_TOKENS // _GROUP_TOKENS
+    return _F * rows * segments * groups * model.d_inner * model.d_state

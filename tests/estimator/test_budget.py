@@ -95,7 +95,7 @@ def test_without_a_driver_there_are_no_cards(monkeypatch, tmp_path):
     ("vram", "row", "expected"),
     [
         # Half of the margin, 1024 MiB, stays outside the pool.
-        (VramConfig(auto=True), "16376, 300", (16_376 - 1_024) / 16_376),
+        (VramConfig(auto=True), "16376, 300", (16_376 - 300 - 1_024) / 16_376),
         (VramConfig(memory_gb=8.0), "16376, 300", (8_192 - 1_024) / 16_376),
         # Another process holds most of the card.
         (VramConfig(auto=True), "16376, 12000", (16_376 - 12_000 - 1_024) / 16_376),
