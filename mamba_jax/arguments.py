@@ -82,9 +82,9 @@ def read(argv: list[str]) -> Arguments:
     overrides, rest = _take_overrides(argv)
     flags = _parser().parse_args(rest)
     given = _given_fields(flags)
-    is_json = flags.config is not None and flags.config.endswith(".json")
+    is_json = flags.config.endswith(".json")
     file = load_json(flags.config) if is_json else {}
-    if flags.config is not None and not is_json:
+    if flags.config and not is_json:
         config, origin = load_config(flags.config), flags.config
     else:
         wanted = overrides.get("output_dir") or given.get("output_dir") or file.get("output_dir")
@@ -98,7 +98,7 @@ def read(argv: list[str]) -> Arguments:
     ):
         if name:
             # Of a checkpoint's fields the run itself says which have changed.
-            if origin == flags.config and (changes := _changes(config, fields_of(name))):
+            if origin and origin == flags.config and (changes := _changes(config, fields_of(name))):
                 notes.append(f"{flag} {name} instead of what {origin} says: {', '.join(changes)}")
             merge(config, fields_of(name))
     if not origin:
@@ -231,7 +231,10 @@ def _parser() -> _Parser:
         "--training_preset", metavar="NAME", help=f'of those below; default "{DEFAULT_PRESET}"'
     )
     model.add_argument(
-        "--config", metavar="FILE", help="a .py file with a whole config, or a .json with fields"
+        "--config",
+        metavar="FILE",
+        default="",
+        help="a .py file with a whole config, or a .json with fields",
     )
     model.add_argument(
         "--config.GROUP.FIELD",

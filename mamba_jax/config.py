@@ -224,15 +224,22 @@ def training_fields(preset: str) -> dict[str, Any]:
 
 
 def merge(config: ConfigDict, values: Mapping[str, Any]) -> None:
-    """Sets the given fields, group by group; ``config`` is changed."""
+    """Sets the given fields, group by group; ``config`` is changed.
+
+    Raises:
+      UserError: if a group of ``config`` is none.
+    """
     with config.unlocked(), config.ignore_type():
         for name, value in values.items():
-            if isinstance(value, Mapping):
-                if name not in config:
-                    config[name] = ConfigDict()
-                merge(config[name], value)
-            else:
+            if not isinstance(value, Mapping):
                 config[name] = value
+                continue
+            if name not in config:
+                config[name] = ConfigDict()
+            group: Any = config[name]
+            if not isinstance(group, ConfigDict):
+                raise UserError(f"config group {name} must hold fields, not {group!r}")
+            merge(group, value)
 
 
 def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
