@@ -25,7 +25,8 @@ ALLOWED = {
     "tables": set(),
     "presets": set(),
     "ops": set(),
-    "config": {"presets"},
+    "config": {"presets", "config_checks"},
+    "config_checks": {"config"},  # for its types alone
     "modules": {"ops", "config"},
     "models": {"modules", "ops", "config", "presets"},
     "data": {"config"},
