@@ -22,7 +22,7 @@ from mamba_jax.errors import UserError
 from mamba_jax.generation.sampling import Sampling, sample
 from mamba_jax.models import build
 
-PREFILL_TOKENS = 512  # of one piece: bounds memory, and lengths are compiled for up to here only
+PREFILL_TOKENS = 1024  # of one piece: bounds memory, and lengths are compiled for up to here only
 _SHORTEST_PIECE = 16
 STREAM_TOKENS = 8  # decoded per call to the device: hides its latency, text still flows
 WHOLE_TOKENS = 1024  # where nobody watches: nearly always the whole text in one call

@@ -30,6 +30,7 @@ from mamba_jax.config import ModelConfig, RunConfig
 from mamba_jax.models.cost import parameter_count
 from mamba_jax.models.work import Amount, Part, Work
 
+_SCAN = "selective_scan"
 # Tokens from one kept scan state to the next, as in a fused kernel's chunk.
 STATE_TOKENS = 64
 _FLOAT32_BYTES = 4
@@ -138,6 +139,8 @@ def _remade(part: Part, config: ModelConfig, setting: Setting) -> Part:
     if setting.remat == "full":
         spared = _unneeded_macs(config).get(part.name, 0)
         again = dataclasses.replace(again, matmul_flops=again.matmul_flops - 2 * spared)
+    elif part.name == _SCAN:
+        return part  # "dots" keeps what the scan made too
     elif not part.name.startswith("scores"):
         # "dots" keeps the results of products without a batch dimension: all but the scores.
         again = dataclasses.replace(again, matmul_flops=0.0, weight_bytes=0.0)
@@ -231,7 +234,7 @@ def _scan(config: ModelConfig, setting: Setting) -> Part:
     """
     e, n, a = config.d_inner, config.d_state, setting.dtype_bytes
     part = _operation(
-        "selective_scan",
+        _SCAN,
         setting,
         weights=e * n + e,
         elementwise=(6 * n + 4) * e,

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from mamba_jax.models import build
 from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.norm import rms_normalise
-from mamba_jax.ops.selective_scan import selective_scan
+from mamba_jax.ops.selective_scan import SAVEABLE, selective_scan
 
 from . import naive
 from .tiny import HYBRID, MAMBA, TOKENS, VARIANTS, assert_close, params_of
@@ -250,6 +251,28 @@ def test_rematerialisation_changes_nothing(config):
     for remat in ("dots", "full"):
         # The same operations, fused differently: rounding only.
         assert_close(gradient(remat), none, 1e-5)
+
+
+def count_saveable(jaxpr):
+    """How many results of a scan's forward a program marks as worth saving, at any depth."""
+    own = [e for e in jaxpr.eqns if e.primitive.name == "name" and e.params["name"] == SAVEABLE]
+    inner = [sub for e in jaxpr.eqns for sub in jaxprs_in_params(e.params)]
+    return len(own) + sum(map(count_saveable, inner))
+
+
+@pytest.mark.parametrize("scan", ["sequential", "chunked"])
+def test_the_policy_dots_does_not_run_the_scan_forward_again(scan):
+    params = params_of(MAMBA)
+
+    def in_backward(remat):
+        config = dataclasses.replace(MAMBA, remat=remat, scan=scan)
+        loss = lambda params: build.apply(params, config, TOKENS)[0].sum()
+        program = jax.make_jaxpr(jax.grad(loss))(params)
+        layers_backward = [e for e in program.jaxpr.eqns if e.primitive.name == "scan"][-1]
+        return count_saveable(layers_backward.params["jaxpr"].jaxpr)
+
+    assert in_backward("full") > 0  # else what follows would say nothing
+    assert in_backward("dots") == 0
 
 
 def test_all_parts_off_is_mamba():

@@ -21,10 +21,11 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan.associative import then
-from mamba_jax.ops.selective_scan.contract import compute_dtype, start_state
+from mamba_jax.ops.selective_scan.contract import SAVEABLE, compute_dtype, start_state
 
 CHUNK_TOKENS = 64  # 32 and 128 need 0.7 and 1.8 times the memory, for twice and half the launches
 
@@ -179,7 +180,13 @@ def backward(c, t, dt_softplus, saved, cotangents):
     return dweights, dinitial_ben, (*dtokens, None)  # a reset is a fact, not a quantity
 
 
-_scan.defvjp(forward, backward)
+def _saveable_forward(*arguments):
+    (y_bte, final_ben), (weights, start_kben, tokens) = forward(*arguments)
+    y_bte, start_kben = checkpoint_name((y_bte, start_kben), SAVEABLE)
+    return (y_bte, final_ben), (weights, start_kben, tokens)
+
+
+_scan.defvjp(_saveable_forward, backward)
 
 
 def _cut(tokens, start, c):

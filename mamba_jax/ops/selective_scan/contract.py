@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The name under which an implementation marks, for ``jax.checkpoint``, what lets a backward do
-# without a second forward scan.
+# For ``jax.checkpoint``: the name of what an implementation's forward makes, y and the states at
+# the chunks' starts. Where they are saved, the forward is not run again for the backward.
 SAVEABLE = "selective_scan"
 
 

@@ -16,12 +16,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan import chunked
-from mamba_jax.ops.selective_scan.contract import start_state
+from mamba_jax.ops.selective_scan.contract import SAVEABLE, start_state
 
 LANES = 128
 MAX_ROWS = 8  # with n = 16 states, 16 of the 64 vector registers
@@ -84,6 +85,7 @@ def _scan(
 def _forward(c, t, dt_softplus, interpret, weights, initial_ben, tokens):
     arguments = (c, t, dt_softplus, interpret, weights, initial_ben, tokens)
     y_bte, final_ben, start_kben = _run(*arguments, True)
+    y_bte, start_kben = checkpoint_name((y_bte, start_kben), SAVEABLE)
     return (y_bte, final_ben), (weights, start_kben, tokens)
 
 

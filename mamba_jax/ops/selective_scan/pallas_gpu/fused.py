@@ -8,7 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from mamba_jax.ops.selective_scan.contract import SAVEABLE
 from mamba_jax.ops.selective_scan.pallas_gpu import backward, forward, split, tuning
 from mamba_jax.ops.selective_scan.pallas_gpu.partition import by_rows
 from mamba_jax.ops.selective_scan.pallas_gpu.shell import DROP, Arrays
@@ -123,7 +125,8 @@ def _scan(options: _Options, inputs: Arrays) -> tuple[jax.Array, jax.Array]:
 def _scan_forward(options: _Options, inputs: Arrays):
     run = functools.partial(_run_forward, options, save=True)
     results = by_rows(run, inputs, options.key("forward"))
-    return (results["y"], results["final"]), (inputs, results["starts"])
+    y_bte, starts_bken = checkpoint_name((results["y"], results["starts"]), SAVEABLE)
+    return (y_bte, results["final"]), (inputs, starts_bken)
 
 
 def _scan_backward(options: _Options, saved: tuple, cotangents: tuple) -> tuple[Arrays]:
