@@ -1,4 +1,4 @@
-"""Products on rows: the values and gradients of the product on all axes, and one contracted axis."""
+"""Products on rows: values and gradients of the product on all axes, and one contracted axis."""
 
 import jax
 import jax.numpy as jnp
