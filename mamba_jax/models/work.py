@@ -1,6 +1,7 @@
 """What a part of a model does for each token; ``models.flops`` says how it is counted."""
 
 import dataclasses
+import operator
 
 Amount = int | float
 
@@ -20,11 +21,20 @@ class Work:
         return self.weight_bytes + self.activation_bytes
 
     def __add__(self, other: "Work") -> "Work":
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Work(*(a + b for a, b in zip(mine, others, strict=True)))
+        return Work(*map(operator.add, self._amounts(), other._amounts()))
 
     def __mul__(self, times: Amount) -> "Work":
-        return Work(*(times * amount for amount in dataclasses.astuple(self)))
+        return Work(*(times * amount for amount in self._amounts()))
+
+    def _amounts(self) -> tuple[Amount, ...]:
+        # Not by ``dataclasses.astuple``, which copies deeply: a plan adds up thousands of these.
+        return (
+            self.matmul_flops,
+            self.elementwise_flops,
+            self.special_ops,
+            self.weight_bytes,
+            self.activation_bytes,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
