@@ -53,7 +53,7 @@ def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Accou
     sums = _F * count // setting.fsdp if setting.accumulation_steps > 1 else 0
     gathered = _F * count if setting.fsdp > 1 else 0
     head = _F * v * d  # the gradient of the head, made in the loss
-    kept = tokens * (model.n_layers * _kept(model, setting) + _masks(model, setting))
+    kept = tokens * (model.n_layers * kept_bytes(model, setting) + _masks(model, setting))
     if setting.remat == "none" and a < _F:
         kept += a * layers  # the weights in the matmul dtype, for the backward
 
@@ -81,7 +81,7 @@ def _starts(model: ModelConfig) -> float:
     return _F * model.d_inner * model.d_state / _CHUNK_TOKENS
 
 
-def _kept(model: ModelConfig, setting: Setting) -> float:
+def kept_bytes(model: ModelConfig, setting: Setting) -> float:
     """Bytes that a layer keeps of each token from forward to backward."""
     d, e, a = model.d_model, model.d_inner, setting.dtype_bytes
     selected = a * (model.resolved_dt_rank + 2 * model.d_state)  # Δ's rank, B and C

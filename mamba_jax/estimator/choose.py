@@ -3,12 +3,14 @@
 The effective batch, the model and the length of its windows are the user's and never change. What
 the user has set of the layout stays as well. Of what is left open, the fastest is taken that fits:
 
-* Speed is the floor of ``models.flops`` on the device's published peaks: no remat before "dots"
-  before "full", which make more again; larger microbatches before smaller ones, which read weights
-  and add up gradients more often. Of layouts within 1% of the fastest, the one that needs least.
-* Without published peaks (a CPU, an unknown card) a policy that makes less again comes first, then
-  a larger microbatch. On a CPU "dots" is the fastest policy, and a microbatch ends at
-  ``CPU_TOKENS`` tokens.
+* Speed is the floor of ``models.flops`` on the device's published peaks: "dots" and "full" make
+  more again, smaller microbatches read weights and add up gradients more often. What "none" keeps
+  beyond "dots" a fused program would never have written: it is written and read once more, which on
+  a card with slow memory costs more than making it again. (The order is computed; it has not been
+  timed on a card. On a CPU it has: there "dots" is the fastest.) Of layouts within 1% of the
+  fastest, the one that needs least is taken.
+* Without published peaks (a CPU, an unknown card) "dots" comes first, then "none", then "full", and a
+  larger microbatch before a smaller one. On a CPU a microbatch ends at ``CPU_TOKENS`` tokens.
 * The loss is made in the usual chunks; only where nothing fits, in halves of them.
 """
 
@@ -19,16 +21,17 @@ from collections.abc import Callable, Iterable
 from mamba_jax import presets
 from mamba_jax.config import RunConfig, preset_config
 from mamba_jax.errors import UserError
-from mamba_jax.estimator.account import Account, account
+from mamba_jax.estimator.account import Account, account, kept_bytes
 from mamba_jax.estimator.budget import Budget, Machine, gib
 from mamba_jax.models.cost import parameter_count
 from mamba_jax.models.flops import Setting, parts, setting_of
+from mamba_jax.presets import Device
 
 CPU_TOKENS = 4_096  # of a device's microbatch: a CPU core gains nothing from more
 CHUNK_TOKENS = {True: 512, False: 1_024}  # of the loss, on a CPU and elsewhere
 SMALLEST_CHUNK = 128
 SAME_SPEED = 1.01
-POLICIES = ("none", "dots", "full")  # fastest first
+POLICIES = ("dots", "none", "full")  # fastest first, where nothing is known of the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
     if model.remat != "auto":
         policies: tuple[str, ...] = (model.remat,)
     else:
-        policies = POLICIES[1:] if on_cpu else POLICIES
+        policies = ("dots", "full") if on_cpu else POLICIES
     chunk = config.training.loss_chunk_tokens
     chunks = [chunk] if chunk else _halves(CHUNK_TOKENS[on_cpu])
     return [[Layout(s, p, chunk) for p in policies for s in sizes] for chunk in chunks]
@@ -101,16 +104,7 @@ def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list
     preset = machine.preset
     if preset is None:
         return sorted(layouts, key=lambda one: (POLICIES.index(one.remat), -one.batch_size))
-    from mamba_jax.models.roofline import floor_secs, published
-
-    peaks = published(preset, _setting(config, machine, layouts[0]).dtype)
-    secs = {
-        layout: floor_secs(
-            (part.hardware for part in parts(config.model, _setting(config, machine, layout))),
-            peaks,
-        )
-        for layout in layouts
-    }
+    secs = {layout: expected_secs(config, machine, preset, layout) for layout in layouts}
     needs = {layout: quick(config, machine, layout).total_bytes for layout in layouts}
     ordered: list[Layout] = []
     left = set(layouts)
@@ -120,6 +114,20 @@ def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list
         ordered += sorted(level, key=needs.__getitem__)
         left -= set(level)
     return ordered
+
+
+def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: Layout) -> float:
+    """Returns the least time for a token with a layout, on a device of the table."""
+    from mamba_jax.models.roofline import floor_secs, published
+
+    setting, model = _setting(config, machine, layout), config.model
+    peaks = published(preset, setting.dtype)
+    secs = floor_secs((part.hardware for part in parts(model, setting)), peaks)
+    if layout.remat == "none":
+        dots = dataclasses.replace(setting, remat="dots")
+        more_bytes = model.n_layers * (kept_bytes(model, setting) - kept_bytes(model, dots))
+        secs += 2 * more_bytes / peaks.bytes_per_sec
+    return secs
 
 
 def _setting(config: RunConfig, machine: Machine, layout: Layout) -> Setting:

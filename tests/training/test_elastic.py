@@ -118,21 +118,18 @@ def test_the_smallest_microbatch_cannot_be_halved():
 
 def test_what_cannot_fit_is_found_before_the_state_is_given_up(monkeypatch):
     mesh, said = one_device(), []
-    needs = {}
-    for size in (8, 4):
-        step = make_train_step(run_config(batch=8, microbatch=size), mesh, EOT)
-        state = init_state(CONFIG, mesh)
-        analysis = step.lower(state, windows(8)).compile().memory_analysis()
-        needs[size] = analysis.temp_size_in_bytes
-    assert needs[4] < needs[8]
-    monkeypatch.setattr(elastic, "free_bytes", lambda _: (needs[4] + needs[8]) // 2)
+    half = make_train_step(run_config(batch=8, microbatch=4), mesh, EOT)
+    state = init_state(CONFIG, mesh)
+    analysis = half.lower(state, windows(8)).compile().memory_analysis()
+    monkeypatch.setattr(elastic, "free_bytes", lambda _: analysis.temp_size_in_bytes + 1000)
     step = ElasticStep(CONFIG, mesh, EOT, said.append)
     state, _ = step(state, windows(8))
     assert step.config.vram.batch_size == 4 and len(said) == 1
     assert int(state["step"]) == 1
     monkeypatch.setattr(elastic, "free_bytes", lambda _: 10)
+    smallest = run_config(batch=2, microbatch=1)
     with pytest.raises(UserError, match="smallest"):
-        ElasticStep(CONFIG, mesh, EOT, said.append)(state, windows(8))
+        ElasticStep(smallest, mesh, EOT, said.append)(state, windows(2))
     assert not state["step"].is_deleted()
 
 
