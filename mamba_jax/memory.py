@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from typing import Any, NoReturn
@@ -209,6 +210,7 @@ def _print_tables(as_json: bool) -> int:
     return 0
 
 
+@functools.cache
 def _size(name: str) -> dict[str, Any]:
     from mamba_jax.estimator.choose import smallest_bytes
     from mamba_jax.models.cost import parameter_count
@@ -221,6 +223,7 @@ def _size(name: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _on_card(name: str, card: str) -> dict[str, Any] | None:
     """Returns the layout chosen for a size on a card; None: it does not fit."""
     from mamba_jax.estimator import plan
