@@ -36,15 +36,21 @@ LENGTHS = (512, 1024, 2048, 8192)
 # Tokens of a microbatch: what leaves a step of these sizes between 1 and 20 GiB.
 POLICIES = {"none": 8_192, "dots": 8_192, "full": 16_384}
 SIZES = ("medium", "large", "hybrid-small-standard")
-# Of the other sizes one case each, by turns of policy and length.
-OTHERS = {
-    "small": ("none", 2048),
-    "medium-lite": ("dots", 1024),
-    "xlarge": ("full", 2048),
-    "hybrid-small": ("none", 1024),
-    "hybrid-medium": ("dots", 2048),
-    "hybrid-large": ("full", 8192),
-}
+# Of the other sizes one case each, by turns of policy, length and tokens of a microbatch; the last
+# ones were compiled when the formula was finished.
+OTHERS = (
+    ("small", "none", 2048, 8_192),
+    ("medium-lite", "dots", 1024, 8_192),
+    ("xlarge", "full", 2048, 16_384),
+    ("hybrid-small", "none", 1024, 8_192),
+    ("hybrid-medium", "dots", 2048, 8_192),
+    ("hybrid-large", "full", 8192, 16_384),
+    ("small", "full", 512, 512),
+    ("medium-x", "none", 1024, 1_024),
+    ("xxlarge", "full", 2048, 4_096),
+    ("hybrid-small-pro", "dots", 1024, 4_096),
+    ("hybrid-small-plus", "full", 2048, 2_048),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +70,8 @@ class Case:
 def cases() -> list[Case]:
     """Returns all cases."""
     grid = [(s, p, length) for s in SIZES for p in POLICIES for length in LENGTHS]
-    grid += [(size, *rest) for size, rest in OTHERS.items()]
-    return [Case(size, policy, length, POLICIES[policy]) for size, policy, length in grid]
+    made = [Case(size, policy, length, POLICIES[policy]) for size, policy, length in grid]
+    return made + [Case(*other) for other in OTHERS]
 
 
 def run_of(case: Case, machine: Machine) -> tuple[RunConfig, Layout]:
