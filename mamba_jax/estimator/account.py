@@ -52,16 +52,21 @@ def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Accou
 
     sums = _F * count // setting.fsdp if setting.accumulation_steps > 1 else 0
     gathered = _F * count if setting.fsdp > 1 else 0
-    head = _F * v * d  # the gradient of the head, made in the loss
+    chunk = -(-tokens // -(-tokens // chunk_tokens))
+    # The gradient of the head is summed over chunks; with one chunk it is made last, and the
+    # gradient of the logits waits for it.
+    is_whole = chunk == tokens
+    head = 0 if is_whole else _F * v * d
+    waiting = a * chunk * v if is_whole else 0
     kept = tokens * (model.n_layers * kept_bytes(model, setting) + _masks(model, setting))
     if setting.remat == "none" and a < _F:
         kept += a * layers  # the weights in the matmul dtype, for the backward
 
-    chunk = -(-tokens // -(-tokens // chunk_tokens))
     logits = (_F + a) * chunk * v  # and their gradients; or these once more, padded
     padded = 2 * a * chunk * v + a * v * d if v % _PADDED and a < _F else 0
     loss = 2 * _F * d * tokens + a * v * d + max(logits, padded)
-    workspace = tokens * _workspace(model, setting) + _scratch(model, rows, setting.seq_len)
+    workspace = waiting + _scratch(model, rows, setting.seq_len)
+    workspace += tokens * _workspace(model, setting)
     parts = {
         "weights": _F * count // setting.fsdp + gathered,
         "optimizer": 2 * _F * count // setting.fsdp,
