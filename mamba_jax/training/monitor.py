@@ -20,6 +20,7 @@ from mamba_jax.errors import UserError
 from mamba_jax.models.flops import model_flops
 from mamba_jax.models.language_model import matmul_dtype
 from mamba_jax.models.roofline import find_device, published
+from mamba_jax.training import log_file
 from mamba_jax.training.evaluation import Evaluation
 from mamba_jax.training.history import History
 from mamba_jax.training.tensorboard import TensorBoard
@@ -67,7 +68,9 @@ class Monitor:
 
     def __init__(self, config: RunConfig):
         self._config = config
-        self._log: TextIO | None = None
+        # A log that standard output goes to already gets each line once, by the way of the log.
+        self._redirected = log_file.redirected()
+        self._log: TextIO | None = sys.stdout if self._redirected else None
         self._before_log: list[str] = []  # lines said before there was a log file
         self._tensorboard: TensorBoard | None = None
         self._history: History | None = None
@@ -89,11 +92,11 @@ class Monitor:
         """
         config = self._config
         name = f"{config.name}_{time.strftime('%Y%m%d-%H%M%S')}"
-        path = pathlib.Path(config.log_dir) / f"training_{name}.log"
+        path = self._redirected or log_file.path(config.log_dir, name)
         folder = pathlib.Path(config.tensorboard_dir) / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            log = self._log = path.open("a", encoding="utf-8")
+            log = self._log = self._log or path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"cannot write the log {path}: {error.strerror}; choose another --config.log_dir"
@@ -118,7 +121,7 @@ class Monitor:
         if error is not None:
             self._to_log(f"ended by {type(error).__name__}: {error}")
         for what, stream in (
-            (_LOG, self._log),
+            (_LOG, None if self._redirected else self._log),
             (_TENSORBOARD, self._tensorboard),
             (_HISTORY, self._history),
         ):
@@ -137,6 +140,8 @@ class Monitor:
 
     def _print(self, text: str, stream: TextIO) -> None:
         """Prints above the bar. A reader that went away, or its full disk, stops no training."""
+        if self._redirected:
+            return
         try:
             with tqdm.tqdm.external_write_mode(file=stream):
                 print(text, file=stream, flush=True)

@@ -1,0 +1,247 @@
+"""``python -m mamba_jax.background``: trains in the background; ``launch/train_background.sh``."""
+
+import argparse
+import contextlib
+import itertools
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from mamba_jax import arguments
+from mamba_jax.config import RunConfig
+from mamba_jax.errors import UserError, command
+from mamba_jax.launching import ending
+from mamba_jax.launching.record import Record, in_use, is_running, read
+from mamba_jax.launching.supervisor import HANDED_ON
+from mamba_jax.training import log_file, resume
+
+_HELP = """\
+Starts a training run that outlives the terminal. Takes every flag of `python -m mamba_jax.train`
+(see its --help) and checks them first with --dry_run.
+
+  --requeue   start again, with --resume auto, when the run ends with 75 (stopped by a signal and
+              saved) or 76 (lost another process)
+  --status    tell how the run in these flags' output_dir goes; without flags, all that were
+              started from here. Exit status 0 if one lives, else 3
+  --stop      stop that run: it finishes its step and saves; without flags, the only one that lives
+  --dry_run   check the flags, show what would be run, and start nothing
+
+Relative paths count from the folder above launch/. The log is logs/training_NAME_TIME.log; the
+output_dir gets background.json (who runs, and how it ended) and exit_code. Only one run at a time
+may have an output_dir.
+"""
+_REGISTRY = "background_runs"  # in the log folder: the output_dirs of runs started here
+_NOT_RUNNING = 3  # as for services
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Starts, stops or tells of background runs."""
+    parser = argparse.ArgumentParser(
+        prog="train_background.sh",
+        usage="train_background.sh [--requeue | --status | --stop] [flags of training]",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hidden = argparse.SUPPRESS  # the description has them
+    parser.add_argument("--scripts", default="./launch", help=hidden)
+    parser.add_argument("--dry_run", action="store_true", help=hidden)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--requeue", action="store_true", help=hidden)
+    what.add_argument("--status", action="store_true", help=hidden)
+    what.add_argument("--stop", action="store_true", help=hidden)
+    own, flags = parser.parse_known_args(argv)
+    if own.status:
+        return status(_folders(flags))
+    if own.stop:
+        return stop(_only_running(_folders(flags), own.scripts))
+    if own.dry_run:
+        return subprocess.run([*_training(flags), "--dry_run"]).returncode
+    return start(flags, requeue=own.requeue, scripts=own.scripts)
+
+
+def _training(flags: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "mamba_jax.train", *flags]
+
+
+def start(flags: Sequence[str], *, requeue: bool, scripts: str) -> int:
+    """Checks the flags and starts a run with them.
+
+    Args:
+      flags: of ``mamba_jax.train``.
+      requeue: whether to start it again after exit codes 75 and 76.
+      scripts: the folder of the launch scripts as the user called it, for what is printed.
+    """
+    asked = arguments.read(list(flags))
+    config, output_dir = asked.config, pathlib.Path(asked.config.output_dir)
+    if is_running(output_dir):
+        raise in_use(output_dir)
+    if not asked.resume:
+        resume.find_start(config, "", print)  # refuses a folder with another run's checkpoints
+    checked = subprocess.run([*_training(flags), "--dry_run"], capture_output=True, text=True)
+    if checked.returncode:
+        print(checked.stdout + checked.stderr, file=sys.stderr, end="")
+        return checked.returncode
+    log, run = _new_log(config), _training(flags)
+    record = Record.claim(output_dir)
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        record.begin(log=str(log), started=started, command=shlex.join(run))
+        supervisor = _supervise(record, log, run, requeue=requeue)
+        record.add(pid=supervisor)
+    finally:
+        record.release()  # from here on the run has it
+    which = f"--output_dir {shlex.quote(str(output_dir))}"
+    print(
+        f"started: pid {supervisor}, output_dir {output_dir}\n"
+        f"log:     {log}\n"
+        f"watch:   {scripts}/view_training_log.sh {shlex.quote(str(log))}\n"
+        f"status:  {scripts}/train_background.sh {which} --status\n"
+        f"stop:    {scripts}/train_background.sh {which} --stop    (it saves first)"
+    )
+    return 0
+
+
+def _new_log(config: RunConfig) -> pathlib.Path:
+    """Returns a log file that no other run has, one started in this very second included."""
+    name = f"{config.name}_{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
+    logs = (log_file.path(config.log_dir, name) for name in names)
+    return next(log for log in logs if not log.exists())
+
+
+def _supervise(record: Record, log: pathlib.Path, run: list[str], *, requeue: bool) -> int:
+    """Starts the supervisor of a run, which starts the run; returns its process id."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as stream:
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(run)}\n".encode())
+        _register(log.parent / _REGISTRY, record.output_dir)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the log {log}: {error.strerror}; choose another --config.log_dir"
+        ) from error
+    # A signal waits until the supervisor can hand it on, even one that comes at once.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
+    try:
+        with log.open("ab") as stream:
+            return subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mamba_jax.launching.supervisor"),
+                    *("--output_dir", str(record.output_dir), "--log", str(log)),
+                    *("--lock", str(record.descriptor), *(["--requeue"] if requeue else [])),
+                    *("--", *run),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env={**os.environ, **log_file.environment(log)},
+                pass_fds=[record.descriptor],
+                start_new_session=True,  # out of the terminal's reach
+            ).pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def status(folders: Sequence[pathlib.Path]) -> int:
+    """Tells how the newest run of each folder goes or went; 0 if one of them lives, else 3."""
+    if not folders:
+        print("no run has been started here")
+    for folder in folders:
+        print("\n".join(_account(folder)))
+    return 0 if any(map(is_running, folders)) else _NOT_RUNNING
+
+
+def _account(output_dir: pathlib.Path) -> list[str]:
+    facts = read(output_dir)
+    if not facts:
+        return [f"{output_dir}: no background run"]
+    log = pathlib.Path(facts["log"])
+    if is_running(output_dir):
+        lines = [f"{output_dir}: running since {facts['started']}, pid {facts['pid']}"]
+    elif "exit_code" in facts:
+        lines = [f"{output_dir}: ended with exit status {facts['exit_code']}: {facts['why']}"]
+    else:
+        told = ending.reason(log)
+        lines = [f"{output_dir}: ended unseen, its supervisor was killed{told and ': '}{told}"]
+    told = [ending.last(log, r" step \d+/\d+  "), ending.last(log, r" step \d+: eval ")]
+    return lines + [f"  {line}" for line in told if line] + [f"  log: {log}"]
+
+
+def stop(output_dir: pathlib.Path) -> int:
+    """Asks a run to stop, waits until it has saved, and tells how it ended."""
+    facts = read(output_dir)
+    with contextlib.suppress(ProcessLookupError):  # it ended in between
+        os.kill(_recipient(facts), signal.SIGTERM)
+    print(f"{output_dir}: asked to stop; it finishes its step and saves (Ctrl-C: do not wait)")
+    try:
+        while is_running(output_dir):
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        print(f"it is still saving; its log: {facts['log']}")
+        return 130
+    print("\n".join(_account(output_dir)))
+    return 0 if read(output_dir).get("exit_code") in (0, ending.PREEMPTED) else 1
+
+
+def _recipient(facts: dict[str, int]) -> int:
+    """Returns the process to send a signal: the supervisor, or the run itself if that was killed.
+
+    Never both: the second signal might meet a run that has saved and no longer catches it. The lock
+    says that one of them lives, and while one does, the number of the session that they share is
+    given to nobody else.
+    """
+    session = facts["pid"]
+    try:
+        leads = os.getsid(session) == session and not _is_zombie(session)
+    except ProcessLookupError:
+        leads = False
+    return session if leads else facts["child"]
+
+
+def _is_zombie(process: int) -> bool:
+    """Says whether a process has ended and its parent has not asked for its status yet."""
+    try:
+        stat = pathlib.Path(f"/proc/{process}/stat").read_text()
+    except OSError:  # no Linux
+        return False
+    return stat.rpartition(")")[2].split()[0] == "Z"
+
+
+def _folders(flags: Sequence[str]) -> list[pathlib.Path]:
+    """Returns the output_dir that flags lead to; without flags, all that runs were started in."""
+    if flags:
+        return [pathlib.Path(arguments.read(list(flags)).config.output_dir)]
+    registry = pathlib.Path(RunConfig().log_dir) / _REGISTRY
+    known = registry.read_text().splitlines() if registry.is_file() else []
+    return [folder for folder in map(pathlib.Path, known) if read(folder)]
+
+
+def _only_running(folders: Sequence[pathlib.Path], scripts: str) -> pathlib.Path:
+    running = [folder for folder in folders if is_running(folder)]
+    if not running:
+        which = f" in {folders[0]}" if len(folders) == 1 else ""
+        raise UserError(f"nothing to stop: no background run lives{which} (see --status)")
+    if len(running) > 1:
+        raise UserError(
+            f"{len(running)} runs live: {', '.join(map(str, running))}; say which with "
+            f"{scripts}/train_background.sh --output_dir DIR --stop"
+        )
+    return running[0]
+
+
+def _register(registry: pathlib.Path, output_dir: pathlib.Path) -> None:
+    known = registry.read_text().splitlines() if registry.is_file() else []
+    if str(output_dir) not in known:
+        with registry.open("a") as stream:
+            stream.write(f"{output_dir}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

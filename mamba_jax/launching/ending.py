@@ -1,0 +1,77 @@
+"""What an exit status means, and what a log says about the end of its run."""
+
+import os
+import pathlib
+import re
+import signal
+
+PREEMPTED, PEER_LOST = 75, 76  # saved, and the same command with --resume auto goes on
+_TAIL_BYTES = 1 << 16
+# With or without the time in front: "error: …", "KeyError: …", "XlaRuntimeError: …"
+_REASON = re.compile(
+    r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d )?"
+    r"(error: .*|(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|Fatal Python error: .*)$"
+)
+_MEANINGS = {
+    0: "done",
+    1: "crashed",
+    2: "could not go on",
+    PREEMPTED: "stopped by a signal and saved",
+    PEER_LOST: "another process of the run was lost",
+    130: "stopped at once by Ctrl-C",
+}
+
+
+def exit_code(status: int) -> int:
+    """Turns ``subprocess``'s status into the one that a shell would show: −9 becomes 137."""
+    return 128 - status if status < 0 else status
+
+
+def meaning(code: int) -> str:
+    """Returns a few words on an exit code."""
+    if code in _MEANINGS:
+        return _MEANINGS[code]
+    try:
+        name = signal.Signals(code - 128).name
+    except ValueError:
+        return "failed"
+    if name == "SIGKILL":
+        return "killed by SIGKILL: by hand, or by the system when memory ran out (see dmesg)"
+    if name == "SIGTERM":
+        return "stopped by SIGTERM before it had anything to save"
+    return f"killed by {name}"
+
+
+def reason(log: pathlib.Path) -> str:
+    """Returns the last line of a log that tells of an error; "" where there is none."""
+    found = [match[1] for line in tail(log) if (match := _REASON.match(line))]
+    return found[-1] if found else ""
+
+
+def last(log: pathlib.Path, pattern: str) -> str:
+    """Returns the last line of a log in which the pattern is found; "" where there is none."""
+    found = [line for line in tail(log) if re.search(pattern, line)]
+    return found[-1] if found else ""
+
+
+def tail(log: pathlib.Path) -> list[str]:
+    """Returns the last lines of a log; none where it cannot be read."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            return stream.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def full_disk(*folders: pathlib.Path) -> str:
+    """Returns words on the first of these folders whose disk is full; "" if none is."""
+    for folder in folders:
+        try:
+            disk = os.statvfs(folder)
+        except OSError:
+            continue
+        free_bytes = disk.f_bavail * disk.f_frsize
+        if free_bytes < 1 << 20:
+            return f"the disk of {folder} is full ({free_bytes:,} bytes free)"
+    return ""

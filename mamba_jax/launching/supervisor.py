@@ -1,0 +1,119 @@
+"""``python -m mamba_jax.launching.supervisor``: stays beside a background run until its end.
+
+It starts the run, hands signals on to it, starts it again where that was asked for, and notes how
+it ended. Standard output is the run's log.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from mamba_jax.launching import ending
+from mamba_jax.launching.record import Record
+from mamba_jax.training.checkpoint_folder import list_checkpoints
+
+HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_PAUSE_SECS = 5.0  # before a restart: what ended the run may still be going on
+
+
+class Supervisor:
+    """Runs one command until it has ended for good."""
+
+    def __init__(self, record: Record, log: pathlib.Path, *, requeue: bool):
+        self._record = record
+        self._log = log
+        self._requeue = requeue
+        self._stopping = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self, command: Sequence[str]) -> int:
+        """Runs the command, again after exit codes 75 and 76 if so asked, and returns its code."""
+        # Ignored rather than handled, and so ignored by the run as well: the terminal may close.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in HANDED_ON:
+            signal.signal(number, self._stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)  # blocked by the launcher
+        arguments = list(command)
+        while True:
+            code = self._run_once(arguments)
+            again = self._requeue and code in (ending.PREEMPTED, ending.PEER_LOST)
+            if self._stopping or not again:
+                break
+            self._say(f"exit status {code} ({ending.meaning(code)}): starting again")
+            time.sleep(_PAUSE_SECS)
+            if self._stopping:
+                break
+            arguments = resumed(command, self._record.output_dir)
+        self._end(code)
+        return code
+
+    def _run_once(self, command: Sequence[str]) -> int:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=[self._record.descriptor]
+        )
+        self._child = child
+        if self._stopping:  # the signal came before there was anyone to hand it to
+            child.terminate()
+        self._record.add(child=child.pid)
+        return ending.exit_code(child.wait())
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+        if self._child is not None:
+            self._child.terminate()  # never SIGINT: a second one would cut the save short
+
+    def _end(self, code: int) -> None:
+        why = ending.meaning(code)
+        if code not in (0, ending.PREEMPTED):
+            full = ending.full_disk(self._record.output_dir, self._log.parent)
+            why = ": ".join(part for part in (why, ending.reason(self._log) or full) if part)
+        self._record.end(code, why)
+        self._say(f"ended with exit status {code}: {why}")
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the log's disk is full; the record has the same words
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def resumed(command: Sequence[str], output_dir: pathlib.Path) -> list[str]:
+    """Returns the command that goes on where this one stopped.
+
+    A run that continued another folder's checkpoint, perhaps with no config but that one's, goes on
+    from its own newest; before its first save it begins as it did.
+    """
+    if not list_checkpoints(output_dir):
+        return list(command)
+    kept, source, words = [], "", iter(command)
+    for word in words:
+        if word == "--resume":
+            source = next(words, "")
+        elif word.startswith("--resume="):
+            source = word.partition("=")[2]
+        else:
+            kept.append(word)
+    return [*kept, "--resume", str(output_dir) if source not in ("", "auto") else "auto"]
+
+
+def main() -> int:
+    """Reads what the launcher wrote; see ``background.start``."""
+    parser = argparse.ArgumentParser(prog="supervisor")
+    parser.add_argument("--output_dir", type=pathlib.Path, required=True)
+    parser.add_argument("--log", type=pathlib.Path, required=True)
+    parser.add_argument("--lock", type=int, required=True, help="descriptor of the locked record")
+    parser.add_argument("--requeue", action="store_true")
+    split = sys.argv.index("--")
+    arguments = parser.parse_args(sys.argv[1:split])
+    record = Record(arguments.output_dir, arguments.lock)
+    record.add(pid=os.getpid())
+    return Supervisor(record, arguments.log, requeue=arguments.requeue).run(sys.argv[split + 1 :])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

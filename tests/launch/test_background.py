@@ -1,0 +1,287 @@
+"""Runs in the background: started, watched, stopped, and what is left when they end otherwise."""
+
+import contextlib
+import json
+import os
+import pathlib
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mamba_jax import background
+from mamba_jax.launching import ending, supervisor
+from mamba_jax.launching.record import NAME, Record, is_running, read
+
+FAKE = [sys.executable, str(pathlib.Path(__file__).with_name("fake_run.py"))]
+OUT = pathlib.Path("out")
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder in which training is the fake run; nothing of it outlives the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(background, "_training", lambda flags: [*FAKE, *flags])
+    monkeypatch.setattr(supervisor, "_PAUSE_SECS", 0.0)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for folder in tmp_path.rglob(NAME):
+        if is_running(folder.parent):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(read(folder.parent)["pid"], signal.SIGKILL)
+
+
+def launch(behaviour, *flags):
+    pathlib.Path("behaviour").write_text(behaviour)
+    return background.main(["--output_dir=out", *flags])
+
+
+def wait(what, secs=30):
+    for _ in range(secs * 50):
+        if what():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never came")
+
+
+def starts():
+    """How often the run was started."""
+    file = pathlib.Path("starts")
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def log_text():
+    (log,) = pathlib.Path("logs").glob("training_medium_*.log")
+    return log.read_text()
+
+
+def ended(behaviour, *flags):
+    """Starts a run that ends by itself; returns its record."""
+    assert launch(behaviour, *flags) == 0
+    wait(lambda: not is_running(OUT))
+    return read(OUT)
+
+
+def test_start_tells_what_to_do_next_and_only_one_run_has_a_folder(place, capfd):
+    assert launch("run") == 0
+    told = capfd.readouterr().out
+    pid = read(OUT)["pid"]
+    (log,) = pathlib.Path("logs").glob("*.log")
+    assert f"started: pid {pid}, output_dir out\n" in told
+    assert f"log:     {log}\n" in told and f"view_training_log.sh {log}\n" in told
+    assert "train_background.sh --output_dir out --stop" in told
+    assert os.getsid(pid) == pid and os.getpgid(pid) == pid  # a session and a group of its own
+    wait(lambda: "eval loss" in log.read_text())
+
+    assert launch("run", "--seed=7") == 2
+    assert capfd.readouterr().err == (
+        f"error: output_dir out is in use by a run (pid {pid}); stop that one, or choose another "
+        "--output_dir\n"
+    )
+    assert background.main(["--status"]) == 0
+    told = capfd.readouterr().out
+    assert "out: running since " in told and f"pid {pid}" in told
+    assert "step 1/10  loss 4.2500" in told and "step 1: eval loss 4.5000" in told
+    assert (OUT / "exit_code").read_text().strip() == "running"
+
+
+def test_stop_lets_the_run_save_and_reports(place, capfd):
+    assert launch("run") == 0
+    wait(lambda: "step 1/10" in log_text())
+    assert background.main(["--stop"]) == 0
+    told = capfd.readouterr().out
+    assert "out: ended with exit status 75: stopped by a signal and saved" in told
+    assert (OUT / "exit_code").read_text().strip() == "75"
+    assert "stopped by SIGTERM and saved at step 1" in log_text()
+    assert background.main(["--status", "--output_dir=out"]) == 3
+    assert background.main(["--stop", "--output_dir", "out"]) == 2
+    assert "nothing to stop: no background run lives in out" in capfd.readouterr().err
+
+
+def test_stop_asks_which_of_several(place, capfd):
+    assert launch("run") == 0 and launch("run", "--output_dir=other") == 0
+    wait(lambda: starts() == 2)
+    assert background.main(["--stop"]) == 2
+    assert "2 runs live: out, other; say which" in capfd.readouterr().err
+    assert background.main(["--stop", "--output_dir=other"]) == 0
+    assert is_running(OUT) and not is_running(pathlib.Path("other"))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "why"),
+    [
+        ("quick", 0, "done"),
+        ("crash", 1, "crashed: RuntimeError: the bolt came loose"),
+        ("mistake", 1, "crashed: error: training diverged at step 1"),
+        ("killed", 137, "killed by SIGKILL: by hand, or by the system when memory ran out"),
+        ("abort", 134, "killed by SIGABRT"),
+    ],
+)
+def test_how_a_run_ended_is_in_the_record_the_code_file_and_the_log(
+    place, capfd, behaviour, code, why
+):
+    facts = ended(behaviour)
+    assert facts["exit_code"] == code and facts["why"].startswith(why)
+    assert (OUT / "exit_code").read_text().strip() == str(code)
+    assert log_text().splitlines()[-1].endswith(f"ended with exit status {code}: {facts['why']}")
+    assert background.main(["--status"]) == 3
+    assert f"out: ended with exit status {code}: {why}" in capfd.readouterr().out
+    if behaviour == "crash":
+        assert "Traceback (most recent call last)" in log_text()
+
+
+def test_a_refused_command_starts_nothing(place, capfd):
+    assert launch("refused") == 1
+    assert capfd.readouterr().err == "the plan\nerror: nothing fits\n"
+    assert launch("run", "--modelsize=small") == 2
+    assert 'did you mean "--model_size"?' in capfd.readouterr().err
+    assert not OUT.exists() and not pathlib.Path("logs").exists()
+
+
+def test_dry_run_shows_the_plan_and_starts_nothing(place, capfd):
+    assert launch("run", "--dry_run") == 0
+    assert capfd.readouterr().out == "the plan\n"
+    assert not OUT.exists()
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(place, capfd):
+    (OUT / "step_5").mkdir(parents=True)
+    assert launch("run") == 2
+    assert "already holds checkpoints of a run (step_5); continue it with --resume auto" in (
+        capfd.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "resumed"),
+    [
+        ([], "--output_dir=out --resume auto"),
+        (["--resume=auto", "--seed=1"], "--output_dir=out --seed=1 --resume auto"),
+    ],
+)
+def test_requeue_starts_again_with_resume(place, flags, resumed):
+    pathlib.Path("behaviour").write_text("75 76 0")
+    command = [*FAKE, "--output_dir=out", *flags]
+    record = Record.claim(OUT)
+    record.begin(log="log")
+    assert supervisor.Supervisor(record, pathlib.Path("log"), requeue=True).run(command) == 0
+    record.release()
+    starts = pathlib.Path("starts").read_text().splitlines()
+    assert starts == [" ".join(["--output_dir=out", *flags]), resumed, resumed]
+    assert read(OUT)["exit_code"] == 0
+
+
+def test_what_continued_another_folder_goes_on_in_its_own(place):
+    command = ["train", "--resume", "old/step_5", "--output_dir=out"]
+    assert supervisor.resumed(command, OUT) == command  # nothing of its own yet
+    (OUT / "step_9").mkdir(parents=True)
+    assert supervisor.resumed(command, OUT) == ["train", "--output_dir=out", "--resume", "out"]
+
+
+def test_without_requeue_and_after_a_stop_there_is_no_second_start(place):
+    assert ended("75 0")["exit_code"] == 75
+    assert starts() == 1
+    assert launch("run", "--requeue", "--resume=auto") == 0
+    wait(lambda: starts() == 2)
+    assert background.main(["--stop"]) == 0
+    assert starts() == 2
+
+
+def test_a_run_outlives_its_supervisor_and_is_still_found(place, capfd):
+    assert launch("run") == 0
+    wait(lambda: "step 1/10" in log_text())
+    facts = read(OUT)
+    os.kill(facts["pid"], signal.SIGKILL)
+    wait(lambda: not pathlib.Path(f"/proc/{facts['pid']}/cwd").exists())
+    assert launch("run") == 2  # still one run in the folder
+    assert background.main(["--stop"]) == 1  # saved, but nobody saw its status
+    assert "out: ended unseen, its supervisor was killed" in capfd.readouterr().out
+    assert "saved at step 1" in log_text()
+
+
+def test_a_record_of_a_dead_run_does_not_hold_its_folder(place):
+    OUT.mkdir()
+    (OUT / NAME).write_text(json.dumps({"pid": os.getpid(), "log": "log"}))  # a pid that lives
+    assert not is_running(OUT)
+    assert ended("quick")["exit_code"] == 0
+
+
+TERMINAL = """
+import sys, time
+from mamba_jax import background
+fake = sys.argv[1:]
+background._training = lambda flags: [*fake, *flags]
+assert background.main(["--output_dir=out"]) == 0
+time.sleep(600)  # the shell that the user left open
+"""
+
+
+def test_a_closed_terminal_ends_the_shell_but_not_the_run(place):
+    pathlib.Path("behaviour").write_text("run")
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.execv(sys.executable, [sys.executable, "-c", TERMINAL, *FAKE])
+    wait(lambda: is_running(OUT) and "child" in read(OUT))
+    wait(lambda: "step 1/10" in log_text())
+    os.close(terminal)  # the kernel hangs up on the whole session
+    _, status = os.waitpid(shell, 0)
+    assert os.WTERMSIG(status) == signal.SIGHUP
+    for process in (read(OUT)["pid"], read(OUT)["child"]):
+        assert os.getsid(process) == read(OUT)["pid"] != shell
+        os.kill(process, signal.SIGHUP)  # and by name, as some systems do at a log-out
+    time.sleep(0.2)
+    assert is_running(OUT)
+    assert background.main(["--stop"]) == 0
+    assert read(OUT)["exit_code"] == 75
+
+
+def test_a_full_disk_is_told(place, capfd):
+    OUT.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(OUT)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        facts = ended("fill", f"--config.log_dir={OUT}")
+        assert facts["exit_code"] == 2  # noted although nothing more can be written
+        assert facts["why"] == "could not go on: the disk of out is full (0 bytes free)"
+        assert (OUT / "exit_code").read_text().strip() == "2"
+        assert launch("quick", f"--config.log_dir={OUT}") == 2
+        error = capfd.readouterr().err
+        assert "No space left on device" in error and error.count("\n") == 1
+    finally:
+        subprocess.run(["umount", "--lazy", str(OUT)], check=True)
+
+
+def test_the_end_is_written_into_room_that_was_kept(tmp_path):
+    record = Record.claim(tmp_path)
+    record.begin(log="x")
+    before = [(tmp_path / name).stat() for name in (NAME, "exit_code")]
+    record.end(137, "ä" * 9999)
+    after = [(tmp_path / name).stat() for name in (NAME, "exit_code")]
+    assert [(s.st_size, s.st_blocks, s.st_ino) for s in before] == [
+        (s.st_size, s.st_blocks, s.st_ino) for s in after
+    ]
+    assert read(tmp_path)["exit_code"] == 137 and set(read(tmp_path)["why"]) == {"ä"}
+
+
+def test_full_disk_names_the_folder(monkeypatch, tmp_path):
+    assert ending.full_disk(tmp_path / "absent", tmp_path) == ""
+    full = os.statvfs_result((4096, 4096, 100, 0, 0, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    assert ending.full_disk(tmp_path) == f"the disk of {tmp_path} is full (0 bytes free)"
+
+
+def test_help_needs_no_training(capsys):
+    with pytest.raises(SystemExit) as end:
+        background.main(["--help"])
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    assert all(flag in told for flag in ("--requeue", "--status", "--stop", "--dry_run"))
