@@ -51,6 +51,16 @@ OTHERS = (
     ("hybrid-small-pro", "dots", 1024, 4_096),
     ("hybrid-small-plus", "full", 2048, 2_048),
 )
+# And structures that are not presets.
+CHANGED = (
+    ("medium", "none", 2048, 8_192, {"dropout": 0.1}),
+    ("medium", "dots", 2048, 8_192, {"tie_embeddings": False}),
+    ("medium", "full", 2048, 8_192, {"dtype": "float32"}),
+    ("hybrid-small", "full", 1024, 4_096, {"recursion_reads_attention": False}),
+    ("hybrid-small", "full", 1024, 4_096, {"recursion_depth": 0}),
+    ("hybrid-small", "dots", 1024, 4_096, {"attention_scales": ()}),
+    ("hybrid-small", "full", 2048, 8_192, {"recursion_depth": 2, "attention_window": 128}),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Case:
     policy: str
     length: int
     tokens: int  # of a microbatch
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)  # to the size's structure
 
     @property
     def rows(self) -> int:
@@ -71,13 +82,13 @@ def cases() -> list[Case]:
     """Returns all cases."""
     grid = [(s, p, length) for s in SIZES for p in POLICIES for length in LENGTHS]
     made = [Case(size, policy, length, POLICIES[policy]) for size, policy, length in grid]
-    return made + [Case(*other) for other in OTHERS]
+    return made + [Case(*other) for other in (*OTHERS, *CHANGED)]
 
 
 def run_of(case: Case, machine: Machine) -> tuple[RunConfig, Layout]:
     """Returns the run of a case, of two microbatches at least, and its layout."""
     config = freeze(preset_config(case.size))
-    model = dataclasses.replace(config.model, max_seq_len=case.length)
+    model = dataclasses.replace(config.model, max_seq_len=case.length, **case.changes)
     vram = dataclasses.replace(config.vram, effective_batch_size=2 * case.rows)
     config = dataclasses.replace(config, model=model, vram=vram)
     config = resolved(with_vocabulary(config, load_tokenizer("gpt2")), machine)
@@ -104,6 +115,7 @@ def measure(chosen: list[Case], machine: Machine, jobs: int) -> list[dict[str, A
         )
         return {
             "size": case.size,
+            "changes": case.changes,
             "remat": case.policy,
             "seq_len": case.length,
             "batch_size": case.rows,
@@ -131,7 +143,7 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"{len(rows)} train steps, bfloat16, accumulated over 2 microbatches, compiled on "
         f"{record['date']} by jax {record['jax']} (commit {record['commit'][:12]}); nothing was "
-        f"run. Largest error {worst['error']:+.1%} ({worst['size']}, {worst['remat']}, "
+        f"run. Largest error {worst['error']:+.1%} ({_name(worst)}, {worst['remat']}, "
         f"{worst['seq_len']}), mean {mean:.1%}. To make it again: `./launch/compilers.sh`, then "
         "`python -m benchmarks.estimator`.",
         "",
@@ -139,12 +151,17 @@ def markdown(record: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['size']} | {row['remat']} | {row['seq_len']} × {row['batch_size']} "
+        f"| {_name(row)} | {row['remat']} | {row['seq_len']} × {row['batch_size']} "
         f"| {row['compiled_bytes'] / GIB:.2f} | {row['estimated_bytes'] / GIB:.2f} "
         f"| {row['error']:+.1%} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
+
+
+def _name(row: dict[str, Any]) -> str:
+    changes = [f"{field} {value}" for field, value in row["changes"].items()]
+    return ", ".join([row["size"], *changes])
 
 
 def main() -> int:

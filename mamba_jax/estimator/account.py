@@ -7,8 +7,8 @@ the buffers that XLA (jax 0.10) has alive there in the compiled step on an NVIDI
 ones were found in its buffer assignment by name and shape. What it leaves out are small arrays and
 the gaps between buffers: a few percent (``benchmarks/results/estimator_rtx4080.md``).
 
-Legend, of one layer and token: d d_model, e d_inner, n d_state, r dt_rank, k conv width; f bytes of a
-float32, a of a number of the matmul dtype; v vocabulary.
+Legend, of one layer and token: d d_model, e d_inner, n d_state, r dt_rank, k conv width; f bytes of
+a float32, a of a number of the matmul dtype; v vocabulary.
 """
 
 import dataclasses
@@ -129,10 +129,13 @@ def _kept_all_hybrid(model: ModelConfig, a: int) -> float:
     return kept
 
 
+def _reads_inside(model: ModelConfig) -> bool:
+    return model.recursion_reads_attention and model.recursion_depth > 0
+
+
 def _reads(model: ModelConfig) -> int:
     """How often the attention is read."""
-    inside = model.recursion_reads_attention and model.recursion_depth > 0
-    return model.recursion_depth if inside else 1
+    return model.recursion_depth if _reads_inside(model) else 1
 
 
 def _step(model: ModelConfig, a: int) -> float:
@@ -161,20 +164,25 @@ def _workspace(model: ModelConfig, setting: Setting) -> float:
     steps = model.recursion_depth * _step(model, a)
     if not model.attention_scales:
         return max(work, stream + steps)
-    steps += _reads(model) * _read(model, a)
+    reads = _reads(model) * _read(model, a)
     if setting.remat == "none":
-        return stream + steps
-    return work + stream + steps + _scores(model, setting.seq_len, a)
+        return stream + steps + reads
+    bands = _bands(model, setting.seq_len)
+    if not _reads_inside(model):  # its backward comes first, scale by scale, then the recursion's
+        return work + stream + max(steps, reads + model.n_heads * (2 * _F + 1) * max(bands))
+    # In a loop what does not change is made for all scales before it: a mask and two float32
+    # arrays the size of the scores. In it come the scores and weights of one scale after the other.
+    scores = model.n_heads * ((2 * _F + 1) * sum(bands) + (_F + a) * max(bands))
+    return work + stream + steps + reads + scores
 
 
-def _scores(model: ModelConfig, seq_len: int, a: int) -> float:
-    """Of each scale two float32 arrays of scores and a mask; of the largest also their weights."""
+def _bands(model: ModelConfig, seq_len: int) -> list[int]:
+    """The keys of each scale that scores are made with for a query, masked ones among them."""
     chunk = min(model.attention_window, seq_len)
-    bands = [
+    return [
         min(model.attention_window + -(-chunk // scale), -(-seq_len // scale))
         for scale in model.attention_scales
     ]
-    return model.n_heads * ((2 * _F + 1) * sum(bands) + (_F + a) * max(bands))
 
 
 def _scratch(model: ModelConfig, rows: int, seq_len: int) -> int:

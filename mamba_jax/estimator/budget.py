@@ -63,7 +63,9 @@ class Budget:
         taken = self.total_bytes - self.margin_bytes - self.bytes * self.sharers
         if self.sharers > 1:
             line = f"{line}, shared by {self.sharers} devices"
-        return line + (f", and {gib(taken)} that jax's allocator may not take" if taken > MIB else "")
+        if taken > MIB:
+            line += f", and {gib(taken)} that jax's allocator may not take"
+        return line
 
 
 def gib(n_bytes: float) -> str:
@@ -122,9 +124,7 @@ def this_machine() -> Machine:
             found, total_bytes=total, pool_bytes=limit, source="the driver's figure"
         )
     if limit is not None:
-        return dataclasses.replace(
-            found, total_bytes=limit, source="the runtime's limit"
-        )
+        return dataclasses.replace(found, total_bytes=limit, source="the runtime's limit")
     if found.preset is not None:
         return dataclasses.replace(
             found, total_bytes=found.preset.memory_bytes, source=f"of {found.preset.name}"

@@ -9,8 +9,8 @@ the user has set of the layout stays as well. Of what is left open, the fastest 
   a card with slow memory costs more than making it again. (The order is computed; it has not been
   timed on a card. On a CPU it has: there "dots" is the fastest.) Of layouts within 1% of the
   fastest, the one that needs least is taken.
-* Without published peaks (a CPU, an unknown card) "dots" comes first, then "none", then "full", and a
-  larger microbatch before a smaller one. On a CPU a microbatch ends at ``CPU_TOKENS`` tokens.
+* Without published peaks (a CPU, an unknown card) "dots" comes first, then "none", then "full", and
+  a larger microbatch before a smaller one. On a CPU a microbatch ends at ``CPU_TOKENS`` tokens.
 * The loss is made in the usual chunks; only where nothing fits, in halves of them.
 """
 
@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from mamba_jax import presets
-from mamba_jax.config import RunConfig, preset_config
+from mamba_jax.config import RunConfig, size_fields
 from mamba_jax.errors import UserError
 from mamba_jax.estimator.account import Account, account, kept_bytes
 from mamba_jax.estimator.budget import Budget, Machine, gib
@@ -183,7 +183,6 @@ def nothing_fits(config: RunConfig, machine: Machine, limit: Budget) -> UserErro
 
 def _resized(config: RunConfig, size: str) -> RunConfig:
     """Returns a run of another size, its other settings the same."""
-    preset = preset_config(size).model
-    fields = ("d_model", "n_layers", "recursion_depth")
-    model = dataclasses.replace(config.model, **{name: preset[name] for name in fields})
-    return dataclasses.replace(config, model=dataclasses.replace(model, attention_head_size=0))
+    structure = size_fields(size)["model"] | {"family": config.model.family}
+    model = dataclasses.replace(config.model, attention_head_size=0, **structure)
+    return dataclasses.replace(config, model=model)

@@ -1,7 +1,7 @@
 """What a step needs by its compiler's own figure, for the device here or a card that is not.
 
-A card that is not here needs its compiler (``launch/compilers.sh``, or the extra ``estimate``) and a
-process of its own, ``mamba_jax.estimator.compiled``: XLA reads its flags once. A compile takes
+A card that is not here needs its compiler (``launch/compilers.sh``, or the extra ``estimate``) and
+a process of its own, ``mamba_jax.estimator.compiled``: XLA reads its flags once. A compile takes
 about ten seconds of a CPU core, so figures are kept, by all that they depend on.
 """
 

@@ -1,13 +1,14 @@
 """A train step that survives an out-of-memory error by a smaller microbatch.
 
-The state is donated to the step, and XLA's GPU client gives donated arrays up before it allocates what
-the step needs: an allocation that fails there takes the state along. A step's needs are the same every
-time, so they are looked at before the first one:
+The state is donated to the step, and XLA's GPU client gives donated arrays up before it allocates
+what the step needs: an allocation that fails there takes the state along. A step's needs are the
+same every time, so they are looked at before the first one:
 
 * Where the device tells what is free, the step is compiled first, and a microbatch whose buffers
   cannot all be there is halved before anything runs (accumulation doubled). Nothing is lost.
-* If a step fails all the same and the state is still there (a failed compilation), the same batch is
-  tried again with half the microbatch. The mean over the effective batch is the same to rounding.
+* If a step fails all the same and the state is still there (a failed compilation), the same batch
+  is tried again with half the microbatch. The mean over the effective batch is the same to
+  rounding.
 * If the state is gone, there is nothing to try again with: ``OutOfMemory``, on which ``train.run``
   starts again from the newest checkpoint, or from its beginning: a run is a function of its config.
 """

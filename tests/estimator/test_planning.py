@@ -63,11 +63,16 @@ def test_the_compilers_figures_are_there():
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: f"{case['size']}-{case['remat']}-{case['seq_len']}"
+    "case",
+    CASES,
+    ids=lambda case: "-".join(
+        map(str, (case["size"], case["remat"], case["seq_len"], *case["changes"].values()))
+    ),
 )
 def test_the_formula_is_within_a_tenth_of_the_compiler(case):
     rows = case["batch_size"]
-    run = with_model(run_of(case["size"], effective_batch_size=2 * rows), max_seq_len=case["seq_len"])
+    run = run_of(case["size"], effective_batch_size=2 * rows)
+    run = with_model(run, max_seq_len=case["seq_len"], **case["changes"])
     layout = choose.Layout(rows, case["remat"], 1024)
     estimate = choose.quick(run, RTX, layout).total_bytes
     assert estimate == pytest.approx(case["compiled_bytes"], rel=0.1)
