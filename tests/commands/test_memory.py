@@ -153,5 +153,5 @@ def test_a_run_goes_on_with_half_the_microbatch(place, monkeypatch, capsys, lost
     told = capsys.readouterr()
     assert "out of memory with a microbatch of 16: going on with 8 × 4" in told.err
     assert ("continuing from" in told.out and "step 2" in told.out) == lost
-    saved = read_metadata(place / name / "final").config.vram
+    saved = read_metadata(place / name / "final").laid_out.vram
     assert (saved.batch_size, saved.accumulation_steps) == (8, 4)

@@ -252,7 +252,7 @@ def test_figures_are_kept_by_what_they_depend_on(monkeypatch, tmp_path):
 def test_on_2_gib_the_exact_choice_fits_and_the_next_microbatch_does_not(tmp_path):
     run = run_of("small", memory_gb=2.5, safety_margin_mb=512)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, cache_dir=str(tmp_path)))
-    planned = plan(with_model(run, max_seq_len=1024, remat="full"), level="exact", machine=RTX)
+    planned = plan(with_model(run, max_seq_len=2048, remat="full"), level="exact", machine=RTX)
     assert planned.level == "exact" and planned.budget.bytes == 2 * GIB
     chosen = planned.config
     needs = {}
