@@ -15,6 +15,8 @@ COMMANDS = {  # name → (module, what it does)
     "memory": ("mamba_jax.memory", "what a run needs of a device, and which layout fits it"),
     "report": ("mamba_jax.report", "tables about the project: model sizes, FLOPs, a run's MFU"),
     "autotune": ("mamba_jax.autotune", "measure the fastest tiles of the scan on this GPU"),
+    "background": ("mamba_jax.background", "train in the background; watch and stop such runs"),
+    "sweep": ("mamba_jax.sweep", "train with many settings and compare what comes out"),
 }
 
 

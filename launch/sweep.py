@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""Runs a sweep: see ``python launch/sweep.py --help`` and mamba_jax/sweep.py."""
+
+import sys
+
+from mamba_jax.sweep import main
+
+if __name__ == "__main__":
+    sys.exit(main())

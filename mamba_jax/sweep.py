@@ -1,0 +1,201 @@
+"""``python launch/sweep.py``: many runs of one config, their results in a table and a page."""
+
+import argparse
+import csv
+import functools
+import json
+import pathlib
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from mamba_jax import arguments
+from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.errors import UserError, command
+from mamba_jax.launching.ending import PREEMPTED
+from mamba_jax.sweeps import jobs, page
+from mamba_jax.sweeps.executors import Executor, Local, Slurm, gpus
+from mamba_jax.sweeps.hyper import Hyper, Sweep, load
+from mamba_jax.sweeps.queue import Listed, Queue, Source
+
+_EPILOG = """\
+Every other flag goes to `python -m mamba_jax.train`, for each run.
+
+examples:
+  python launch/sweep.py --config=configs/hybrid_small.py --sweep=configs/sweeps/lr.py \
+      --out sweeps/lr
+  python launch/sweep.py … --slots 2                 two runs at a time, a GPU to each
+  python launch/sweep.py … --search optuna --trials 30
+  python launch/sweep.py … --executor slurm --slurm partition=gpu --slurm gpus_per_node=1
+
+The same command again leaves out what is done, goes on with what was stopped, and tries what failed
+once more. Ctrl-C stops the runs, which save first; a second one ends them at once.
+Exit status: 0 all done, 1 some failed, 75 stopped, 2 a mistake (told in one line).
+"""
+_MANIFEST = "sweep.json"  # what every run of a sweep's folder has in common
+_MANY = 64  # jobs that SLURM is given at a time, where --slots does not say
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Runs a sweep."""
+    parser = argparse.ArgumentParser(
+        prog="sweep.py",
+        description="Trains with each of the settings that get_hyper(h) of a sweep file names.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sweep", metavar="FILE", required=True, help="configs/sweeps/lr.py …")
+    parser.add_argument("--out", metavar="DIR", required=True, type=pathlib.Path, help="results")
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local")
+    parser.add_argument("--slots", metavar="N", type=int, help="runs at a time (default: GPUs)")
+    parser.add_argument("--search", choices=("optuna",), help="choose by the results so far")
+    parser.add_argument("--trials", metavar="N", type=int, help="of a search (default 20)")
+    parser.add_argument("--metric", choices=jobs.METRICS, default="eval_loss", help="to rank by")
+    parser.add_argument(
+        "--slurm", metavar="NAME=VALUE", action="append", default=[], help="a parameter of sbatch"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the runs and start none")
+    own, flags = parser.parse_known_args(argv)
+    base = _base(flags)
+    sweep = load(own.sweep, Hyper())
+    make = functools.partial(jobs.make_job, base=base, flags=flags, out=own.out)
+    listed: list[jobs.Job] = []
+    if own.search is None:
+        if own.trials is not None:
+            raise UserError(f"--trials={own.trials} has no use without --search")
+        listed = _jobs(sweep, make, own.sweep)
+        if own.dry_run:
+            print("\n".join(f"{job.folder.name}: {jobs.state(job.folder)}" for job in listed))
+            return 0
+    elif own.dry_run:
+        raise UserError("--dry_run cannot list a search: each run follows from those before it")
+    _check_same_sweep(own.out, base)
+    executor, slots = _executor(own)
+    if own.search is None:
+        source: Source = Listed(listed)
+    else:
+        from mamba_jax.sweeps.search import OptunaSearch
+
+        trials = 20 if own.trials is None else own.trials
+        if trials < 1:
+            raise UserError(f"--trials={trials} must be at least 1")
+        source = OptunaSearch(
+            sweep, make, own.out / "study.db", trials=trials, metric=own.metric, slots=slots
+        )
+    # Whoever ends the sweep otherwise than with Ctrl-C wants its runs saved as well.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    complete = Queue(source, executor, slots, _say).run()
+    rows = jobs.rows(own.out, own.metric)
+    _report(rows, own.out, own.metric)
+    if not complete:
+        _say("stopped; the same command goes on")
+        return PREEMPTED
+    return 0 if all(row.state in (jobs.DONE, jobs.PRUNED) for row in rows) else 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _base(flags: Sequence[str]) -> RunConfig:
+    """Returns the config that all runs have in common."""
+    for flag in ("--output_dir", "--resume", "--config.output_dir", "--profile"):
+        if any(word.partition("=")[0] == flag for word in flags):
+            raise UserError(f"{flag} has no use in a sweep: each run has a folder below --out")
+    return arguments.read(list(flags)).config
+
+
+def _jobs(sweep: Sweep, make: Any, file: str) -> list[jobs.Job]:
+    """Returns the jobs of a sweep, each once, all of them checked."""
+    if sweep.length is None:
+        raise UserError(
+            f"sweep file {file} draws without end: put it into h.zipit([…], length=N), or search "
+            "with --search optuna"
+        )
+    unique = {job.folder: job for job in map(make, sweep)}
+    if not unique:
+        raise UserError(f"sweep file {file} has no settings")
+    for job in unique.values():
+        arguments.read([flag for flag in job.command[3:] if flag != "--resume=auto"])
+    return list(unique.values())
+
+
+def _check_same_sweep(out: pathlib.Path, base: RunConfig) -> None:
+    """Refuses a folder whose results come from another config: they cannot be compared."""
+    config = json.loads(json.dumps(to_dict(base)))
+    file = out / _MANIFEST
+    if file.is_file():
+        before = json.loads(file.read_text())
+        changed = [
+            name
+            for name in jobs.flat(config)
+            if jobs.flat(before).get(name) != jobs.flat(config)[name]
+        ]
+        if changed:
+            raise UserError(
+                f"--out={out} holds a sweep of another config ({', '.join(changed[:4])} differ); "
+                "choose another --out"
+            )
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write into --out={out}: {error.strerror}") from error
+
+
+def _executor(own: argparse.Namespace) -> tuple[Executor, int]:
+    if own.slots is not None and own.slots < 1:
+        raise UserError(f"--slots={own.slots} must be at least 1")
+    pairs = dict(text.partition("=")[::2] for text in own.slurm)
+    if own.executor == "slurm":
+        return Slurm(own.out / "submitit", pairs), own.slots or _MANY
+    if pairs:
+        raise UserError(f"--slurm {own.slurm[0]} has no use without --executor=slurm")
+    devices = gpus()
+    slots = own.slots or max(1, len(devices))
+    if devices and slots > len(devices):
+        raise UserError(f"--slots={slots}: a slot is a GPU, and there are {len(devices)}")
+    return Local(devices), slots
+
+
+def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
+    """Prints the table and writes it as a page and for spreadsheets."""
+    names = list(dict.fromkeys(name for row in rows for name in row.settings))
+    columns = [metric, "train_loss", "step", "tokens_per_sec"]
+    header = ["", *(name.rpartition(".")[2] for name in names), *columns, "state"]
+    table = [
+        [
+            str(place) if row.state == jobs.DONE else "–",
+            *(page.text(row.settings.get(name, "")) for name in names),
+            *(page.text(row.measures.get(column, "")) for column in columns),
+            row.state,
+        ]
+        for place, row in enumerate(rows, 1)
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
+    for line in (header, *table):
+        cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    with (out / "results.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["run", *names, *columns, "state", "why"])
+        for row in rows:
+            values = [row.settings.get(name, "") for name in names]
+            found = [row.measures.get(column, "") for column in columns]
+            writer.writerow([row.name, *values, *found, row.state, row.why])
+    (out / "sweep.html").write_text(page.render(rows, metric, title=out.name), encoding="utf-8")
+    print(f"{out / 'sweep.html'}, {out / 'results.csv'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

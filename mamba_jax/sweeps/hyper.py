@@ -1,0 +1,277 @@
+"""The ``h`` of ``get_hyper(h)``: settings to try, as sweep files of Flax projects name them.
+
+::
+
+    def get_hyper(h):
+        return h.product([
+            h.sweep("config.training.learning_rate", [1e-4, 3e-4, 1e-3]),
+            h.zipit([
+                h.loguniform("config.training.weight_decay", h.interval(0.01, 1.0)),
+                h.uniform("config.model.dropout", h.interval(0.0, 0.3)),
+            ], length=4),
+        ])
+
+A sweep is a list of settings (dicts of names and values), or an endless one where values are drawn;
+``zipit(…, length=n)`` ends it. The first part of a product varies slowest. A search
+(``--search``) draws from the same description: lists and alternatives are choices, intervals are
+ranges, and it needs no length.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import pathlib
+import random
+import runpy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from mamba_jax.errors import UserError, did_you_mean
+
+Settings = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The numbers from low to high."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise UserError(f"h.interval({self.low}, {self.high}): the first must be the smaller")
+
+
+class Chooser(Protocol):
+    """What a search draws with. A name stands for one question of the sweep."""
+
+    def real(self, name: str, low: float, high: float, *, log: bool) -> float:
+        """Returns a number between low and high."""
+        ...
+
+    def choice(self, name: str, count: int) -> int:
+        """Returns one of 0 … count − 1."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Settings to try, in order, and how a search draws one of them."""
+
+    draw: Callable[[], Iterator[Settings]]
+    suggest: Callable[[Chooser], Settings]
+    length: int | None  # None: endless
+    fields: tuple[str, ...]  # that it sets
+
+    def __iter__(self) -> Iterator[Settings]:
+        return self.draw()
+
+
+class Hyper:
+    """Makes sweeps. Names may begin with ``config.`` or not."""
+
+    def __init__(self, seed: int = 0):
+        """
+        Args:
+          seed: of what ``uniform`` and ``loguniform`` draw.
+        """
+        self._seed = seed
+        self._questions: collections.Counter[str] = collections.Counter()
+
+    def interval(self, low: float, high: float) -> Interval:
+        """The numbers from low to high, for ``uniform`` and ``loguniform``."""
+        return Interval(low, high)
+
+    def discrete(self, values: Iterable[Any]) -> tuple[Any, ...]:
+        """These values, numbers as a rule."""
+        return tuple(values)
+
+    def categorical(self, values: Iterable[Any]) -> tuple[Any, ...]:
+        """These values, which have no order."""
+        return tuple(values)
+
+    def sweep(self, name: str, values: Iterable[Any]) -> Sweep:
+        """Each of the values in turn."""
+        field, values = _field(name), _some(name, values)
+        return self._listed([{field: value} for value in values], field)
+
+    def fixed(self, name: str, value: Any, length: int = 1) -> Sweep:
+        """One value, ``length`` times to go with a zip."""
+        settings = {_field(name): value}
+        repeated = lambda: itertools.repeat(settings, length)
+        return Sweep(repeated, lambda _: settings, length, tuple(settings))
+
+    def uniform(self, name: str, domain: Interval | Iterable[Any]) -> Sweep:
+        """Values drawn from an interval, or from a list, without end."""
+        if isinstance(domain, Interval):
+            return self._real(_field(name), domain, log=False)
+        field, values = _field(name), _some(name, domain)
+        question = self._question(field)
+        return Sweep(
+            lambda: self._endless(field, lambda numbers: numbers.choice(values)),
+            lambda chooser: {field: values[chooser.choice(question, len(values))]},
+            None,
+            (field,),
+        )
+
+    def loguniform(self, name: str, domain: Interval) -> Sweep:
+        """Numbers whose logarithms are spread evenly, without end."""
+        if not isinstance(domain, Interval) or domain.low <= 0:
+            raise UserError(f'h.loguniform("{name}", …) needs an h.interval above 0, not {domain}')
+        return self._real(_field(name), domain, log=True)
+
+    def product(self, sweeps: Sequence[Sweep], name: str = "") -> Sweep:
+        """Every combination; with ``name``, of fields below that part of the config."""
+        under = "" if name in ("", "config") else f"{_field(name)}."
+        lengths = [part.length for part in sweeps]
+        length = None if None in lengths else math.prod(n for n in lengths if n is not None)
+
+        def joined(parts: Iterable[Settings]) -> Settings:
+            return {under + field: value for field, value in _merged(parts).items()}
+
+        def draw() -> Iterator[Settings]:
+            if length is None and len(sweeps) > 1:
+                raise UserError(
+                    "h.product of an endless h.uniform or h.loguniform: put it into "
+                    "h.zipit([…], length=N), or search (--search)"
+                )
+            rows = itertools.product(*sweeps) if len(sweeps) != 1 else ([x] for x in sweeps[0])
+            return (joined(row) for row in rows)
+
+        return Sweep(
+            draw,
+            lambda chooser: joined([part.suggest(chooser) for part in sweeps]),
+            length,
+            tuple(under + field for part in sweeps for field in part.fields),
+        )
+
+    def zipit(self, sweeps: Sequence[Sweep], length: int | None = None) -> Sweep:
+        """The first settings of all together, then the second …, as many as the shortest has."""
+        if not sweeps:
+            raise UserError("h.zipit([]) has nothing to zip")
+        listed = [part for part in sweeps if part.length is not None]
+        drawn = [part for part in sweeps if part.length is None]
+        counts = [part.length for part in listed if part.length is not None]
+        limits = [*counts, *([] if length is None else [length])]
+        shortest: int | None = min(limits) if limits else None
+        rows = self._zipped_rows(listed, shortest) if listed else None
+
+        def draw() -> Iterator[Settings]:
+            return itertools.islice(map(_merged, zip(*sweeps, strict=False)), shortest)
+
+        def suggest(chooser: Chooser) -> Settings:
+            asked = [part.suggest(chooser) for part in drawn]
+            return _merged([*([rows.suggest(chooser)] if rows else []), *asked])
+
+        return Sweep(draw, suggest, shortest, tuple(f for part in sweeps for f in part.fields))
+
+    def chainit(self, sweeps: Sequence[Sweep]) -> Sweep:
+        """One sweep after the other."""
+        if not sweeps:
+            raise UserError("h.chainit([]) has nothing to chain")
+        lengths = [part.length for part in sweeps]
+        length = None if None in lengths else sum(n for n in lengths if n is not None)
+        question = self._question("chain")
+
+        def draw() -> Iterator[Settings]:
+            if None in lengths[:-1]:
+                raise UserError(
+                    "h.chainit: what follows an endless h.uniform or h.loguniform never comes; "
+                    "put it into h.zipit([…], length=N), or search (--search)"
+                )
+            return itertools.chain.from_iterable(sweeps)
+
+        def suggest(chooser: Chooser) -> Settings:
+            return sweeps[chooser.choice(question, len(sweeps))].suggest(chooser)
+
+        fields = dict.fromkeys(field for part in sweeps for field in part.fields)
+        return Sweep(draw, suggest, length, tuple(fields))
+
+    def _question(self, text: str) -> str:
+        """Names a question: two of one name would get one answer."""
+        self._questions[text] += 1
+        count = self._questions[text]
+        return text if count == 1 else f"{text} ({count})"
+
+    def _listed(self, rows: Sequence[Settings], name: str) -> Sweep:
+        question = self._question(name)
+
+        def suggest(chooser: Chooser) -> Settings:
+            return rows[chooser.choice(question, len(rows)) if len(rows) > 1 else 0]
+
+        return Sweep(lambda: iter(rows), suggest, len(rows), tuple(rows[0]))
+
+    def _zipped_rows(self, listed: Sequence[Sweep], count: int | None) -> Sweep:
+        rows = map(_merged, itertools.islice(zip(*listed, strict=False), count))
+        return self._listed(list(rows), " + ".join(f for part in listed for f in part.fields))
+
+    def _real(self, field: str, domain: Interval, *, log: bool) -> Sweep:
+        low, high = domain.low, domain.high
+
+        def draw(numbers: random.Random) -> float:
+            share = numbers.random()
+            return low * (high / low) ** share if log else low + share * (high - low)
+
+        question = self._question(field)
+        return Sweep(
+            lambda: self._endless(field, draw),
+            lambda chooser: {field: chooser.real(question, low, high, log=log)},
+            None,
+            (field,),
+        )
+
+    def _endless(self, field: str, draw: Callable[[random.Random], Any]) -> Iterator[Settings]:
+        """The same values each time: a sweep that is run again finds its finished runs."""
+        numbers = random.Random(f"{self._seed}/{field}")
+        while True:
+            yield {field: draw(numbers)}
+
+
+def _some(name: str, values: Iterable[Any]) -> tuple[Any, ...]:
+    values = tuple(values)
+    if not values:
+        raise UserError(f'the sweep of "{name}" has no values')
+    return values
+
+
+def _field(name: str) -> str:
+    return name.removeprefix("config.")
+
+
+def _merged(parts: Iterable[Settings]) -> Settings:
+    merged: Settings = {}
+    for part in parts:
+        for field, value in part.items():
+            if field in merged:
+                raise UserError(f"the sweep sets {field} twice: to {merged[field]} and to {value}")
+            merged[field] = value
+    return merged
+
+
+def load(file: str, hyper: Hyper) -> Sweep:
+    """Runs ``get_hyper(h)`` of a sweep file.
+
+    Raises:
+      UserError: if the file is missing, does not run, or gives no sweep.
+    """
+    path = pathlib.Path(file)
+    if not path.is_file():
+        near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.py")))
+        raise UserError(f"sweep file {file} does not exist{near}")
+    try:
+        made = runpy.run_path(file)["get_hyper"](hyper)
+    except UserError as error:
+        raise UserError(f"sweep file {file}: {error}") from error
+    except Exception as error:  # a sweep file is a program: anything may come out of it
+        raise UserError(
+            f"sweep file {file} is broken: {type(error).__name__}: {error}; it must define "
+            "get_hyper(h)"
+        ) from error
+    if not isinstance(made, Sweep):
+        raise UserError(
+            f"sweep file {file}: get_hyper(h) must return what h.sweep, h.product, h.zipit or "
+            f"h.chainit make, not {made!r}"
+        )
+    return made

@@ -1,0 +1,170 @@
+"""A job of a sweep: a training run with a folder of its own, named after its settings."""
+
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.errors import UserError
+from mamba_jax.launching import ending
+from mamba_jax.launching.record import is_running, read
+from mamba_jax.sweeps.hyper import Settings
+from mamba_jax.training import history
+from mamba_jax.training.checkpoint_folder import list_checkpoints, read_metadata
+
+METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # less is better
+DONE, PRUNED, STOPPED, FAILED, RUNNING, NEW = (
+    *("done", "pruned", "stopped", "failed", "running", "new"),
+)
+_FLAGS = ("model_size", "training_preset")  # what a sweep may set that is no field of the config
+_LONGEST_NAME = 100  # a file system allows 255 bytes, a terminal's line less
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    settings: Settings
+    folder: pathlib.Path  # its output_dir
+    command: tuple[str, ...]
+
+    @property
+    def log(self) -> pathlib.Path:
+        return self.folder / "training.log"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What came of a job."""
+
+    name: str
+    settings: Settings
+    state: str
+    why: str  # words on the state
+    measures: dict[str, float]
+
+
+def make_job(settings: Settings, base: RunConfig, flags: Sequence[str], out: pathlib.Path) -> Job:
+    """Makes a job.
+
+    Args:
+      settings: fields of the config and their values.
+      base: the config that ``flags`` lead to; a whole number there gets a whole number here.
+      flags: of every run of the sweep.
+      out: the sweep's folder.
+    """
+    fields = flat(to_dict(base))
+    settings = {name: _fitted(value, fields.get(name)) for name, value in settings.items()}
+    folder = out / job_name(settings)
+    command = (
+        *(sys.executable, "-m", "mamba_jax.train", *flags),
+        *(_flag(name, value) for name, value in settings.items()),
+        f"--output_dir={folder}",
+        f"--config.log_dir={folder}",
+        f"--config.tensorboard_dir={folder / 'runs'}",
+        "--resume=auto",
+    )
+    return Job(settings, folder, command)
+
+
+def job_name(settings: Settings) -> str:
+    """Returns the name of a job's folder: the settings, as far as they can be told in brief."""
+    leaves = [name.rpartition(".")[2] for name in settings]
+    names = leaves if len(set(leaves)) == len(leaves) else list(settings)
+    texts = [_brief(value) for value in settings.values()]
+    plain = ",".join(f"{name}={text}" for name, text in zip(names, texts, strict=True))
+    name = re.sub(r"[^\w.,=+-]+", "-", plain)[:_LONGEST_NAME]
+    exact = [text == _text(value) for text, value in zip(texts, settings.values(), strict=True)]
+    if name == plain and all(exact):
+        return name
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+    return f"{name}-{digest[:8]}"
+
+
+def _flag(name: str, value: Any) -> str:
+    return f"--{name}={value}" if name in _FLAGS else f"--config.{name}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _brief(value: Any) -> str:
+    short = f"{value:.4g}" if isinstance(value, float) else ""
+    return _text(value) if not short or float(short) == value else short
+
+
+def _fitted(value: Any, default: Any) -> Any:
+    """Returns NumPy's scalars as Python's, lists as tuples, and drawn numbers as the field's."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, list):
+        return tuple(value)
+    whole = isinstance(default, int) and not isinstance(default, bool)
+    return round(value) if whole and isinstance(value, float) else value
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns dotted name → value of nested groups."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def state(folder: pathlib.Path) -> str:
+    """Returns how a job's newest run ended, or that it has not."""
+    facts = read(folder)
+    if is_running(folder):
+        return RUNNING
+    if not facts:
+        return NEW
+    code = facts.get("exit_code")
+    if facts.get("pruned"):
+        return PRUNED
+    if code is None or code in (ending.PREEMPTED, ending.PEER_LOST):
+        return STOPPED
+    return FAILED if code else DONE
+
+
+def measures(folder: pathlib.Path) -> dict[str, float]:
+    """Returns what a run has measured so far: the last evaluation, its loss, speed and step."""
+    records = history.read(folder / history.NAME)
+    found: dict[str, float] = {}
+    for record in records:
+        found |= {name: record[name] for name in (*METRICS, "tokens_per_sec") if name in record}
+    if records:
+        found |= {"step": records[-1]["step"], "train_loss": history.mean_recent_loss(records)}
+    elif checkpoints := list_checkpoints(folder):
+        with contextlib.suppress(UserError):
+            metadata = read_metadata(checkpoints[0][1])
+            found |= {**metadata.metrics, "step": metadata.step}
+    return found
+
+
+def evaluations(folder: pathlib.Path, metric: str) -> list[tuple[int, float]]:
+    """Returns (step, value) of each evaluation of a run."""
+    records = history.read(folder / history.NAME)
+    return [(record["step"], record[metric]) for record in records if metric in record]
+
+
+def rows(out: pathlib.Path, metric: str) -> list[Row]:
+    """Returns every job that was ever started in a sweep's folder: best first, unfinished last."""
+    found = []
+    for folder in sorted(out.iterdir()) if out.is_dir() else ():
+        facts = read(folder)
+        if "settings" in facts:
+            why = facts.get("why", "")
+            found.append(Row(folder.name, facts["settings"], state(folder), why, measures(folder)))
+    order = [DONE, PRUNED, RUNNING, STOPPED, FAILED]
+    return sorted(
+        found, key=lambda row: (order.index(row.state), row.measures.get(metric, float("inf")))
+    )

@@ -1,0 +1,153 @@
+"""The queue of a sweep: a slot to each job, until there are no more jobs."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+from mamba_jax.errors import UserError
+from mamba_jax.launching import ending
+from mamba_jax.launching.record import Record
+from mamba_jax.sweeps.executors import Executor, Handle
+from mamba_jax.sweeps.jobs import DONE, FAILED, Job, state
+
+_POLL_SECS = 0.2
+
+
+class Source(Protocol):
+    """Where jobs come from."""
+
+    def next(self) -> Job | None:
+        """Returns the next job to run; None: there is none."""
+        ...
+
+    def gives_up(self, job: Job) -> bool:
+        """Says whether a job that runs is not worth its end."""
+        ...
+
+    def ended(self, job: Job, code: int, *, pruned: bool) -> None:
+        """Is told how a job ended."""
+        ...
+
+
+class Listed:
+    """The jobs of a list that are not done yet."""
+
+    def __init__(self, jobs: Iterable[Job]):
+        self._jobs: Iterator[Job] = (job for job in jobs if state(job.folder) != DONE)
+
+    def next(self) -> Job | None:
+        return next(self._jobs, None)
+
+    def gives_up(self, job: Job) -> bool:
+        return False
+
+    def ended(self, job: Job, code: int, *, pruned: bool) -> None:
+        pass
+
+
+@dataclasses.dataclass
+class _Running:
+    job: Job
+    handle: Handle
+    record: Record
+    given_up: bool = False
+
+
+class Queue:
+    """Runs what a source gives, on so many slots."""
+
+    def __init__(self, source: Source, executor: Executor, slots: int, say: Callable[[str], None]):
+        self._source = source
+        self._executor = executor
+        self._slots = slots
+        self._say = say
+        self._running: dict[int, _Running] = {}
+
+    def run(self) -> bool:
+        """Runs all jobs; a KeyboardInterrupt stops them gently, a second one where they stand.
+
+        Returns:
+          False if it was interrupted.
+        """
+        try:
+            while self._fill():
+                time.sleep(_POLL_SECS)
+                self._collect()
+            return True
+        except KeyboardInterrupt:
+            self._stop()
+            return False
+
+    def _fill(self) -> bool:
+        """Gives jobs to free slots; False if nothing runs."""
+        for slot in range(self._slots):
+            while slot not in self._running:
+                job = self._source.next()
+                if job is None:
+                    break
+                self._start(job, slot)
+        return bool(self._running)
+
+    def _start(self, job: Job, slot: int) -> None:
+        before = state(job.folder)
+        try:
+            record = Record.claim(job.folder)
+        except UserError as error:
+            self._say(f"{job.folder.name}: left out: {error}")
+            self._source.ended(job, 1, pruned=False)
+            return
+        record.begin(
+            **({"slurm_job": record.facts["slurm_job"]} if _still_submitted(record) else {}),
+            settings=job.settings,
+            log=str(job.log),
+            started=time.strftime("%Y-%m-%d %H:%M:%S"),
+            command=" ".join(job.command),
+        )
+        self._running[slot] = _Running(job, self._executor.start(job, slot, record), record)
+        again = {FAILED: " (failed before)"}.get(before, "")
+        self._say(f"{job.folder.name}: started{again}")
+
+    def _collect(self) -> None:
+        for slot, running in list(self._running.items()):
+            code = running.handle.poll()
+            if code is not None:
+                del self._running[slot]
+                self._end(running, code)
+            elif not running.given_up and self._source.gives_up(running.job):
+                running.given_up = True
+                running.handle.stop()
+
+    def _end(self, running: _Running, code: int) -> None:
+        job, record = running.job, running.record
+        pruned = running.given_up and code == ending.PREEMPTED
+        why = "pruned: others were better by then" if pruned else ending.meaning(code)
+        if code not in (0, ending.PREEMPTED):
+            told = ending.reason(job.log) or ending.full_disk(job.folder)
+            why = ": ".join(part for part in (why, told) if part)
+        if pruned:
+            record.add(pruned=True)
+        record.end(code, why)
+        record.release()
+        self._say(f"{job.folder.name}: {why}")
+        self._source.ended(job, code, pruned=pruned)
+
+    def _stop(self) -> None:
+        self._say(
+            f"stopping {len(self._running)} runs; they finish their step and save "
+            "(Ctrl-C again: at once)"
+        )
+        for running in self._running.values():
+            running.handle.stop()
+        try:
+            while self._running:
+                time.sleep(_POLL_SECS)
+                self._collect()
+        except KeyboardInterrupt:
+            for running in self._running.values():
+                running.handle.kill()
+            raise
+
+
+def _still_submitted(record: Record) -> bool:
+    return "slurm_job" in record.facts and "exit_code" not in record.facts

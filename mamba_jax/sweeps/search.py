@@ -1,0 +1,151 @@
+"""``--search optuna``: each next job where the ones before promise most, poor ones cut short.
+
+The study lies in a file of SQLite, so a search goes on where it stopped; Optuna's own tools, its
+dashboard among them, read the same file.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from mamba_jax.errors import UserError
+from mamba_jax.launching import ending
+from mamba_jax.sweeps.hyper import Settings, Sweep
+from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
+from mamba_jax.training import history
+
+_STUDY = "sweep"
+_SETTINGS = "settings"  # attribute of a trial: what it stands for
+
+
+class OptunaSearch:
+    """A source of jobs: TPE proposes them, and a median pruner gives up on poor ones."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        make: Callable[[Settings], Job],
+        file: pathlib.Path,
+        *,
+        trials: int,
+        metric: str,
+        slots: int,
+        seed: int = 0,
+    ):
+        """
+        Args:
+          sweep: what there is to choose from.
+          make: turns settings into a job.
+          file: of the study; made where there is none.
+          trials: that the study shall have, earlier calls' included.
+          metric: of an evaluation; less is better.
+          slots: jobs at a time.
+          seed: of what is proposed.
+
+        Raises:
+          UserError: if Optuna is missing.
+        """
+        self._optuna = _optuna()
+        self._sweep, self._make, self._metric = sweep, make, metric
+        states = self._optuna.trial.TrialState
+        storage = self._optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+        study = self._optuna.create_study(
+            study_name=_STUDY, storage=storage, load_if_exists=True, direction="minimize"
+        )
+        earlier = study.get_trials()
+        # A seed of its own for each call: with the same one it would propose the same again.
+        study.sampler = self._optuna.samplers.TPESampler(
+            seed=seed + len(earlier), constant_liar=slots > 1
+        )
+        study.pruner = self._optuna.pruners.MedianPruner(n_startup_trials=4)
+        self._study = study
+        self._trials: dict[pathlib.Path, Any] = {}
+        self._told: dict[pathlib.Path, int] = {}  # when the history that a trial was told is from
+        # What an earlier call was stopped in goes on; what failed gets another try.
+        self._left = [
+            self._optuna.trial.Trial(study, trial._trial_id)
+            for trial in earlier
+            if trial.state == states.RUNNING
+        ]
+        retried = [trial for trial in earlier if trial.state == states.FAIL]
+        for trial in retried:
+            if not any(t.params == trial.params and t.number > trial.number for t in earlier):
+                study.enqueue_trial(trial.params)
+        finished = sum(trial.state in (states.COMPLETE, states.PRUNED) for trial in earlier)
+        self._to_ask = max(0, trials - finished - len(self._left))
+
+    def next(self) -> Job | None:
+        while self._left or self._to_ask:
+            if self._left:
+                trial = self._left.pop(0)
+            else:
+                trial, self._to_ask = self._study.ask(), self._to_ask - 1
+            job = self._make(self._settings(trial))
+            if job.folder in self._trials:
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                continue  # proposed again while it runs
+            self._trials[job.folder] = trial
+            if state(job.folder) != DONE:
+                return job
+            self.ended(job, 0, pruned=False)  # proposed again: its result is known
+        return None
+
+    def gives_up(self, job: Job) -> bool:
+        try:
+            written = (job.folder / history.NAME).stat().st_mtime_ns
+        except OSError:
+            return False
+        if self._told.get(job.folder) == written:
+            return False
+        self._told[job.folder] = written
+        trial = self._trials[job.folder]
+        for step, value in evaluations(job.folder, self._metric):
+            trial.report(value, step)
+        return trial.should_prune()
+
+    def ended(self, job: Job, code: int, *, pruned: bool) -> None:
+        states = self._optuna.trial.TrialState
+        trial = self._trials.pop(job.folder)
+        value = measures(job.folder).get(self._metric)
+        if pruned:
+            self._study.tell(trial, state=states.PRUNED)
+        elif code == 0 and value is not None:
+            self._study.tell(trial, value)
+        elif code not in (ending.PREEMPTED, ending.PEER_LOST):  # those go on with the next call
+            self._study.tell(trial, state=states.FAIL)
+
+    def _settings(self, trial: Any) -> Settings:
+        known = trial.user_attrs.get(_SETTINGS)
+        if known is not None:
+            return json.loads(known)
+        try:
+            settings = self._sweep.suggest(_Chooser(trial))
+        except ValueError as error:
+            raise UserError(
+                f"the study no longer fits the sweep file ({error}); choose another --out"
+            ) from error
+        trial.set_user_attr(_SETTINGS, json.dumps(settings))
+        return settings
+
+
+class _Chooser:
+    """Draws with a trial of Optuna's."""
+
+    def __init__(self, trial: Any):
+        self._trial = trial
+
+    def real(self, name: str, low: float, high: float, *, log: bool) -> float:
+        return self._trial.suggest_float(name, low, high, log=log)
+
+    def choice(self, name: str, count: int) -> int:
+        return self._trial.suggest_categorical(name, list(range(count)))
+
+
+def _optuna() -> Any:
+    try:
+        import optuna  # pyright: ignore[reportMissingImports]  # an extra
+    except ImportError as error:
+        raise UserError("--search=optuna needs optuna: pip install 'mamba_jax[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
