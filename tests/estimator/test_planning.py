@@ -55,6 +55,13 @@ def jax_leaves(tree):
 CASES = json.loads(RESULT.read_text())["cases"] if RESULT.is_file() else []
 
 
+def estimate_of(case):
+    rows = case["batch_size"]
+    run = run_of(case["size"], effective_batch_size=2 * rows)
+    run = with_model(run, max_seq_len=case["seq_len"], **case["changes"])
+    return choose.quick(run, RTX, choose.Layout(rows, case["remat"], 1024)).total_bytes
+
+
 def test_the_compilers_figures_are_there():
     assert len(CASES) >= 24
     lengths = {case["seq_len"] for case in CASES}
@@ -70,12 +77,12 @@ def test_the_compilers_figures_are_there():
     ),
 )
 def test_the_formula_is_within_a_tenth_of_the_compiler(case):
-    rows = case["batch_size"]
-    run = run_of(case["size"], effective_batch_size=2 * rows)
-    run = with_model(run, max_seq_len=case["seq_len"], **case["changes"])
-    layout = choose.Layout(rows, case["remat"], 1024)
-    estimate = choose.quick(run, RTX, layout).total_bytes
-    assert estimate == pytest.approx(case["compiled_bytes"], rel=0.1)
+    assert estimate_of(case) == pytest.approx(case["compiled_bytes"], rel=0.1)
+
+
+def test_the_formula_is_right_on_the_whole():
+    errors = [abs(estimate_of(case) / case["compiled_bytes"] - 1) for case in CASES]
+    assert sum(errors) / len(errors) < 0.015  # a buffer left out would show here
 
 
 def test_the_state_is_divided_over_fsdp_devices():
@@ -208,7 +215,7 @@ def test_exact_takes_the_fastest_that_the_compiler_says_fits(monkeypatch):
     assert ordered[0] != fastest  # something is too large
     assert planned.config == choose.laid_out(run, fastest)
     assert planned.level == "exact" and planned.needs_bytes == needs[fastest]
-    assert compiles <= 5 < len(ordered)  # two of a policy tell its others
+    assert compiles <= 3 < len(ordered)  # two of a policy tell its others
 
 
 def test_exact_steps_down_where_the_line_was_too_low(monkeypatch):
