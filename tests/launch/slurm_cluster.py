@@ -66,7 +66,7 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 MinJobAge=300
 KillWait=15
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
         )

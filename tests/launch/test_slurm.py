@@ -40,7 +40,7 @@ def test_a_job_saves_goes_to_the_queue_resumes_and_can_be_cancelled(cluster, pla
     (place / "pyproject.toml").touch()
     flags = ("--config=tiny.py", "--output_dir=slurm", "--config.training.max_steps=99999")
     job = cluster.call(
-        "sbatch", "--parsable", "--cpus-per-task=2", "--time=10", "launch/slurm.sbatch", *flags,
+        "sbatch", "--parsable", "--cpus-per-task=1", "--time=10", "launch/slurm.sbatch", *flags,
         cwd=place,
     ).strip()  # fmt: skip
     log = place / f"logs/training_slurm_{job}.log"
@@ -67,7 +67,7 @@ def test_a_sweep_on_slurm(cluster, place):  # noqa: F811
         [
             *(sys.executable, "launch/sweep.py", "--config=tiny.py", "--sweep=seeds.py"),
             *("--out=on-slurm", "--executor=slurm", "--slurm", "time=10"),
-            *("--slurm", "cpus_per_task=2"),
+            *("--slurm", "cpus_per_task=1"),
         ],
         cwd=place,
         env=cluster.environment,

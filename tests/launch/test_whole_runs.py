@@ -25,7 +25,7 @@ def get_config():
     config.data.update(tokenizer="bytes", data_dir="texts", cache_dir="cache")
     config.model.update(d_model=16, n_layers=1, max_seq_len=32)
     config.training.update(
-        warmup_steps=2, max_steps=6, eval_steps=3, save_steps=100, eval_windows=16, log_steps=1
+        warmup_steps=2, max_steps=6, eval_steps=3, save_steps=10**6, eval_windows=16, log_steps=1
     )
     config.vram.update(effective_batch_size=8, batch_size=8)
     return config
@@ -111,8 +111,9 @@ def test_a_background_run_is_started_watched_stopped_and_resumed(call):
 
 
 def test_a_mistake_in_the_command_is_told_at_once(call):
-    done = call("./launch/train_background.sh", "--config=tiny.py", "--data_dir=absent")
-    assert done.returncode == 2 and "absent" in done.stderr and not is_running(pathlib.Path("out"))
+    flags = ("--config=tiny.py", "--output_dir=new", "--data_dir=absent")
+    done = call("./launch/train_background.sh", *flags)
+    assert done.returncode == 2 and "absent" in done.stderr and not pathlib.Path("new").exists()
 
 
 def test_a_sweep_of_real_runs(call):
