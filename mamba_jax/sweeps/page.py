@@ -93,11 +93,11 @@ def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
     width = 2 * _SIDE + _GAP * (len(axes) - 1)
     span = _HEIGHT - _TOP - _BOTTOM
     across = [_SIDE + _GAP * i for i in range(len(axes))]
-    parts = []
+    parts, labels = [], []
     for x, one in zip(across, axes, strict=True):
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_TOP + span}"/>')
-        parts.append(f'<text class="name" x="{x}" y="20">{html.escape(one.title)}</text>')
-        parts += [
+        labels.append(f'<text class="name" x="{x}" y="20">{html.escape(one.title)}</text>')
+        labels += [
             f'<text class="tick" x="{x + 6}" y="{_TOP + span * (1 - place) + 4:.1f}">'
             f"{html.escape(label)}</text>"
             for place, label in one.ticks
@@ -117,8 +117,9 @@ def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
         )
     return (
         f'<div class="scroll"><svg viewBox="0 0 {width} {_HEIGHT}" width="{width}" '
-        f'height="{_HEIGHT}" role="img" aria-label="Parallel coordinates">{"".join(parts)}</svg>'
-        '</div><p class="key"><i></i> best … worst; dashed: pruned. Point at a line or a row to '
+        f'height="{_HEIGHT}" role="img" aria-label="Parallel coordinates">'
+        f"{''.join(parts + labels)}</svg></div>"
+        '<p class="key"><i></i> best … worst; dashed: pruned. Point at a line or a row to '
         "see which belong together.</p>"
     )
 
@@ -171,7 +172,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px }
 .scroll { overflow-x: auto; max-width: 100% }
 svg { display: block } text { fill: var(--ink); font-size: 12px }
-.name { text-anchor: middle; font-weight: 600 } .tick { fill: var(--faint) }
+.name { text-anchor: middle; font-weight: 600 } 
+.tick { fill: var(--faint); paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
+text { pointer-events: none }
 .axis { stroke: var(--rule); stroke-width: 2 }
 polyline { fill: none; stroke-width: 2; stroke-opacity: .8 }
 .some polyline, .some tbody tr { opacity: .2 }
