@@ -1,0 +1,94 @@
+"""``train --dry_run``: the plan in words; whatever the run would refuse, without making a thing."""
+
+import pathlib
+
+import jax
+import pytest
+
+from mamba_jax import train
+from mamba_jax.arguments import read
+from mamba_jax.training import checkpoint_folder, summary
+from mamba_jax.training.checkpoint_folder import Metadata
+
+TINY = [
+    *("--config.model.d_model=16", "--config.model.n_layers=1", "--config.model.max_seq_len=32"),
+    *("--config.data.tokenizer=bytes", "--config.training.max_steps=6"),
+]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Calls the command beside some text; returns (exit status, standard output, error)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.txt").write_text("some text\n" * 50)
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        status = train.main([*TINY, *argv, "--dry_run"])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def put_checkpoint(name: str, step: int) -> None:
+    folder = pathlib.Path(name)
+    folder.mkdir(parents=True)
+    metadata = Metadata(read([*TINY]).config, step, 32 * step, "these data")
+    checkpoint_folder.write_metadata(folder, metadata)
+    checkpoint_folder.write_manifest(folder)
+
+
+def test_it_tells_the_whole_plan_and_makes_nothing(call, tmp_path):
+    status, told, error = call("--output_dir=out", "--seed=7", "--vram=8")
+    assert status == 0 and not error
+    for words in (
+        *("custom: mamba, 16 wide, 1 layers", "(vocabulary 257, tokenizer bytes)"),
+        *("custom: 6 steps, learning rate up to 0.0003, warm-up 0", "seed 7"),
+        "32 windows of 32 tokens a step, 6,144 tokens in all",
+        *("data: 1 files", "8.00 GiB (--vram) less a margin", "out: a new run"),
+    ):
+        assert words in told, words
+    assert f"memory of {jax.device_count()} × cpu" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_it_tells_what_resuming_would_do(call):
+    put_checkpoint("out/step_2", 2)
+    status, told, _ = call("--resume=out/step_2", "--training_preset=careful", "--output_dir=new")
+    assert status == 0
+    assert "continuing from out/step_2: step 2" in told
+    assert "changed since that checkpoint: training.learning_rate 0.0003 → 0.0001" in told
+    assert "new: 4 steps to go" in told and not pathlib.Path("new").exists()
+    assert "out: 4 steps to go" in call("--resume=auto", "--output_dir=out")[1]
+
+    put_checkpoint("done/final", 6)
+    (pathlib.Path("done") / summary.NAME).write_text("it went well")
+    assert (
+        "done: nothing to do, complete at step 6" in call("--resume=auto", "--output_dir=done")[1]
+    )
+
+
+REFUSED = {
+    "out": (["--output_dir=out"], "output_dir out already holds checkpoints of a run (step_2)"),
+    "structure": (
+        ["--resume=out", "--config.model.d_model=32"],
+        "out/step_2 is of another model: model.d_model 16 there, 32 here",
+    ),
+    "file": (["--output_dir=data/a.txt/x"], "cannot write into output_dir data/a.txt/x: "),
+    "profile": (["--profile"], "would trace the steps 6 to 8, but the run ends at step 6"),
+    "data": (["--data_dir=absent"], "data.data_dir=absent does not exist"),
+    "dataset": (["--dataset=./absent"], "dataset folder ./absent does not exist"),
+    "scan": (["--config.model.scan=pallas_gpu"], "pallas_gpu"),
+    "devices": (["--config.vram.batch_size=4"], "vram.batch_size=4 is not divisible by the 8 dev"),
+    "vocabulary": (["--config.model.vocab_size=100"], "model.vocab_size=100 is below the 257 ids"),
+    "memory": (["--vram=1", "--vram_safety_margin=1024"], "leaves nothing of"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_run_would_refuse_is_refused_in_one_line(call, case):
+    put_checkpoint("out/step_2", 2)
+    argv, message = REFUSED[case]
+    status, told, error = call(*argv)
+    assert status == 2 and not told
+    assert message in error and error.count("\n") == 1
