@@ -141,7 +141,8 @@ def _check_vram(vram: "VramConfig") -> None:
     if not vram.auto and vram.safety_margin_mb >= vram.memory_gb * 1024:
         raise UserError(
             f"vram.safety_margin_mb={vram.safety_margin_mb} leaves nothing of "
-            f"vram.memory_gb={vram.memory_gb:g} ({vram.memory_gb * 1024:.0f} MB)"
+            f"vram.memory_gb={vram.memory_gb:g} ({vram.memory_gb * 1024:.0f} MB); "
+            "lower --vram_safety_margin"
         )
 
 
