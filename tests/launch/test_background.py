@@ -191,6 +191,14 @@ def test_without_requeue_and_after_a_stop_there_is_no_second_start(place):
     wait(lambda: starts() == 2)
     assert background.main(["--stop"]) == 0
     assert starts() == 2
+    newest = pathlib.Path(read(OUT)["log"]).read_text()
+    assert "saved at step 1" in newest and "starting again" not in newest
+
+
+def test_a_stop_that_comes_at_once_is_not_lost(place):
+    assert launch("run") == 0
+    background.main(["--stop"])
+    assert read(OUT)["exit_code"] in (75, 143)  # the supervisor lived to see the end
 
 
 def test_a_run_outlives_its_supervisor_and_is_still_found(place, capfd):
