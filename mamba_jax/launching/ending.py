@@ -7,11 +7,9 @@ import signal
 
 PREEMPTED, PEER_LOST = 75, 76  # saved, and the same command with --resume auto goes on
 _TAIL_BYTES = 1 << 16
-# With or without the time in front: "error: …", "KeyError: …", "XlaRuntimeError: …"
-_REASON = re.compile(
-    r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d )?"
-    r"(error: .*|(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|Fatal Python error: .*)$"
-)
+_TIME = r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)?\s*"
+_TOLD = re.compile(_TIME + r"(error: .*)$")  # the program's own last word
+_RAISED = re.compile(_TIME + r"((?:\w+\.)*\w*(?:Error|Exception)\b.*|Fatal Python error: .*)$")
 _MEANINGS = {
     0: "done",
     1: "crashed",
@@ -43,9 +41,17 @@ def meaning(code: int) -> str:
 
 
 def reason(log: pathlib.Path) -> str:
-    """Returns the last line of a log that tells of an error; "" where there is none."""
-    found = [match[1] for line in tail(log) if (match := _REASON.match(line))]
-    return found[-1] if found else ""
+    """Returns the line of a log that tells why its run ended; "" where there is none.
+
+    That is the program's last word, else the last exception: some thread may print another one
+    when all has been said.
+    """
+    lines = tail(log)
+    for pattern in (_TOLD, _RAISED):
+        found = [match[1] for line in lines if (match := pattern.match(line))]
+        if found:
+            return found[-1]
+    return ""
 
 
 def last(log: pathlib.Path, pattern: str) -> str:

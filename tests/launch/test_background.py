@@ -280,6 +280,26 @@ def test_the_end_is_written_into_room_that_was_kept(tmp_path):
     assert read(tmp_path)["exit_code"] == 137 and set(read(tmp_path)["why"]) == {"ä"}
 
 
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (["2026-01-02 03:04:05 step 1/2  loss 1", "all is well"], ""),
+        (["Traceback (most recent call last):", "a.b.XlaRuntimeError: INTERNAL: x"], "a.b.Xla"),
+        (["2026-01-02 03:04:05 error: first", "error: second", "KeyError: 1"], "error: second"),
+        (
+            ["Traceback (most recent call last):", " error: no space", "RuntimeError: y"],
+            "error: no",
+        ),
+        (["jaxlib raised no Error here", "ValueError: 1", "ValueError: 2"], "ValueError: 2"),
+    ],
+)
+def test_the_reason_is_the_programs_last_word_or_the_last_exception(tmp_path, lines, reason):
+    log = tmp_path / "log"
+    log.write_text("\n".join(lines) + "\n")
+    found = ending.reason(log)
+    assert found.startswith(reason) and bool(found) == bool(reason)
+
+
 def test_full_disk_names_the_folder(monkeypatch, tmp_path):
     assert ending.full_disk(tmp_path / "absent", tmp_path) == ""
     full = os.statvfs_result((4096, 4096, 100, 0, 0, 0, 0, 0, 0, 255))
