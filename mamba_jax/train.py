@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 from mamba_jax import arguments
-from mamba_jax.config import RunConfig
+from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError, command
 
 # How the closing sample is drawn: cool, as it has to show what a short run has learnt.
@@ -73,8 +73,9 @@ def _run(
     )
     from mamba_jax.training.elastic import ElasticStep
     from mamba_jax.training.evaluation import Evaluation, evaluate
+    from mamba_jax.training.hardware import find_hardware
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
-    from mamba_jax.training.monitor import Monitor, find_hardware
+    from mamba_jax.training.monitor import Monitor
     from mamba_jax.training.profile import Profile, traced_steps
     from mamba_jax.training.state import abstract_state, init_state
     from mamba_jax.training.step import make_eval_step
@@ -123,8 +124,10 @@ def _run(
         eot_id, token_bytes = corpus.tokenizer.eot_id, corpus.tokenizer.token_bytes
         train_step = ElasticStep(config, mesh, eot_id, monitor.warn)
         eval_step = make_eval_step(config, mesh, eot_id, token_bytes)
-        batches = loop.prefetch(
-            corpus.train_batches(batch_size, config.seed, first_sample), batch_sharding(mesh)
+        batches = monitor.waiting(
+            loop.prefetch(
+                corpus.train_batches(batch_size, config.seed, first_sample), batch_sharding(mesh)
+            )
         )
         keep = {"keep_last": training.keep_last, "keep_every": training.keep_every}
         parameters = parameter_count(config.model)
@@ -138,7 +141,8 @@ def _run(
             f"{config.name}: {parameters.total:,} parameters on {planned.device}; "
             f"selective scan: {scan}; compiling …"
         )
-        monitor.start(first_step, start.path.parent if start else None, hardware)
+        about = {"config": to_dict(config), "parameters": parameters.total}
+        monitor.start(first_step, start.path.parent if start else None, hardware, about)
 
         def evaluated() -> Evaluation:
             windows = corpus.eval_batches(config.vram.batch_size, training.eval_windows)
@@ -223,6 +227,7 @@ def _run(
                 **_SAMPLE,
                 seed=config.seed,
             )
+            monitor.sample(step, prompt, sample)
         block = summary.Summary(
             name=config.name,
             checkpoint=output_dir / FINAL,

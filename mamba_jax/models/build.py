@@ -48,6 +48,7 @@ def forward(
     initial_cache: Cache | None = None,
     dropout_key: PRNGKeyArray | None = None,
     generating: bool = False,
+    observing: bool = False,
 ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array], Cache]:
     """Runs everything before the head.
 
@@ -61,12 +62,14 @@ def forward(
         continued if its id equals the last one before (or no ids are given).
       dropout_key: None: no dropout.
       generating: heed ``config.gate_skip_threshold``; training and evaluation never skip.
+      observing: report of each layer's Δ and A as well; needs a row with nothing before it.
 
     Returns:
       x_btd: float32, after the final norm.
       aux: empty for Mamba. For the hybrid, float32 by layer: ``gate_mean`` (l, k),
         ``gate_histogram`` (l, k, 10), share of tokens per gate decile, and ``depth_mean`` (l,),
-        mean sum of the gates.
+        mean sum of the gates. If observing, (l,): ``dt_mean`` and ``dt_max`` of Δ over tokens and
+        channels, ``A_min`` and ``A_max``.
       final_cache: the cache after the last token, of fixed size whatever the length.
     """
     cache = initial_cache
@@ -86,8 +89,9 @@ def forward(
     def layer(x_btd: jax.Array, per_layer: tuple[Params, Any, Any]) -> tuple[jax.Array, Any]:
         layer_params, layer_cache, key = per_layer
         block = _bind_block(config, dtype, layer_params)
+        observed = block.observe(x_btd, layout) if observing else {}
         x_btd, report, layer_cache = block(x_btd, layout, layer_cache, key)
-        return x_btd, (report, layer_cache)
+        return x_btd, (report | observed, layer_cache)
 
     with jax.named_scope("embed"):
         x_btd = params["embed"]["embedding"][tokens_bt]

@@ -71,6 +71,18 @@ class MambaBlock(nnx.Module):
         m_btd, cache = self.mix(x_btd, layout, cache, key)
         return x_btd + m_btd, {}, cache
 
+    def observe(self, x_btd: jax.Array, layout: Layout) -> dict[str, jax.Array]:
+        """Measures the layer's Δ over the tokens, and the range of its A; float32 scalars."""
+        u_btd = self.norm(x_btd).astype(self.dtype)
+        dt_bte = self.mixer.step_sizes(u_btd, layout.where)
+        A_en = -jnp.exp(self.mixer.A_log[...])
+        return {
+            "dt_mean": dt_bte.mean(),
+            "dt_max": dt_bte.max(),
+            "A_min": A_en.min(),
+            "A_max": A_en.max(),
+        }
+
 
 class HybridBlock(MambaBlock):
     """A Mamba mixer, then the recursion, hierarchical attention and their fusion.

@@ -138,19 +138,8 @@ class MambaMixer(nnx.Module):
           (b, t, d) outputs in the matmul dtype, and the cache after the row.
         """
         cache = cache or {}
-        # Not by indices: their gradients would be padded and added.
-        x_bte, z_bte = (v.squeeze(-2) for v in jnp.split(self.in_proj(u_btd), 2, axis=-2))
-        x_bte, conv_state = causal_conv1d(
-            x_bte,
-            self.conv1d.kernel[...],
-            self.conv1d.bias[...],
-            initial_state_bje=cache.get("conv_state"),
-            position_bt=where.position_bt,
-        )
-        x_bte = jax.nn.silu(x_bte)
-        dt_btr, B_btn, C_btn = jnp.split(self.x_proj(x_bte), self.splits, axis=-1)
-        kernel_re = self.dt_proj.kernel[...].astype(self.dtype)
-        dt_bte = dot_by_rows(dt_btr, kernel_re, preferred_element_type=jnp.float32)
+        x_bte, z_bte, conv_state = self._convolve(u_btd, where, cache.get("conv_state"))
+        dt_bte, B_btn, C_btn = self._select(x_bte)
         y_bte, ssm_state = selective_scan(
             x_bte,
             dt_bte,
@@ -166,3 +155,31 @@ class MambaMixer(nnx.Module):
             implementation=self.scan,
         )
         return self.out_proj(y_bte), {"conv_state": conv_state, "ssm_state": ssm_state}
+
+    def step_sizes(self, u_btd: jax.Array, where: Documents) -> jax.Array:
+        """Returns Δ, (b, t, e) float32 > 0, as the scan uses it on a row with nothing before it."""
+        x_bte, _, _ = self._convolve(u_btd, where, None)
+        dt_bte, _, _ = self._select(x_bte)
+        return jax.nn.softplus(dt_bte + self.dt_proj.bias[...])
+
+    def _convolve(
+        self, u_btd: jax.Array, where: Documents, conv_state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns x and z, (b, t, e), and the conv's state after the row."""
+        # Not by indices: their gradients would be padded and added.
+        x_bte, z_bte = (v.squeeze(-2) for v in jnp.split(self.in_proj(u_btd), 2, axis=-2))
+        x_bte, conv_state = causal_conv1d(
+            x_bte,
+            self.conv1d.kernel[...],
+            self.conv1d.bias[...],
+            initial_state_bje=conv_state,
+            position_bt=where.position_bt,
+        )
+        return jax.nn.silu(x_bte), z_bte, conv_state
+
+    def _select(self, x_bte: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns Δ before bias and softplus (b, t, e) float32, and B and C (b, t, n)."""
+        dt_btr, B_btn, C_btn = jnp.split(self.x_proj(x_bte), self.splits, axis=-1)
+        kernel_re = self.dt_proj.kernel[...].astype(self.dtype)
+        dt_bte = dot_by_rows(dt_btr, kernel_re, preferred_element_type=jnp.float32)
+        return dt_bte, B_btn, C_btn

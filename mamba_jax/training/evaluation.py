@@ -2,10 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
+# What is measured of each layer, and how the measures of several batches become one.
+OVER_BATCHES: Mapping[str, Callable[..., Any]] = {
+    "dt_mean": np.mean,
+    "dt_max": np.max,
+    "A_min": np.min,
+    "A_max": np.max,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +23,7 @@ class Evaluation:
     nll: float  # nats
     targets: float  # target tokens
     bytes: float  # UTF-8 bytes of their text
+    layers: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)  # by OVER_BATCHES
 
     @property
     def loss(self) -> float:
@@ -52,9 +61,13 @@ def evaluate(
       batches: (windows (b, t + 1) int32, weights (b,) float32); the same each time, so that
         evaluations can be compared.
     """
-    sums = [eval_step(params, windows, weights) for windows, weights in batches]
+    parts = [eval_step(params, windows, weights) for windows, weights in batches]
     # On the host in double precision: over millions of tokens float32 sums lose digits.
     nll, targets, bytes_ = (
-        math.fsum(float(part[name]) for part in sums) for name in ("nll", "targets", "bytes")
+        math.fsum(float(part[name]) for part in parts) for name in ("nll", "targets", "bytes")
     )
-    return Evaluation(nll, targets, bytes_)
+    layers = {
+        name: reduce(np.stack([part["layers"][name] for part in parts]), axis=0).tolist()
+        for name, reduce in OVER_BATCHES.items()
+    }
+    return Evaluation(nll, targets, bytes_, layers)

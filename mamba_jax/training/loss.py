@@ -24,6 +24,7 @@ def token_nll(
     eot_id: int,
     dropout_key: jax.Array | None = None,
     initial_cache: build.Cache | None = None,
+    observing: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array], build.Cache]:
     """Returns −log p(target) of every token.
 
@@ -39,13 +40,16 @@ def token_nll(
       dropout_key: None: no dropout.
       initial_cache: the final one of the windows before these, to train long documents over
         several windows; None: each window begins with nothing before it.
+      observing: as in ``models.build.forward``.
 
     Returns:
       nll_bt: float32, nats.
       aux: as ``models.build.forward`` gives it.
       final_cache: the state after the windows.
     """
-    x_btd, aux, final_cache = _hidden(params, config, windows, eot_id, dropout_key, initial_cache)
+    x_btd, aux, final_cache = _hidden(
+        params, config, windows, eot_id, dropout_key, initial_cache, observing
+    )
 
     def head_nll(x_btd: jax.Array, weight_vd: jax.Array, targets_bt: jax.Array) -> jax.Array:
         nll_n = cross_entropy(_rows(x_btd), weight_vd, targets_bt.reshape(-1), **_head(config))
@@ -100,6 +104,7 @@ def _hidden(
     eot_id: int,
     dropout_key: jax.Array | None,
     initial_cache: build.Cache | None,
+    observing: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array], build.Cache]:
     """Runs the model up to its head on the windows' inputs; see ``token_nll``."""
     inputs_bt = windows[:, :-1]
@@ -113,6 +118,7 @@ def _hidden(
         segment_ids_bt=segment_ids_bt,
         initial_cache=initial_cache,
         dropout_key=dropout_key,
+        observing=observing,
     )
 
 

@@ -1,62 +1,32 @@
-"""What a run shows while it goes: progress bar, log file, TensorBoard, ``metrics.jsonl``."""
+"""What a run shows while it goes: progress bar, log file, trackers, ``metrics.jsonl``."""
 
 import collections
 import contextlib
-import dataclasses
 import os
 import pathlib
-import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-import jax
 import numpy as np
 import tqdm
 
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError
-from mamba_jax.models.flops import model_flops
-from mamba_jax.models.language_model import matmul_dtype
-from mamba_jax.models.roofline import find_device, published
 from mamba_jax.training import log_file
 from mamba_jax.training.evaluation import Evaluation
+from mamba_jax.training.hardware import Hardware, device_memory_bytes
 from mamba_jax.training.history import History
-from mamba_jax.training.tensorboard import TensorBoard
+from mamba_jax.training.trackers import Tracker, flatten, open_trackers
+
+if TYPE_CHECKING:
+    from mamba_jax.training.tensorboard import TensorBoard
 
 _MIB = 1024**2
 _LOG, _TENSORBOARD, _HISTORY = "the log file", "TensorBoard", "metrics.jsonl"
 
-
-@dataclasses.dataclass(frozen=True)
-class Hardware:
-    """What a run trains on, and what a token costs there."""
-
-    device_kind: str
-    device_count: int
-    model_flops: float  # per trained token
-    peak_flops_per_sec: float | None  # of all devices in matmuls; None: not known
-
-    def measures(self, tokens_per_sec: float) -> dict[str, float]:
-        """Returns ``tflops``, the model's per second, and ``mfu``, their share of the peak."""
-        flops_per_sec = self.model_flops * tokens_per_sec
-        measures = {"tflops": flops_per_sec / 1e12}
-        if self.peak_flops_per_sec is not None:
-            measures["mfu"] = flops_per_sec / self.peak_flops_per_sec
-        return measures
-
-
-def find_hardware(config: RunConfig, mesh: jax.sharding.Mesh) -> Hardware:
-    """Returns the devices of a mesh with their published peak, if they have one."""
-    device = mesh.devices.flat[0]
-    known = find_device(device.device_kind)
-    peak = None
-    if known is not None:
-        peaks = published(known, matmul_dtype(config.model).name)
-        peak = mesh.size * peaks.matmul_flops_per_sec
-    cost = model_flops(config.model, config.model.max_seq_len)
-    return Hardware(device.device_kind, mesh.size, cost, peak)
+T = TypeVar("T")
 
 
 class Monitor:
@@ -73,11 +43,15 @@ class Monitor:
         self._log: TextIO | None = sys.stdout if self._redirected else None
         self._before_log: list[str] = []  # lines said before there was a log file
         self._tensorboard: TensorBoard | None = None
+        self._trackers: dict[str, Tracker] = {}  # TensorBoard is one of them
+        self._folder: pathlib.Path | None = None  # of this run, in TensorBoard's
+        self._step = 0  # the last one recorded
         self._history: History | None = None
         self._silenced: set[str] = set()
         self._bar: tqdm.tqdm | None = None
         self._interval: collections.Counter[str] = collections.Counter()
         self._secs = 0.0  # of training in the interval
+        self._data_secs = 0.0  # of them waiting for a batch
         self._clock: float | None = None
         self._pauses = 0
         self._rate = 0.0  # tokens per second in the last timed interval
@@ -101,15 +75,22 @@ class Monitor:
             raise UserError(
                 f"cannot write the log {path}: {error.strerror}; choose another --config.log_dir"
             ) from error
+        self._folder = folder
         try:
-            self._tensorboard = TensorBoard(folder)
+            from mamba_jax.training.tensorboard import TensorBoard
+
+            self._tensorboard = self._trackers[_TENSORBOARD] = TensorBoard(folder)
+        except ImportError as error:
+            self.warn(f"{error}; training goes on without TensorBoard (pip install tensorboardX)")
         except OSError as error:
             raise UserError(
                 f"cannot write TensorBoard events to {folder}: {error.strerror}; "
                 "choose another --config.tensorboard_dir"
             ) from error
+        self._trackers |= open_trackers(config, self.warn)
         self.attempt(_LOG, lambda: log.writelines(self._before_log))
-        self.say(f"log: {path}; curves: tensorboard --logdir {config.tensorboard_dir}")
+        curves = f"; curves: tensorboard --logdir {config.tensorboard_dir}"
+        self.say(f"log: {path}{curves if self._tensorboard else ''}")
 
     def __enter__(self) -> "Monitor":
         return self
@@ -119,10 +100,12 @@ class Monitor:
     ) -> None:
         self.finish()
         if error is not None:
-            self._to_log(f"ended by {type(error).__name__}: {error}")
+            ended = f"{type(error).__name__}: {error}"
+            self._to_log(f"ended by {ended}")
+            self.record(step=self._step, ended=ended)
+        self._tell("close", error is None)
         for what, stream in (
             (_LOG, None if self._redirected else self._log),
-            (_TENSORBOARD, self._tensorboard),
             (_HISTORY, self._history),
         ):
             if stream is not None:
@@ -134,9 +117,10 @@ class Monitor:
         self._print(text, sys.stdout)
 
     def warn(self, text: str) -> None:
-        """Prints a warning to standard error and to the log file."""
+        """Prints a warning to standard error and to the log file; ``metrics.jsonl`` keeps it."""
         self._to_log(f"warning: {text}")
         self._print(f"warning: {text}", sys.stderr)
+        self.record(step=self._step, warning=text)
 
     def _print(self, text: str, stream: TextIO) -> None:
         """Prints above the bar. A reader that went away, or its full disk, stops no training."""
@@ -154,11 +138,15 @@ class Monitor:
     @property
     def folder(self) -> pathlib.Path:
         """The run's own TensorBoard folder; the monitor must be open."""
-        assert self._tensorboard is not None
-        return self._tensorboard.folder
+        assert self._folder is not None
+        return self._folder
 
     def start(
-        self, step: int, source: pathlib.Path | None, hardware: Hardware | None = None
+        self,
+        step: int,
+        source: pathlib.Path | None,
+        hardware: Hardware | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Opens ``metrics.jsonl`` and shows the bar.
 
@@ -166,9 +154,14 @@ class Monitor:
           step: that the run continues from; 0 at its beginning.
           source: the folder of the run that it continues, if any.
           hardware: to tell FLOPs per second and record the rate with; None: neither.
+          about: what to record of the run: ``config``, as ``config.to_dict`` gives it, and
+            ``parameters``, their number; None: nothing.
         """
-        self._hardware = hardware
+        self._hardware, self._step = hardware, step
         self._history = History(pathlib.Path(self._config.output_dir), step, source)
+        if about is not None:
+            self.record(step=step, run={"started": time.strftime("%Y-%m-%d %H:%M:%S"), **about})
+            self._tell("hyperparameters", flatten(about["config"]))
         # On something that is not a terminal, a log's reader wants whole lines now and then. Some
         # terminals (a container's) claim a size of 0, on which tqdm would draw nothing.
         shows_bar = sys.stderr.isatty()
@@ -210,6 +203,15 @@ class Monitor:
             self._secs += time.perf_counter() - self._clock
             self._clock = None
 
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields the batches, and counts the time that the training waits for each."""
+        begun = time.perf_counter()
+        for batch in batches:
+            if self._clock is not None:
+                self._data_secs += time.perf_counter() - begun
+            yield batch
+            begun = time.perf_counter()
+
     def step(
         self,
         step: int,
@@ -236,8 +238,10 @@ class Monitor:
         record = {"loss": loss, "learning_rate": learning_rate, "gradient_norm": gradient_norm}
         if skipped:
             record["skipped"] = True
+        self._step = step
+        self.record(step=step, **record)
+        if skipped:
             self.warn(f"step {step}: gradient norm {gradient_norm:.3g} is a spike; step skipped")
-        self._record(step=step, **record)
         if self._clock is not None:
             self._stop_clock()
             self._clock = time.perf_counter()
@@ -252,19 +256,22 @@ class Monitor:
     def _show(self, step: int, record: Mapping[str, float], aux: Mapping[str, np.ndarray]) -> None:
         interval, self._interval = self._interval, collections.Counter()
         measures: dict[str, float] = {}
-        hardware = self._hardware
+        hardware, memory_bytes, data_wait = self._hardware, device_memory_bytes(), 0.0
         if self._secs > 0 and interval["timed"]:
+            data_wait = min(1.0, self._data_secs / self._secs)
             self._rate = interval["tokens"] / self._secs
             self._secs_per_step = self._secs / interval["timed"]
             if hardware is not None:
                 measures = hardware.measures(self._rate)
-                self._record(
+                self.record(
                     step=step,
                     tokens_per_sec=self._rate,
                     device_kind=hardware.device_kind,
                     device_count=hardware.device_count,
+                    memory_bytes=memory_bytes,
+                    data_wait=data_wait,
                 )
-        self._secs = 0.0
+        self._secs = self._data_secs = 0.0
         mean_loss = interval["loss"] / interval["steps"]
         last = self._config.training.max_steps
         left = _duration((last - step) * self._secs_per_step) if self._rate else "–"
@@ -281,30 +288,37 @@ class Monitor:
             "train/learning_rate": record["learning_rate"],
             "train/gradient_norm": record["gradient_norm"],
             "train/tokens_per_sec": self._rate,
-            "device/memory_mib": device_memory_bytes() / _MIB,
+            "train/data_wait": data_wait,
+            "device/memory_mib": memory_bytes / _MIB,
             **{f"train/{name}": value for name, value in measures.items()},
         }
-        for layer, depth in enumerate(aux["depth_mean"] if aux else ()):
-            scalars[f"depth/layer_{layer:02d}"] = float(depth)
+        if aux:
+            gates = _gates(aux)
+            self.record(step=step, **gates)
+            scalars |= _by_layer({"depth": gates["depth_mean"]})
+        self._tell("scalars", step, scalars)
         board = self._tensorboard
         if board is not None:
-            self.attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
             self.attempt(_TENSORBOARD, lambda: _add_gates(board, step, aux))
         self.flush()
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Records one evaluation."""
-        self._record(step=step, **evaluation.measures())
+        self.record(step=step, **evaluation.measures(), **evaluation.layers)
         scalars = {
             name.replace("eval_", "eval/"): value for name, value in evaluation.measures().items()
         }
-        board = self._tensorboard
-        if board is not None:
-            self.attempt(_TENSORBOARD, lambda: board.scalars(step, scalars))
+        self._tell("scalars", step, scalars | _by_layer(evaluation.layers))
         self.say(
             f"step {step}: eval loss {evaluation.loss:.4f}, perplexity "
             f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte"
         )
+        self.flush()
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Records what the model made of a prompt."""
+        self.record(step=step, prompt=prompt, sample=text)
+        self._tell("text", step, "sample", prompt + text)
         self.flush()
 
     def flush(self) -> None:
@@ -321,10 +335,16 @@ class Monitor:
     def _rate_text(self) -> str:
         return f"{self._rate:,.0f} tokens/s" if self._rate else "– tokens/s"
 
-    def _record(self, **record: Any) -> None:
+    def record(self, **record: Any) -> None:
+        """Adds a record, which must have a ``step``, to ``metrics.jsonl`` where that is open."""
         history = self._history
         if history is not None:
             self.attempt(_HISTORY, lambda: history.append(**record))
+
+    def _tell(self, what: str, *values: Any) -> None:
+        """Calls a method of every tracker; one that fails hears no more."""
+        for name, tracker in self._trackers.items():
+            self.attempt(name, lambda tracker=tracker: getattr(tracker, what)(*values), Exception)
 
     def _to_log(self, text: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
@@ -334,31 +354,44 @@ class Monitor:
         else:
             self.attempt(_LOG, lambda: print(line, file=log, end="", flush=True))
 
-    def attempt(self, what: str, write: Callable[[], object]) -> None:
+    def attempt(
+        self, what: str, write: Callable[[], object], failure: type[Exception] = OSError
+    ) -> None:
         """Writes something that training can do without; after a failure ``what`` is silent."""
         if what in self._silenced:
             return
         try:
             write()
-        except OSError as error:
+        except failure as error:
             self._silenced.add(what)
             self.warn(f"{what} cannot be written ({error}); training goes on without it")
 
 
-def device_memory_bytes() -> int:
-    """Returns the peak of device memory in use; on CPU, of this process's memory."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def _add_gates(board: TensorBoard, step: int, aux: Mapping[str, np.ndarray]) -> None:
+def _add_gates(board: "TensorBoard", step: int, aux: Mapping[str, np.ndarray]) -> None:
     """Adds the distribution of the depth gates of each layer, over tokens and recursion steps."""
     for layer, shares_kh in enumerate(aux["gate_histogram"] if aux else ()):
         edges = np.linspace(0.0, 1.0, shares_kh.shape[-1] + 1).tolist()
         board.histogram(step, f"gate/layer_{layer:02d}", edges, shares_kh.mean(axis=0).tolist())
+
+
+def _gates(aux: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """Returns of each layer its mean depth, and the shares of gates nearly closed and open."""
+    histogram_lkg = np.asarray(aux["gate_histogram"])
+    gates_l = {
+        "depth_mean": np.asarray(aux["depth_mean"]),
+        "gates_closed": histogram_lkg[..., 0].mean(axis=-1),  # below 0.1
+        "gates_open": histogram_lkg[..., -1].mean(axis=-1),  # from 0.9 up
+    }
+    return {name: [float(f"{v:.4g}") for v in values] for name, values in gates_l.items()}
+
+
+def _by_layer(measures: Mapping[str, list[float]]) -> dict[str, float]:
+    """Returns a curve's name → value for each layer."""
+    return {
+        f"{name}/layer_{layer:02d}": value
+        for name, values in measures.items()
+        for layer, value in enumerate(values)
+    }
 
 
 def _flops_text(measures: Mapping[str, float]) -> str:

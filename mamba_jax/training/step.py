@@ -17,6 +17,7 @@ from mamba_jax.config import RunConfig
 from mamba_jax.models import build
 from mamba_jax.parallel.mesh import batch_sharding, check_batch, replicated
 from mamba_jax.training.accumulate import accumulate
+from mamba_jax.training.evaluation import OVER_BATCHES
 from mamba_jax.training.loss import loss_sums, token_nll
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.schedule import learning_rate
@@ -154,7 +155,7 @@ def culprits(tensor_norms: Any, largest: int = 3) -> list[str]:
 
 def make_eval_step(
     config: RunConfig, mesh: Mesh, eot_id: int, token_bytes: np.ndarray
-) -> Callable[[build.Params, Any, Any], dict[str, jax.Array]]:
+) -> Callable[[build.Params, Any, Any], dict[str, Any]]:
     """Compiles ``evaluate(params, windows, weights) → sums``.
 
     Args:
@@ -165,18 +166,20 @@ def make_eval_step(
 
     Returns:
       The function. ``windows`` int32 (b, t + 1); ``weights`` float32 (b,), 0 for padding. Its
-      weighted float32 sums: ``nll`` in nats, ``targets`` in tokens, ``bytes`` of their text.
+      weighted float32 sums: ``nll`` in nats, ``targets`` in tokens, ``bytes`` of their text. Under
+      ``layers`` what the model reports of Δ and A, padding included.
     """
     bytes_v = np.asarray(token_bytes, np.float32)
 
-    def evaluate(params: Any, windows: jax.Array, weights_b: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(params: Any, windows: jax.Array, weights_b: jax.Array) -> dict[str, Any]:
         params = jax.lax.with_sharding_constraint(params, replicated(mesh))
-        nll_bt, _, _ = token_nll(params, config, mesh, windows, eot_id)
+        nll_bt, aux, _ = token_nll(params, config, mesh, windows, eot_id, observing=True)
         weights_b1 = weights_b[:, None]
         return {
             "nll": jnp.sum(weights_b1 * nll_bt),
             "targets": jnp.sum(weights_b1 * jnp.ones_like(nll_bt)),
             "bytes": jnp.sum(weights_b1 * jnp.asarray(bytes_v)[windows[:, 1:]]),
+            "layers": {name: aux[name] for name in OVER_BATCHES},
         }
 
     params_shardings = jax.tree.map(

@@ -14,19 +14,31 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+_JUDGED_BY = ("eval/loss", "train/loss", "train/tokens_per_sec")
+
 
 class TensorBoard:
     """One event file in a folder of its own."""
 
     def __init__(self, folder: pathlib.Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
         self._events = EventsWriter(str(folder / "events"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one point to each curve."""
         for tag, value in values.items():
             self._add(step, summary.scalar(tag, value))
+
+    def hyperparameters(self, values: Mapping[str, bool | int | float | str]) -> None:
+        """Fills the tab HPARAMS: the config's fields, and the measures to judge them by."""
+        experiment, start, _ = summary.hparams(dict(values), dict.fromkeys(_JUDGED_BY, 0.0))
+        self._add(0, experiment)
+        self._add(0, start)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Adds a text to the tab TEXT, as it stands."""
+        indented = "\n".join("    " + line for line in text.splitlines())  # Markdown for code
+        self._add(step, summary.text(tag, indented))
 
     def histogram(
         self, step: int, tag: str, edges: Sequence[float], counts: Sequence[float]
@@ -50,7 +62,10 @@ class TensorBoard:
     def flush(self) -> None:
         self._events.flush()
 
-    def close(self) -> None:
+    def close(self, succeeded: bool) -> None:
+        if succeeded:
+            _, _, end = summary.hparams({}, {})
+            self._add(0, end)
         self._events.close()
 
     def _add(self, step: int, values: "summary.Summary") -> None:

@@ -74,6 +74,12 @@ def test_the_skypilot_task_runs_a_command_that_exists():
 # --- Cloud TPU ------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_login(tmp_path, monkeypatch):
+    """Should a real gcloud ever be reached: without an account and a project it makes nothing."""
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no_login"))
+
+
 @pytest.fixture
 def gcloud(tmp_path, monkeypatch):
     """A gcloud that notes its arguments and runs --command in a folder that plays the VM."""

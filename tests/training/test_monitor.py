@@ -18,6 +18,7 @@ from mamba_jax.models import build
 from mamba_jax.models.cost import ParameterCount
 from mamba_jax.training import history, loop, monitor
 from mamba_jax.training.evaluation import Evaluation, evaluate
+from mamba_jax.training.hardware import find_hardware
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.summary import Summary
 
@@ -77,7 +78,8 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
         for step in (1, 2, 3, 4):
             take_step(shown, step, aux=lambda: aux, skipped=step == 3)
             if step == 2:
-                shown.evaluation(2, Evaluation(nll=20.0, targets=10.0, bytes=40.0))
+                layers = {"dt_mean": [0.01, 0.02], "A_min": [-16.0, -17.0]}
+                shown.evaluation(2, Evaluation(nll=20.0, targets=10.0, bytes=40.0, layers=layers))
     points = {
         (value.tag, event.step): value for event in read_events(tmp_path / "runs")
         for value in event.summary.value
@@ -89,7 +91,7 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
     assert scalar("eval/loss", 2) == 2.0
     assert scalar("eval/perplexity", 2) == pytest.approx(math.exp(2.0), rel=1e-6)  # float32
     assert scalar("eval/bits_per_byte", 2) == pytest.approx(0.5 / math.log(2), rel=1e-6)
-    assert scalar("depth/layer_01", 4) == 2.5
+    assert scalar("depth/layer_01", 4) == 2.5 and scalar("A_min/layer_01", 2) == -17.0
     gates = points["gate/layer_00", 4].histo
     assert list(gates.bucket_limit) == pytest.approx([i / 10 for i in range(1, 11)])
     assert list(gates.bucket) == pytest.approx([1 / 3] * 3 + [0] * 7)
@@ -102,9 +104,18 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
     assert "step 2/6" in capsys.readouterr().err  # not a terminal: whole lines instead of a bar
 
     records = history.read(tmp_path / "out/metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2, 2, 3, 4]
     assert records[0] == {"step": 1, "loss": 3.0, "learning_rate": 0.5, "gradient_norm": 2.0}
-    assert records[2]["eval_loss"] == 2.0 and records[3]["skipped"] is True
+    losses = [record for record in records if "loss" in record]
+    assert [record["step"] for record in losses] == [1, 2, 3, 4] and losses[2]["skipped"] is True
+    (evaluation,) = (record for record in records if "eval_loss" in record)
+    assert evaluation["eval_loss"] == 2.0 and evaluation["dt_mean"] == [0.01, 0.02]
+    (warning,) = (record["warning"] for record in records if "warning" in record)
+    assert "step 3: gradient norm 2" in warning
+    # Of the first layer all gates of step k lie in decile k: a third of them is nearly closed.
+    gates = [record for record in records if "depth_mean" in record]
+    assert [record["step"] for record in gates] == [2, 4]
+    assert gates[0]["depth_mean"] == [1.5, 2.5] and gates[0]["gates_open"] == [0.0, 0.1]
+    assert gates[0]["gates_closed"] == [0.3333, 0.1]
 
 
 def test_the_rate_counts_training_alone(config, monkeypatch):
@@ -284,10 +295,19 @@ def test_evaluation_adds_sums_not_means():
     parts = {1: (6.0, 3.0, 9.0), 2: (4.0, 1.0, 1.0)}
 
     def eval_step(params, windows, weights):
-        return dict(zip(("nll", "targets", "bytes"), parts[windows], strict=True))
+        of_layers = np.array([1.0, -1.0]) * windows
+        layers = dict.fromkeys(("dt_mean", "dt_max", "A_min", "A_max"), of_layers)
+        sums = dict(zip(("nll", "targets", "bytes"), parts[windows], strict=True))
+        return sums | {"layers": layers}
 
     got = evaluate(eval_step, None, [(1, None), (2, None)])
-    assert got == Evaluation(10.0, 4.0, 10.0)
+    assert (got.nll, got.targets, got.bytes) == (10.0, 4.0, 10.0)
+    assert got.layers == {
+        "dt_mean": [1.5, -1.5],
+        "dt_max": [2.0, -1.0],
+        "A_min": [1.0, -2.0],
+        "A_max": [2.0, -1.0],
+    }
     assert got.loss == 2.5
     assert got.perplexity == pytest.approx(12.182493960703473)
     assert got.bits_per_byte == pytest.approx(1.4426950408889634)  # 1 / ln 2
@@ -350,6 +370,9 @@ def test_flops_per_second_and_mfu(config, tmp_path, monkeypatch, capsys):
         assert shown.speed_text() == "4,000 tokens/s  16 TFLOP/s (MFU 100.0%)"
     speeds = [r for r in history.read(tmp_path / "out/metrics.jsonl") if "tokens_per_sec" in r]
     device = {"device_kind": "NVIDIA H200", "device_count": 2}
+    assert all(
+        record.pop("memory_bytes") > 1e6 and record.pop("data_wait") == 0 for record in speeds
+    )
     assert speeds == [
         {"step": 2, "tokens_per_sec": 2000.0} | device,
         {"step": 4, "tokens_per_sec": 4000.0} | device,
@@ -365,7 +388,7 @@ def test_flops_per_second_and_mfu(config, tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_peak_gives_no_mfu(config):
-    hardware = monitor.find_hardware(config_of(config), one_device())
+    hardware = find_hardware(config_of(config), one_device())
     assert hardware.device_kind == "cpu" and hardware.device_count == 1
     assert list(hardware.measures(1e3)) == ["tflops"]
     assert hardware.measures(1e3)["tflops"] == pytest.approx(hardware.model_flops / 1e9)

@@ -1,0 +1,144 @@
+"""Where a run's measures go besides ``metrics.jsonl``: one small interface, several trackers.
+
+TensorBoard is always one of them. ``config.trackers`` names others; each needs the extra of its
+name, and is told where its server lies by its own environment variables (``WANDB_MODE``,
+``MLFLOW_TRACKING_URI`` …). A tracker may raise whatever it likes: the monitor then goes on without
+it.
+"""
+
+import html
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from mamba_jax.config import RunConfig
+from mamba_jax.errors import UserError
+
+Value = bool | int | float | str
+_PROJECT = "mamba_jax"  # unless the tracker's own environment variable names another
+_MOST_PARAMETERS = 100  # that MLflow takes at once
+
+
+class Tracker(Protocol):
+    """What a run tells."""
+
+    def hyperparameters(self, values: Mapping[str, Value]) -> None:
+        """Takes the config's fields by dotted name, once."""
+        ...
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one point to each curve; steps never go back."""
+        ...
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Adds a text, such as a sample."""
+        ...
+
+    def close(self, succeeded: bool) -> None:
+        """Ends the run there."""
+        ...
+
+
+class Wandb:
+    """Weights & Biases; ``WANDB_MODE=offline`` writes below ``output_dir`` only."""
+
+    def __init__(self, config: RunConfig):
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._wandb = wandb
+        folder = pathlib.Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _PROJECT),
+            name=config.name,
+            dir=folder,
+            settings=wandb.Settings(console="off"),  # the log file has what is printed
+        )
+
+    def hyperparameters(self, values: Mapping[str, Value]) -> None:
+        self._run.config.update(dict(values))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self._run.log({tag: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+
+    def close(self, succeeded: bool) -> None:
+        self._run.finish(exit_code=0 if succeeded else 1)
+
+
+class Mlflow:
+    """MLflow, at ``MLFLOW_TRACKING_URI``; without it, where MLflow itself puts runs."""
+
+    def __init__(self, config: RunConfig):
+        import mlflow  # pyright: ignore[reportMissingImports]
+
+        self._entities = mlflow.entities
+        self._client = mlflow.MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        experiment = self._client.get_experiment_by_name(name)
+        found = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._run_id = self._client.create_run(found, run_name=config.name).info.run_id
+
+    def hyperparameters(self, values: Mapping[str, Value]) -> None:
+        parameters = [self._entities.Param(name, str(value)) for name, value in values.items()]
+        for start in range(0, len(parameters), _MOST_PARAMETERS):
+            batch = parameters[start : start + _MOST_PARAMETERS]
+            self._client.log_batch(self._run_id, params=batch)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        now = round(time.time() * 1000)
+        points = [self._entities.Metric(tag, value, now, step) for tag, value in values.items()]
+        self._client.log_batch(self._run_id, metrics=points)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        self._client.log_text(self._run_id, text, f"{tag}/step_{step}.txt")
+
+    def close(self, succeeded: bool) -> None:
+        self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")
+
+
+_MADE: Mapping[str, Callable[[RunConfig], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
+
+
+def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, Tracker]:
+    """Starts a run in each tracker that ``config.trackers`` names.
+
+    Args:
+      config: of the run.
+      warn: told of a tracker that could not start; the run goes on without it.
+
+    Raises:
+      UserError: if the extra of one is not installed.
+    """
+    trackers = {}
+    for name in config.tracker_names:
+        try:
+            trackers[name] = _MADE[name](config)
+        except ImportError as error:
+            raise UserError(
+                f'trackers="{config.trackers}": {name} is not installed; '
+                f"pip install -e '.[{name}]', or leave it out"
+            ) from error
+        except Exception as error:  # whatever a tracker, its network or its server comes up with
+            warn(f"{name} cannot start ({_first_line(error)}); training goes on without it")
+    return trackers
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
+    """Returns the fields of ``config.to_dict`` by dotted name; what is no plain value, as text."""
+    flat: dict[str, Value] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            plain = isinstance(value, (bool, int, float, str))
+            flat[prefix + name] = value if plain else str(value)
+    return flat
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
