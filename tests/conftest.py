@@ -4,12 +4,17 @@
 """
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 from jaxtyping import install_import_hook
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs that tests start
+# and stop by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the backend starts: sharding is tested on the devices that a pod would have.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -121,13 +121,13 @@ def test_prefill_in_pieces_equals_one_piece(family, monkeypatch):
 
 
 def test_piece_lengths_cover_and_are_few():
-    lengths = {n: generate.piece_lengths(n) for n in range(1, 1600)}
+    lengths = {n: generate.piece_lengths(n) for n in range(1, 3200)}
     for n, pieces in lengths.items():
         assert n <= sum(pieces) <= max(2 * n, 16)
         assert sum(pieces) - n < generate.PREFILL_TOKENS
         assert generate.piece_lengths(sum(pieces)) == pieces  # a padded batch is cut the same way
     assert {length for pieces in lengths.values() for length in pieces} == {
-        16, 32, 64, 128, 256, 512
+        16, 32, 64, 128, 256, 512, 1024
     }  # fmt: skip
 
 
