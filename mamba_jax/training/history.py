@@ -25,6 +25,26 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return records
 
 
+def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Returns the steps at which a number was recorded under a key, and the numbers.
+
+    They are as recorded: a NaN or an infinity is among them.
+    """
+    found = [(r["step"], r[key]) for r in records if type(r.get(key)) in (int, float)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def layer_series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[list[float]]]:
+    """Returns the same of what is recorded by layer: steps (n,), and a list for each layer, (l, n).
+
+    A record with another number of layers than the last one is left out.
+    """
+    found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), list)]
+    layers = len(found[-1][1]) if found else 0
+    found = [(step, values) for step, values in found if len(values) == layers]
+    return [step for step, _ in found], [list(v) for v in zip(*(v for _, v in found), strict=True)]
+
+
 class History:
     """Appends records. A run that goes on from step s drops what was recorded after s, so curves
     do not overlap."""
