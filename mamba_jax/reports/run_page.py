@@ -1,0 +1,306 @@
+"""One run as a page: how it stands, its curves, samples, warnings and config."""
+
+import html
+import itertools
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mamba_jax.config import RunConfig
+from mamba_jax.reports import page
+from mamba_jax.reports.charts import (
+    MOST_LAYER_POINTS,
+    chart,
+    curve,
+    smoothing_width,
+    thin,
+    trailing_mean,
+)
+from mamba_jax.reports.page import duration, number, size
+from mamba_jax.reports.recorded import Run, flat_config
+from mamba_jax.training import history
+
+_MOST_SAMPLES, _MOST_WARNINGS, _LONGEST_TEXT = 20, 50, 4_000
+_MOST_MARKS = 300  # skipped steps that are marked one by one
+_NUMBER = re.compile(r"\d[\d.,]*(?:e[+-]?\d+)?")
+# key of a record → key of the chart, title, unit, sentence, whether logarithmic, what it marks
+_CURVES = (
+    ("eval_perplexity", "perplexity", "Perplexity, held-out text", "", "", True),
+    ("eval_bits_per_byte", "bits_per_byte", "Bits per byte, held-out text", "", "", False),
+    ("learning_rate", "learning_rate", "Learning rate", "", "", False),
+    ("gradient_norm", "gradient_norm", "Gradient norm", "", "Before clipping.", True),
+    ("tokens_per_sec", "tokens_per_sec", "Training speed", "tokens/s", "", False),
+    (
+        *("memory_bytes", "memory", "Memory, peak so far", "bytes"),
+        *("Of the device; on a CPU, of the process.", False),
+    ),
+    ("data_wait", "data_wait", "Waiting for data", "share", "Share of the training time.", False),
+)
+_LAYER_CURVES = (
+    (
+        "depth_mean",
+        "depth",
+        "Depth by layer",
+        "",
+        "Mean over tokens of the sum of a token's gates.",
+    ),
+    ("gates_closed", "gates_closed", "Gates nearly closed, by layer", "share", "Below 0.1."),
+    ("gates_open", "gates_open", "Gates nearly open, by layer", "share", "From 0.9 up."),
+    ("dt_mean", "dt_mean", "Δ by layer, mean", "", "Over the evaluation's tokens and channels."),
+    ("dt_max", "dt_max", "Δ by layer, greatest", "", ""),
+    ("A_min", "A_min", "A by layer, least", "", "Always below 0: the lower, the faster forgotten."),
+    ("A_max", "A_max", "A by layer, greatest", "", "The nearer to 0, the longer kept."),
+)
+
+
+def render(run: Run) -> str:
+    """Returns the page of a run."""
+    charts = [*_loss_chart(run), *_charts(run), *_layer_charts(run)]
+    body = _head(run)
+    data = None
+    if charts:
+        data = {
+            "charts": charts,
+            "span": [0, max(run.last_step, 1)],
+            "marks": {
+                "resumed": [[start.step] for start in run.starts if start.step],
+                "skipped": _skip_marks(run),
+            },
+        }
+        body += page.curves(charts, note=_key(run, charts))
+    body += _missing(charts) + _resumes(run) + _warnings(run) + _samples(run) + _config(run)
+    return page.document(f"{run.name}: training run", body, data)
+
+
+# --- the curves -----------------------------------------------------------------------------------
+
+
+def _loss_chart(run: Run) -> list[dict[str, Any]]:
+    steps, losses = history.series(run.records, "loss")
+    curves = []
+    if steps:
+        width = smoothing_width(len(steps))
+        curves.append(curve("training", thin(steps, losses), "faint", colour=0))
+        if width > 1:
+            smooth = trailing_mean(losses, width).tolist()
+            curves.append(curve(f"mean of {width:,} steps", thin(steps, smooth), colour=0))
+    evaluated, eval_losses = history.series(run.records, "eval_loss")
+    if evaluated:
+        curves.append(curve("evaluation", thin(evaluated, eval_losses), "dots", colour=1))
+    return [chart("loss", "Loss", curves, unit="nats per token", skips=True)] if curves else []
+
+
+def _charts(run: Run) -> list[dict[str, Any]]:
+    made = []
+    for recorded, key, title, unit, note, log in _CURVES:
+        steps, values = history.series(run.records, recorded)
+        if steps:
+            evaluated = recorded.startswith("eval_")
+            look, colour = ("dots", 1) if evaluated else ("line", 0)
+            one = curve(title, thin(steps, values), look, colour=colour)
+            skips = recorded == "gradient_norm"
+            made.append(chart(key, title, [one], unit=unit, note=note, log=log, skips=skips))
+    return made
+
+
+def _layer_charts(run: Run) -> list[dict[str, Any]]:
+    made = []
+    for recorded, key, title, unit, note in _LAYER_CURVES:
+        steps, layers = history.layer_series(run.records, recorded)
+        curves = [
+            curve(
+                f"layer {place}",
+                thin(steps, values, MOST_LAYER_POINTS),
+                share=place / max(1, len(layers) - 1),
+            )
+            for place, values in enumerate(layers)
+        ]
+        if curves:
+            made.append(chart(key, title, curves, unit=unit, note=note, by_layer=True))
+    return made
+
+
+def _skip_marks(run: Run) -> list[list[int]]:
+    """Returns steps to mark as skipped; of very many, evenly many."""
+    steps = run.skipped_steps
+    return [[step] for step in steps[:: -(-len(steps) // _MOST_MARKS) or 1]]
+
+
+def _key(run: Run, charts: list[dict[str, Any]]) -> str:
+    """Returns the sentences that explain what the curves do not say by themselves."""
+    most = max(one["size"] for each in charts for one in each["curves"])
+    said = []
+    if most > 1:
+        said.append(
+            f"Up to {most:,} values are drawn as one point: the line is their mean, the band "
+            "reaches from the least to the greatest."
+        )
+    if any("gaps" in one for each in charts for one in each["curves"]):
+        said.append("✕ marks values that are not finite (NaN or infinite).")
+    if run.skipped_steps:
+        said.append("▲ marks skipped steps.")
+    if any(start.step for start in run.starts):
+        said.append("Dashed lines: here the run went on from a checkpoint.")
+    return " ".join(said)
+
+
+def _missing(charts: list[dict[str, Any]]) -> str:
+    """Tells what would have been a curve had it been recorded."""
+    if not charts:
+        return page.paragraph(
+            f"No curves: {history.NAME} holds no measurement. It fills while the run trains."
+        )
+    have = {each["key"] for each in charts}
+    titles = [("loss", "Loss"), *((key, title) for _, key, title, *_ in (*_CURVES, *_LAYER_CURVES))]
+    lacking = [title for key, title in titles if key not in have]
+    return page.paragraph(f"Not recorded: {'; '.join(lacking)}." if lacking else "")
+
+
+# --- the text -------------------------------------------------------------------------------------
+
+
+def _head(run: Run) -> str:
+    best = run.best_evaluation
+    last = run.evaluations[-1] if run.evaluations else None
+    planned = run.planned_steps
+    steps = number(run.last_step) + (f" of {planned:,}" if planned else "")
+    tokens = run.tokens_at(run.last_step)
+    facts = [
+        ("steps", steps, f"{run.last_step / planned:.0%}" if planned else ""),
+        ("tokens", number(tokens), "trained on"),
+        ("training loss", number(run.train_loss), "mean of the last tenth of the steps"),
+        (
+            "evaluation loss, last",
+            number(last["eval_loss"]) if last else "–",
+            _measures(last) if last else "not evaluated yet",
+        ),
+        (
+            "evaluation loss, best",
+            number(best["eval_loss"]) if best else "–",
+            f"at step {best['step']:,}" if best else "",
+        ),
+        ("speed", f"{number(run.tokens_per_sec)} tokens/s", "median"),
+        ("memory", size(run.memory_bytes), "peak"),
+        ("parameters", number(run.parameters), ""),
+        ("device", run.device or "–", ""),
+        ("time in training steps", *_time(run)),
+        ("started", run.starts[0].started or "–", _written(run)),
+        ("skipped steps", number(len(run.skipped_steps)), ""),
+    ]
+    cells = "".join(
+        f"<div><dt>{name}</dt><dd>{html.escape(value)}"
+        f"{f'<small>{html.escape(about)}</small>' if about else ''}</dd></div>"
+        for name, value, about in facts
+    )
+    why = f": {html.escape(run.why[:_LONGEST_TEXT])}" if run.why else ""
+    return (
+        f"<h1>{html.escape(run.name)}</h1>\n"
+        f'<p><b class="{run.state.replace(" ", "-")}">{run.state}</b>{why} '
+        f'<span class="faint">in {html.escape(str(run.folder))}</span></p>\n<dl>{cells}</dl>\n'
+    )
+
+
+def _measures(evaluation: Mapping[str, Any]) -> str:
+    perplexity, bits = evaluation.get("eval_perplexity"), evaluation.get("eval_bits_per_byte")
+    said = f"at step {evaluation['step']:,}"
+    if perplexity is not None:
+        said += f"; perplexity {number(perplexity, 4)}"
+    return said + (f", {number(bits, 4)} bits per byte" if bits is not None else "")
+
+
+def _time(run: Run) -> tuple[str, str]:
+    secs = run.training_secs
+    if secs is None:
+        return "–", ""
+    return duration(secs), "without compiling, evaluating, saving"
+
+
+def _written(run: Run) -> str:
+    metrics = run.folder / history.NAME
+    if not metrics.is_file():
+        return ""
+    then = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(metrics.stat().st_mtime))
+    return f"last written {then}"
+
+
+def _resumes(run: Run) -> str:
+    lines = []
+    for before, after in itertools.pairwise(run.starts):
+        changed = [
+            f"{name} {number(before.config[name])} → {number(value)}"
+            for name, value in after.config.items()
+            if name in before.config and before.config[name] != value
+        ]
+        when = f" ({after.started})" if after.started else ""
+        what = f": {'; '.join(changed)}" if changed else ""
+        lines.append(f"<li>at step {after.step:,}{html.escape(when + what)}</li>")
+    return f"<h2>Went on from a checkpoint</h2>\n<ul>{''.join(lines)}</ul>\n" if lines else ""
+
+
+def _warnings(run: Run) -> str:
+    """Lists the warnings; those that differ only in their numbers are one."""
+    alike: dict[str, list[tuple[int, str]]] = {}
+    for record in run.records:
+        if "warning" in record:
+            text = str(record["warning"])
+            alike.setdefault(_NUMBER.sub("#", text), []).append((record["step"], text))
+    if not alike:
+        return ""
+    lines = []
+    for said in list(alike.values())[-_MOST_WARNINGS:]:
+        step, text = said[-1]
+        times = f" ({len(said):,} like it, steps {said[0][0]:,} to {step:,})"
+        lines.append(
+            f'<li><span class="faint">step {step:,}</span> {html.escape(text[:_LONGEST_TEXT])}'
+            f"{times if len(said) > 1 else ''}</li>"
+        )
+    left_out = len(alike) - len(lines)
+    more = f"{left_out:,} older ones are not shown." if left_out else ""
+    return f"<h2>Warnings</h2>\n<ul>{''.join(lines)}</ul>\n{page.paragraph(more)}"
+
+
+def _samples(run: Run) -> str:
+    """Shows the newest sample, and the ones before folded."""
+    samples = [record for record in run.records if "sample" in record]
+    if not samples:
+        return ""
+    shown = [
+        f'<p class="faint">after step {record["step"]:,}</p><pre><b>'
+        f"{html.escape(str(record.get('prompt', ''))[:_LONGEST_TEXT])}</b>"
+        f"{html.escape(str(record['sample'])[:_LONGEST_TEXT])}"
+        f"{' …' if len(str(record['sample'])) > _LONGEST_TEXT else ''}</pre>\n"
+        for record in samples[: -_MOST_SAMPLES - 1 : -1]
+    ]
+    older = f"<details><summary>{len(shown) - 1} before it</summary>{''.join(shown[1:])}</details>"
+    left_out = len(samples) - len(shown)
+    more = page.paragraph(f"{left_out:,} older ones are not shown." if left_out else "")
+    return f"<h2>Samples</h2>\n{shown[0]}{older if len(shown) > 1 else ''}{more}"
+
+
+def _config(run: Run) -> str:
+    if not run.config:
+        return "<h2>Config</h2>\n" + page.paragraph("Not recorded.")
+    defaults = flat_config(RunConfig())
+    groups: dict[str, list[str]] = {}
+    for name, value in run.config.items():
+        group, _, leaf = name.rpartition(".")
+        changed = name in defaults and defaults[name] != value
+        mark, default = "", ""
+        if changed:
+            mark = ' class="changed"'
+            default = f"<small>default {_shown(defaults[name])}</small>"
+        groups.setdefault(group or "run", []).append(
+            f'<tr{mark} data-field="{html.escape(name)}"><td>{html.escape(leaf)}</td>'
+            f"<td>{_shown(value)}{default}</td></tr>"
+        )
+    sections = "".join(
+        f"<section><h3>{html.escape(group)}</h3><table>{''.join(rows)}</table></section>"
+        for group, rows in groups.items()
+    )
+    note = page.paragraph("As the run used it; bold: not the built-in default.")
+    return f'<h2>Config</h2>\n{note}<div class="config">{sections}</div>\n'
+
+
+def _shown(value: Any) -> str:
+    return html.escape(repr(value) if value == "" else number(value))
