@@ -13,7 +13,10 @@ COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
     "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
     "memory": ("mamba_jax.memory", "what a run needs of a device, and which layout fits it"),
-    "report": ("mamba_jax.report", "tables about the project: model sizes, FLOPs, a run's MFU"),
+    "report": (
+        "mamba_jax.report",
+        "model sizes, FLOPs, a run's MFU; pages of curves of one run or several",
+    ),
     "autotune": ("mamba_jax.autotune", "measure the fastest tiles of the scan on this GPU"),
     "background": ("mamba_jax.background", "train in the background; watch and stop such runs"),
     "sweep": ("mamba_jax.sweep", "train with many settings and compare what comes out"),

@@ -37,6 +37,7 @@ ALLOWED = {
     "arguments": {"config", "presets", "training"},
     "launching": {"training"},
     "sweeps": {"launching", "training", "config"},
+    "reports": {"tables", "models", "data", "training", "launching", "config", "presets"},
     "dry_run": {
         *("arguments", "config", "presets", "modules", "models", "data", "parallel", "training"),
         "estimator",

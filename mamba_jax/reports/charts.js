@@ -26,8 +26,9 @@ function element(name, attributes, parent, text) {
 
 function words(value, digits = 5) {
   if (value === null || value === undefined) return '–';
+  if (value === 0) return '0';               // −0 too
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e15)) {
+  if (size < 1e-3 || size >= 1e15) {
     return value.toExponential(digits - 1).replace(/\.?0+e/, 'e').replace('e+', 'e').replace('-', '−');
   }
   const places = size >= 1 ? Math.max(0, digits - 1 - Math.floor(Math.log10(size))) : digits;
@@ -306,6 +307,7 @@ const drawn = data.charts.map(chart => {
   chart.hidden = new Set();
   const redraw = () => draw(figure, chart);
   const log = figure.querySelector('.log');
+  log.hidden = !chart.curves.some(curve => curve.y.some(value => value > 0));
   log.addEventListener('click', () => {
     chart.log = !chart.log;
     log.setAttribute('aria-pressed', chart.log);

@@ -86,7 +86,7 @@ def number(value: Any, digits: int = 5) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 10**digits:
+    if isinstance(value, int) or 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 

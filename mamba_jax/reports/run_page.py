@@ -43,7 +43,7 @@ _LAYER_CURVES = (
         "depth",
         "Depth by layer",
         "",
-        "Mean over tokens of the sum of a token's gates.",
+        "Mean over tokens of the sum of the gates.",
     ),
     ("gates_closed", "gates_closed", "Gates nearly closed, by layer", "share", "Below 0.1."),
     ("gates_open", "gates_open", "Gates nearly open, by layer", "share", "From 0.9 up."),
@@ -252,7 +252,7 @@ def _warnings(run: Run) -> str:
         step, text = said[-1]
         times = f" ({len(said):,} like it, steps {said[0][0]:,} to {step:,})"
         lines.append(
-            f'<li><span class="faint">step {step:,}</span> {html.escape(text[:_LONGEST_TEXT])}'
+            f'<li><span class="faint">{step:,}:</span> {html.escape(text[:_LONGEST_TEXT])}'
             f"{times if len(said) > 1 else ''}</li>"
         )
     left_out = len(alike) - len(lines)

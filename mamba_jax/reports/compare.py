@@ -1,0 +1,256 @@
+"""Several runs side by side: a table of what differs and what came of it, and their curves."""
+
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mamba_jax.reports import page
+from mamba_jax.reports.charts import chart, curve, smoothing_width, thin, trailing_mean
+from mamba_jax.reports.page import duration, number, size
+from mamba_jax.reports.recorded import Run
+from mamba_jax.training import history
+
+# Where a run keeps its things tells runs apart already: their columns are named by it.
+_PLACES = ("output_dir", "log_dir", "tensorboard_dir", "data.cache_dir")
+_COLOURS = 8  # of style.css
+_LESS_IS_BETTER = ("eval_loss", "best_eval_loss", "eval_bits_per_byte", "train_loss")
+_HEADINGS = {
+    "state": "state",
+    "steps": "steps",
+    "planned_steps": "steps planned",
+    "tokens": "tokens",
+    "parameters": "parameters",
+    "device": "device",
+    "eval_loss": "eval loss, last",
+    "eval_step": "… at step",
+    "best_eval_loss": "eval loss, best",
+    "best_eval_step": "… at step",
+    "eval_bits_per_byte": "bits per byte, last",
+    "train_loss": "training loss",
+    "tokens_per_sec": "tokens/s",
+    "memory_bytes": "memory",
+    "training_secs": "time in steps",
+}
+
+
+class Comparison:
+    """Runs, what each is called here, and what differs."""
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = runs
+        self.names = names([run.folder.resolve().parts for run in runs])
+        fields = dict.fromkeys(name for run in runs for name in run.config)
+        columns = {name: [run.config.get(name) for run in runs] for name in fields}
+        # Dotted name of a field → its value in each run; None where a run has no such field.
+        self.differences = {
+            name: values
+            for name, values in columns.items()
+            if name not in _PLACES and any(value != values[0] for value in values)
+        }
+        self.results = [_results(run) for run in runs]
+
+    def record(self) -> dict[str, Any]:
+        """Returns the table as plain JSON types; what is no finite number is None."""
+        rows = [
+            {"name": name, "folder": str(run.folder), "why": run.why, **results}
+            for name, run, results in zip(self.names, self.runs, self.results, strict=True)
+        ]
+        return {"runs": rows, "differences": self.differences, "notes": self.notes()}
+
+    def lines(self) -> list[list[str]]:
+        """Returns the table as text: a heading, then a line for each field and each result."""
+        fields = [[name, *map(_shown, values)] for name, values in self.differences.items()]
+        results = [
+            [heading, *(_text(key, each[key]) for each in self.results)]
+            for key, heading in _HEADINGS.items()
+        ]
+        return [["", *self.names], *fields, *results]
+
+    def notes(self) -> list[str]:
+        """Returns what one has to know before one compares."""
+        said = []
+        unknown = [n for n, run in zip(self.names, self.runs, strict=True) if not run.config]
+        if unknown:
+            said.append(f"No config is recorded of {', '.join(unknown)}.")
+        if {"data.tokenizer", "model.vocab_size"} & self.differences.keys():
+            said.append(
+                "The tokenizers differ: losses per token cannot be compared, bits per byte can."
+            )
+        if any(n.startswith("data.") and n != "data.tokenizer" for n in self.differences):
+            said.append("The data differ, so the losses may be those of different texts.")
+        return said
+
+
+def names(folders: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names folders by the shortest ends of their paths that tell them apart.
+
+    Args:
+      folders: parts of each path. One that is there twice gets numbers.
+    """
+    longest = max(map(len, folders))
+    tells_apart = (
+        n for n in range(1, longest) if len({p[-n:] for p in folders}) == len({*folders})
+    )
+    length = next(tells_apart, longest)
+    ends = ["/".join(parts[-length:]).replace("//", "/") for parts in folders]
+    return [
+        f"{end} ({ends[:place].count(end) + 1})" if ends.count(end) > 1 else end
+        for place, end in enumerate(ends)
+    ]
+
+
+def _results(run: Run) -> dict[str, Any]:
+    """Returns what came of a run, by the keys of ``_HEADINGS``."""
+    last = run.evaluations[-1] if run.evaluations else {}
+    best = run.best_evaluation or {}
+    results = {
+        "state": run.state,
+        "steps": run.last_step,
+        "planned_steps": run.planned_steps,
+        "tokens": run.tokens_at(run.last_step),
+        "parameters": run.parameters,
+        "device": run.device or None,
+        "eval_loss": last.get("eval_loss"),
+        "eval_step": last.get("step"),
+        "best_eval_loss": best.get("eval_loss"),
+        "best_eval_step": best.get("step"),
+        "eval_bits_per_byte": last.get("eval_bits_per_byte"),
+        "train_loss": run.train_loss,
+        "tokens_per_sec": run.tokens_per_sec,
+        "memory_bytes": run.memory_bytes,
+        "training_secs": run.training_secs,
+    }
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in results.items()
+    }
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "memory_bytes":
+        return size(value)
+    if key == "training_secs" and value is not None:
+        return duration(value)
+    return number(value)
+
+
+def _shown(value: Any) -> str:
+    return '""' if value == "" else number(value)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def render(comparison: Comparison) -> str:
+    """Returns the page of a comparison."""
+    charts = _charts(comparison)
+    names_ = ", ".join(comparison.names)
+    body = (
+        f"<h1>{len(comparison.runs)} runs</h1>\n{_table(comparison)}"
+        f"{''.join(map(page.paragraph, comparison.notes()))}{_reasons(comparison)}"
+    )
+    data = None
+    if charts:
+        lines = [run.token_line for run in comparison.runs]
+        data = {"charts": charts, "tokens": lines}
+        body += page.curves(charts, _axes() if any(lines) else "", _note(comparison, charts))
+    else:
+        body += page.paragraph("No curves: none of the runs has recorded a measurement.")
+    return page.document(f"Runs: {names_}", body, data)
+
+
+def _axes() -> str:
+    return (
+        '<div class="choice"><span class="faint">over</span>'
+        '<button type="button" data-axis="steps" aria-pressed="true">steps</button>'
+        '<button type="button" data-axis="tokens" aria-pressed="false">tokens</button></div>'
+    )
+
+
+def _note(comparison: Comparison, charts: list[dict[str, Any]]) -> str:
+    said = [
+        "The training loss is the mean of the last fortieth of a run's steps; the gradient norm "
+        "shows each."
+    ]
+    most = max(one["size"] for each in charts for one in each["curves"])
+    if most > 1:
+        said.append(
+            f"Up to {most:,} values are drawn as one point: the line is their mean, the band "
+            "reaches from the least to the greatest."
+        )
+    if any("gaps" in one for each in charts for one in each["curves"]):
+        said.append("✕ marks values that are not finite (NaN or infinite).")
+    lost = [
+        name
+        for name, run in zip(comparison.names, comparison.runs, strict=True)
+        if run.token_line is None
+    ]
+    if lost:
+        said.append(f"Over tokens these are missing, as their batch is unknown: {', '.join(lost)}.")
+    return " ".join(said)
+
+
+def _charts(comparison: Comparison) -> list[dict[str, Any]]:
+    kinds = (
+        ("loss", "train_loss", "Training loss", "nats per token", False, "line"),
+        ("eval_loss", "eval_loss", "Evaluation loss", "nats per token", False, "dots"),
+        ("tokens_per_sec", "tokens_per_sec", "Training speed", "tokens/s", False, "line"),
+        ("gradient_norm", "gradient_norm", "Gradient norm", "", True, "line"),
+        ("learning_rate", "learning_rate", "Learning rate", "", False, "line"),
+        ("memory_bytes", "memory", "Memory, peak so far", "bytes", False, "line"),
+    )
+    made = []
+    for recorded, key, title, unit, log, look in kinds:
+        curves = []
+        for place, (name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True)):
+            steps, values = history.series(run.records, recorded)
+            if recorded == "loss":
+                values = trailing_mean(values, smoothing_width(len(values))).tolist()
+            if steps:
+                curves.append(curve(name, thin(steps, values), look, colour=place, run=place))
+        if curves:
+            made.append(chart(key, title, curves, unit=unit, log=log))
+    return made
+
+
+def _table(comparison: Comparison) -> str:
+    heads = "".join(
+        f'<th><i style="background:var(--c{place % _COLOURS})"></i>{html.escape(name)}</th>'
+        for place, name in enumerate(comparison.names)
+    )
+    rows = [
+        _row(name, [_shown(value) for value in values])
+        for name, values in comparison.differences.items()
+    ]
+    for key, heading in _HEADINGS.items():
+        values = [each[key] for each in comparison.results]
+        known = [value for value in values if value is not None]
+        best = min(known) if key in _LESS_IS_BETTER and len(set(known)) > 1 else None
+        marks = [value is not None and value == best for value in values]
+        rows.append(_row(heading, [_text(key, value) for value in values], marks, key))
+    return (
+        f'<div class="scroll"><table class="compared"><thead><tr><th></th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>\n"
+    )
+
+
+def _row(heading: str, cells: list[str], best: Sequence[bool] = (), key: str = "") -> str:
+    marks = [
+        ' class="best"' if place < len(best) and best[place] else "" for place in range(len(cells))
+    ]
+    values = "".join(
+        f"<td{mark}>{html.escape(cell)}</td>" for mark, cell in zip(marks, cells, strict=True)
+    )
+    return (
+        f'<tr data-row="{html.escape(key or heading)}"><th>{html.escape(heading)}</th>{values}</tr>'
+    )
+
+
+def _reasons(comparison: Comparison) -> str:
+    lines = "".join(
+        f"<li>{html.escape(name)}: {run.state}, {html.escape(run.why)}</li>"
+        for name, run in zip(comparison.names, comparison.runs, strict=True)
+        if run.why
+    )
+    return f"<ul>{lines}</ul>\n" if lines else ""
