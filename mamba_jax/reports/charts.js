@@ -4,7 +4,7 @@
 const data = JSON.parse(document.getElementById('data').textContent);
 const NS = 'http://www.w3.org/2000/svg';
 const COLOURS = 8;
-const TOP = 16, BOTTOM = 22, RIGHT = 12, TEXT = 6.4;   // pixels; TEXT: width of a digit
+const TOP = 16, BOTTOM = 22, RIGHT = 12, TEXT = 7;   // pixels; TEXT: width of a digit
 
 const view = { part: 1, tokens: false };   // the last share of the run that is shown; the x axis
 
@@ -167,7 +167,7 @@ function draw(figure, chart) {
     if (chart.skips) for (const [step] of data.marks.skipped) {
       if (step < at.first) continue;
       const x = X(step), y = TOP + inner;
-      make('path', { class: 'skipped', d: `M${x - 4} ${y}h8l-4 -7z` }, body);
+      make('line', { class: 'skipped', x1: x, x2: x, y1: y - 7, y2: y }, body);
     }
   }
   for (const curve of at.shown) {

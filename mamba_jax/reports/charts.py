@@ -83,8 +83,11 @@ def trailing_mean(values: Sequence[float], width: int) -> np.ndarray:
 
 
 def smoothing_width(count: int) -> int:
-    """Returns how many of so many steps the mean line of a loss takes together."""
-    return max(1, count // 40)
+    """Returns how many of so many steps the mean line of a loss takes together.
+
+    More than 200 would make the line smoother than anyone needs, and late where the loss falls.
+    """
+    return max(1, min(count // 40, 200))
 
 
 def curve(name: str, points: Points, look: str = "line", **about: Any) -> dict[str, Any]:

@@ -170,8 +170,8 @@ def _axes() -> str:
 
 def _note(comparison: Comparison, charts: list[dict[str, Any]]) -> str:
     said = [
-        "The training loss is the mean of the last fortieth of a run's steps; the gradient norm "
-        "shows each."
+        "The training loss is a mean over some steps (a fortieth of the run's, at most 200); the "
+        "gradient norm shows each step."
     ]
     most = max(one["size"] for each in charts for one in each["curves"])
     if most > 1:

@@ -80,9 +80,10 @@ def _loss_chart(run: Run) -> list[dict[str, Any]]:
     steps, losses = history.series(run.records, "loss")
     curves = []
     if steps:
-        width = smoothing_width(len(steps))
-        curves.append(curve("training", thin(steps, losses), "faint", colour=0))
-        if width > 1:
+        width, points = smoothing_width(len(steps)), thin(steps, losses)
+        smoothed = width > points.size  # else the line of means is smooth by itself
+        curves.append(curve("training", points, "faint" if smoothed else "line", colour=0))
+        if smoothed:
             smooth = trailing_mean(losses, width).tolist()
             curves.append(curve(f"mean of {width:,} steps", thin(steps, smooth), colour=0))
     evaluated, eval_losses = history.series(run.records, "eval_loss")
@@ -139,7 +140,7 @@ def _key(run: Run, charts: list[dict[str, Any]]) -> str:
     if any("gaps" in one for each in charts for one in each["curves"]):
         said.append("✕ marks values that are not finite (NaN or infinite).")
     if run.skipped_steps:
-        said.append("▲ marks skipped steps.")
+        said.append("Short strokes on the lower edge mark skipped steps.")
     if any(start.step for start in run.starts):
         said.append("Dashed lines: here the run went on from a checkpoint.")
     return " ".join(said)
