@@ -246,7 +246,7 @@ function point(plot, svg, chart, at, { X, Y, left, span, inner, width }) {
     element('b', {}, tip, where);
     const rows = element('div', { className: found.length > 8 ? 'rows many' : 'rows' }, tip);
     for (const [curve, i] of found) {
-      if (curve.look === 'dots' && distance([curve, i]) > (at.last - at.first) * 0.05) continue;
+      if (distance([curve, i]) > (at.last - at.first) * 0.05) continue;   // it has ended, say
       const row = element('div', {}, rows);
       element('i', {}, row).style.background = colour(curve);
       element('span', {}, row, `${curve.name} `);

@@ -14,6 +14,7 @@ from mamba_jax.training import history
 # Where a run keeps its things tells runs apart already: their columns are named by it.
 _PLACES = ("output_dir", "log_dir", "tensorboard_dir", "data.cache_dir")
 _COLOURS = 8  # of style.css
+_LONGEST_VALUE = 40  # characters of a field that a table shows
 _LESS_IS_BETTER = ("eval_loss", "best_eval_loss", "eval_bits_per_byte", "train_loss")
 _HEADINGS = {
     "state": "state",
@@ -40,13 +41,14 @@ class Comparison:
     def __init__(self, runs: Sequence[Run]):
         self.runs = runs
         self.names = names([run.folder.resolve().parts for run in runs])
-        fields = dict.fromkeys(name for run in runs for name in run.config)
-        columns = {name: [run.config.get(name) for run in runs] for name in fields}
-        # Dotted name of a field → its value in each run; None where a run has no such field.
+        known = [run.config for run in runs if run.config]
+        fields = dict.fromkeys(name for config in known for name in config)
+        # Dotted name of a field → its value in each run; None where it is not known.
         self.differences = {
-            name: values
-            for name, values in columns.items()
-            if name not in _PLACES and any(value != values[0] for value in values)
+            name: [run.config.get(name) for run in runs]
+            for name in fields
+            if name not in _PLACES
+            and any(config.get(name) != known[0].get(name) for config in known)
         }
         self.results = [_results(run) for run in runs]
 
@@ -83,17 +85,16 @@ class Comparison:
 
 
 def names(folders: Sequence[tuple[str, ...]]) -> list[str]:
-    """Names folders by the shortest ends of their paths that tell them apart.
+    """Names each folder by the shortest end of its path that no other one has.
 
     Args:
-      folders: parts of each path. One that is there twice gets numbers.
+      folders: the parts of absolute paths. One that is there twice gets numbers.
     """
-    longest = max(map(len, folders))
-    tells_apart = (
-        n for n in range(1, longest) if len({p[-n:] for p in folders}) == len({*folders})
-    )
-    length = next(tells_apart, longest)
-    ends = ["/".join(parts[-length:]).replace("//", "/") for parts in folders]
+    others = [[other for other in folders if other != parts] for parts in folders]
+    ends = []
+    for parts, rest in zip(folders, others, strict=True):
+        alone = (n for n in range(1, len(parts)) if all(o[-n:] != parts[-n:] for o in rest))
+        ends.append("/".join(parts[-next(alone, len(parts)) :]).replace("//", "/"))
     return [
         f"{end} ({ends[:place].count(end) + 1})" if ends.count(end) > 1 else end
         for place, end in enumerate(ends)
@@ -136,7 +137,11 @@ def _text(key: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return '""' if value == "" else number(value)
+    """Returns the value of a field, on one line and in brief."""
+    if not isinstance(value, str):
+        return number(value)
+    text = value if value.isprintable() and value else repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -220,31 +225,26 @@ def _table(comparison: Comparison) -> str:
         for place, name in enumerate(comparison.names)
     )
     rows = [
-        _row(name, [_shown(value) for value in values])
+        _row(name, name, [(_shown(value), False) for value in values])
         for name, values in comparison.differences.items()
     ]
     for key, heading in _HEADINGS.items():
         values = [each[key] for each in comparison.results]
-        known = [value for value in values if value is not None]
-        best = min(known) if key in _LESS_IS_BETTER and len(set(known)) > 1 else None
-        marks = [value is not None and value == best for value in values]
-        rows.append(_row(heading, [_text(key, value) for value in values], marks, key))
+        known = {value for value in values if value is not None}
+        best = min(known) if key in _LESS_IS_BETTER and len(known) > 1 else math.nan
+        rows.append(_row(key, heading, [(_text(key, value), value == best) for value in values]))
     return (
         f'<div class="scroll"><table class="compared"><thead><tr><th></th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n"
     )
 
 
-def _row(heading: str, cells: list[str], best: Sequence[bool] = (), key: str = "") -> str:
-    marks = [
-        ' class="best"' if place < len(best) and best[place] else "" for place in range(len(cells))
-    ]
-    values = "".join(
-        f"<td{mark}>{html.escape(cell)}</td>" for mark, cell in zip(marks, cells, strict=True)
-    )
-    return (
-        f'<tr data-row="{html.escape(key or heading)}"><th>{html.escape(heading)}</th>{values}</tr>'
-    )
+def _row(key: str, heading: str, cells: list[tuple[str, bool]]) -> str:
+    """Returns a row of (text, whether it is the best)."""
+    marks = {True: ' class="best"', False: ""}
+    values = "".join(f"<td{marks[best]}>{html.escape(text)}</td>" for text, best in cells)
+    breakable = html.escape(heading).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    return f'<tr data-row="{html.escape(key)}"><th>{breakable}</th>{values}</tr>'
 
 
 def _reasons(comparison: Comparison) -> str:

@@ -51,6 +51,7 @@ class Run:
     starts: list[Start]  # at least one
     parameters: int | None
     device: str  # "": not recorded
+    saved_step: int  # of the newest checkpoint; 0: none is known
     state: str
     why: str  # words on the state, where it needs them
 
@@ -65,8 +66,8 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps taken, as far as they are recorded."""
-        return max((r["step"] for r in self.records), default=0)
+        """Optimizer steps taken, as far as they are recorded; without records, as saved."""
+        return max((r["step"] for r in self.records), default=self.saved_step)
 
     @property
     def planned_steps(self) -> int | None:
@@ -174,10 +175,11 @@ def read_run(folder: pathlib.Path) -> Run:
     device = saved.device if saved else ""
     if rated:
         kind, count = _device(rated[-1])
-        device = f"{count} × {kind}" if count != 1 else str(kind)
+        device = f"{count} × {kind}"
     # Attempts to start at the same step have left nothing but their start.
     starts = list({start.step: start for start in starts}.values())
-    run = Run(folder, records, starts, parameters, device, NEW, "")
+    saved_step = saved.step if saved else 0
+    run = Run(folder, records, starts, parameters, device, saved_step, NEW, "")
     state, why = _state(run)
     return dataclasses.replace(run, state=state, why=why)
 
@@ -202,6 +204,9 @@ def _state(run: Run) -> tuple[str, str]:
     if isinstance(code := facts.get("exit_code"), int) and code != 0:
         state = STOPPED if code == ending.PREEMPTED else FAILED
         return state, f"{ending.meaning(code)}. {facts.get('why', '')}".strip(". ")
+    if not run.records and run.saved_step:
+        done = run.planned_steps is not None and run.planned_steps <= run.saved_step
+        return DONE if done else UNKNOWN, f"{history.NAME} is empty or missing"
     if not any("loss" in r for r in run.records):
         return NEW, "no step is recorded yet"
     return UNKNOWN, "stopped or killed, or still running in the foreground"

@@ -150,7 +150,7 @@ def _missing(charts: list[dict[str, Any]]) -> str:
     """Tells what would have been a curve had it been recorded."""
     if not charts:
         return page.paragraph(
-            f"No curves: {history.NAME} holds no measurement. It fills while the run trains."
+            f"No curves: no measurement is in {history.NAME}, which fills while the run trains."
         )
     have = {each["key"] for each in charts}
     titles = [("loss", "Loss"), *((key, title) for _, key, title, *_ in (*_CURVES, *_LAYER_CURVES))]
@@ -181,7 +181,7 @@ def _head(run: Run) -> str:
             number(best["eval_loss"]) if best else "–",
             f"at step {best['step']:,}" if best else "",
         ),
-        ("speed", f"{number(run.tokens_per_sec)} tokens/s", "median"),
+        ("tokens per second", number(run.tokens_per_sec), "median"),
         ("memory", size(run.memory_bytes), "peak"),
         ("parameters", number(run.parameters), ""),
         ("device", run.device or "–", ""),
