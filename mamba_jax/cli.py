@@ -19,6 +19,7 @@ COMMANDS = {  # name → (module, what it does)
     ),
     "autotune": ("mamba_jax.autotune", "measure the fastest tiles of the scan on this GPU"),
     "background": ("mamba_jax.background", "train in the background; watch and stop such runs"),
+    "explain": ("mamba_jax.explain", "what is wrong with a run, and what to do about it"),
     "sweep": ("mamba_jax.sweep", "train with many settings and compare what comes out"),
 }
 

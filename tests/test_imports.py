@@ -11,6 +11,7 @@ ROOT = pathlib.Path(mamba_jax.__file__).parent
 COMMANDS = {
     "autotune",
     "background",
+    "explain",
     "memory",
     "sweep",
     "train",
@@ -36,6 +37,7 @@ ALLOWED = {
     "estimator": {"models", "training", "parallel", "ops", "data", "config", "presets"},
     "arguments": {"config", "presets", "training"},
     "launching": {"training"},
+    "doctor": {"training", "config"},
     "sweeps": {"launching", "training", "config"},
     "reports": {"tables", "models", "data", "training", "launching", "config", "presets"},
     "dry_run": {

@@ -1,0 +1,253 @@
+"""Rules on whether the model learns: loss, learning rate, evaluation."""
+
+import numpy as np
+
+from mamba_jax.doctor import remedies
+from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
+from mamba_jax.doctor.signals import Curve, Run, above_recent, groups, median, noise, windows
+from mamba_jax.training.checkpoint_folder import step_name
+
+# A model that learns at all takes off a tenth of the first loss (the logarithm of the vocabulary,
+# about) in its first hundred steps: the frequencies of tokens alone are worth a third of it.
+FLAT_SHARE = 0.05  # of the first loss: a smaller fall is none
+FLAT_STEPS = 200  # after the warm-up, before anything is said
+# Frequencies are learnt within some hundred steps; what comes below is context.
+UNIGRAM_STEPS = 1_000  # after the warm-up
+UNIGRAM_MARGIN = 0.99  # × the unigram loss, as train and held-out text differ a little
+RISE_STEPS = 50  # at least
+# Loss wanders by some percent with the text. What a falling learning rate or more text would undo
+# is smaller than this.
+RISE_SHARE = 0.05  # of the lowest loss
+RISE_SHARE_OF_FIRST = 0.01  # and of the first: losses near 0 wander by more than a twentieth
+RISE_NOISE = 6.0  # standard errors of a window's median
+OVERSHOOT = 1.1  # × the first loss, which guesses at random: only wrong certainty is worse
+OVERSHOOT_STEPS = 5  # whose median it is: a single batch may be odd
+HIGH_RATE = 0.3  # of the peak: below it the learning rate is not what drives the loss up
+
+SPIKE_MEMORY = 50  # steps whose median a spike is measured from
+SPIKE_NOISE = 8.0  # standard deviations: never reached by chance in 200,000 steps
+SPIKE_SHARE = 0.1  # of the loss before it
+SPIKE_LENGTH = 2  # steps: an odd batch moves one step's loss, not its neighbours'
+SPIKES_MANY = 3
+
+OVERFIT_EVALUATIONS = 4  # at least
+OVERFIT_PATIENCE = 2  # evaluations since the best: one worse evaluation is often made good
+OVERFIT_SHARE = 0.01  # of the best evaluation loss
+OVERFIT_NATS = 0.02
+
+
+def loss_not_falling(run: Run) -> Verdict:
+    """The loss stays where it began, or never gets below that of token frequencies."""
+    loss = run["loss"]
+    if not run.from_beginning:
+        return Unchecked("the record does not begin at step 1")
+    past = int(loss.steps[-1]) - run.warm_step
+    if past < FLAT_STEPS:
+        return too_few(past, FLAT_STEPS, "steps after the warm-up")
+    first, last = loss[:OVERSHOOT_STEPS], loss.last(0.1, 20)
+    begun, now = median(first), median(last)
+    figures = (
+        f"loss {begun:.3f} at {first.span}, {now:.3f} at {last.span}",
+        f"learning rate up to {run.peak_rate:.2g}",
+    )
+    if abs(begun - now) < FLAT_SHARE * begun:
+        return Finding(
+            Severity.CRITICAL,
+            "The loss does not fall",
+            figures,
+            "A model that learns takes off a tenth of its first loss within some hundred steps. "
+            "This one still guesses nearly as it did at the start.",
+            _mend_flat(run),
+        )
+    unigram = run.unigram_nll
+    if unigram is not None and past >= UNIGRAM_STEPS and now > UNIGRAM_MARGIN * unigram:
+        return Finding(
+            Severity.CRITICAL,
+            "The model has only learnt how frequent tokens are",
+            (*figures, f"{unigram:.3f} is the loss of token frequencies alone"),
+            "Nothing of the order of the tokens has been learnt: either it holds nothing to "
+            "learn (shuffled or encoded text), or the learning rate keeps the model from it.",
+            _mend_flat(run),
+        )
+    return None
+
+
+def _mend_flat(run: Run) -> tuple[Remedy, ...]:
+    rate = run.peak_rate
+    data = remedies.look_at_data(run)
+    if rate < remedies.RATE_LOW:
+        text = f"Raise the learning rate: {rate:.2g} is far below the presets' 1e-4 to 5e-4"
+        return Remedy(text, remedies.resume(run, remedies.rate_flag(remedies.RATE_USUAL))), data
+    return data, remedies.lower_rate(run)
+
+
+def learning_rate_too_high(run: Run) -> Verdict:
+    """The loss climbs, or jumps above where it began."""
+    loss = run["loss"]
+    parts = windows(loss)
+    if len(parts) < RISE_STEPS // 10:
+        return too_few(len(loss), RISE_STEPS, "steps")
+    if run.from_beginning and (finding := _overshoot(run)):
+        return finding
+    medians = [median(part) for part in parts]
+    lowest, last = int(np.argmin(medians)), parts[-1]
+    low, now = medians[lowest], medians[-1]
+    # The standard error of a median is 1.25 × that of a mean; both ends have one.
+    error = 1.25 * 2**0.5 * noise(last.values) / len(last) ** 0.5
+    least = max(
+        RISE_SHARE * low,
+        RISE_SHARE_OF_FIRST * medians[0],
+        RISE_NOISE * error,
+    )
+    if lowest == len(parts) - 1 or now - low < least:
+        return None
+    at_lowest, rising = parts[lowest], loss.after(int(parts[lowest].steps[-1]))
+    evidence = [
+        f"loss {low:.3f} at {at_lowest.span}, its lowest; {now:.3f} at {last.span}",
+    ]
+    rate_low, rate_now = _rate_over(run, at_lowest), _rate_over(run, rising)
+    if rate_now:
+        evidence.append(f"learning rate {rate_low:.2g} then, {rate_now:.2g} since (medians)")
+    norm_low, norm_now = (
+        run["gradient_norm"].between(int(part.steps[0]), int(part.steps[-1]))
+        for part in (at_lowest, last)
+    )
+    if len(norm_low) and len(norm_now):
+        evidence.append(f"gradient norm {median(norm_low):.3g} then, {median(norm_now):.3g} now")
+    if rate_now and rate_now < HIGH_RATE * run.peak_rate:
+        return Finding(
+            Severity.WARNING,
+            "The loss rises",
+            tuple(evidence),
+            "The learning rate was already small when the loss began to climb, so it is hardly "
+            "the cause: other text, or weights that drift, are likelier.",
+            (remedies.look_at_data(run), remedies.skip_spikes(run)),
+        )
+    return Finding(
+        Severity.CRITICAL,
+        "The learning rate is too high",
+        tuple(evidence),
+        "The steps are so large that they lead away from what had been learnt: the loss climbs "
+        "while the learning rate is high.",
+        (
+            remedies.lower_rate(run, rate_low, before=int(at_lowest.steps[-1])),
+            remedies.longer_warm_up(run),
+        ),
+    )
+
+
+def _rate_over(run: Run, part: Curve) -> float:
+    """Returns the median learning rate over the steps of a part; 0 where none is recorded."""
+    rate = run["learning_rate"].between(int(part.steps[0]), int(part.steps[-1]))
+    return median(rate) if len(rate) else 0.0
+
+
+def _overshoot(run: Run) -> Finding | None:
+    loss, n = run["loss"], OVERSHOOT_STEPS
+    begun = median(loss[:n]) if run.warm_step >= n else float(loss.values[0])
+    runs_n = np.median(np.lib.stride_tricks.sliding_window_view(loss.values, n), axis=1)
+    worst = int(np.argmax(runs_n))
+    if runs_n[worst] < OVERSHOOT * begun:
+        return None
+    there = loss[worst : worst + n]
+    return Finding(
+        Severity.CRITICAL,
+        "The learning rate is too high",
+        (
+            f"loss {begun:.3f} at the start, {runs_n[worst]:.3f} at {there.span} (median)",
+            f"learning rate {_rate_over(run, there):.2g} there, up to {run.peak_rate:.2g}",
+        ),
+        "At the start a model guesses at random; a loss above that means the first steps were so "
+        "large that it became certain of what is wrong.",
+        (
+            Remedy(
+                "Begin with a lower learning rate, in a new run",
+                remedies.rate_flag(min(run.peak_rate / 3, remedies.RATE_USUAL))
+                if run.peak_rate
+                else "",
+            ),
+            remedies.longer_warm_up(run),
+        ),
+    )
+
+
+def loss_spikes(run: Run) -> Verdict:
+    """The loss jumps up for some steps and comes back."""
+    loss = run["loss"]
+    if len(loss) < 3 * SPIKE_MEMORY:
+        return too_few(len(loss), 3 * SPIKE_MEMORY, "steps")
+    rise_n = above_recent(loss.values, SPIKE_MEMORY)
+    before_n = loss.values - rise_n
+    usual = noise(rise_n[SPIKE_MEMORY:])
+    high_n = rise_n > np.maximum(SPIKE_NOISE * usual, SPIKE_SHARE * np.abs(before_n))
+    high = np.flatnonzero(high_n)
+    # Within one spike a step may be low, by a lucky batch.
+    spikes = [spike for spike in groups(high, SPIKE_LENGTH) if len(spike) >= SPIKE_LENGTH]
+    if not spikes:
+        return None
+    worst = max(spikes, key=lambda spike: rise_n[spike].max())
+    top = worst[np.argmax(rise_n[worst])]
+    steps = [int(loss.steps[spike[0]]) for spike in spikes]
+    named = ", ".join(f"{step:,}" for step in steps[:5]) + (" …" if len(steps) > 5 else "")
+    evidence = [
+        f"{len(spikes)} spike{'s' * (len(spikes) > 1)}, beginning at step {named}",
+        f"the worst: loss {before_n[top]:.3f} before it, {loss.values[top]:.3f} at step "
+        f"{loss.steps[top]:,}; the usual noise is {usual:.2g}",
+    ]
+    norm = run["gradient_norm"].between(int(loss.steps[worst[0]]), int(loss.steps[worst[-1]]))
+    if len(norm):
+        evidence.append(
+            f"gradient norm up to {norm.values.max():.3g} in it; its median over the run is "
+            f"{median(run['gradient_norm']):.3g}"
+        )
+    return Finding(
+        Severity.WARNING if len(spikes) >= SPIKES_MANY else Severity.NOTE,
+        "The loss spikes",
+        tuple(evidence),
+        "For some steps the loss lies far above what it was: a step went too far. A spike costs "
+        "the steps that it takes to come back, and one day one does not come back.",
+        (remedies.skip_spikes(run), remedies.lower_rate(run)),
+    )
+
+
+def overfitting(run: Run) -> Verdict:
+    """The evaluation loss rises while the training loss does not."""
+    evaluation, loss = run["eval_loss"], run["loss"]
+    if len(evaluation) < OVERFIT_EVALUATIONS:
+        return too_few(len(evaluation), OVERFIT_EVALUATIONS, "evaluations")
+    best = int(np.argmin(evaluation.values))
+    low, now = float(evaluation.values[best]), float(evaluation.values[-1])
+    rise = now - low
+    if len(evaluation) - 1 - best < OVERFIT_PATIENCE or rise < max(
+        OVERFIT_SHARE * low, OVERFIT_NATS
+    ):
+        return None
+    step, last = int(evaluation.steps[best]), int(evaluation.steps[-1])
+    span = last - int(evaluation.steps[-2])
+    then, since = loss.between(step - span + 1, step), loss.between(last - span + 1, last)
+    if not len(then) or not len(since):
+        return Unchecked("no training loss beside the evaluations")
+    if median(since) - median(then) > rise / 2:
+        return None  # the training loss rises as well: that is another illness
+    checkpoint = run.folder / step_name(step)
+    keep = Remedy("Use the model of the best evaluation, not the last one")
+    if checkpoint.is_dir():
+        command = f'python -m mamba_jax.generate --checkpoint {checkpoint} --prompt ""'
+        keep = Remedy(keep.text + "; its checkpoint is kept", command)
+    return Finding(
+        Severity.WARNING,
+        "The model overfits: evaluation gets worse while training gets better",
+        (
+            f"evaluation loss {low:.3f} at step {step:,}, its best; {now:.3f} at step {last:,}",
+            f"training loss {median(then):.3f} then, {median(since):.3f} now "
+            f"(medians of {span:,} steps)",
+        ),
+        "The model learns the training text by heart, and this no longer helps with text that it "
+        "has not seen.",
+        (
+            keep,
+            Remedy("Train on more text; nothing helps as much", "--data_dir PATH"),
+            Remedy("Add dropout", remedies.resume(run, "--config.model.dropout=0.1")),
+            Remedy("Or train a smaller model, in a new run", "--model_size small"),
+        ),
+    )

@@ -1,0 +1,54 @@
+"""All rules, and a run's examination by them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from mamba_jax.doctor import gradients, learning, operation, structure
+from mamba_jax.doctor.finding import Finding, Unchecked, Verdict
+from mamba_jax.doctor.signals import Run
+
+RULES: Mapping[str, Callable[[Run], Verdict]] = {  # what is checked → how
+    "end of the run": operation.ended,
+    "loss falls": learning.loss_not_falling,
+    "learning rate": learning.learning_rate_too_high,
+    "vanishing gradients": gradients.vanishing,
+    "growing gradients": gradients.growing,
+    "loss spikes": learning.loss_spikes,
+    "overfitting": learning.overfitting,
+    "Δ": structure.step_sizes,
+    "A": structure.decay_rates,
+    "depth gates": structure.gates,
+    "skipped steps": gradients.skipped,
+    "speed": operation.slowing,
+    "waiting for data": operation.data_stall,
+    "memory": operation.memory,
+    "clipping": gradients.always_clipped,
+    "warnings": operation.warned,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What all rules say of a run.
+
+    Attributes:
+      findings: (rule, finding), the worst first.
+      clear: the rules that looked and found nothing.
+      unchecked: rule → what it would need.
+    """
+
+    findings: tuple[tuple[str, Finding], ...]
+    clear: tuple[str, ...]
+    unchecked: Mapping[str, str]
+
+
+def examine(run: Run) -> Diagnosis:
+    """Applies every rule."""
+    verdicts = {name: rule(run) for name, rule in RULES.items()}
+    findings = [(name, v) for name, v in verdicts.items() if isinstance(v, Finding)]
+    findings.sort(key=lambda each: -each[1].severity)  # stable: among equals the table's order
+    return Diagnosis(
+        findings=tuple(findings),
+        clear=tuple(name for name, v in verdicts.items() if v is None),
+        unchecked={name: v.reason for name, v in verdicts.items() if isinstance(v, Unchecked)},
+    )
