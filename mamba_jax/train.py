@@ -141,7 +141,11 @@ def _run(
             f"{config.name}: {parameters.total:,} parameters on {planned.device}; "
             f"selective scan: {scan}; compiling …"
         )
-        about = {"config": to_dict(config), "parameters": parameters.total}
+        about = {
+            "config": to_dict(config),
+            "parameters": parameters.total,
+            "unigram_nll": corpus.unigram_nll,
+        }
         monitor.start(first_step, start.path.parent if start else None, hardware, about)
 
         def evaluated() -> Evaluation:

@@ -155,7 +155,7 @@ class Monitor:
           source: the folder of the run that it continues, if any.
           hardware: to tell FLOPs per second and record the rate with; None: neither.
           about: what to record of the run: ``config``, as ``config.to_dict`` gives it, and
-            ``parameters``, their number; None: nothing.
+            ``parameters``, their number, and whatever else was known; None: nothing.
         """
         self._hardware, self._step = hardware, step
         self._history = History(pathlib.Path(self._config.output_dir), step, source)
