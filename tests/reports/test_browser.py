@@ -1,0 +1,180 @@
+"""The pages in a real browser, where one is installed: they draw, read values, and fit a phone."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from mamba_jax.reports.compare import Comparison
+from mamba_jax.reports.compare import render as render_comparison
+from mamba_jax.reports.recorded import read_run
+from mamba_jax.reports.run_page import render
+from tests.reports.made_run import evaluated, rate, started, trained, write
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BROWSER, reason="no Chromium is installed"),
+]
+# What a reader could do, and what is then to be seen, in one object that the page ends with.
+LOOK = """
+<script>
+const seen = {};
+const point = (key, share) => {
+  const svg = document.querySelector(`#chart-${key} svg`), box = svg.getBoundingClientRect();
+  svg.dispatchEvent(new PointerEvent('pointermove', {
+    clientX: box.left + box.width * share, clientY: box.top + 50 }));
+  return document.querySelector(`#chart-${key} .tip`).innerText;
+};
+const path = key => document.querySelector(`#chart-${key} .curve`)?.getAttribute('d');
+const labels = key => [...document.querySelectorAll(`#chart-${key} .x`)].map(x => x.textContent);
+const press = what => document.querySelector(what).click();
+try {
+  seen.width = [innerWidth, document.documentElement.scrollWidth];
+  seen.outside = [...document.querySelectorAll('figure text')].filter(text => {
+    const box = text.getBoundingClientRect(), svg = text.closest('svg').getBoundingClientRect();
+    return box.left < svg.left - 1 || box.right > svg.right + 1;
+  }).map(text => text.textContent);
+  seen.overlap = [...document.querySelectorAll('figure svg')].flatMap(svg => {
+    const boxes = [...svg.querySelectorAll('.x')].map(x => x.getBoundingClientRect());
+    return boxes.slice(1).filter((box, i) => box.left < boxes[i].right);
+  }).length;
+  seen.drawn = document.querySelectorAll('figure svg').length;
+  seen.empty = [...document.querySelectorAll('figure')]
+    .filter(figure => !figure.querySelector('.curve, circle, .gap')).map(figure => figure.id);
+  LOOKING
+} catch (error) { seen.error = String(error); }
+parent.postMessage(JSON.stringify(seen), '*');
+</script>
+"""
+# A browser's window may not be as narrow as a phone, a frame in it may.
+FRAME = """<!doctype html><iframe src="page.html" width="{width}" height="800" frameborder="0">
+</iframe><pre id="seen"></pre>
+<script>
+addEventListener('message', event => document.getElementById('seen').textContent = event.data);
+</script>
+"""
+
+
+def look(text, tmp_path, *flags, width=360, doing=""):
+    """Opens a page, does what a reader could do, and returns what is seen."""
+    page, frame = tmp_path / "page.html", tmp_path / "frame.html"
+    page.write_text(text + LOOK.replace("LOOKING", doing), encoding="utf-8")
+    frame.write_text(FRAME.format(width=width), encoding="utf-8")
+    command = [
+        *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+        *("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--window-size=1400,900", "--virtual-time-budget=3000", *flags),
+        *("--dump-dom", frame.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not said, said
+    (found,) = re.findall(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    seen = json.loads(html.unescape(found))
+    assert "error" not in seen, seen
+    assert seen["width"] == [width, width], "the page scrolls sideways"
+    assert not seen["outside"] and not seen["overlap"] and not seen["empty"], seen
+    return seen
+
+
+def hybrid(folder, steps=200, layers=24, **changes):
+    """A run with everything on its page, long names and NaN included."""
+    records = [started(training__max_steps=steps, **changes)]
+    for record in trained(1, steps, loss=lambda s: 2 + 8 * math.exp(-s / steps)):
+        step = record["step"]
+        if step == steps // 2:
+            record |= {"loss": math.nan, "skipped": True}
+        records.append(record)
+        if step % 10 == 0:
+            gates = {n: [0.1 * k for k in range(layers)] for n in ("gates_closed", "gates_open")}
+            depth = [1 + k / 8 for k in range(layers)]
+            records += [rate(step, 1e5 + step), {"step": step, "depth_mean": depth, **gates}]
+        if step % 50 == 0:
+            by_layer = {
+                name: [sign * (k + 1) * step / 1e6 for k in range(layers)]
+                for name, sign in (("dt_mean", 1), ("dt_max", 1), ("A_min", -1), ("A_max", -1))
+            }
+            records.append(evaluated(step, 10 - step / 50, **by_layer))
+            records.append({"step": step, "prompt": "<b>", "sample": "x" * 500})
+            records.append({"step": step, "warning": "/a/very/long/path" * 20})
+    return read_run(write(folder, records))
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_runs_page(width, tmp_path):
+    doing = """
+    seen.loss = point('loss', 0.6);
+    seen.layers = point('depth', 0.5);
+    seen.marks = [document.querySelectorAll('#chart-loss .gap').length,
+      document.querySelectorAll('#chart-loss .skipped').length];
+    const linear = path('learning_rate');
+    press('#chart-learning_rate .log');
+    seen.log = linear !== path('learning_rate');
+    press('[data-part="0.1"]');
+    seen.last_tenth = labels('learning_rate').map(Number);
+    """
+    run = hybrid(tmp_path / "run")
+    seen = look(render(run), tmp_path, width=width, doing=doing)
+    assert seen["drawn"] == 15 and seen["log"] and seen["marks"] == [1, 1]
+    # What the pointer reads is what was recorded at the step that it names.
+    (step,) = map(int, re.findall(r"^step (\d+)", seen["loss"]))
+    assert 90 < step < 140
+    (told,) = re.findall(r"training ([\d.]+)", seen["loss"])
+    (recorded,) = [r["loss"] for r in run.records if r["step"] == step and "loss" in r]
+    assert float(told) == pytest.approx(recorded, rel=1e-4)
+    assert re.findall(r"layer (\d+) ([\d.]+)", seen["layers"]) == [
+        (str(k), f"{1 + k / 8:.5g}") for k in range(24)
+    ]
+    assert min(seen["last_tenth"]) >= 180 and max(seen["last_tenth"]) == 200
+
+
+def test_a_comparison(tmp_path):
+    doing = """
+    seen.steps = labels('train_loss');
+    seen.loss = point('eval_loss', 0.99);
+    press('[data-axis="tokens"]');
+    seen.tokens = point('train_loss', 0.99);
+    press('#chart-train_loss .legend button');
+    seen.pressed = document.querySelector('#chart-train_loss .legend button').ariaPressed;
+    seen.curves = document.querySelectorAll('#chart-train_loss .curve').length;
+    """
+    wide = {"vram__effective_batch_size": 16, "vram__batch_size": 16}
+    runs = [
+        hybrid(tmp_path / "a" / ("long_name_of_a_run_" * 4), steps=200),
+        hybrid(tmp_path / "b", steps=100, **wide),
+        hybrid(tmp_path / "c" / "b", steps=100, training__learning_rate=0.125),
+    ]
+    seen = look(render_comparison(Comparison(runs)), tmp_path, doing=doing)
+    assert seen["steps"][-1] == "200"
+    assert "160,000 tokens" in seen["tokens"]  # 200 × 8 × 100; and 100 × 16 × 100
+    assert "step 200" in seen["loss"] and " 6" in seen["loss"]
+    assert "/b" not in seen["loss"]  # these runs ended long before
+    assert seen["pressed"] == "false" and seen["curves"] == 2 * 2  # NaN parts each in two
+
+
+def test_a_page_without_anything(tmp_path):
+    seen = look(render(read_run(write(tmp_path / "run", [started()]))), tmp_path)
+    assert seen["drawn"] == 0
+
+
+def test_runs_of_nothing_but_one_step_or_no_number(tmp_path):
+    one = read_run(write(tmp_path / "one", [started(), *trained(1, 1)]))
+    assert look(render(one), tmp_path)["drawn"] == 3
+    none = trained(1, 3, loss=lambda s: math.nan)
+    seen = look(render(read_run(write(tmp_path / "none", [started(), *none]))), tmp_path)
+    assert seen["drawn"] == 3
+
+
+def test_dark_is_the_viewers_preference(tmp_path):
+    text = render(hybrid(tmp_path / "run", steps=20, layers=2))
+    doing = "seen.paper = getComputedStyle(document.body).backgroundColor;"
+    light = look(text, tmp_path, doing=doing)["paper"]
+    dark = look(text, tmp_path, "--force-dark-mode", doing=doing)["paper"]
+    assert (light, dark) == ("rgb(255, 255, 255)", "rgb(20, 23, 26)")
