@@ -148,6 +148,13 @@ def test_text_of_several_lines_stays_in_its_cell(tmp_path, monkeypatch, capsys):
     assert "<b>bold" not in pathlib.Path("compare.html").read_text()
 
 
+def test_no_name_of_a_folder_can_end_the_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [write(f"{parent}/script>b", [started(), *trained(1, 3)]) for parent in ("<", "y")]
+    page = Page(render(Comparison([read_run(folder) for folder in folders])))
+    assert list(page.chart("train_loss")) == ["</script>b", "y/script>b"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
