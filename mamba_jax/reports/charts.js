@@ -79,18 +79,8 @@ function across(curve, step) {               // the x of a step of this curve
 function lay(chart) {                        // everything as it is drawn: x, and y in its unit
   const shown = chart.curves.filter((_, i) => !chart.hidden.has(i) &&
     !(view.tokens && !data.tokens[chart.curves[i].run]));
-  let first = Infinity, last = -Infinity;
-  for (const curve of chart.curves) {
-    if (view.tokens && !data.tokens[curve.run]) continue;
-    const count = curve.x.length;
-    if (!count) continue;
-    first = Math.min(first, across(curve, curve.from ? curve.from[0] : curve.x[0]));
-    last = Math.max(last, across(curve, curve.x[count - 1]));
-  }
-  if (!view.tokens && data.span) [first, last] = data.span;
-  if (!isFinite(first)) [first, last] = [0, 1];
+  let [first, last] = view.tokens ? data.token_span : data.span;
   if (view.part < 1) first = last - (last - first) * view.part;
-  if (first === last) [first, last] = [first - 1, last + 1];
   let low = Infinity, high = -Infinity;
   const fits = value => value !== null && (!chart.log || value > 0);
   for (const curve of shown) {
@@ -187,12 +177,12 @@ function draw(figure, chart) {
         make('path', { class: chart.by_layer ? 'band many' : 'band', fill: ink, stroke: ink,
           d: `M${up.concat(down).join('L')}Z` }, body);
       }
-      if (curve.look !== 'dots' || points.length > 1) {
+      if (points.length > 1) {
         const d = points.map(i => `${x(i)} ${Y(curve.y[i]).toFixed(1)}`).join('L');
         make('path', { class: `curve ${curve.look}`, stroke: ink, 'stroke-dasharray': dash(curve),
-          d: `M${d}${points.length === 1 ? 'h.01' : ''}` }, body);
+          d: `M${d}` }, body);
       }
-      if (curve.look === 'dots') for (const i of points) {
+      if (curve.look === 'dots' || points.length === 1) for (const i of points) {
         make('circle', { cx: x(i), cy: Y(curve.y[i]).toFixed(1), r: points.length > 60 ? 1.5 : 3,
           fill: ink }, body);
       }
@@ -246,7 +236,8 @@ function point(plot, svg, chart, at, { X, Y, left, span, inner, width }) {
     element('b', {}, tip, where);
     const rows = element('div', { className: found.length > 8 ? 'rows many' : 'rows' }, tip);
     for (const [curve, i] of found) {
-      if (distance([curve, i]) > (at.last - at.first) * 0.05) continue;   // it has ended, say
+      const off = Math.abs(across(curve, curve.x[i]) - across(main, step));
+      if (off > (at.last - at.first) * 0.05) continue;   // it has ended, say
       const row = element('div', {}, rows);
       element('i', {}, row).style.background = colour(curve);
       element('span', {}, row, `${curve.name} `);
@@ -286,7 +277,7 @@ function keys(figure, chart, redraw) {
     element('span', {}, legend, chart.curves.at(-1).name);
     return;
   }
-  if (chart.curves.length < 2 && data.span) return;
+  if (chart.curves.length < 2 && !data.tokens) return;   // of one run, the title says it
   chart.curves.forEach((curve, i) => {
     const key = element('button', { type: 'button', title: 'show or hide' }, legend);
     key.setAttribute('aria-pressed', true);

@@ -158,7 +158,14 @@ def render(comparison: Comparison) -> str:
     data = None
     if charts:
         lines = [run.token_line for run in comparison.runs]
-        data = {"charts": charts, "tokens": lines}
+        ends = [(run.last_step, run.tokens_at(run.last_step) or 0) for run in comparison.runs]
+        last_step, last_token = (max(1, *column) for column in zip(*ends, strict=True))
+        data = {
+            "charts": charts,
+            "tokens": lines,
+            "span": [0, last_step],
+            "token_span": [0, last_token],
+        }
         body += page.curves(charts, _axes() if any(lines) else "", _note(comparison, charts))
     else:
         body += page.paragraph("No curves: none of the runs has recorded a measurement.")

@@ -20,7 +20,8 @@ def document(title: str, body: str, data: dict[str, Any] | None = None) -> str:
       title: of the page, as plain text.
       body: HTML.
       data: of its curves, as ``curves`` shows them: ``charts`` as ``charts.chart`` makes them, and
-        ``span``, ``marks``, ``tokens`` (see the pages that have them); None: no curves.
+        ``span``, first and last step. Of one run also ``marks``, its steps ``resumed`` and
+        ``skipped``; of several ``tokens``, their token lines, and ``token_span``. None: no curves.
     """
     script = ""
     if data is not None:

@@ -197,7 +197,7 @@ def _state(run: Run) -> tuple[str, str]:
     evaluated = {r["step"] for r in run.evaluations}
     if ended:
         by_hand = ended[-1].startswith(("KeyboardInterrupt", "StoppedEarly"))
-        return STOPPED if by_hand else FAILED, ended[-1].strip(": ")
+        return STOPPED if by_hand else FAILED, ended[-1].removeprefix("UserError: ").strip(": ")
     if run.planned_steps is not None and run.planned_steps <= run.last_step in evaluated:
         return DONE, ""
     facts = background.read(run.folder)

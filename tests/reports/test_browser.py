@@ -139,6 +139,7 @@ def test_a_comparison(tmp_path):
     doing = """
     seen.steps = labels('train_loss');
     seen.loss = point('eval_loss', 0.99);
+    seen.between = point('eval_loss', 0.62);
     press('[data-axis="tokens"]');
     seen.tokens = point('train_loss', 0.99);
     press('#chart-train_loss .legend button');
@@ -156,6 +157,7 @@ def test_a_comparison(tmp_path):
     assert "160,000 tokens" in seen["tokens"]  # 200 × 8 × 100; and 100 × 16 × 100
     assert "step 200" in seen["loss"] and " 6" in seen["loss"]
     assert "/b" not in seen["loss"]  # these runs ended long before
+    assert "step 100" in seen["between"] and seen["between"].count("b 8") == 2  # 10 − 100 / 50
     assert seen["pressed"] == "false" and seen["curves"] == 2  # of three
 
 

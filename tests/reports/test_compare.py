@@ -89,6 +89,7 @@ def test_curves_equal_the_records_over_steps_and_tokens(folders):
     assert page.chart("tokens_per_sec")["fast"]["y"] == [2000]
     assert [curve["run"] for curve in losses.values()] == [0, 1]
     assert page.data["tokens"] == [[[0, 0, 800]], [[0, 0, 1600]], [[0, 0, 800]]]
+    assert (page.data["span"], page.data["token_span"]) == ([0, 40], [0, 48_000])
 
 
 def test_json_is_the_table(folders, capsys):

@@ -61,7 +61,7 @@ def test_attempts_at_the_same_step_are_one_start(tmp_path):
         ([started()], "new", "no step is recorded yet"),
         ([started(), *trained(1, 9)], "not finished", "stopped or killed, or still running"),
         ([started(), *trained(1, 40)], "not finished", "still running"),  # its evaluation lacks
-        ([started(), {"step": 9, "ended": "UserError: diverged"}], "failed", "UserError: diverged"),
+        ([started(), {"step": 9, "ended": "UserError: diverged"}], "failed", "diverged"),
         ([started(), {"step": 9, "ended": "KeyboardInterrupt: "}], "stopped", "KeyboardInterrupt"),
         # What ended before the run went on is past.
         ([{"step": 9, "ended": "OSError: x"}, started(9), *trained(10, 12)], "not finished", ""),

@@ -56,7 +56,8 @@ def test_curves_equal_the_records(tmp_path):
         assert curve["y"] == pytest.approx([r[key] for r in records if key in r], rel=1e-5)
     curve = page.chart("loss")["evaluation"]
     assert (curve["x"], curve["y"], curve["look"]) == ([20, 40], [4.125, 3.5], "dots")
-    assert page.chart("bits_per_byte").popitem()[1]["y"] == [1.75, 1.5]
+    curve = page.chart("bits_per_byte").popitem()[1]
+    assert (curve["y"], curve["look"]) == ([1.75, 1.5], "dots")
     perplexities = page.chart("perplexity").popitem()[1]["y"]
     assert perplexities == pytest.approx([math.exp(4.125), math.exp(3.5)], rel=1e-5)
     assert page.chart("tokens_per_sec").popitem()[1]["y"] == [5000.25, 6000.5]
