@@ -93,12 +93,16 @@ def test_without_a_record_of_the_run_its_checkpoint_tells(tmp_path):
         (tmp_path / f"step_{step}").mkdir()
         write_metadata(
             tmp_path / f"step_{step}",
-            Metadata(from_dict(config()), step, 0, "", device="1 × TPU"),
+            Metadata(
+                *(from_dict(config()), step, 0, ""),
+                layout={"vram": {"batch_size": 2}},  # chosen for the device
+                device="1 × TPU",
+            ),
         )
     (tmp_path / "step_40" / "config.json").write_text("{")  # damaged: the one before tells
     run = read_run(tmp_path)
     assert run.device == "1 × TPU" and run.tokens_at(40) == 40 * STEP_TOKENS
-    assert run.config["model.d_model"] == 512
+    assert run.config["model.d_model"] == 512 and run.config["vram.batch_size"] == 2
     # Counted by hand: d 512, 2 layers of the hybrid, by the README's figure for 8 of them.
     assert run.parameters == 257 * 512 + 512 + (34_559_704 - 512) // 8 * 2
     (tmp_path / "metrics.jsonl").unlink()
@@ -113,7 +117,7 @@ def test_of_an_old_run_without_either_little_is_known(tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
-    records = [started(), evaluated(10, 4.0), evaluated(20, 3.0), evaluated(30, math.nan)]
+    records = [started(), evaluated(10, math.nan), evaluated(20, 3.0), evaluated(30, 4.0)]
     run = read_run(write(tmp_path, records))
     assert run.best_evaluation is not None and run.best_evaluation["step"] == 20
 
