@@ -112,6 +112,7 @@ def test_a_runs_page(width, tmp_path):
     doing = """
     seen.loss = point('loss', 0.6);
     seen.layers = point('depth', 0.5);
+    seen.unlogged = [...document.querySelectorAll('.log[hidden]')].map(b => b.closest('figure').id);
     seen.marks = [document.querySelectorAll('#chart-loss .gap').length,
       document.querySelectorAll('#chart-loss .skipped').length];
     const linear = path('learning_rate');
@@ -122,6 +123,7 @@ def test_a_runs_page(width, tmp_path):
     """
     run = hybrid(tmp_path / "run")
     seen = look(render(run), tmp_path, width=width, doing=doing)
+    assert seen["unlogged"] == ["chart-A_min", "chart-A_max"]  # below 0
     assert seen["drawn"] == 15 and seen["log"] and seen["marks"] == [1, 1]
     # What the pointer reads is what was recorded at the step that it names.
     (step,) = map(int, re.findall(r"^step (\d+)", seen["loss"]))
