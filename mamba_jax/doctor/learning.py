@@ -14,6 +14,7 @@ FLAT_STEPS = 200  # after the warm-up, before anything is said
 # Frequencies are learnt within some hundred steps; what comes below is context.
 UNIGRAM_STEPS = 1_000  # after the warm-up
 UNIGRAM_MARGIN = 0.99  # × the unigram loss, as train and held-out text differ a little
+STILL_FALLING = 0.02  # of the loss, over the last half: a slow run on its way is no stuck one
 RISE_STEPS = 50  # at least
 # Loss wanders by some percent with the text. What a falling learning rate or more text would undo
 # is smaller than this.
@@ -21,13 +22,14 @@ RISE_SHARE = 0.05  # of the lowest loss
 RISE_SHARE_OF_FIRST = 0.01  # and of the first: losses near 0 wander by more than a twentieth
 RISE_NOISE = 6.0  # standard errors of a window's median
 OVERSHOOT = 1.1  # × the first loss, which guesses at random: only wrong certainty is worse
+OVERSHOOT_WITHIN = 500  # steps after the warm-up; later it is a climb
 OVERSHOOT_STEPS = 5  # whose median it is: a single batch may be odd
 HIGH_RATE = 0.3  # of the peak: below it the learning rate is not what drives the loss up
 
 SPIKE_MEMORY = 50  # steps whose median a spike is measured from
 SPIKE_NOISE = 8.0  # standard deviations: never reached by chance in 200,000 steps
 SPIKE_SHARE = 0.1  # of the loss before it
-SPIKE_LENGTH = 2  # steps: an odd batch moves one step's loss, not its neighbours'
+SPIKE_LENGTH = 3  # steps: an odd batch moves one step's loss, and two in a row are chance
 SPIKES_MANY = 3
 
 OVERFIT_EVALUATIONS = 4  # at least
@@ -46,11 +48,12 @@ def loss_not_falling(run: Run) -> Verdict:
         return too_few(past, FLAT_STEPS, "steps after the warm-up")
     first, last = loss[:OVERSHOOT_STEPS], loss.last(0.1, 20)
     begun, now = median(first), median(last)
+    lowest = min(map(median, windows(loss)))
     figures = (
         f"loss {begun:.3f} at {first.span}, {now:.3f} at {last.span}",
         f"learning rate up to {run.peak_rate:.2g}",
     )
-    if abs(begun - now) < FLAT_SHARE * begun:
+    if begun - lowest < FLAT_SHARE * begun and now < (1 + FLAT_SHARE) * begun:
         return Finding(
             Severity.CRITICAL,
             "The loss does not fall",
@@ -60,7 +63,10 @@ def loss_not_falling(run: Run) -> Verdict:
             _mend_flat(run),
         )
     unigram = run.unigram_nll
-    if unigram is not None and past >= UNIGRAM_STEPS and now > UNIGRAM_MARGIN * unigram:
+    if unigram is None or past < UNIGRAM_STEPS or lowest < UNIGRAM_MARGIN * unigram:
+        return None
+    halfway = loss[len(loss) // 2 :][: len(last)]
+    if median(halfway) - now < STILL_FALLING * now:
         return Finding(
             Severity.CRITICAL,
             "The model has only learnt how frequent tokens are",
@@ -143,7 +149,7 @@ def _rate_over(run: Run, part: Curve) -> float:
 
 
 def _overshoot(run: Run) -> Finding | None:
-    loss, n = run["loss"], OVERSHOOT_STEPS
+    loss, n = run["loss"].between(1, run.warm_step + OVERSHOOT_WITHIN), OVERSHOOT_STEPS
     begun = median(loss[:n]) if run.warm_step >= n else float(loss.values[0])
     runs_n = np.median(np.lib.stride_tricks.sliding_window_view(loss.values, n), axis=1)
     worst = int(np.argmax(runs_n))

@@ -9,7 +9,8 @@ import functools
 import itertools
 import pathlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 from unittest import mock
 
 import jax
@@ -30,14 +31,14 @@ HEALTHY = run_config(
     MODEL,
     batch=BATCH,
     microbatch=BATCH,
-    learning_rate=3e-3,
+    learning_rate=1e-2,
     warmup_steps=20,
     max_steps=STEPS,
     log_steps=5,
     eval_steps=30,
 )
 FAR_TOO_HIGH = dataclasses.replace(
-    HEALTHY, training=dataclasses.replace(HEALTHY.training, learning_rate=0.5)
+    HEALTHY, training=dataclasses.replace(HEALTHY.training, learning_rate=5.0)
 )
 
 
@@ -83,8 +84,10 @@ def train(
     *,
     ids: np.ndarray | None = None,
     eval_ids: np.ndarray | None = None,
+    step_secs: Callable[[int], float] = lambda step: 0.01,
     read_secs: float = 1e-3,
     steps: int = STEPS,
+    meddle: Mapping[int, Callable[[Any], Any]] | None = None,
 ) -> pathlib.Path:
     """Trains on a text and returns the folder with what the run recorded.
 
@@ -93,8 +96,10 @@ def train(
       config: of the run.
       ids: the text; None: source code.
       eval_ids: the held-out text; None: the end of ``ids``.
-      read_secs: that a batch takes to read; a step takes 10 ms beside.
+      step_secs: step → seconds that it takes, beside the reading.
+      read_secs: that a batch takes to read.
       steps: to take, if no error ends it before.
+      meddle: step → what to make of the parameters before it.
     """
     ids = text() if ids is None else ids
     eval_ids = ids[-len(ids) // 10 :] if eval_ids is None else eval_ids
@@ -121,9 +126,11 @@ def train(
             late = loop.LateMetrics(shown, config.training.max_gradient_norm, lambda: None)
             batches = shown.waiting(read())
             for step in range(1, steps + 1):
+                if meddle and step in meddle:
+                    state["params"] = meddle[step](state["params"])
                 state, metrics = train_step(state, next(batches))
                 late.push(step, metrics)
-                clock.now += 0.01
+                clock.now += step_secs(step)
                 if step == 1 or step % config.training.eval_steps == 0:
                     late.drain()
                     with shown.paused():

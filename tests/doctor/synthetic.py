@@ -62,7 +62,7 @@ class Plan:
 
 
 def arrays(plan: Plan) -> Arrays:
-    """The curves of a healthy run: those of every step, of an interval (i), of an evaluation (e)."""
+    """The curves of a healthy run: of every step, of an interval (i), of an evaluation (e)."""
     random, n, training = np.random.default_rng(plan.seed), plan.steps, plan.config.training
     step = np.arange(1, n + 1)
     warmup, last = training.resolved_warmup_steps, training.max_steps
