@@ -179,8 +179,8 @@ function draw(figure, chart) {
       }
       if (points.length > 1) {
         const d = points.map(i => `${x(i)} ${Y(curve.y[i]).toFixed(1)}`).join('L');
-        make('path', { class: `curve ${curve.look}`, stroke: ink, 'stroke-dasharray': dash(curve),
-          d: `M${d}` }, body);
+        make('path', { class: `curve ${curve.look}`, stroke: ink, d: `M${d}` }, body)
+          .style.strokeDasharray = dash(curve);
       }
       if (curve.look === 'dots' || points.length === 1) for (const i of points) {
         make('circle', { cx: x(i), cy: Y(curve.y[i]).toFixed(1), r: points.length > 60 ? 1.5 : 3,

@@ -96,7 +96,7 @@ def curve(name: str, points: Points, look: str = "line", **about: Any) -> dict[s
     Args:
       name: in the legend.
       points: of the curve.
-      look: "line", "faint" (behind another one) or "dots".
+      look: "line", "faint" (behind another one), "level" (what to be held against) or "dots".
       about: ``colour``, a number; or ``share``, from 0 (the first layer) to 1; ``run``, its number
         in a comparison.
     """

@@ -50,6 +50,7 @@ class Run:
     records: list[dict[str, Any]]
     starts: list[Start]  # at least one
     parameters: int | None
+    unigram_nll: float | None  # loss by the corpus's token frequencies alone, nats per token
     device: str  # "": not recorded
     saved_step: int  # of the newest checkpoint; 0: none is known
     state: str
@@ -168,7 +169,8 @@ def read_run(folder: pathlib.Path) -> Run:
     # Steps recorded by a version that did not record the run itself are those of the checkpoint.
     if not starts or starts[0].step > min(r["step"] for r in records):
         starts.insert(0, Start(0, "", saved_config))
-    parameters = begun[-1]["run"].get("parameters") if begun else None
+    about = begun[-1]["run"] if begun else {}
+    parameters, unigram_nll = about.get("parameters"), about.get("unigram_nll")
     if parameters is None and saved and saved.config.model.vocab_size:
         parameters = parameter_count(saved.config.model).total
     rated = [r for r in records if "device_kind" in r]
@@ -179,7 +181,7 @@ def read_run(folder: pathlib.Path) -> Run:
     # Attempts to start at the same step have left nothing but their start.
     starts = list({start.step: start for start in starts}.values())
     saved_step = saved.step if saved else 0
-    run = Run(folder, records, starts, parameters, device, saved_step, NEW, "")
+    run = Run(folder, records, starts, parameters, unigram_nll, device, saved_step, NEW, "")
     state, why = _state(run)
     return dataclasses.replace(run, state=state, why=why)
 

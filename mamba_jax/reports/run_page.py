@@ -89,6 +89,9 @@ def _loss_chart(run: Run) -> list[dict[str, Any]]:
     evaluated, eval_losses = history.series(run.records, "eval_loss")
     if evaluated:
         curves.append(curve("evaluation", thin(evaluated, eval_losses), "dots", colour=1))
+    if curves and run.unigram_nll is not None:
+        level = thin([0, max(run.last_step, 1)], [run.unigram_nll] * 2)
+        curves.append(curve("token frequencies alone", level, "level", colour=7))
     return [chart("loss", "Loss", curves, unit="nats per token", skips=True)] if curves else []
 
 

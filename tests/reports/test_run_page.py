@@ -60,6 +60,10 @@ def test_curves_equal_the_records(tmp_path):
     assert (curve["y"], curve["look"]) == ([1.75, 1.5], "dots")
     perplexities = page.chart("perplexity").popitem()[1]["y"]
     assert perplexities == pytest.approx([math.exp(4.125), math.exp(3.5)], rel=1e-5)
+    assert list(page.chart("loss")) == ["training", "evaluation"]
+    records[0]["run"]["unigram_nll"] = 6.5
+    level = page_of(tmp_path, records).chart("loss")["token frequencies alone"]
+    assert (level["x"], level["y"], level["look"]) == ([0, 40], [6.5, 6.5], "level")
     assert page.chart("tokens_per_sec").popitem()[1]["y"] == [5000.25, 6000.5]
     assert page.chart("memory").popitem()[1]["y"] == pytest.approx([3 << 30, 4 << 30], rel=1e-5)
     assert page.chart("data_wait").popitem()[1]["y"] == [0.25, 0.5]
