@@ -23,7 +23,8 @@ RISE_SHARE_OF_FIRST = 0.01  # and of the first: losses near 0 wander by more tha
 RISE_NOISE = 6.0  # standard errors of a window's median
 OVERSHOOT = 1.1  # × the first loss, which guesses at random: only wrong certainty is worse
 OVERSHOOT_WITHIN = 500  # steps after the warm-up; later it is a climb
-OVERSHOOT_STEPS = 5  # whose median it is: a single batch may be odd
+OVERSHOOT_STEPS = 20  # whose median it is: what is over sooner is a spike
+FIRST_STEPS = 5  # whose median the first loss is: a single batch may be odd
 HIGH_RATE = 0.3  # of the peak: below it the learning rate is not what drives the loss up
 
 SPIKE_MEMORY = 50  # steps whose median a spike is measured from
@@ -46,7 +47,7 @@ def loss_not_falling(run: Run) -> Verdict:
     past = int(loss.steps[-1]) - run.warm_step
     if past < FLAT_STEPS:
         return too_few(past, FLAT_STEPS, "steps after the warm-up")
-    first, last = loss[:OVERSHOOT_STEPS], loss.last(0.1, 20)
+    first, last = loss[:FIRST_STEPS], loss.last(0.1, 20)
     begun, now = median(first), median(last)
     lowest = min(map(median, windows(loss)))
     figures = (
@@ -150,7 +151,7 @@ def _rate_over(run: Run, part: Curve) -> float:
 
 def _overshoot(run: Run) -> Finding | None:
     loss, n = run["loss"].between(1, run.warm_step + OVERSHOOT_WITHIN), OVERSHOOT_STEPS
-    begun = median(loss[:n]) if run.warm_step >= n else float(loss.values[0])
+    begun = median(loss[:FIRST_STEPS]) if run.warm_step > FIRST_STEPS else float(loss.values[0])
     runs_n = np.median(np.lib.stride_tricks.sliding_window_view(loss.values, n), axis=1)
     worst = int(np.argmax(runs_n))
     if runs_n[worst] < OVERSHOOT * begun:
@@ -242,14 +243,14 @@ def overfitting(run: Run) -> Verdict:
         keep = Remedy(keep.text + "; its checkpoint is kept", command)
     return Finding(
         Severity.WARNING,
-        "The model overfits: evaluation gets worse while training gets better",
+        "The model overfits",
         (
             f"evaluation loss {low:.3f} at step {step:,}, its best; {now:.3f} at step {last:,}",
             f"training loss {median(then):.3f} then, {median(since):.3f} now "
             f"(medians of {span:,} steps)",
         ),
-        "The model learns the training text by heart, and this no longer helps with text that it "
-        "has not seen.",
+        "Evaluation gets worse while training gets better: the model learns its text by heart, "
+        "which is of no help with text that it has not seen.",
         (
             keep,
             Remedy("Train on more text; nothing helps as much", "--data_dir PATH"),

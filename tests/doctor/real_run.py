@@ -37,8 +37,15 @@ HEALTHY = run_config(
     log_steps=5,
     eval_steps=30,
 )
-FAR_TOO_HIGH = dataclasses.replace(
-    HEALTHY, training=dataclasses.replace(HEALTHY.training, learning_rate=5.0)
+# Another program, as the rate is part of it: the smaller family, and never evaluated.
+FAR_TOO_HIGH = run_config(
+    dataclasses.replace(MODEL, family="mamba"),
+    batch=BATCH,
+    microbatch=BATCH,
+    learning_rate=5.0,
+    warmup_steps=20,
+    max_steps=STEPS,
+    eval_steps=STEPS,
 )
 
 
