@@ -105,7 +105,9 @@ def always_clipped(run: Run) -> Verdict:
         (
             Remedy(
                 "Clip where gradients are unusual, at twice their median",
-                remedies.resume(run, f"--config.training.gradient_clip={2 * usual:.1g}"),
+                remedies.resume(
+                    run, f"--config.training.gradient_clip={float(f'{2 * usual:.1g}'):g}"
+                ),
             ),
             Remedy(
                 "Average over more sequences: noise is what makes a gradient long",
@@ -137,12 +139,12 @@ def skipped(run: Run) -> Verdict:
         "is unsteady, or skip_spikes too strict.",
         (
             remedies.lower_rate(run),
-            Remedy("Or skip fewer", resume_spikes(run)),
+            Remedy("Or skip fewer", _skip_fewer(run)),
         ),
     )
 
 
-def resume_spikes(run: Run) -> str:
+def _skip_fewer(run: Run) -> str:
     """Returns the command that goes on with twice the factor, at least 5."""
     factor = run.config.training.skip_spikes if run.config is not None else 0.0
     return remedies.resume(run, f"--config.training.skip_spikes={max(5.0, 2 * factor):g}")

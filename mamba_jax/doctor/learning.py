@@ -236,6 +236,7 @@ def overfitting(run: Run) -> Verdict:
         return Unchecked("no training loss beside the evaluations")
     if median(since) - median(then) > rise / 2:
         return None  # the training loss rises as well: that is another illness
+    dropout = min(0.5, max(0.1, 2 * run.config.model.dropout if run.config is not None else 0.0))
     checkpoint = run.folder / step_name(step)
     keep = Remedy("Use the model of the best evaluation, not the last one")
     if checkpoint.is_dir():
@@ -254,7 +255,7 @@ def overfitting(run: Run) -> Verdict:
         (
             keep,
             Remedy("Train on more text; nothing helps as much", "--data_dir PATH"),
-            Remedy("Add dropout", remedies.resume(run, "--config.model.dropout=0.1")),
+            Remedy("More dropout", remedies.resume(run, f"--config.model.dropout={dropout:g}")),
             Remedy("Or train a smaller model, in a new run", "--model_size small"),
         ),
     )

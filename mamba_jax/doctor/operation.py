@@ -52,10 +52,7 @@ def ended(run: Run) -> Verdict:
             evidence,
             "The step needs more than the device has left.",
             (
-                Remedy(
-                    "Leave more free: the microbatch becomes smaller, the effective batch stays",
-                    remedies.resume(run, "--vram_safety_margin 3072"),
-                ),
+                remedies.more_memory_free(run),
                 Remedy(
                     "Keep fewer activations",
                     remedies.resume(run, "--config.model.remat=full"),
@@ -153,10 +150,7 @@ def data_stall(run: Run) -> Verdict:
 def memory(run: Run) -> Verdict:
     """The peak lies at the edge of the device's memory, or went over it."""
     lacked = [(step, text) for step, text in run.warnings if text.startswith("out of memory with")]
-    give_room = Remedy(
-        "Leave more free: the microbatch becomes smaller, the effective batch stays",
-        remedies.resume(run, "--vram_safety_margin 3072"),
-    )
+    give_room = remedies.more_memory_free(run)
     if lacked:
         return Finding(
             Severity.WARNING,

@@ -67,10 +67,21 @@ def longer_warm_up(run: Run) -> Remedy:
 
 
 def skip_spikes(run: Run) -> Remedy:
-    """Leave out the steps whose gradient is far from what is usual."""
+    """Leave out the steps whose gradient is far from what is usual; more of them than so far."""
+    now = run.config.training.skip_spikes if run.config is not None else 0.0
+    factor = max(2.0, now / 2) if 0 < now <= 5 else 5.0
     return Remedy(
-        "Skip steps whose gradient norm exceeds 5 times its running mean",
-        resume(run, "--config.training.skip_spikes=5"),
+        f"Skip steps whose gradient norm exceeds {factor:g} times its running mean",
+        resume(run, f"--config.training.skip_spikes={factor:g}"),
+    )
+
+
+def more_memory_free(run: Run) -> Remedy:
+    """A larger safety margin."""
+    now = run.config.vram.safety_margin_mb if run.config is not None else 2048
+    return Remedy(
+        "Leave more free: the microbatch becomes smaller, the effective batch stays",
+        resume(run, f"--vram_safety_margin {now + 1024}"),
     )
 
 

@@ -53,7 +53,13 @@ def step_sizes(run: Run) -> Verdict:
         title = "Δ runs away"
         why = "A large step makes the state forget all that came before: such a layer sees little "
         why += "but the current token, and its gradients become extreme."
-    return Finding(Severity.WARNING, title, tuple(evidence), why, _mend_scan(run))
+    decay = 2 * (run.config.training.weight_decay if run.config is not None else 0.1) or 0.1
+    more_decay = Remedy(
+        "Raise the weight decay, which holds back what Δ is computed with",
+        remedies.resume(run, f"--config.training.weight_decay={decay:.2g}"),
+    )
+    options = (remedies.lower_rate(run), more_decay)
+    return Finding(Severity.WARNING, title, tuple(evidence), why, options)
 
 
 def decay_rates(run: Run) -> Verdict:
@@ -81,21 +87,7 @@ def decay_rates(run: Run) -> Verdict:
         ),
         "A sets how long a state remembers. Far below its start the state forgets within a token; "
         "at 0 it never forgets, and sums up noise.",
-        _mend_scan(run),
-    )
-
-
-def _mend_scan(run: Run) -> tuple[Remedy, ...]:
-    return (
-        remedies.lower_rate(run),
-        Remedy(
-            "A and the bias of Δ have no weight decay; what feeds Δ has: raise it",
-            remedies.resume(
-                run,
-                "--config.training.weight_decay="
-                f"{2 * (run.config.training.weight_decay if run.config else 0.1) or 0.1:.2g}",
-            ),
-        ),
+        (remedies.lower_rate(run), remedies.skip_spikes(run)),
     )
 
 
@@ -142,13 +134,12 @@ def gates(run: Run) -> Verdict:
     if shut_l.any():
         why += "A closed gate adds nothing: its recursion is computed for every token and thrown "
         why += "away. "
-        options += [
-            Remedy(
-                "Use fewer steps of recursion, in a new run",
-                f"--config.model.recursion_depth={max(1, int(min(deepest, 3)) - 1)}",
-            ),
-            Remedy("Or let the gates start open, in a new run", "--config.model.gate_bias=1"),
-        ]
+        if np.isfinite(deepest):
+            fewer = f"--config.model.recursion_depth={int(deepest) // 2}"
+            options.append(Remedy("Use fewer steps of recursion, in a new run", fewer))
+        options.append(
+            Remedy("Or let the gates start open, in a new run", "--config.model.gate_bias=1")
+        )
     if open_l.any():
         why += "A gate that is always open chooses nothing: every token gets the full depth. "
         options.append(
