@@ -151,6 +151,8 @@ def _rate_over(run: Run, part: Curve) -> float:
 
 def _overshoot(run: Run) -> Finding | None:
     loss, n = run["loss"].between(1, run.warm_step + OVERSHOOT_WITHIN), OVERSHOOT_STEPS
+    if len(loss) < n:
+        return None
     begun = median(loss[:FIRST_STEPS]) if run.warm_step > FIRST_STEPS else float(loss.values[0])
     runs_n = np.median(np.lib.stride_tricks.sliding_window_view(loss.values, n), axis=1)
     worst = int(np.argmax(runs_n))
