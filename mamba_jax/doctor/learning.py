@@ -106,7 +106,7 @@ def learning_rate_too_high(run: Run) -> Verdict:
         RISE_SHARE_OF_FIRST * medians[0],
         RISE_NOISE * error,
     )
-    if lowest == len(parts) - 1 or now - low < least:
+    if now - low < least:
         return None
     at_lowest, rising = parts[lowest], loss.after(int(parts[lowest].steps[-1]))
     evidence = [

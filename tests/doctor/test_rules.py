@@ -326,3 +326,24 @@ def test_which_checkpoint_to_go_on_from(tmp_path):
     complete = signals.from_records(run.folder, records(Plan(steps=900)))
     assert remedies.resume(complete, "--x=1") == "--x=1", "a complete run does not go on"
     assert remedies.resume(complete, before=700) == f"{start} '{run.folder}/step_600'"
+
+
+@pytest.mark.parametrize(
+    "rate,text,advised",
+    [
+        (1e-5, "Raise the learning rate", "0.0003"),
+        (5e-5, "Lower the learning rate", "1e-05"),
+        (2.4e-3, "Lower the learning rate", "0.0008"),
+        (5e-3, "Lower the learning rate", "0.0003"),
+    ],
+)
+def test_what_to_do_where_the_loss_is_flat(rate, text, advised):
+    finding = findings(Plan(learning_rate=rate), NOISY)["loss falls"]
+    (remedy,) = (remedy for remedy in finding.remedies if remedy.text.startswith(text))
+    assert remedy.command == f"--config.training.learning_rate={advised}"
+
+
+@pytest.mark.parametrize("now,then", [(0.0, 5), (8.0, 5), (5.0, 2.5), (3.0, 2)])
+def test_skipping_more_spikes_than_so_far(now, then):
+    run = signals.from_records(FOLDER, records(Plan(steps=60, training={"skip_spikes": now})))
+    assert remedies.skip_spikes(run).command == f"--config.training.skip_spikes={then:g}"

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from .synthetic import Arrays, Fault, Plan, changed
-from .test_rules import LN_V, UNIGRAM, at_level, bump, findings, from_on, layer, ramp, skip
+from mamba_jax.doctor import rules, signals
+
+from .synthetic import Arrays, Fault, Plan, changed, records
+from .test_rules import FOLDER, LN_V, UNIGRAM, at_level, bump, findings, from_on, layer, ramp, skip
 
 PLAIN = Plan()
 
@@ -48,9 +50,20 @@ def every(period: int, high: float) -> Fault:
     return changed(gradient_norm=lambda v: np.where(np.arange(len(v)) % period, high, 0.5))
 
 
-def last_open(count: int):
+def last_open(count: int, value: float = 0.97):
     """All gates are open in the last records."""
-    return lambda v: np.where(np.arange(v.shape[1]) < v.shape[1] - count, v, 0.97)
+    return lambda v: np.where(np.arange(v.shape[1]) < v.shape[1] - count, v, value)
+
+
+def two_speeds(slow_before: float, slow_now: float, speed: float):
+    """Some intervals are slow: a share of them before, and another in the last tenth."""
+
+    def change(values: np.ndarray) -> np.ndarray:
+        share = np.where(np.arange(len(values)) < 0.9 * len(values), slow_before, slow_now)
+        order = np.arange(len(values)) * 0.618034 % 1  # spread evenly
+        return 60_000 * np.where(order < share, speed, 1.0)
+
+    return change
 
 
 def grown(a: Arrays, first: float, last: float, name: str = "dt_max") -> None:
@@ -116,6 +129,10 @@ CASES = [
      [changed(gates_open=constant(1.0))], None),
     ("depth gates", "a while", PLAIN,
      [changed(gates_open=last_open(5))], [changed(gates_open=last_open(30))]),
+    ("depth gates", "a while, by depth", PLAIN,
+     [changed(depth_mean=last_open(5, 2.95))], [changed(depth_mean=last_open(30, 2.95))]),
+    ("speed", "apart", PLAIN, [changed(tokens_per_sec=two_speeds(0.45, 0.65, 0.5))],
+     [changed(tokens_per_sec=two_speeds(0.05, 0.9, 0.5))]),
     ("speed", "share", PLAIN,
      [changed(tokens_per_sec=from_on(0.7, lambda v: v * 0.82))],
      [changed(tokens_per_sec=from_on(0.7, lambda v: v * 0.6))]),
@@ -151,3 +168,18 @@ def test_late_climbs_are_not_blamed_on_a_small_learning_rate(at):
     fault = changed(loss=from_on(at, lambda v: ramp(v, 3.0)))
     blamed = findings(PLAIN, fault)["learning rate"].title
     assert blamed == ("The learning rate is too high" if at < 0.5 else "The loss rises")
+
+
+def test_overfitting_is_not_what_raises_both_losses():
+    both = down_and_up(5.0, 1.0, turn=0.7)
+    assert "overfitting" in findings(PLAIN, down_and_up(5.0, 0), evaluation(1.0, 0.2))
+    assert "overfitting" not in findings(PLAIN, both, evaluation(1.0, 0.2))
+
+
+def test_a_record_that_begins_late_knows_no_first_loss():
+    """Its first loss is not that of guessing at random, and may well be exceeded for a while."""
+    bulge = loss_of(lambda x: 6.0 + 2.0 * (0.2 < x < 0.25))
+    late = [line for line in records(PLAIN, bulge) if line["step"] > 100 or "run" in line]
+    found = dict(rules.examine(signals.from_records(FOLDER, late)).findings)
+    assert "learning rate" not in found
+    assert "learning rate" in findings(PLAIN, bulge)
