@@ -38,11 +38,16 @@ def main(argv: list[str]) -> int:
     run = signals.read(arguments.folder)
     diagnosis = rules.examine(run)
     if arguments.json:
-        print(json.dumps(text.to_json(run, diagnosis), indent=2, ensure_ascii=False))
+        said = json.dumps(text.to_json(run, diagnosis), indent=2, ensure_ascii=False)
     else:
         # Wider lines than these are hard to read.
         width = min(100, shutil.get_terminal_size().columns or 80)
-        print(text.render(run, diagnosis, text.Page(width, _colours(sys.stdout))))
+        said = text.render(run, diagnosis, text.Page(width, _colours(sys.stdout)))
+    try:
+        print(said, flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        # Python flushes stdout once more at exit; into the closed pipe it would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -180,6 +180,17 @@ def test_colours_are_for_terminals(stream, environment, colours, folder, monkeyp
     assert ("\033" in out.getvalue()) == colours
 
 
+def test_a_reader_that_has_seen_enough(folder):
+    write(folder, records(PLAIN, NOISY))
+    root = mamba_jax.__path__[0] + "/.."
+    command = [sys.executable, "-m", "mamba_jax.explain", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
 def test_it_needs_no_jax():
     code = (
         "import sys, mamba_jax.doctor.rules, mamba_jax.doctor.text, mamba_jax.explain; "

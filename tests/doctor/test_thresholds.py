@@ -22,9 +22,9 @@ def loss_of(shape, noise: float = 0.004) -> Fault:
     return changed(loss=change)
 
 
-def down_and_up(low: float, rise: float, turn: float = 0.4):
+def down_and_up(low: float, rise: float, turn: float = 0.4, noise: float = 0.004):
     """Falls from ln V to ``low``, and rises by so much at the turn."""
-    return loss_of(lambda x: low + (LN_V - low) * np.exp(-30 * x) + rise * (x > turn))
+    return loss_of(lambda x: low + (LN_V - low) * np.exp(-30 * x) + rise * (x > turn), noise)
 
 
 def evaluation(scale: float, rise: float) -> Fault:
@@ -86,16 +86,17 @@ CASES = [
     ("learning rate", "share of the first", PLAIN,
      [down_and_up(0.3, 0.07)], [down_and_up(0.3, 0.2)]),
     ("learning rate", "noise", OF_100,
-     [loss_of(lambda x: 8.0, noise=0.10), changed(eval_loss=constant(8.0))],
-     [down_and_up(5.0, 1.5), changed(eval_loss=constant(8.0))]),
+     [down_and_up(5.0, 0.3, noise=0.04)], [down_and_up(5.0, 1.5, noise=0.04)]),
+    ("learning rate", "length of an overshoot", PLAIN,
+     [bump((300,), 1.8, 8)], [bump((300,), 1.8, 40)]),
     ("learning rate", "overshoot", PLAIN,
      [loss_of(lambda x: LN_V * (1 + 0.06 * (0.2 < x < 0.25)) - 4 * (x > 0.25))],
      [loss_of(lambda x: LN_V * (1 + 0.25 * (0.2 < x < 0.25)) - 4 * (x > 0.25))]),
     ("loss spikes", "short", (Plan(steps=140, warmup_steps=20), Plan(steps=200, warmup_steps=20)),
      [bump((120,), 2.0, 8)], None),
-    ("loss spikes", "noise", Plan(steps=8_000),
-     [loss_of(lambda x: 10 - 5 * min(1, 20 * x), noise=0.07)],
-     [loss_of(lambda x: 10 - 5 * min(1, 20 * x), noise=0.02), bump((3_000,), 1.4, 6)]),
+    ("loss spikes", "noise", PLAIN,
+     [down_and_up(5.0, 0, noise=0.03), bump((900,), 1.15, 8)],
+     [down_and_up(5.0, 0, noise=0.03), bump((900,), 1.4, 8)]),
     ("loss spikes", "share", PLAIN,
      [down_and_up(5.0, 0), bump((900,), 1.07, 8)], [down_and_up(5.0, 0), bump((900,), 1.2, 8)]),
     ("overfitting", "share", PLAIN, [evaluation(1.0, 0.006)], [evaluation(1.0, 0.02)]),
