@@ -252,7 +252,7 @@ def overfitting(run: Run) -> Verdict:
             f"training loss {median(then):.3f} then, {median(since):.3f} now "
             f"(medians of {span:,} steps)",
         ),
-        "Evaluation gets worse while training gets better: the model learns its text by heart, "
+        "Evaluation gets worse while training does not: the model learns its text by heart, "
         "which is of no help with text that it has not seen.",
         (
             keep,

@@ -21,6 +21,7 @@ from mamba_jax.training.checkpoint_folder import list_checkpoints
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PAUSE_SECS = 5.0  # before a restart: what ended the run may still be going on
+_MOST_IDLE_RESTARTS = 3  # in a row, without a new checkpoint: what ends the run will not go away
 
 
 class Supervisor:
@@ -40,11 +41,19 @@ class Supervisor:
         for number in HANDED_ON:
             signal.signal(number, self._stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)  # blocked by the launcher
-        arguments = list(command)
+        arguments, idle = list(command), 0
         while True:
+            before = _newest_step(self._record.output_dir)
             code = self._run_once(arguments)
             again = self._requeue and code in (ending.PREEMPTED, ending.PEER_LOST)
             if self._stopping or not again:
+                break
+            idle = idle + 1 if _newest_step(self._record.output_dir) == before else 0
+            if idle > _MOST_IDLE_RESTARTS:
+                self._say(
+                    f"started {_MOST_IDLE_RESTARTS} times again without a new checkpoint: given "
+                    "up; lower training.save_steps if the machine takes the run away before that"
+                )
                 break
             self._say(f"exit status {code} ({ending.meaning(code)}): starting again")
             time.sleep(_PAUSE_SECS)
@@ -80,6 +89,12 @@ class Supervisor:
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the log's disk is full; the record has the same words
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
+
+
+def _newest_step(output_dir: pathlib.Path) -> int:
+    """Returns the step of the newest checkpoint; -1 if there is none."""
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[0][0] if checkpoints else -1
 
 
 def resumed(command: Sequence[str], output_dir: pathlib.Path) -> list[str]:

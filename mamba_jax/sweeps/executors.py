@@ -200,6 +200,6 @@ def _submitit() -> Any:
         import submitit  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise UserError(
-            "--executor=slurm needs submitit: pip install 'mamba_jax[sweep]'"
+            "--executor=slurm needs submitit: pip install -e '.[sweep]'"
         ) from error
     return submitit

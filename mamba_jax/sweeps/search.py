@@ -146,6 +146,6 @@ def _optuna() -> Any:
     try:
         import optuna  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
-        raise UserError("--search=optuna needs optuna: pip install 'mamba_jax[sweep]'") from error
+        raise UserError("--search=optuna needs optuna: pip install -e '.[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -1,7 +1,8 @@
 """Stands in for ``mamba_jax.train``: prints a run's lines and ends as the file ``behaviour`` says.
 
 ``run`` (until SIGTERM: 75), ``quick`` (one step, 0), ``crash``, ``mistake``, ``killed``, ``abort``,
-``fill`` (a full disk), or several codes as ``75 76 0``, of which each start uses up the first.
+``fill`` (a full disk), or several codes as ``75 76+ 0``, of which each start uses up the first
+("+": after a new checkpoint).
 """
 
 import os
@@ -50,7 +51,9 @@ if behaviour == "fill":
 if behaviour[0].isdigit():
     code, _, rest = behaviour.partition(" ")
     pathlib.Path("behaviour").write_text(rest or code)
-    pathlib.Path("out/step_1").mkdir(exist_ok=True)
-    sys.exit(int(code))
+    checkpoints = len(list(pathlib.Path("out").glob("step_*")))
+    if code.endswith("+") or not checkpoints:
+        pathlib.Path(f"out/step_{checkpoints + 1}").mkdir()
+    sys.exit(int(code.rstrip("+")))
 while behaviour == "run":
     time.sleep(0.05)

@@ -177,6 +177,27 @@ def test_requeue_starts_again_with_resume(place, flags, resumed):
     assert read(OUT)["exit_code"] == 0
 
 
+def supervised(behaviour):
+    """Runs the fake under a supervisor that starts it again; returns its code and its starts."""
+    pathlib.Path("behaviour").write_text(behaviour)
+    record = Record.claim(OUT)
+    record.begin(log="log")
+    command = [*FAKE, "--output_dir=out"]
+    code = supervisor.Supervisor(record, pathlib.Path("log"), requeue=True).run(command)
+    record.release()
+    return code, starts()
+
+
+def test_requeue_gives_up_where_nothing_is_gained(place, capfd):
+    assert supervised("75 75 75 75 75 75 0") == (75, 5)  # the first saves; three more gain nothing
+    assert "started 3 times again without a new checkpoint: given up" in capfd.readouterr().out
+    assert read(OUT)["exit_code"] == 75
+
+
+def test_requeue_goes_on_for_as_long_as_checkpoints_come(place):
+    assert supervised("75+ 75+ 76+ 75+ 75+ 76+ 75+ 0") == (0, 8)
+
+
 def test_what_continued_another_folder_goes_on_in_its_own(place):
     command = ["train", "--resume", "old/step_5", "--output_dir=out"]
     assert supervisor.resumed(command, OUT) == command  # nothing of its own yet

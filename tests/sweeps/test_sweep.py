@@ -434,13 +434,13 @@ def test_poor_trials_are_cut_short(space):
 def test_a_search_needs_its_extra(place, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert run("--search=optuna") == 2
-    assert "needs optuna: pip install 'mamba_jax[sweep]'" in capsys.readouterr().err
+    assert "needs optuna: pip install -e '.[sweep]'" in capsys.readouterr().err
 
 
 def test_slurm_needs_its_extra(place, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert run("--executor=slurm") == 2
-    assert "needs submitit: pip install 'mamba_jax[sweep]'" in capsys.readouterr().err
+    assert "needs submitit: pip install -e '.[sweep]'" in capsys.readouterr().err
 
 
 def test_a_job_on_a_node_waits_for_the_save_before_it_asks_for_the_queue(tmp_path):

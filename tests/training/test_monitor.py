@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import pathlib
 import struct
 
 import jax
@@ -136,6 +137,28 @@ def test_the_rate_counts_training_alone(config, monkeypatch):
         now[0] = 502.0
         take_step(shown, 4)
         assert shown._rate == 400.0  # 2000 tokens in 2 + 1 + 2 seconds
+
+
+def test_waiting_for_data_is_recorded_as_a_share_of_the_training_time(config, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+
+    def batches():
+        for secs in (50.0, 3.0, 3.0, 7.0, 1.0, 1.0):  # that each takes to come
+            now[0] += secs
+            yield None
+
+    with Monitor(config) as shown:
+        shown.start(0, None, find_hardware(config, one_device()))
+        for step, _ in enumerate(shown.waiting(batches()), 1):
+            now[0] += 1.0  # the step itself; the first one compiles for longer
+            take_step(shown, step)
+            with shown.paused():
+                now[0] += 100.0 if step in (1, 4) else 0.0  # compiling, an evaluation
+    records = history.read(pathlib.Path(config.output_dir) / history.NAME)
+    waits = [record["data_wait"] for record in records if "data_wait" in record]
+    # The first batch comes before the clock: of step 2's 4 seconds 3 were a wait, and so on.
+    assert waits == pytest.approx([3 / 4, (3 + 7) / (4 + 8), (1 + 1) / (2 + 2)])
 
 
 def test_a_full_disk_silences_a_log_with_one_warning(config, capsys):
