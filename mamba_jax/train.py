@@ -9,7 +9,7 @@ from mamba_jax import arguments
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError, command
 
-# How the closing sample is drawn: cool, as it has to show what a short run has learnt.
+# How samples are drawn: cool, as they have to show what a short run has learnt.
 _SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
 
 
@@ -148,11 +148,25 @@ def _run(
         }
         monitor.start(first_step, start.path.parent if start else None, hardware, about)
 
-        def evaluated() -> Evaluation:
+        def evaluated() -> tuple[Evaluation, str]:
             windows = corpus.eval_batches(config.vram.batch_size, training.eval_windows)
             evaluation = evaluate(eval_step, state["params"], windows)
             monitor.evaluation(step, evaluation)
-            return evaluation
+            return evaluation, sampled()
+
+        def sampled() -> str:
+            if not prompt:
+                return ""
+            (text,) = generate_text(
+                state["params"],
+                config.model,
+                corpus.tokenizer,
+                [prompt],
+                **_SAMPLE,
+                seed=config.seed,
+            )
+            monitor.sample(step, prompt, text)
+            return text
 
         def samples_seen() -> int:
             return first_sample + (step - first_step) * batch_size
@@ -173,6 +187,7 @@ def _run(
         interrupts.defer()
         late = loop.LateMetrics(monitor, training.max_gradient_norm, last_good)
         step, interrupted = first_step, False
+        prompt, sample = config.sample_prompt, ""
         evaluation: Evaluation | None = None  # of this very step
         with (
             train_step.guard(),
@@ -196,7 +211,8 @@ def _run(
                     if config.vram == planned.config.vram and (line := planned.compared()):
                         monitor.say(line)
                     with monitor.paused():
-                        evaluation = evaluated() if evaluates else None
+                        if evaluates:
+                            evaluation, sample = evaluated()
                         if saves:
                             monitor.flush()
                             writer.save(step_name(step), state, metadata())
@@ -205,7 +221,7 @@ def _run(
             else:
                 late.drain()
                 if evaluation is None:
-                    evaluation = evaluated()
+                    evaluation, sample = evaluated()
                 if not (start and start.ends(config)):
                     writer.save(FINAL, state, metadata())
         monitor.finish()
@@ -221,17 +237,6 @@ def _run(
         assert evaluation is not None  # every way out of the loop but the interruption has one
         records = history.read(output_dir / history.NAME)
         picture = output_dir / "loss_curve.png"
-        sample, prompt = "", config.sample_prompt
-        if prompt:
-            (sample,) = generate_text(
-                state["params"],
-                config.model,
-                corpus.tokenizer,
-                [prompt],
-                **_SAMPLE,
-                seed=config.seed,
-            )
-            monitor.sample(step, prompt, sample)
         block = summary.Summary(
             name=config.name,
             checkpoint=output_dir / FINAL,

@@ -199,7 +199,5 @@ def _submitit() -> Any:
     try:
         import submitit  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
-        raise UserError(
-            "--executor=slurm needs submitit: pip install -e '.[sweep]'"
-        ) from error
+        raise UserError("--executor=slurm needs submitit: pip install -e '.[sweep]'") from error
     return submitit

@@ -231,6 +231,10 @@ def test_what_a_run_leaves(finished):
     evaluations = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
     assert set(evaluations) == {3, 6} and metadata.metrics["eval_loss"] == evaluations[6]
     assert json.loads((finished / "best.json").read_text())["step"] == 6
+    samples = {r["step"]: r["sample"] for r in records if "sample" in r}
+    assert set(samples) == {3, 6}
+    # Reading the file made line feeds of carriage returns.
+    assert "def " + samples[6].replace("\r\n", "\n").replace("\r", "\n") in summary
 
 
 def test_the_same_command_again_repeats_the_summary(finished, call, capsys):
