@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import pytest
 
 from mamba_jax.config import RunConfig, VramConfig, freeze, preset_config
@@ -230,8 +231,11 @@ def test_exact_steps_down_where_the_line_was_too_low(monkeypatch):
 def test_without_a_compiler_the_plan_is_quick_and_says_so(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exact, "_ROOT", tmp_path)
+    why = "launch/compilers.sh"
+    if jax.__version_info__ >= (0, 11):  # it could not use them
+        why = "compiles a whole step only for devices that are here"
     planned = plan(run_of("small"), level="exact", machine=RTX)
-    assert planned.level == "quick" and "launch/compilers.sh" in planned.text()
+    assert planned.level == "quick" and why in planned.text()
     planned = plan(run_of("small"), level="exact", machine=of_device(device_named("TPU v5e")))
     assert planned.level == "quick" and "no compiler is known for 1 × TPU-v5e" in planned.text()
 
