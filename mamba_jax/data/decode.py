@@ -1,4 +1,4 @@
-"""From a file's bytes to its text, a megabyte at a time: compression, encoding, and what is no text.
+"""From a file's bytes to its text, a megabyte at a time: compression, encoding, what is no text.
 
 A file is read twice. The first reading (``probe``) finds out what it is and whether all of it can
 be read, so that a file which breaks off in its last line is left out as a whole; the second gives

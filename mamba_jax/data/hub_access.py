@@ -79,7 +79,7 @@ def _explained(name: str, error: Exception) -> str:
         "TransportError",
         "LocalEntryNotFoundError",
     }:
-        return f"dataset {name} cannot be had: the Hugging Face Hub is out of reach ({words}); try again"
+        return f"dataset {name}: the Hugging Face Hub is out of reach ({words}); try again later"
     return f"dataset {name} cannot be loaded: {words}"
 
 

@@ -140,7 +140,8 @@ class _Buffer:
     def next_character(self) -> str:
         """Moves to the next character that is no white space and returns it; "" at the end."""
         while True:
-            self.position = _WHITE_SPACE.match(self._text, self.position).end()
+            blank = _WHITE_SPACE.match(self._text, self.position)
+            self.position = blank.end() if blank else self.position
             if self.position < len(self._text):
                 return self._text[self.position]
             if not self._grow():
