@@ -111,8 +111,8 @@ def check_within_reach(name: str, log: Callable[[str], None]) -> None:
         raise UserError(unreachable(name, why))
     log(f"the Hugging Face Hub is out of reach ({why}): taking dataset {name} from the cache")
     os.environ["HF_DATASETS_OFFLINE"] = "1"  # read once, when the library is imported
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    if library := sys.modules.get("datasets"):
+        library.config.HF_HUB_OFFLINE = True
 
 
 def unreachable(name: str, why: str) -> str:

@@ -9,11 +9,12 @@ import threading
 import pytest
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import hub
+from mamba_jax.data import hub_access
 from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.pipeline import prepare
 from mamba_jax.data.sources import Summary
 from mamba_jax.errors import UserError
+from tests.data.reading import texts_of
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}.", "id": i} for i in range(40)]
 
@@ -37,33 +38,33 @@ def put(name: str, **splits: list[dict]) -> str:
     return name
 
 
-def texts_of(name: str, **config) -> tuple[list[str], Summary, list[str]]:
+def rows_of(name: str, **config) -> tuple[list[str], Summary, list[str]]:
     """Returns (documents, summary, log)."""
     log: list[str] = []
     rows = open_dataset(DataConfig(dataset=name, **config), log.append)
     summary = Summary(rows.origin)
-    return list(rows.texts(summary)), summary, log
+    return [text for part in rows.parts() for text in texts_of(part.pieces(summary))], summary, log
 
 
 def error_of(name: str, **config) -> str:
     with pytest.raises(UserError) as error:
-        texts_of(name, **config)
+        rows_of(name, **config)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_columns_are_joined_by_a_blank_line():
     name = put("org/name", train=ROWS)
-    texts, summary, log = texts_of(name, text_column="instruction, output")
+    texts, summary, log = rows_of(name, text_column="instruction, output")
     assert texts == [f"Say {i}.\n\nIt is {i}." for i in range(40)]
     assert summary.rows == 40 and not summary.skipped and not log
-    assert texts_of(name, text_column="output")[0][3] == "It is 3."
-    assert texts_of(name, text_column="output,id")[0][3] == "It is 3.\n\n3"
+    assert rows_of(name, text_column="output")[0][3] == "It is 3."
+    assert rows_of(name, text_column="output,id")[0][3] == "It is 3.\n\n3"
 
 
 def test_what_is_no_text_is_left_out_and_counted():
     rows = [{"a": "x", "b": None}, {"a": None, "b": " \n"}, {"a": "y", "b": "z"}]
-    texts, summary, _ = texts_of(put("org/gaps", train=rows), text_column="a,b")
+    texts, summary, _ = rows_of(put("org/gaps", train=rows), text_column="a,b")
     assert texts == ["x", "y\n\nz"]
     assert summary.rows == 2 and summary.skipped == {"row without text": 1}
     assert summary.examples["row without text"] == ["dataset org/gaps, split train row 1"]
@@ -71,8 +72,8 @@ def test_what_is_no_text_is_left_out_and_counted():
 
 def test_messages_are_rendered():
     messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yo"}]
-    texts, _, log = texts_of(put("org/chat", train=[{"n": 1, "messages": messages}]))
-    assert texts == ["user: hi\n\nbot: yo"]
+    texts, _, log = rows_of(put("org/chat", train=[{"n": 1, "messages": messages}]))
+    assert texts == ["user: hi\n\nassistant: yo"]
     assert log == ["dataset org/chat has no column text: taking messages (of n, messages)"]
 
 
@@ -88,13 +89,13 @@ def test_messages_are_rendered():
     ],
 )
 def test_columns_that_were_not_named_are_inferred(row, taken):
-    texts, _, log = texts_of(put("org/name", train=[row]))
+    texts, _, log = rows_of(put("org/name", train=[row]))
     assert texts == [taken] and len(log) == ("text" not in row)
 
 
 def test_a_split_is_one_of_those_there_or_a_part_of_it():
     name = put("org/name", train=ROWS[:30], test=ROWS[30:])
-    count = lambda split: len(texts_of(name, text_column="output", dataset_split=split)[0])
+    count = lambda split: len(rows_of(name, text_column="output", dataset_split=split)[0])
     assert (count("train"), count("test"), count("train+test")) == (30, 10, 40)
     assert count("train[:10%]") == 3 and count("train[25:]") == 5
     assert error_of(name, dataset_split="validation") == (
@@ -113,10 +114,10 @@ def test_a_configuration_is_named_or_the_main_one():
     (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
     for name in names:
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
-    texts, _, log = texts_of("org/several")
+    texts, _, log = rows_of("org/several")
     assert texts == ["main"]
     assert log == ["dataset org/several has configurations main, other: taking main"]
-    assert texts_of("org/several", dataset_config="other")[0] == ["other"]
+    assert rows_of("org/several", dataset_config="other")[0] == ["other"]
     assert error_of("org/several", dataset_config="othr") == (
         'dataset org/several has no configuration "othr"; did you mean "other"? '
         "(choices: main, other)"
@@ -174,7 +175,7 @@ def test_a_hub_that_refuses_or_says_nothing_is_given_up_soon(monkeypatch):
         assert f"out of reach ({endpoint} does not answer)" in error_of("openai/gsm8k")
 
     silent, closing = threading.Event(), socket.socket()
-    monkeypatch.setattr(hub, "_PATIENCE_SECS", 0.05)
+    monkeypatch.setattr(hub_access, "_PATIENCE_SECS", 0.05)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: (silent.wait(20), closing)[1])
     assert "does not answer" in error_of("openai/gsm8k")  # though looking up never returns
     silent.set()
@@ -186,11 +187,12 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
         listener.listen()
         online_with(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(ImportError):  # of the library, which this test has taken away
-            texts_of("openai/gsm8k")
+            rows_of("openai/gsm8k")
 
 
 def test_what_the_library_has_built_before_is_enough(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "built"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "")  # and back, after the test
     (tmp_path / "built/TIGER-Lab___math_instruct").mkdir(parents=True)
     monkeypatch.setitem(sys.modules, "datasets", None)
     log: list[str] = []

@@ -1,0 +1,32 @@
+"""What a test needs to read files as the store does."""
+
+from collections.abc import Iterable
+
+from mamba_jax.data.document import Piece
+from mamba_jax.data.readers import pieces
+from mamba_jax.data.sources import Summary
+
+
+def documents_of(pieces: Iterable[Piece]) -> list[list[tuple[str, bool]]]:
+    """Joins pieces to documents: lists of (text, learn)."""
+    documents: list[list[tuple[str, bool]]] = []
+    for piece in pieces:
+        assert piece.text
+        if piece.begins:
+            documents.append([])
+        document = documents[-1]
+        if document and document[-1][1] == piece.learn:
+            document[-1] = (document[-1][0] + piece.text, piece.learn)
+        else:
+            document.append((piece.text, piece.learn))
+    return documents
+
+
+def texts_of(pieces: Iterable[Piece]) -> list[str]:
+    return ["".join(text for text, _ in document) for document in documents_of(pieces)]
+
+
+def read(path) -> tuple[list[str], Summary]:
+    """Returns (texts, summary) of one file."""
+    summary = Summary(str(path))
+    return texts_of(pieces(str(path), summary)), summary
