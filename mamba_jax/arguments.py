@@ -45,6 +45,7 @@ _FIELDS = {  # flag → the field that it sets
     "--dataset": "data.dataset",
     "--dataset_config": "data.dataset_config",
     "--dataset_split": "data.dataset_split",
+    "--dataset_streaming": "data.dataset_streaming",
     "--text_column": "data.text_column",
     "--output_dir": "output_dir",
     "--seed": "seed",
@@ -247,8 +248,9 @@ def _parser() -> _Parser:
     data.add_argument(
         "--data_dir",
         metavar="PATH",
-        help="a folder or file of text (.txt .md .py .json .jsonl); default: data, unless a "
-        "dataset is given; where there is no ./data, the Python standard library's source",
+        help="a folder or file of text (.txt .md .py .json .jsonl, also as .gz or .zst; .parquet); "
+        "default: data, unless a dataset is given; where there is no ./data, the Python standard "
+        "library's source",
     )
     data.add_argument(
         "--dataset",
@@ -257,7 +259,15 @@ def _parser() -> _Parser:
     )
     data.add_argument("--dataset_config", metavar="NAME", help="where the dataset has several")
     data.add_argument(
-        "--dataset_split", metavar="SPLIT", help=f"default {_DEFAULTS.data.dataset_split}"
+        "--dataset_split",
+        metavar="SPLIT",
+        help=f"default {_DEFAULTS.data.dataset_split}; also a part of one: 'train[:10%%]'",
+    )
+    data.add_argument(
+        "--dataset_streaming",
+        action="store_const",
+        const="true",
+        help="tokenise rows as they arrive, for a dataset larger than the disk",
     )
     data.add_argument(
         "--text_column",

@@ -120,7 +120,7 @@ def _check_data(data: "DataConfig") -> None:
         if not data.dataset_split:
             raise UserError("data.dataset_split must not be empty")
         return
-    for name in ("dataset_config", "dataset_split", "text_column"):
+    for name in ("dataset_config", "dataset_split", "dataset_streaming", "text_column"):
         if (given := getattr(data, name)) != getattr(type(data), name):
             raise UserError(f'data.{name}="{given}" has no use without a data.dataset (--dataset)')
 

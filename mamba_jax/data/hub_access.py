@@ -46,6 +46,12 @@ def is_folder(dataset: str) -> bool:
     return False
 
 
+def is_saved(name: str) -> bool:
+    """Says whether a folder is one that ``save_to_disk`` wrote."""
+    has = lambda file: os.path.isfile(os.path.join(name, file))
+    return has("dataset_dict.json") or (has("dataset_info.json") and has("state.json"))
+
+
 @contextlib.contextmanager
 def library_errors(name: str) -> Iterator[None]:
     """Turns whatever ``datasets`` raises into one line: it has dozens of exceptions."""

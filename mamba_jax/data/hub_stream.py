@@ -22,18 +22,23 @@ from typing import Any
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.document import Piece
-from mamba_jax.data.hub import (
+from mamba_jax.data.hub_access import (
+    is_folder,
+    is_saved,
+    library_errors,
+    out_of_reach,
+    unreachable,
+)
+from mamba_jax.data.hub_rows import (
     PART_ROWS,
     ROWS_AT_A_TIME,
     choose_columns,
     choose_split,
-    is_saved,
     load_library,
     open_builder,
     part_key,
     pieces_of_batches,
 )
-from mamba_jax.data.hub_access import is_folder, library_errors, out_of_reach, unreachable
 from mamba_jax.data.sources import Summary
 from mamba_jax.errors import UserError
 

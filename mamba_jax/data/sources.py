@@ -116,12 +116,12 @@ class Summary:
 
 
 class Rows(Protocol):
-    """What else gives documents: ``data.hub.Rows``."""
+    """What else gives documents: ``data.hub``."""
 
     @property
     def origin(self) -> str: ...
 
-    def texts(self, summary: Summary) -> Iterator[str]: ...
+    def parts(self) -> Iterator[Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +171,24 @@ class Source:
             summary.files += bool(texts)
             yield from texts
         if self.rows:
-            yield from self.rows.texts(summary)
+            for part in self.rows.parts():
+                yield from _joined(part.pieces(summary))
 
     def with_rows(self, rows: Rows) -> "Source":
         """Returns a source of these files and then the rows."""
         origin = f"{self.origin} and {rows.origin}"
         return Source(origin, self.files, dataclasses.replace(self.found, origin=origin), rows)
+
+
+def _joined(pieces: Iterator[Any]) -> Iterator[str]:
+    text = ""
+    for piece in pieces:
+        if piece.begins and text:
+            yield text
+            text = ""
+        text += piece.text
+    if text:
+        yield text
 
 
 def open_source(data_dir: str, log: Callable[[str], None]) -> Source:

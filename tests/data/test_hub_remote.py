@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import hub, hub_stream
-from mamba_jax.data.hub import open_dataset
+from mamba_jax.data import hub_stream, hub_table
 from mamba_jax.data.hub_stream import open_stream
+from mamba_jax.data.hub_table import open_table
 from mamba_jax.data.sources import Summary
 from mamba_jax.errors import UserError
 from tests.data.fake_hub import FakeHub
@@ -74,9 +74,7 @@ def texts_of_parts(parts) -> list[str]:
 
 
 def downloaded(name: str, log=None, **config) -> list[str]:
-    rows = open_dataset(
-        DataConfig(dataset=name, **config), [].append if log is None else log.append
-    )
+    rows = open_table(DataConfig(dataset=name, **config), [].append if log is None else log.append)
     return texts_of_parts(rows.parts())
 
 
@@ -90,7 +88,7 @@ def error_of(open_, name: str, **config) -> str:
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("open_", [open_dataset, open_stream])
+@pytest.mark.parametrize("open_", [open_table, open_stream])
 def test_gated_datasets_say_what_to_do(remote, open_):
     remote.repos["bigcode/the-stack-dedup", "main"] = "GatedRepo"
     assert error_of(open_, "bigcode/the-stack-dedup") == (
@@ -100,7 +98,7 @@ def test_gated_datasets_say_what_to_do(remote, open_):
     )
 
 
-@pytest.mark.parametrize("open_", [open_dataset, open_stream])
+@pytest.mark.parametrize("open_", [open_table, open_stream])
 def test_datasets_that_are_gone_name_their_successor(remote, open_):
     assert error_of(open_, "hendrycks/competition_math") == (
         "the Hugging Face Hub has no dataset hendrycks/competition_math, or does not show it; take "
@@ -112,7 +110,7 @@ def test_datasets_that_are_gone_name_their_successor(remote, open_):
     )
 
 
-@pytest.mark.parametrize("open_", [open_dataset, open_stream])
+@pytest.mark.parametrize("open_", [open_table, open_stream])
 def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
     script = pathlib.Path("served/org/script")
     script.mkdir(parents=True)
@@ -151,7 +149,7 @@ def test_what_was_downloaded_is_taken_from_the_cache_when_the_hub_is_away(remote
     assert datasets.config.HF_HUB_OFFLINE and not remote.requests
     assert "taking dataset org/name from the cache" in log[0]
     began = time.monotonic()
-    assert "neither a folder here nor in the cache" in error_of(open_dataset, "org/other")
+    assert "neither a folder here nor in the cache" in error_of(open_table, "org/other")
     assert time.monotonic() - began < 2
 
 
@@ -160,7 +158,7 @@ def test_what_was_downloaded_is_taken_from_the_cache_when_the_hub_is_away(remote
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    for module in (hub, hub_stream):
+    for module in (hub_table, hub_stream):
         monkeypatch.setattr(module, "PART_ROWS", 100)
         monkeypatch.setattr(module, "ROWS_AT_A_TIME", 50)
 
