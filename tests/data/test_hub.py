@@ -9,12 +9,12 @@ import threading
 import pytest
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import hub_access
+from mamba_jax.data import hub_access, hub_table
 from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.pipeline import prepare
 from mamba_jax.data.sources import Summary
 from mamba_jax.errors import UserError
-from tests.data.reading import texts_of
+from tests.data.reading import documents_of, texts_of
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}.", "id": i} for i in range(40)]
 
@@ -86,6 +86,14 @@ def test_messages_are_rendered():
         ({"type": "t", "query": "q", "response": "r"}, "q\n\nr"),
         ({"code": "c", "path": "p"}, "c"),
         ({"body": "b", "n": 3}, "b"),
+        ({"problem": "p", "level": "5", "solution": "s"}, "p\n\ns"),
+        ({"output": "o", "input": "in", "instruction": "i"}, "i\n\nin\n\no"),
+        ({"question": "q", "expected_answer": "4", "generated_solution": "s"}, "q\n\ns"),
+        ({"conversations": [{"from": "human", "value": "h"}], "id": "7"}, "user: h"),
+        (
+            {"title": "t", "context": "c", "question": "q", "answers": {"text": ["a"]}},
+            "c\n\nq\n\na",
+        ),
     ],
 )
 def test_columns_that_were_not_named_are_inferred(row, taken):
@@ -128,6 +136,87 @@ def test_a_configuration_is_named_or_the_main_one():
         )
     )
     assert "choose one by --dataset_config: other, third" in error_of("org/several")
+
+
+def test_without_train_the_first_split_of_such_a_name_is_taken():
+    folder = pathlib.Path("org/chat")
+    folder.mkdir(parents=True)
+    names = ("test_sft", "train_sft", "train_gen")
+    lines = [f"  - split: {name}\n    path: {name}.jsonl\n" for name in names]
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{''.join(lines)}---\n"
+    )
+    for name in names:
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    for streaming in (False, True):
+        texts, _, log = rows_of("org/chat", dataset_streaming=streaming, cache_dir="cache")
+        assert texts == ["train_sft"]
+        assert log == [
+            "dataset org/chat has no split train: taking train_sft (of test_sft, train_sft, "
+            "train_gen)"
+        ]
+    assert rows_of("org/chat", dataset_split="train[:1]")[0] == ["train_sft"]
+    assert 'has no split "validation"' in error_of("org/chat", dataset_split="validation")
+
+
+def test_what_save_to_disk_wrote_is_read():
+    import datasets
+
+    table = datasets.Dataset.from_list([{"text": f"row {i}", "n": i} for i in range(40)])
+    table.save_to_disk("one")
+    datasets.DatasetDict(train=table, test=table.select(range(5))).save_to_disk("several")
+    whole = [f"row {i}" for i in range(40)]
+    assert rows_of("one")[0] == rows_of("several")[0] == whole
+    assert rows_of("several", dataset_split="test+train[90%:]")[0] == whole[:5] + whole[36:]
+    assert rows_of("one", dataset_split="train[3:5]", text_column="n,text")[0] == [
+        "3\n\nrow 3",
+        "4\n\nrow 4",
+    ]
+    assert 'no split "validation" (choices: train, test)' in error_of(
+        "several", dataset_split="validation"
+    )
+    assert "has no configurations: leave out --dataset_config" in error_of(
+        "one", dataset_config="main"
+    )
+    assert "cannot be loaded: " in error_of("one", dataset_split="train[")
+    keys = lambda name: {part.key() for part in opened(name).parts()}
+    before = keys("one")
+    assert before == keys("one")
+    table.map(lambda row: {"text": row["text"] + "!"}).save_to_disk("one")
+    assert not before & keys("one")
+    next(pathlib.Path("one").glob("*.arrow")).write_bytes(b"")
+    assert "cannot be loaded: " in error_of("one")
+
+
+def opened(name: str, **config):
+    return open_dataset(DataConfig(dataset=name, **config), print)
+
+
+def test_parts_are_stretches_of_rows(monkeypatch):
+    monkeypatch.setattr(hub_table, "PART_ROWS", 16)
+    monkeypatch.setattr(hub_table, "ROWS_AT_A_TIME", 5)
+    name = put("org/name", train=[*ROWS[:20], {"instruction": " ", "output": None, "id": 0}])
+    parts = list(opened(name).parts())
+    assert [(part.start, part.stop) for part in parts] == [(0, 16), (16, 21)]
+    assert parts[1].name == "dataset org/name, split train, rows 16 to 21"
+    summary = Summary("")
+    assert documents_of(parts[1].pieces(summary)) == [
+        [(f"Say {i}.", False), (f"\n\nIt is {i}.", True)] for i in range(16, 20)
+    ]
+    assert summary.examples == {"row without text": ["dataset org/name, split train row 20"]}
+    assert len({part.key() for part in parts}) == 2
+    assert [part.key() for part in opened(name).parts()] == [part.key() for part in parts]
+    for other in ({"text_column": "output"}, {"dataset_split": "train[:20]"}):
+        assert not {part.key() for part in parts} & {p.key() for p in opened(name, **other).parts()}
+
+
+def test_a_loading_script_in_a_folder_is_told_what_to_do():
+    pathlib.Path("org/old").mkdir(parents=True)
+    pathlib.Path("org/old/old.py").write_text("raise SystemExit('must not run')")
+    assert error_of("org/old") == (
+        "dataset org/old is a loading script, which is no longer run; put its data there as "
+        ".parquet or .jsonl files"
+    )
 
 
 def test_mistakes_name_what_there_is():
@@ -188,6 +277,31 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
         online_with(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(ImportError):  # of the library, which this test has taken away
             rows_of("openai/gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reached"),
+    [(b"HTTP/1.1 200 OK", True), (b"HTTP/1.1 407 Who?", True), (b"HTTP/1.1 403 No", False)],
+)
+def test_through_a_proxy_the_hub_is_asked_for(monkeypatch, answer, reached):
+    online_with(monkeypatch, "https://hub.invalid")
+    asked = []
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+
+        def serve():
+            connection, _ = proxy.accept()
+            with connection:
+                asked.append(connection.recv(1_000))
+                connection.sendall(answer + b"\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        assert hub_access.out_of_reach() == (
+            "" if reached else "https://hub.invalid does not answer"
+        )
+    assert asked[0].startswith(b"CONNECT hub.invalid:443 HTTP/1.1\r\n")
 
 
 def test_what_the_library_has_built_before_is_enough(monkeypatch, tmp_path):
