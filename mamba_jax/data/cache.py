@@ -20,8 +20,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mamba_jax.data.sources import Source, shown
+from mamba_jax.data.sources import Source
 from mamba_jax.data.split import Units, cut_into_units
+from mamba_jax.data.summary import shown
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError
 

@@ -12,7 +12,7 @@ from mamba_jax.data.document import Piece
 from mamba_jax.data.hub_access import PARQUET_COPY, LoadingScript, library_errors, without_script
 from mamba_jax.data.readers import VERSION, pieces_of_document
 from mamba_jax.data.records import is_blank, parts_of_row, usual_columns
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError, did_you_mean
 
 _USUAL_CONFIG = "main"

@@ -20,7 +20,7 @@ from mamba_jax.data.hub_rows import (
     part_key,
     pieces_of_batches,
 )
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError
 
 

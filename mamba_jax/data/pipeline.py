@@ -16,8 +16,9 @@ import numpy as np
 from mamba_jax.config import DataConfig
 from mamba_jax.data.cache import load_or_build
 from mamba_jax.data.hub import open_dataset
-from mamba_jax.data.sources import Source, Summary, open_source
+from mamba_jax.data.sources import Source, open_source
 from mamba_jax.data.split import split_by_place, split_units
+from mamba_jax.data.summary import Summary
 from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mamba_jax.data.windows import Windows
 from mamba_jax.errors import UserError

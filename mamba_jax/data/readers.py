@@ -1,5 +1,7 @@
 """From a file to pieces of documents: the door to ``decode``, ``json_records`` and ``records``."""
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator
 
 from mamba_jax.data.decode import Skip, probe, read_text, split_extension
@@ -14,7 +16,7 @@ from mamba_jax.data.records import (
     parts_of_row,
     usual_columns,
 )
-from mamba_jax.data.sources import Summary, shown
+from mamba_jax.data.summary import Summary, shown
 from mamba_jax.data.tokenizer import cut_text
 from mamba_jax.errors import UserError
 
@@ -48,7 +50,10 @@ def pieces(path: str, summary: Summary) -> Iterator[Piece]:
     except Skip as skip:
         if begun:
             raise UserError(f"{shown(path)} changed while it was read; start again") from skip
-        summary.skip(skip.reason, f"{path}:{skip.line}" if skip.line else path)
+        size_bytes = 0
+        with contextlib.suppress(OSError):
+            size_bytes = os.path.getsize(path)
+        summary.skip(skip.reason, f"{path}:{skip.line}" if skip.line else path, size_bytes)
     summary.files += begun
 
 

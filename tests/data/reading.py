@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from mamba_jax.data.document import Piece
 from mamba_jax.data.readers import pieces
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 
 
 def documents_of(pieces: Iterable[Piece]) -> list[list[tuple[str, bool]]]:

@@ -12,7 +12,7 @@ from mamba_jax.config import DataConfig
 from mamba_jax.data import hub_access, hub_table
 from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of, texts_of
 

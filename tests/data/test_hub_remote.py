@@ -12,7 +12,7 @@ from mamba_jax.config import DataConfig
 from mamba_jax.data import hub_stream, hub_table
 from mamba_jax.data.hub_stream import open_stream
 from mamba_jax.data.hub_table import open_table
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError
 from tests.data.fake_hub import FakeHub
 from tests.data.reading import texts_of

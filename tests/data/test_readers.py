@@ -16,7 +16,7 @@ from mamba_jax.data.decode import Skip, probe, read_text
 from mamba_jax.data.json_records import read_values
 from mamba_jax.data.readers import is_readable, pieces
 from mamba_jax.data.records import parts_of_record, parts_of_row
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of, read, texts_of

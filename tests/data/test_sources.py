@@ -8,7 +8,7 @@ import sysconfig
 
 import pytest
 
-from mamba_jax.data import sources
+from mamba_jax.data import decode, sources
 from mamba_jax.data.sources import open_source
 from mamba_jax.errors import UserError
 
@@ -178,7 +178,7 @@ def test_unreadable_files_and_folders(folder, monkeypatch):
             raise PermissionError(13, "Permission denied", path)
         return real_scandir(path)
 
-    monkeypatch.setattr(sources, "open", opened, raising=False)
+    monkeypatch.setattr(decode, "open", opened, raising=False)
     monkeypatch.setattr(sources.os, "scandir", scanned)
     assert_skipped(folder, "unreadable (Permission denied)", count=2)
     (folder / "good.txt").unlink()
@@ -197,7 +197,7 @@ def test_unreadable_files_and_folders(folder, monkeypatch):
         ('{"a": ["x", {"b": "y"}], "n": 1.5, "c": {"d": ["z", null, true]}}', ["x\n\ny\n\nz"]),
         (
             '{"messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yo"}]}',
-            ["user: hi\n\nbot: yo"],
+            ["user: hi\n\nassistant: yo"],
         ),
         ('{"messages": [{"role": "user", "content": null}, "odd"]}', ["user\n\nodd"]),
         ('[{"n": %s, "s": "big"}]' % ("9" * 5_000), ["big"]),

@@ -21,7 +21,7 @@ from mamba_jax import presets, train
 from mamba_jax.arguments import read
 from mamba_jax.config import freeze, merge, preset_config
 from mamba_jax.data.hub import open_dataset
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 from mamba_jax.estimator import planning
 from mamba_jax.estimator.budget import of_device
 from mamba_jax.parallel import mesh
