@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from mamba_jax.data.document import Piece
 from mamba_jax.data.readers import pieces
+from mamba_jax.data.sources import open_source
 from mamba_jax.data.summary import Summary
 
 
@@ -30,3 +31,12 @@ def read(path) -> tuple[list[str], Summary]:
     """Returns (texts, summary) of one file."""
     summary = Summary(str(path))
     return texts_of(pieces(str(path), summary)), summary
+
+
+def read_folder(path) -> tuple[list[str], Summary]:
+    """Returns (texts, summary) of a folder or file, as ``data_dir`` would be read."""
+    source = open_source(str(path), print)
+    digests, summary = source.read()
+    documents = list(source.documents())
+    assert [digest for digest, _ in documents] == digests  # both readings agree
+    return [text for _, text in documents], summary
