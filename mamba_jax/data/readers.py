@@ -116,7 +116,7 @@ def _parquet(path: str) -> Iterator[Parts]:
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with open(path, "rb") as data, parquet.ParquetFile(data) as file:
             usual = usual_columns(file.schema_arrow)
             columns = list(usual) or columns_with_strings(file.schema_arrow)
             read = lambda: file.iter_batches(_ROWS_AT_A_TIME, columns=columns)
