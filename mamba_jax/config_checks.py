@@ -22,6 +22,7 @@ _CHOICES = {
     ),
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
+    "data.deduplicate": ("exact", "none"),
 }
 _TRACKERS = ("wandb", "mlflow")
 _POSITIVE = (
@@ -58,6 +59,7 @@ _NOT_NEGATIVE = (
     "training.weight_decay",
     "training.skip_spikes",
     "training.eval_windows",
+    "data.tokenise_workers",
     "training.keep_every",
     "vram.batch_size",
     "vram.gradient_accumulation_steps",

@@ -204,6 +204,8 @@ class StreamPart:
     start: int
     stop: int
     stat: None = None
+    parallel: bool = False  # it holds a connection
+    size_bytes: int = 0  # unknown
 
     @property
     def name(self) -> str:

@@ -44,6 +44,12 @@ class RowsPart:
     start: int
     stop: int
     stat: None = None
+    parallel: bool = True
+
+    @property
+    def size_bytes(self) -> int:
+        table = self.table.data
+        return table.nbytes * (self.stop - self.start) // max(len(table), 1)
 
     @property
     def name(self) -> str:

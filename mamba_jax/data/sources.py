@@ -5,7 +5,6 @@ paths; ``data.readers`` turns each file into documents. Rows of a dataset (``dat
 the files.
 """
 
-import copy
 import dataclasses
 import hashlib
 import os
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from mamba_jax.data.decode import split_extension
-from mamba_jax.data.readers import EXTENSIONS, is_readable, pieces
+from mamba_jax.data.document import Part, Piece
+from mamba_jax.data.readers import EXTENSIONS, VERSION, is_readable, pieces
 from mamba_jax.data.summary import Summary, shown
 from mamba_jax.errors import UserError
 
@@ -34,6 +34,48 @@ class Rows(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class FilePart:
+    """A file, cached as a whole."""
+
+    path: str
+    parallel: bool = True
+
+    @property
+    def name(self) -> str:
+        return shown(self.path)
+
+    @property
+    def stat(self) -> tuple[str, int, int, int, int] | None:
+        """Returns path, size, times and number; a file's content changes with none of them only
+        on purpose."""
+        try:
+            it = os.stat(self.path)
+        except OSError:
+            return None
+        path = shown(os.path.realpath(self.path))
+        return path, it.st_mtime_ns, it.st_size, it.st_ctime_ns, it.st_ino
+
+    @property
+    def size_bytes(self) -> int:
+        stat = self.stat
+        return stat[2] if stat else 0
+
+    def key(self) -> str:
+        how = f"{VERSION}\n{split_extension(self.path)}\n".encode("utf-8", "surrogateescape")
+        digest = hashlib.blake2b(how, digest_size=16)
+        try:
+            with open(self.path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:  # what reads it says so in the summary
+            digest.update(f"{error.errno} {self.name}".encode())
+        return digest.hexdigest()
+
+    def pieces(self, summary: Summary) -> Iterator[Piece]:
+        return pieces(self.path, summary)
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Files to read, found by ``open_source``, and the rows of a dataset."""
 
@@ -42,60 +84,23 @@ class Source:
     found: Summary  # what the search for files skipped
     rows: Rows | None = None
 
-    def documents(self) -> Iterator[tuple[bytes, str]]:
-        """Yields (digest, text) of every different document, in order."""
-        return self._documents(Summary(self.origin))
-
-    def read(self) -> tuple[list[bytes], Summary]:
-        """Reads everything once and keeps only the documents' digests.
-
-        Raises:
-          UserError: if there is no text at all.
-        """
-        summary = copy.deepcopy(self.found)
-        digests = [digest for digest, _ in self._documents(summary)]
-        if not digests:
-            needs = f"data.data_dir needs files with text, named {' '.join(EXTENSIONS)}"
-            if self.rows and not self.files:
-                needs = "name the columns with text by data.text_column"
-            raise UserError(f"no text in {self.origin}{summary.why()}; {needs}")
-        return digests, summary
-
-    def _documents(self, summary: Summary) -> Iterator[tuple[bytes, str]]:
-        seen: set[bytes] = set()
-        for text in self._texts(summary):
-            encoded = text.encode("utf-8")
-            digest = hashlib.blake2b(encoded, digest_size=16).digest()
-            if digest in seen:
-                summary.duplicates += 1
-                continue
-            seen.add(digest)
-            summary.documents += 1
-            summary.text_bytes += len(encoded)
-            yield digest, text
-
-    def _texts(self, summary: Summary) -> Iterator[str]:
-        for path in self.files:
-            yield from _joined(pieces(path, summary))
+    def parts(self) -> Iterator[Part]:
+        """Yields the files, then the parts of the dataset."""
+        yield from map(FilePart, self.files)
         if self.rows:
-            for part in self.rows.parts():
-                yield from _joined(part.pieces(summary))
+            yield from self.rows.parts()
+
+    def nothing(self, summary: Summary) -> UserError:
+        """Returns the error for a source without text, of which this was read."""
+        needs = f"data.data_dir needs files with text, named {' '.join(EXTENSIONS)}"
+        if self.rows and not self.files:
+            needs = "name the columns with text by data.text_column"
+        return UserError(f"no text in {self.origin}{summary.why()}; {needs}")
 
     def with_rows(self, rows: Rows) -> "Source":
         """Returns a source of these files and then the rows."""
         origin = f"{self.origin} and {rows.origin}"
         return Source(origin, self.files, dataclasses.replace(self.found, origin=origin), rows)
-
-
-def _joined(pieces: Iterator[Any]) -> Iterator[str]:
-    text = ""
-    for piece in pieces:
-        if piece.begins and text:
-            yield text
-            text = ""
-        text += piece.text
-    if text:
-        yield text
 
 
 def open_source(data_dir: str, log: Callable[[str], None]) -> Source:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 _EXAMPLES = 3  # paths shown per reason
 _EXTENSIONS_SHOWN = 8
@@ -53,6 +54,31 @@ class Summary:
         if len(examples) < _EXAMPLES:
             examples.append(shown(path))
 
+    def add(self, other: "Summary") -> None:
+        """Adds what another one counted."""
+        for field in dataclasses.fields(self):
+            theirs = getattr(other, field.name)
+            if isinstance(theirs, int):
+                setattr(self, field.name, getattr(self, field.name) + theirs)
+            elif isinstance(theirs, Counter):
+                getattr(self, field.name).update(theirs)
+        for reason, paths in other.examples.items():
+            for path in paths:
+                self._example(reason, path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what is not empty, as plain JSON types."""
+        # Not dataclasses.asdict, which spoils a Counter.
+        return {name: value for name, value in vars(self).items() if value}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Summary":
+        """Inverts ``to_json``."""
+        made = cls("")
+        for name, value in values.items():
+            setattr(made, name, type(getattr(made, name))(value))
+        return made
+
     def lines(self) -> list[str]:
         """Returns the summary for people, one line per fact."""
         counts = {"files": self.files, "rows": self.rows, "documents": self.documents}
@@ -92,5 +118,8 @@ class Summary:
 
 
 def shown(path: str) -> str:
-    """Returns a path that can be printed: names on disk need not be valid Unicode."""
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Returns a path that can be printed on one line: names on disk need be neither Unicode nor
+    free of control characters."""
+    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    escaped = lambda character: character.encode("unicode_escape").decode("ascii")
+    return "".join(c if c.isprintable() else escaped(c) for c in text)

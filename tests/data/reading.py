@@ -1,11 +1,16 @@
 """What a test needs to read files as the store does."""
 
+import pathlib
+import tempfile
 from collections.abc import Iterable
 
 from mamba_jax.data.document import Piece
+from mamba_jax.data.plan import Settings, load_or_make
 from mamba_jax.data.readers import pieces
 from mamba_jax.data.sources import open_source
+from mamba_jax.data.store import Store
 from mamba_jax.data.summary import Summary
+from mamba_jax.data.tokenizer import load_tokenizer
 
 
 def documents_of(pieces: Iterable[Piece]) -> list[list[tuple[str, bool]]]:
@@ -34,9 +39,20 @@ def read(path) -> tuple[list[str], Summary]:
 
 
 def read_folder(path) -> tuple[list[str], Summary]:
-    """Returns (texts, summary) of a folder or file, as ``data_dir`` would be read."""
-    source = open_source(str(path), print)
-    digests, summary = source.read()
-    documents = list(source.documents())
-    assert [digest for digest, _ in documents] == digests  # both readings agree
-    return [text for _, text in documents], summary
+    """Returns (texts, summary) of a folder or file, as ``data_dir`` would be read: by the cache."""
+    source, tokenizer = open_source(str(path), print), load_tokenizer("bytes")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(pathlib.Path(folder), tokenizer, print)
+        taken = store.take(source.parts(), workers=1)
+        settings = Settings(seed=0, fraction=0.01, window_tokens=1 << 40, deduplicate=True)
+        plan = load_or_make(store, tokenizer, taken, settings, source.found)
+        assert plan is not None
+        if not plan.summary.documents:
+            raise source.nothing(plan.summary)
+        documents = store.documents(store.entries(taken), plan.shards).without_duplicates()
+        tokens = store.tokens(plan.shards)
+        texts = [
+            tokenizer.decode(tokens[start + 1 : end])
+            for start, end in zip(documents.start_d, documents.end_d, strict=True)
+        ]
+    return texts, plan.summary
