@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 import socket
 import sys
 import threading
@@ -205,6 +206,9 @@ def test_parts_are_stretches_of_rows(monkeypatch):
     ]
     assert summary.examples == {"row without text": ["dataset org/name, split train row 20"]}
     assert len({part.key() for part in parts}) == 2
+    other_process = pickle.loads(pickle.dumps(parts[1]))
+    assert other_process.key() == parts[1].key()
+    assert texts_of(other_process.pieces(Summary(""))) == texts_of(parts[1].pieces(Summary("")))
     assert [part.key() for part in opened(name).parts()] == [part.key() for part in parts]
     for other in ({"text_column": "output"}, {"dataset_split": "train[:20]"}):
         assert not {part.key() for part in parts} & {p.key() for p in opened(name, **other).parts()}

@@ -10,9 +10,12 @@ import pytest
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data import hub_stream, hub_table
+from mamba_jax.data import store as data_store
 from mamba_jax.data.hub_stream import open_stream
 from mamba_jax.data.hub_table import open_table
+from mamba_jax.data.store import Store
 from mamba_jax.data.summary import Summary
+from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.fake_hub import FakeHub
 from tests.data.reading import texts_of
@@ -215,6 +218,44 @@ def test_a_killed_stream_goes_on_where_it_stopped(remote, small_parts, extension
             elif number < complete - 2:
                 assert not asked
         next(pathlib.Path("cache/streams").iterdir()).unlink()
+
+
+def tokens_of(store: Store, taken) -> list[list[int]]:
+    entries = store.entries(taken)
+    names = list(dict.fromkeys(name for name, _ in entries))
+    documents, tokens = store.documents(entries, names), store.tokens(names)
+    bounds = zip(documents.start_d, documents.end_d, strict=True)
+    return [tokens[start:end].tolist() for start, end in bounds]
+
+
+def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypatch):
+    monkeypatch.setattr(data_store, "_SHARD_BYTES", 5_000)  # sealed every two or three parts
+    serve(remote, "org/name")
+    open_store = lambda: Store(pathlib.Path("cache"), load_tokenizer("bytes"), [].append)
+    store = open_store()
+    undisturbed = tokens_of(store, store.take(stream_of().parts(), 1))
+    pathlib.Path("cache").rename("first")
+
+    def killed():
+        for number, part in enumerate(stream_of().parts()):
+            if number == 6:
+                raise KeyboardInterrupt
+            yield part
+
+    with pytest.raises(KeyboardInterrupt):
+        open_store().take(killed(), 1)
+    store, asked = open_store(), []
+    monkeypatch.setattr(
+        hub_stream.Stream,
+        "batches",
+        lambda self, start, stop, real=hub_stream.Stream.batches: (
+            asked.append(start),
+            real(self, start, stop),
+        )[1],
+    )
+    assert tokens_of(store, store.take(stream_of().parts(), 1)) == undisturbed
+    assert len(undisturbed) == len(TEXTS)
+    assert 200 <= asked[0] <= 600 and asked == list(range(asked[0], 900, 100))
 
 
 def test_with_all_parts_in_the_cache_nothing_is_fetched(remote, small_parts, monkeypatch):
