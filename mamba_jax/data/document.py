@@ -33,7 +33,8 @@ class Part(Protocol):
 
     @property
     def stat(self) -> tuple[Any, ...] | None:
-        """What tells, without reading it, that a file is still what it was; None: nothing does."""
+        """What tells, without reading it, that a file is still what it was: its path, when it was
+        changed (ns since 1970), and more; None: nothing does."""
         ...
 
     @property

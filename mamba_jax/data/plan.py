@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.data.split import cut_into_units, split_by_place, split_units
-from mamba_jax.data.store import Store, write_aside
+from mamba_jax.data.store import Store, keep
 from mamba_jax.data.summary import Summary
 from mamba_jax.data.tokenizer import Tokenizer
 
@@ -73,9 +73,6 @@ def load_or_make(
       taken: (key, name) of each part, in order.
       settings: how to split.
       found: what the search for them skipped.
-
-    Raises:
-      OSError: if the plan cannot be written.
     """
     words = [_FORMAT, dataclasses.astuple(settings), list(taken)]
     key = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
@@ -91,8 +88,8 @@ def load_or_make(
                 made["by_place"],
                 _summary(found, made["summary"]),
             )
-        if plan.shards and store.check(plan.shards):
-            return plan
+        if plan.shards and store.has(plan.shards):
+            return plan if store.check(plan.shards) else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # there is none yet, or it is damaged: it is made anew
     entries = store.entries(taken)
@@ -132,7 +129,7 @@ def load_or_make(
     text = np.frombuffer(json.dumps(made).encode(), np.uint8)
     arrays: dict[str, Any] = {"train": train, "eval": held_out, "made": text}
     np.savez(buffer, **arrays)
-    write_aside(path, buffer.getvalue())
+    keep(path, buffer.getvalue())
     return Plan(shards, fingerprint, train, held_out, by_place, _summary(found, made["summary"]))
 
 

@@ -1,7 +1,8 @@
 """Shards of tokens: written aside, renamed when whole, opened without reading what they hold.
 
 A shard is a folder with ``tokens.bin`` (uint16 where the vocabulary fits, else uint32),
-``index.npz`` (its documents), ``meta.json`` (its parts, sizes and hashes), and ``learn.bin``
+``index.npz`` (its documents), ``meta.json`` (its parts, sizes and hashes; on a second line the hash
+of the first), and ``learn.bin``
 (uint8, a byte a token) where some token is no target under ``data.loss_on="answer"``. A document
 lies there as ``<eot> tokens``. Shapes: t tokens of a shard, d its documents.
 """
@@ -116,12 +117,15 @@ def open_shards(root: pathlib.Path, log: Callable[[str], None]) -> list[Shard]:
     shards = []
     for folder in sorted(root.glob("[!.]*")) if root.is_dir() else ():
         try:
-            shards.append(Shard(folder, json.loads((folder / "meta.json").read_bytes())))
+            text, _, found = (folder / "meta.json").read_bytes().partition(b"\n")
+            if xxhash.xxh3_64_hexdigest(text).encode() != found:
+                raise ValueError
+            shards.append(Shard(folder, json.loads(text)))
         except FileNotFoundError as error:
             if folder.is_dir():
                 remove_damaged(folder, f"{pathlib.Path(error.filename).name} is missing", log)
         except ValueError:
-            remove_damaged(folder, "meta.json is no JSON", log)
+            remove_damaged(folder, "meta.json has another hash", log)
     return shards
 
 
@@ -261,7 +265,9 @@ class Builder:
             "index_hash": index_hash,
             "parts": self._parts,
         }
-        (self._aside / "meta.json").write_text(json.dumps(meta))
+        text = json.dumps(meta)
+        text_hash = xxhash.xxh3_64_hexdigest(text.encode())
+        (self._aside / "meta.json").write_text(f"{text}\n{text_hash}")
         for path in (*self._aside.iterdir(), self._aside):
             _sync(path)
         os.chmod(self._aside, 0o755)  # mkdtemp's 0700 would shut out whom a shared cache is for

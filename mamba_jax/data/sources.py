@@ -46,19 +46,18 @@ class FilePart:
 
     @property
     def stat(self) -> tuple[str, int, int, int, int] | None:
-        """Returns path, size, times and number; a file's content changes with none of them only
-        on purpose."""
+        """Returns path, times, size and number; nobody can set back the first of the times."""
         try:
             it = os.stat(self.path)
         except OSError:
             return None
         path = shown(os.path.realpath(self.path))
-        return path, it.st_mtime_ns, it.st_size, it.st_ctime_ns, it.st_ino
+        return path, it.st_ctime_ns, it.st_mtime_ns, it.st_size, it.st_ino
 
     @property
     def size_bytes(self) -> int:
         stat = self.stat
-        return stat[2] if stat else 0
+        return stat[3] if stat else 0
 
     def key(self) -> str:
         how = f"{VERSION}\n{split_extension(self.path)}\n".encode("utf-8", "surrogateescape")

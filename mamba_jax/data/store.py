@@ -244,7 +244,7 @@ class Store:
         if known and known[:-1] == rest:
             return known[-1]
         key = part.key()
-        if time.time() - rest[1] / 1e9 > _SETTLED_SECS:
+        if time.time() - rest[0] / 1e9 > _SETTLED_SECS:
             self._new_files[path] = [*rest, key]
         return key
 
@@ -255,7 +255,7 @@ class Store:
             return
         self._files = _read_files(self.root) | self._new_files
         self._new_files = {}
-        write_aside(self.root / "files.json", json.dumps(self._files).encode())
+        keep(self.root / "files.json", json.dumps(self._files).encode())
 
     def entries(self, taken: Sequence[tuple[str, str]]) -> list[tuple[str, Entry]]:
         """Returns (name of the shard, entry) of parts, their paths as they are now."""
@@ -267,6 +267,10 @@ class Store:
                 examples[reason] = [path.replace(entry.name, name, 1) for path in paths]
             found.append((self._places[key], entry))
         return found
+
+    def has(self, names: Sequence[str]) -> bool:
+        """Says whether shards are there; what was tokenised again may lie in others."""
+        return all(name in self._shards for name in names)
 
     def check(self, names: Sequence[str]) -> bool:
         """Says whether shards are what was written; those that are not are said and removed."""
@@ -333,20 +337,17 @@ def _read_files(root: pathlib.Path) -> dict[str, list[Any]]:
     return {}
 
 
-def write_aside(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that is never seen half-written.
-
-    Raises:
-      OSError: if the folder cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=".", dir=path.parent)
+def keep(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that saves time and no more, never half; not at all where that fails, as the
+    cache may be read-only."""
+    aside = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(prefix=".", dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         os.chmod(aside, 0o644)
         os.replace(aside, path)
-    except BaseException:
+    except OSError:
         with contextlib.suppress(OSError):
             os.unlink(aside)
-        raise
