@@ -133,6 +133,8 @@ def test_damage_is_judged_by_the_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 16)
     path = tmp_path / "a.txt"
     for data, expected in (
+        # Two sound characters to one bad: the second lies across the border of a block.
+        (("é" + "x" * 13 + "é").encode() + b"\xff", "damaged UTF-8, bad parts replaced"),
         ("日本語のテキスト".encode() * 4 + b"\xff tail", "damaged UTF-8, bad parts replaced"),
         (b"plain words " * 9 + b"caf\xe9", "not UTF-8, read as cp1252"),
         ("plain words ".encode("utf-16") * 3 + b"x", "damaged UTF-16-LE, bad parts replaced"),
