@@ -14,6 +14,7 @@ COMMANDS = {
     "memory",
     "sweep",
     "train",
+    "prepare_data",
     "generate",
     "report",
     "cli",

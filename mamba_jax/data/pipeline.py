@@ -4,6 +4,7 @@ A batch is read in about a millisecond while the device computes the step before
 dispatched asynchronously), so there is no thread here that could hang or run ahead of a resume.
 """
 
+import concurrent.futures.process
 import dataclasses
 import functools
 import os
@@ -14,7 +15,7 @@ import numpy as np
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.hub import open_dataset
-from mamba_jax.data.plan import Settings, load_or_make
+from mamba_jax.data.plan import Plan, Settings, load_or_make
 from mamba_jax.data.sources import Source, open_source
 from mamba_jax.data.store import Store, cache_folder
 from mamba_jax.data.summary import Summary, shown
@@ -121,37 +122,12 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     Raises:
       UserError: if there is no text or too little of it, or the cache cannot be used.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
-    source = _open(config, log)
-    settings = Settings(
-        seed=seed,
-        fraction=config.eval_fraction,
-        window_tokens=seq_len + 1,
-        deduplicate=config.deduplicate == "exact",
-    )
-    try:
-        for _ in range(3):  # another run may remove a damaged shard between two looks
-            store = Store(config.cache_root, tokenizer, log)
-            taken = store.take(source.parts(), config.tokenise_workers)
-            if plan := load_or_make(store, tokenizer, taken, settings, source.found):
-                break
-        else:
-            raise OSError(None, "what was written there does not read back")
-    except OSError as error:
-        root = shown(str(cache_folder(config.cache_root)))
-        raise UserError(
-            f"cannot use the token cache {root}: {error.strerror}; set data.cache_dir "
-            "to a writable folder with enough space"
-        ) from error
-    summary = plan.summary
-    if not summary.documents:
-        raise source.nothing(summary)
-    for line in summary.lines():
-        log(line)
+    tokenizer, store, plan = tokenise(config, seq_len=seq_len, seed=seed, log=log)
+    summary, window_tokens = plan.summary, seq_len + 1
     total = summary.tokens
-    if total < 2 * settings.window_tokens:
+    if total < 2 * window_tokens:
         raise UserError(
-            f"{summary.origin} holds {total} tokens; need ≥ {2 * settings.window_tokens} for "
+            f"{summary.origin} holds {total} tokens; need ≥ {2 * window_tokens} for "
             f"seq_len {seq_len} (one window to train on, one held out): add text to data.data_dir "
             "or lower model.max_seq_len"
         )
@@ -168,8 +144,55 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     return Corpus(tokenizer, plan.fingerprint, train, evaluation, summary)
 
 
-def _open(config: DataConfig, log: Callable[[str], None]) -> Source:
-    """Finds the files, the dataset or both; whichever was named is read."""
+def tokenise(
+    config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str], None]
+) -> tuple[Tokenizer, Store, Plan]:
+    """Does the part of ``prepare`` that takes long; a corpus may be too small for a window.
+
+    Raises:
+      UserError: if there is no text, or the cache cannot be used.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    source = open_sources(config, log)
+    settings = Settings(
+        seed=seed,
+        fraction=config.eval_fraction,
+        window_tokens=seq_len + 1,
+        deduplicate=config.deduplicate == "exact",
+    )
+    try:
+        for _ in range(3):  # another run may remove a damaged shard between two looks
+            store = Store(config.cache_root, tokenizer, log)
+            taken = store.take(source.parts(), config.tokenise_workers)
+            if plan := load_or_make(store, tokenizer, taken, settings, source.found):
+                break
+        else:
+            raise OSError(None, "what was written there does not read back")
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenises was killed, maybe for want of memory; "
+            "data.tokenise_workers=1 needs the least"
+        ) from error
+    except OSError as error:
+        root = shown(str(cache_folder(config.cache_root)))
+        raise UserError(
+            f"cannot use the token cache {root}: {error.strerror}; set data.cache_dir "
+            "to a writable folder with enough space"
+        ) from error
+    summary = plan.summary
+    if not summary.documents:
+        raise source.nothing(summary)
+    for line in summary.lines():
+        log(line)
+    return tokenizer, store, plan
+
+
+def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
+    """Finds the files, the dataset or both; whichever was named is read.
+
+    Raises:
+      UserError: if there is none.
+    """
     if not config.dataset:
         return open_source(config.data_dir, log)
     if config.data_dir:

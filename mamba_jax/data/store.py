@@ -17,7 +17,9 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -224,7 +226,9 @@ class Store:
             # Not forked: this process may have threads by now. Each loads the tokenizer itself.
             context = multiprocessing.get_context("spawn")
             name = self._tokenizer.name
-            with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+            with concurrent.futures.ProcessPoolExecutor(
+                workers, context, initializer=_begin_worker
+            ) as pool:
                 jobs = [
                     pool.submit(_build_in_worker, self._shard_root, name, group) for group in groups
                 ]
@@ -324,6 +328,19 @@ def _build_shard(
             builder.add(part, key, progress)
         builder.seal()
         return builder.text_bytes
+
+
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _build_in_worker(root: pathlib.Path, tokenizer: str, group: list[tuple[str, Part]]) -> int:
