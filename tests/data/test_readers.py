@@ -301,6 +301,12 @@ def test_a_chat_without_content_is_blank_and_what_is_no_chat_gives_its_strings()
     assert parts_of_record({"messages": [{"role": "user"}]}) == [("user", True)]
 
 
+def test_halves_of_characters_are_joined_or_replaced():
+    halves = "\ud83d\ude00 \ud800"
+    assert parts_of_record({"text": halves}) == parts_of_record([halves]) == [("😀 \ufffd", True)]
+    assert parts_of_row({"a": halves}, ("a",)) == [("😀 \ufffd", True)]
+
+
 def test_of_several_columns_the_last_is_the_answer():
     row = {"a": "x ", "b": "\n", "c": 3, "d": ["z", None]}
     assert parts_of_row(row, ("a", "b", "c", "d")) == [("x \n\n3", False), ("\n\nz", True)]
