@@ -45,13 +45,13 @@ def cut_into_units(tokens: Flat, documents: Documents, tokenizer: Tokenizer) -> 
     digest_ud = documents.digest_dk
     for number in reversed(np.flatnonzero(end_u - start_u > limit).tolist()):
         start, end = int(start_u[number]), int(end_u[number])
-        cuts = _cuts(tokens[start:end], limit, tokenizer)
-        edges = [start, *(start + cut for cut in cuts), end]
-        # In one width, so that blocks are equal whatever the cache's.
-        digests = [
-            hashlib.blake2b(tokens[first:last].astype("<u4").tobytes(), digest_size=16).digest()
-            for first, last in itertools.pairwise(edges)
-        ]
+        edges = [start, *_cuts(tokens, start, end, limit, tokenizer), end]
+        digests = []
+        for first, last in itertools.pairwise(edges):
+            # In one width, so that blocks are equal whatever the cache's.
+            block = tokens[first:last].astype("<u4").tobytes()
+            digests.append(hashlib.blake2b(block, digest_size=16).digest())
+            tokens.forget()
         blocks_ud = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
         around = slice(number), slice(number + 1, None)
         put = lambda old, new: np.concatenate([old[around[0]], new, old[around[1]]])  # noqa: B023
@@ -60,26 +60,28 @@ def cut_into_units(tokens: Flat, documents: Documents, tokenizer: Tokenizer) -> 
     return Units(start_u, end_u, digest_ud)
 
 
-def _cuts(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> list[int]:
-    """Returns places to cut at, so that no block is longer than ``limit``.
+def _cuts(tokens: Flat, start: int, end: int, limit: int, tokenizer: Tokenizer) -> list[int]:
+    """Returns places in [start, end) to cut at, so that no block is longer than ``limit``.
 
     Best before a token that begins with white space, after one that does not end with it: there
     the blocks' texts have exactly these tokens. Else between whole characters, else anywhere.
     """
-    size = -(-len(tokens) // -(-len(tokens) // limit))
+    size = -(-(end - start) // -(-(end - start) // limit))
     begins_space = np.array([piece[:1].isspace() for piece in tokenizer.pieces])
     ends_space = np.array([piece[-1:].isspace() for piece in tokenizer.pieces])
     begins_inside = np.array(
         [bool(piece) and 0x80 <= piece[0] < 0xC0 for piece in tokenizer.pieces]
     )
-    cuts, start = [], 0
-    while len(tokens) - start > size:
+    cuts = []
+    while end - start > size:
         first = start + size - size // 2
-        left, right = tokens[first - 1 : start + size], tokens[first : start + size + 1]
+        near = tokens[first - 1 : start + size + 1]
+        left, right = near[:-1], near[1:]
         exact = np.flatnonzero(begins_space[right] & ~ends_space[left])
         whole = exact if len(exact) else np.flatnonzero(~begins_inside[right])
         start = first + int(whole[-1]) if len(whole) else start + size
         cuts.append(start)
+        tokens.forget()
     return cuts
 
 

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import mmap
 import multiprocessing
 import os
 import pathlib
@@ -67,6 +68,13 @@ class Flat:
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
+
+    def forget(self) -> None:
+        """Lets go of what was read: it stays in the system's cache, not in this process."""
+        for array in self._arrays:
+            mapped = getattr(array.base, "obj", None)  # numpy has it in a memoryview
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True)
