@@ -22,7 +22,7 @@ _CHOICES = {
     ),
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
-    "data.deduplicate": ("exact", "none"),
+    "data.deduplicate": ("exact", "near", "none"),
 }
 _TRACKERS = ("wandb", "mlflow")
 _POSITIVE = (

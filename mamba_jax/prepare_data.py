@@ -26,7 +26,7 @@ def run(config: RunConfig) -> None:
     own_tokens = summary.tokens - summary.documents  # without the markers
     print(
         f"{summary.text_bytes / own_tokens:.3f} bytes per token ({data.tokenizer}); "
-        f"{summary.duplicates:,} exact duplicates\n"
+        f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates\n"
         f"token cache: {store.size_bytes(data.cache_root) / 1e6:,.2f} MB in "
         f"{store.cache_folder(data.cache_root)} (--clear_cache removes it)"
     )

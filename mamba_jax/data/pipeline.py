@@ -158,7 +158,7 @@ def tokenise(
         seed=seed,
         fraction=config.eval_fraction,
         window_tokens=seq_len + 1,
-        deduplicate=config.deduplicate == "exact",
+        deduplicate=config.deduplicate,
     )
     try:
         for _ in range(3):  # another run may remove a damaged shard between two looks

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mamba_jax.data.near_duplicates import first_of_similar
 from mamba_jax.data.split import cut_into_units, split_by_place, split_units
 from mamba_jax.data.store import Store, keep
 from mamba_jax.data.summary import Summary
@@ -28,13 +29,14 @@ class Settings:
       seed: of the choice.
       fraction: of the tokens.
       window_tokens: of one window, its last target included.
-      deduplicate: whether equal documents are left out but for the first.
+      deduplicate: "exact": equal documents are left out but for the first; "near": similar ones
+        as well; "none".
     """
 
     seed: int
     fraction: float
     window_tokens: int
-    deduplicate: bool
+    deduplicate: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +102,13 @@ def load_or_make(
     counted = Summary("")
     for _, entry in entries:
         counted.add(entry.summary)
-    kept = documents.without_duplicates() if settings.deduplicate else documents
-    counted.documents, counted.text_bytes = len(kept.end_d), int(kept.bytes_d.sum())
+    kept = documents if settings.deduplicate == "none" else documents.without_duplicates()
     counted.duplicates = len(documents.end_d) - len(kept.end_d)
+    if settings.deduplicate == "near":
+        different = len(kept.end_d)
+        kept = kept.chosen(first_of_similar(store.tokens(shards), kept))
+        counted.near_duplicates = different - len(kept.end_d)
+    counted.documents, counted.text_bytes = len(kept.end_d), int(kept.bytes_d.sum())
     counted.tokens = kept.token_count
     runs, by_place = None, False
     empty = np.zeros((0, 2), np.int64)

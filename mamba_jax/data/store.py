@@ -100,8 +100,10 @@ class Documents:
     def without_duplicates(self) -> "Documents":
         """Keeps the first of equal documents."""
         _, first = np.unique(self.digest_dk.copy().view("V16").ravel(), return_index=True)
-        keep = np.sort(first)
-        columns = (getattr(self, field.name)[keep] for field in dataclasses.fields(self))
+        return self.chosen(np.sort(first))
+
+    def chosen(self, indices: np.ndarray) -> "Documents":
+        columns = (getattr(self, field.name)[indices] for field in dataclasses.fields(self))
         return Documents(*columns)
 
     def identity(self) -> bytes:

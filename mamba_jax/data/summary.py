@@ -18,6 +18,7 @@ class Summary:
       rows: rows of a dataset that gave one.
       documents: different documents.
       duplicates: documents left out because an equal one came before.
+      near_duplicates: of the rest those left out because a similar one came before.
       text_bytes: UTF-8 bytes of the different documents.
       tokens: of all documents, each with its end-of-text marker; 0 until tokenised.
       skipped: reason → number of files, folders or rows left out.
@@ -32,6 +33,7 @@ class Summary:
     rows: int = 0
     documents: int = 0
     duplicates: int = 0
+    near_duplicates: int = 0
     text_bytes: int = 0
     tokens: int = 0
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -88,6 +90,8 @@ class Summary:
             taken += f", {self.tokens:,} tokens"
         if self.duplicates:
             taken += f"; {self.duplicates:,} exact duplicates left out"
+        if self.near_duplicates:
+            taken += f"; {self.near_duplicates:,} near duplicates left out"
         return [taken, *self._exceptions()]
 
     def _size(self, verb: str, reason: str) -> str:

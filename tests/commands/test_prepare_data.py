@@ -35,7 +35,7 @@ def test_a_run_finds_what_was_prepared(capsys, monkeypatch):
     text_bytes = sum(len(f"text {i} ") * 30 for i in range(20)) + len("café".encode())
     assert out[1].startswith("texts: 22 files, 21 documents, ")
     assert out[1].endswith(f"{text_bytes + 21:,} tokens; 1 exact duplicates left out")
-    assert "1.000 bytes per token (bytes); 1 exact duplicates" in out
+    assert "1.000 bytes per token (bytes); 1 exact and 0 near duplicates" in out
     assert out[-1].startswith("token cache: 0.0") and "cache/tokens" in out[-1]
 
     def refuse(*_args):
