@@ -45,6 +45,7 @@ _FIELDS = {  # flag → the field that it sets
     "--dataset": "data.dataset",
     "--dataset_config": "data.dataset_config",
     "--dataset_split": "data.dataset_split",
+    "--dataset_streaming": "data.dataset_streaming",
     "--text_column": "data.text_column",
     "--output_dir": "output_dir",
     "--seed": "seed",
@@ -61,6 +62,8 @@ class Arguments:
       resume: "", "auto" or a folder: see ``training.resume.find_start``.
       profile: steps to run before a trace, and steps to trace; None: no trace.
       dry_run: describe the run instead of starting it.
+      list_files: show what would be read instead.
+      clear_cache: remove all tokens first.
       notes: how the config came about where that may surprise, for the log.
     """
 
@@ -68,6 +71,8 @@ class Arguments:
     resume: str = ""
     profile: tuple[int, int] | None = None
     dry_run: bool = False
+    list_files: bool = False
+    clear_cache: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -106,7 +111,15 @@ def read(argv: list[str]) -> Arguments:
     merge(config, file)
     apply_overrides(config, given, _FLAG_OF)
     apply_overrides(config, overrides)
-    return Arguments(freeze(config), flags.resume, _profile(flags), flags.dry_run, tuple(notes))
+    return Arguments(
+        freeze(config),
+        flags.resume,
+        _profile(flags),
+        flags.dry_run,
+        flags.list_files,
+        flags.clear_cache,
+        tuple(notes),
+    )
 
 
 def _starting_config(resume: str, output_dir: str) -> tuple[ConfigDict, str]:
@@ -186,7 +199,7 @@ def _take_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     return overrides, rest
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports mistakes as every part of the program does, and suggests the flag that was meant."""
 
     def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]
@@ -214,8 +227,8 @@ def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="mamba_jax.train",
         usage="%(prog)s [flags]",
         description="Trains a Mamba or Hybrid Recursive Mamba language model.",
@@ -243,28 +256,7 @@ def _parser() -> _Parser:
         help="any field, e.g. --config.training.max_steps=200; mamba_jax/config.py lists them",
     )
     model.add_argument("--seed", metavar="N", help=f"default {_DEFAULTS.seed}")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_dir",
-        metavar="PATH",
-        help="a folder or file of text (.txt .md .py .json .jsonl); default: data, unless a "
-        "dataset is given; where there is no ./data, the Python standard library's source",
-    )
-    data.add_argument(
-        "--dataset",
-        metavar="ID",
-        help="of the Hugging Face Hub, or a folder laid out so; with --data_dir both are read",
-    )
-    data.add_argument("--dataset_config", metavar="NAME", help="where the dataset has several")
-    data.add_argument(
-        "--dataset_split", metavar="SPLIT", help=f"default {_DEFAULTS.data.dataset_split}"
-    )
-    data.add_argument(
-        "--text_column",
-        metavar="A,B",
-        help="columns of a row's text, joined by a blank line; default text, where there is none "
-        "as the columns suggest (the log says which)",
-    )
+    add_data_flags(parser)
     memory = parser.add_argument_group("memory")
     memory.add_argument(
         "--vram_auto",
@@ -309,6 +301,51 @@ def _parser() -> _Parser:
         help="steps to run before the trace, compilation among them (default 5)",
     )
     return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags about text to a command."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_dir",
+        metavar="PATH",
+        help="a folder or file of text (.txt .md .py .json .jsonl, also as .gz or .zst; .parquet); "
+        "default: data, unless a dataset is given; where there is no ./data, the Python standard "
+        "library's source",
+    )
+    data.add_argument(
+        "--dataset",
+        metavar="ID",
+        help="of the Hugging Face Hub, or a folder laid out so; with --data_dir both are read",
+    )
+    data.add_argument("--dataset_config", metavar="NAME", help="where the dataset has several")
+    data.add_argument(
+        "--dataset_split",
+        metavar="SPLIT",
+        help=f"default {_DEFAULTS.data.dataset_split}; also a part of one: 'train[:10%%]'",
+    )
+    data.add_argument(
+        "--dataset_streaming",
+        action="store_const",
+        const="true",
+        help="tokenise rows as they arrive, for a dataset larger than the disk",
+    )
+    data.add_argument(
+        "--text_column",
+        metavar="A,B",
+        help="columns of a row's text, joined by a blank line; default text, where there is none "
+        "as the columns suggest (the log says which)",
+    )
+    data.add_argument(
+        "--list_files",
+        action="store_true",
+        help="show which files would be read, which not and why, and stop",
+    )
+    data.add_argument(
+        "--clear_cache",
+        action="store_true",
+        help="first remove all tokens that the cache holds, of any corpus",
+    )
 
 
 def _epilog() -> str:

@@ -11,6 +11,7 @@ from mamba_jax.errors import UserError, command, did_you_mean
 
 COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
+    "prepare_data": ("mamba_jax.prepare_data", "tokenise a corpus ahead, and tell about it"),
     "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
     "memory": ("mamba_jax.memory", "what a run needs of a device, and which layout fits it"),
     "report": (

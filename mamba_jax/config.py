@@ -111,9 +111,14 @@ class DataConfig:
     data_dir: str = ""
     dataset: str = ""  # an id on the Hugging Face Hub, or a folder; beside data_dir: both are read
     dataset_config: str = ""  # one of the dataset's configurations, where it has several
-    dataset_split: str = "train"
+    dataset_split: str = "train"  # or another, or a part of one: "train[:10%]"
+    dataset_streaming: bool = False  # tokenise rows as they arrive, and keep no download
     text_column: str = ""  # "a,b": joined by a blank line; "": text, else as the columns suggest
     tokenizer: str = "gpt2"  # or "bytes"
+    deduplicate: str = (
+        "exact"  # leave out equal documents; "near": and similar ones; "none": keep all
+    )
+    tokenise_workers: int = 0  # processes; 0: as many as there are processors and the text is worth
     eval_fraction: float = 0.01  # of the tokens, held out by content hash
     cache_dir: str = ""  # tokenised shards; "": $XDG_CACHE_HOME/mamba_jax
 

@@ -22,6 +22,7 @@ _CHOICES = {
     ),
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
+    "data.deduplicate": ("exact", "near", "none"),
 }
 _TRACKERS = ("wandb", "mlflow")
 _POSITIVE = (
@@ -58,6 +59,7 @@ _NOT_NEGATIVE = (
     "training.weight_decay",
     "training.skip_spikes",
     "training.eval_windows",
+    "data.tokenise_workers",
     "training.keep_every",
     "vram.batch_size",
     "vram.gradient_accumulation_steps",
@@ -120,7 +122,7 @@ def _check_data(data: "DataConfig") -> None:
         if not data.dataset_split:
             raise UserError("data.dataset_split must not be empty")
         return
-    for name in ("dataset_config", "dataset_split", "text_column"):
+    for name in ("dataset_config", "dataset_split", "dataset_streaming", "text_column"):
         if (given := getattr(data, name)) != getattr(type(data), name):
             raise UserError(f'data.{name}="{given}" has no use without a data.dataset (--dataset)')
 

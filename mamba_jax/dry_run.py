@@ -101,7 +101,7 @@ def _training(config: RunConfig) -> list[str]:
 
 
 def _data(data: DataConfig) -> list[str]:
-    from mamba_jax.data.hub import is_folder
+    from mamba_jax.data.hub_access import is_folder
     from mamba_jax.data.sources import open_source
 
     lines: list[str] = []

@@ -284,6 +284,14 @@ def main(argv: list[str]) -> int:
 
         print(describe(asked))
         return 0
+    if asked.clear_cache or asked.list_files:
+        from mamba_jax.data.listing import clear_cache, list_files
+
+        if asked.clear_cache:
+            clear_cache(asked.config.data, print)
+        if asked.list_files:
+            list_files(asked.config.data, print)
+            return 0
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, StoppedEarly
 
     try:

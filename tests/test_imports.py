@@ -15,6 +15,7 @@ COMMANDS = {
     "memory",
     "sweep",
     "train",
+    "prepare_data",
     "generate",
     "report",
     "cli",

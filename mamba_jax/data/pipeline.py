@@ -4,9 +4,9 @@ A batch is read in about a millisecond while the device computes the step before
 dispatched asynchronously), so there is no thread here that could hang or run ahead of a resume.
 """
 
+import concurrent.futures.process
 import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data.cache import load_or_build
 from mamba_jax.data.hub import open_dataset
-from mamba_jax.data.sources import Source, Summary, open_source
-from mamba_jax.data.split import split_by_place, split_units
+from mamba_jax.data.plan import Plan, Settings, load_or_make
+from mamba_jax.data.sources import Source, open_source
+from mamba_jax.data.store import Store, cache_folder
+from mamba_jax.data.summary import Summary, shown
 from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mamba_jax.data.windows import Windows
 from mamba_jax.errors import UserError
@@ -121,38 +122,77 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     Raises:
       UserError: if there is no text or too little of it, or the cache cannot be used.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
-    source = _open(config, log)
-    digests, summary = source.read()
-    cache = load_or_build(source, digests, summary.text_bytes, tokenizer, config.cache_dir, log)
-    total = summary.tokens = len(cache.tokens)
-    for line in summary.lines():
-        log(line)
-    window_tokens = seq_len + 1
+    tokenizer, store, plan = tokenise(config, seq_len=seq_len, seed=seed, log=log)
+    summary, window_tokens = plan.summary, seq_len + 1
+    total = summary.tokens
     if total < 2 * window_tokens:
         raise UserError(
-            f"{summary.origin} holds {total} tokens; need ≥ {2 * window_tokens} for seq_len "
-            f"{seq_len} (one window to train on, one held out): add text to data.data_dir or "
-            "lower model.max_seq_len"
+            f"{summary.origin} holds {total} tokens; need ≥ {2 * window_tokens} for "
+            f"seq_len {seq_len} (one window to train on, one held out): add text to data.data_dir "
+            "or lower model.max_seq_len"
         )
-    runs = split_units(
-        cache.units, seed=seed, fraction=config.eval_fraction, window_tokens=window_tokens
-    )
-    if runs is None:
+    if plan.by_place:
         log("too little text to hold out whole documents or blocks: holding out the last window")
-        runs = split_by_place(total, window_tokens)
-    train, evaluation = (Windows(cache.tokens, side, seq_len, tokenizer.eot_id) for side in runs)
+    tokens = store.tokens(plan.shards)
+    train, evaluation = (
+        Windows(tokens, side, seq_len, tokenizer.eot_id) for side in (plan.train, plan.eval)
+    )
     log(
         f"held out {evaluation.stream_tokens:,} tokens ({evaluation.stream_tokens / total:.2%}): "
         f"{len(evaluation):,} windows of {seq_len:,}; to train on: {len(train):,}"
     )
-    identity = [cache.key.encode(), *(side.tobytes() for side in runs), str(seq_len).encode()]
-    fingerprint = hashlib.blake2b(b"|".join(identity), digest_size=16).hexdigest()
-    return Corpus(tokenizer, fingerprint, train, evaluation, summary)
+    return Corpus(tokenizer, plan.fingerprint, train, evaluation, summary)
 
 
-def _open(config: DataConfig, log: Callable[[str], None]) -> Source:
-    """Finds the files, the dataset or both; whichever was named is read."""
+def tokenise(
+    config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str], None]
+) -> tuple[Tokenizer, Store, Plan]:
+    """Does the part of ``prepare`` that takes long; a corpus may be too small for a window.
+
+    Raises:
+      UserError: if there is no text, or the cache cannot be used.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    source = open_sources(config, log)
+    settings = Settings(
+        seed=seed,
+        fraction=config.eval_fraction,
+        window_tokens=seq_len + 1,
+        deduplicate=config.deduplicate,
+    )
+    try:
+        for _ in range(3):  # another run may remove a damaged shard between two looks
+            store = Store(config.cache_root, tokenizer, log)
+            taken = store.take(source.parts(), config.tokenise_workers)
+            if plan := load_or_make(store, tokenizer, taken, settings, source.found):
+                break
+        else:
+            raise OSError(None, "what was written there does not read back")
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            "a process that tokenises was killed, maybe for want of memory; "
+            "data.tokenise_workers=1 needs the least"
+        ) from error
+    except OSError as error:
+        root = shown(str(cache_folder(config.cache_root)))
+        raise UserError(
+            f"cannot use the token cache {root}: {error.strerror}; set data.cache_dir "
+            "to a writable folder with enough space"
+        ) from error
+    summary = plan.summary
+    if not summary.documents:
+        raise source.nothing(summary)
+    for line in summary.lines():
+        log(line)
+    return tokenizer, store, plan
+
+
+def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
+    """Finds the files, the dataset or both; whichever was named is read.
+
+    Raises:
+      UserError: if there is none.
+    """
     if not config.dataset:
         return open_source(config.data_dir, log)
     if config.data_dir:

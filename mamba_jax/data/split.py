@@ -1,11 +1,12 @@
 """Which tokens are trained on and which are held out: by content, never by place.
 
-The tokens lie in one flat array ``<eot> document <eot> document …``. A *unit* is what goes to one
-side as a whole: a document, or a block of one that is large. A *run* is a stretch (start, end) of
-the array that belongs to one side; its first token counts as the end-of-text marker. Where a run
-opens a document that is true in the array; where it continues one after a hole, its first
-position is the last token of the hole, covered by the marker. So no side sees a token of the
-other, and nothing is copied. Shapes: u units, r runs.
+Documents lie somewhere in the token cache, each as ``<eot> tokens``, and follow one another in the
+order of the corpus. A *unit* is what goes to one side as a whole: a document, or a block of one
+that is large. A *run* is a stretch (start, end) of the cache that belongs to one side; its first
+token counts as the end-of-text marker. Where a run opens a document that is true in the cache;
+where it continues one after a hole, its first position is the last token of the hole, covered by
+the marker.
+So no side sees a token of the other, and nothing is copied. Shapes: u units, r runs.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import itertools
 
 import numpy as np
 
+from mamba_jax.data.store import Documents, Flat
 from mamba_jax.data.tokenizer import Tokenizer
 
 # A document above this share of all tokens is cut: a single one would be all or nothing.
@@ -24,11 +26,11 @@ _SMALLEST_BLOCK_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """The units in the order of the array; together they hold every token but the markers.
+    """The units in the order of the corpus; together they hold every token but the markers.
 
     Attributes:
-      start_u, end_u: int64, the stretch of each unit, without a marker.
-      digest_ud: uint8 (u, 16), the hash of its tokens.
+      start_u, end_u: int64, the stretch of each unit in the cache, without a marker.
+      digest_ud: uint8 (u, 16), of its text, or of its tokens where it is a block.
     """
 
     start_u: np.ndarray
@@ -36,44 +38,50 @@ class Units:
     digest_ud: np.ndarray
 
 
-def cut_into_units(tokens: np.ndarray, document_starts: np.ndarray, tokenizer: Tokenizer) -> Units:
-    """Cuts the documents, whose markers stand at ``document_starts``, into units."""
-    limit = max(int(_LARGEST_UNIT_SHARE * len(tokens)), _SMALLEST_BLOCK_TOKENS)
-    document_ends = np.append(document_starts[1:], len(tokens))
-    bounds = []
-    for start, end in zip((document_starts + 1).tolist(), document_ends.tolist(), strict=True):
-        cuts = _cuts(tokens[start:end], limit, tokenizer) if end - start > limit else []
-        edges = [start, *(start + cut for cut in cuts), end]
-        bounds += itertools.pairwise(edges)
-    # In one width, so that units are equal whatever the array's.
-    digests = [
-        hashlib.blake2b(tokens[start:end].astype("<u4").tobytes(), digest_size=16).digest()
-        for start, end in bounds
-    ]
-    start_u, end_u = np.array(bounds, np.int64).reshape(-1, 2).T.copy()
-    return Units(start_u, end_u, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16))
+def cut_into_units(tokens: Flat, documents: Documents, tokenizer: Tokenizer) -> Units:
+    """Cuts the documents into units."""
+    limit = max(int(_LARGEST_UNIT_SHARE * documents.token_count), _SMALLEST_BLOCK_TOKENS)
+    start_u, end_u = documents.start_d + 1, documents.end_d
+    digest_ud = documents.digest_dk
+    for number in reversed(np.flatnonzero(end_u - start_u > limit).tolist()):
+        start, end = int(start_u[number]), int(end_u[number])
+        edges = [start, *_cuts(tokens, start, end, limit, tokenizer), end]
+        digests = []
+        for first, last in itertools.pairwise(edges):
+            # In one width, so that blocks are equal whatever the cache's.
+            block = tokens[first:last].astype("<u4").tobytes()
+            digests.append(hashlib.blake2b(block, digest_size=16).digest())
+            tokens.forget()
+        blocks_ud = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+        around = slice(number), slice(number + 1, None)
+        put = lambda old, new: np.concatenate([old[around[0]], new, old[around[1]]])  # noqa: B023
+        start_u, end_u = put(start_u, edges[:-1]), put(end_u, edges[1:])
+        digest_ud = put(digest_ud, blocks_ud)
+    return Units(start_u, end_u, digest_ud)
 
 
-def _cuts(tokens: np.ndarray, limit: int, tokenizer: Tokenizer) -> list[int]:
-    """Returns places to cut at, so that no block is longer than ``limit``.
+def _cuts(tokens: Flat, start: int, end: int, limit: int, tokenizer: Tokenizer) -> list[int]:
+    """Returns places in [start, end) to cut at, so that no block is longer than ``limit``.
 
     Best before a token that begins with white space, after one that does not end with it: there
     the blocks' texts have exactly these tokens. Else between whole characters, else anywhere.
     """
-    size = -(-len(tokens) // -(-len(tokens) // limit))
+    size = -(-(end - start) // -(-(end - start) // limit))
     begins_space = np.array([piece[:1].isspace() for piece in tokenizer.pieces])
     ends_space = np.array([piece[-1:].isspace() for piece in tokenizer.pieces])
     begins_inside = np.array(
         [bool(piece) and 0x80 <= piece[0] < 0xC0 for piece in tokenizer.pieces]
     )
-    cuts, start = [], 0
-    while len(tokens) - start > size:
+    cuts = []
+    while end - start > size:
         first = start + size - size // 2
-        left, right = tokens[first - 1 : start + size], tokens[first : start + size + 1]
+        near = tokens[first - 1 : start + size + 1]
+        left, right = near[:-1], near[1:]
         exact = np.flatnonzero(begins_space[right] & ~ends_space[left])
         whole = exact if len(exact) else np.flatnonzero(~begins_inside[right])
         start = first + int(whole[-1]) if len(whole) else start + size
         cuts.append(start)
+        tokens.forget()
     return cuts
 
 
@@ -94,14 +102,7 @@ def split_units(
     Returns:
       (train, eval) runs, int64 (r, 2) each; None if this leaves a side without a whole window.
     """
-    key = hashlib.blake2b(str(seed).encode()).digest()
-    rank_u = np.array(
-        [
-            int.from_bytes(hashlib.blake2b(digest.tobytes(), key=key, digest_size=8).digest())
-            for digest in units.digest_ud
-        ],
-        np.uint64,
-    )
+    rank_u = _ranks(units.digest_ud, seed)
     order_u = np.argsort(rank_u, kind="stable")
     held_tokens_u = np.cumsum((units.end_u - units.start_u)[order_u])
     wanted = max(fraction * held_tokens_u[-1], window_tokens)
@@ -113,17 +114,40 @@ def split_units(
     return train, evaluation
 
 
-def split_by_place(total_tokens: int, window_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _ranks(digest_ud: np.ndarray, seed: int) -> np.ndarray:
+    """Returns uint64 (u,): a hash of each digest with the seed (the finaliser of splitmix64).
+
+    The digests are cryptographic already; a hash of each in Python would take seconds for millions.
+    """
+    key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
+    x_u = np.ascontiguousarray(digest_ud[:, :8]).view("<u8").ravel() ^ np.uint64(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x_u = (x_u ^ (x_u >> np.uint64(shift))) * np.uint64(factor)
+    return x_u ^ (x_u >> np.uint64(31))
+
+
+def split_by_place(units: Units, window_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Holds out the last window: for a text too small to be split by content."""
-    start = total_tokens - window_tokens
-    # The token at `start` is trained on; the held-out run shows the marker in its place.
-    return np.array([[0, start + 1]], np.int64), np.array([[start, total_tokens]], np.int64)
+    runs = _runs(units, np.ones(len(units.end_u), bool))
+    offset_r = np.cumsum(runs[:, 1] - runs[:, 0])
+    start = int(offset_r[-1]) - window_tokens
+    last = int(np.searchsorted(offset_r, start, side="right"))
+    cut = int(runs[last, 1]) - (int(offset_r[last]) - start)
+    # The token at `cut` is trained on; the held-out run shows the marker in its place.
+    train = np.concatenate([runs[:last], [[runs[last, 0], cut + 1]]])
+    return train, np.concatenate([[[cut, runs[last, 1]]], runs[last + 1 :]])
 
 
 def _runs(units: Units, mine_u: np.ndarray) -> np.ndarray:
-    """Joins neighbouring units of one side to runs, int64 (r, 2)."""
-    change = np.diff(np.concatenate([[0], mine_u.astype(np.int8), [0]]))
-    first_r, last_r = np.flatnonzero(change == 1), np.flatnonzero(change == -1) - 1
+    """Joins units of one side that follow one another in the cache to runs, int64 (r, 2)."""
+    index = np.flatnonzero(mine_u)
+    if not len(index):
+        return np.zeros((0, 2), np.int64)
+    # Between documents lies a marker, between blocks of one document nothing.
+    gap = units.start_u[index[1:]] - units.end_u[index[:-1]]
+    breaks = (np.diff(index) > 1) | ((gap != 0) & (gap != 1))
+    first_r = index[np.concatenate([[True], breaks])]
+    last_r = index[np.concatenate([breaks, [True]])]
     return np.stack([units.start_u[first_r] - 1, units.end_u[last_r]], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Random access to the windows of a token stream that lies in runs of a memory-mapped array."""
+"""Random access to the windows of a token stream that lies in runs of the token cache."""
 
 import bisect
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mamba_jax.data.split import stream_tokens
+from mamba_jax.data.store import Flat
 
 _CHUNK_TOKENS = 1 << 22
 
@@ -17,9 +18,9 @@ class Windows:
     rest of the stream that fills no window (fewer than ``seq_len`` tokens) is not used.
     """
 
-    def __init__(self, tokens: np.ndarray, runs: np.ndarray, seq_len: int, eot_id: int):
+    def __init__(self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int):
         """Args:
-        tokens: integers (t,), memory-mapped as a rule.
+        tokens: of the cache.
         runs: int64 (r, 2), see ``split``; the first token of each reads as ``eot_id``.
         seq_len: inputs, and targets, of one window.
         """

@@ -29,7 +29,8 @@ def make(tmp_path):
     """prepare() with the bytes tokenizer and a private cache; the log is `make.log`."""
 
     def make(data_dir, seq_len=32, seed=0, **config):
-        values = {"tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")} | config
+        values = {"tokenizer": "bytes", "tokenise_workers": 1} | config
+        values.setdefault("cache_dir", str(tmp_path / "cache"))
         return prepare(
             DataConfig(data_dir=str(data_dir), **values),
             seq_len=seq_len,

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 import socket
 import sys
 import threading
@@ -9,11 +10,12 @@ import threading
 import pytest
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import hub
+from mamba_jax.data import hub_access, hub_table
 from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.data.sources import Summary
+from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError
+from tests.data.reading import documents_of, texts_of
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}.", "id": i} for i in range(40)]
 
@@ -37,33 +39,33 @@ def put(name: str, **splits: list[dict]) -> str:
     return name
 
 
-def texts_of(name: str, **config) -> tuple[list[str], Summary, list[str]]:
+def rows_of(name: str, **config) -> tuple[list[str], Summary, list[str]]:
     """Returns (documents, summary, log)."""
     log: list[str] = []
     rows = open_dataset(DataConfig(dataset=name, **config), log.append)
     summary = Summary(rows.origin)
-    return list(rows.texts(summary)), summary, log
+    return [text for part in rows.parts() for text in texts_of(part.pieces(summary))], summary, log
 
 
 def error_of(name: str, **config) -> str:
     with pytest.raises(UserError) as error:
-        texts_of(name, **config)
+        rows_of(name, **config)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_columns_are_joined_by_a_blank_line():
     name = put("org/name", train=ROWS)
-    texts, summary, log = texts_of(name, text_column="instruction, output")
+    texts, summary, log = rows_of(name, text_column="instruction, output")
     assert texts == [f"Say {i}.\n\nIt is {i}." for i in range(40)]
     assert summary.rows == 40 and not summary.skipped and not log
-    assert texts_of(name, text_column="output")[0][3] == "It is 3."
-    assert texts_of(name, text_column="output,id")[0][3] == "It is 3.\n\n3"
+    assert rows_of(name, text_column="output")[0][3] == "It is 3."
+    assert rows_of(name, text_column="output,id")[0][3] == "It is 3.\n\n3"
 
 
 def test_what_is_no_text_is_left_out_and_counted():
     rows = [{"a": "x", "b": None}, {"a": None, "b": " \n"}, {"a": "y", "b": "z"}]
-    texts, summary, _ = texts_of(put("org/gaps", train=rows), text_column="a,b")
+    texts, summary, _ = rows_of(put("org/gaps", train=rows), text_column="a,b")
     assert texts == ["x", "y\n\nz"]
     assert summary.rows == 2 and summary.skipped == {"row without text": 1}
     assert summary.examples["row without text"] == ["dataset org/gaps, split train row 1"]
@@ -71,8 +73,8 @@ def test_what_is_no_text_is_left_out_and_counted():
 
 def test_messages_are_rendered():
     messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yo"}]
-    texts, _, log = texts_of(put("org/chat", train=[{"n": 1, "messages": messages}]))
-    assert texts == ["user: hi\n\nbot: yo"]
+    texts, _, log = rows_of(put("org/chat", train=[{"n": 1, "messages": messages}]))
+    assert texts == ["user: hi\n\nassistant: yo"]
     assert log == ["dataset org/chat has no column text: taking messages (of n, messages)"]
 
 
@@ -85,16 +87,24 @@ def test_messages_are_rendered():
         ({"type": "t", "query": "q", "response": "r"}, "q\n\nr"),
         ({"code": "c", "path": "p"}, "c"),
         ({"body": "b", "n": 3}, "b"),
+        ({"problem": "p", "level": "5", "solution": "s"}, "p\n\ns"),
+        ({"output": "o", "input": "in", "instruction": "i"}, "i\n\nin\n\no"),
+        ({"question": "q", "expected_answer": "4", "generated_solution": "s"}, "q\n\ns"),
+        ({"conversations": [{"from": "human", "value": "h"}], "id": "7"}, "user: h"),
+        (
+            {"title": "t", "context": "c", "question": "q", "answers": {"text": ["a"]}},
+            "c\n\nq\n\na",
+        ),
     ],
 )
 def test_columns_that_were_not_named_are_inferred(row, taken):
-    texts, _, log = texts_of(put("org/name", train=[row]))
+    texts, _, log = rows_of(put("org/name", train=[row]))
     assert texts == [taken] and len(log) == ("text" not in row)
 
 
 def test_a_split_is_one_of_those_there_or_a_part_of_it():
     name = put("org/name", train=ROWS[:30], test=ROWS[30:])
-    count = lambda split: len(texts_of(name, text_column="output", dataset_split=split)[0])
+    count = lambda split: len(rows_of(name, text_column="output", dataset_split=split)[0])
     assert (count("train"), count("test"), count("train+test")) == (30, 10, 40)
     assert count("train[:10%]") == 3 and count("train[25:]") == 5
     assert error_of(name, dataset_split="validation") == (
@@ -113,10 +123,10 @@ def test_a_configuration_is_named_or_the_main_one():
     (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(lines)}---\n")
     for name in names:
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
-    texts, _, log = texts_of("org/several")
+    texts, _, log = rows_of("org/several")
     assert texts == ["main"]
     assert log == ["dataset org/several has configurations main, other: taking main"]
-    assert texts_of("org/several", dataset_config="other")[0] == ["other"]
+    assert rows_of("org/several", dataset_config="other")[0] == ["other"]
     assert error_of("org/several", dataset_config="othr") == (
         'dataset org/several has no configuration "othr"; did you mean "other"? '
         "(choices: main, other)"
@@ -127,6 +137,90 @@ def test_a_configuration_is_named_or_the_main_one():
         )
     )
     assert "choose one by --dataset_config: other, third" in error_of("org/several")
+
+
+def test_without_train_the_first_split_of_such_a_name_is_taken():
+    folder = pathlib.Path("org/chat")
+    folder.mkdir(parents=True)
+    names = ("test_sft", "train_sft", "train_gen")
+    lines = [f"  - split: {name}\n    path: {name}.jsonl\n" for name in names]
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{''.join(lines)}---\n"
+    )
+    for name in names:
+        (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    for streaming in (False, True):
+        texts, _, log = rows_of("org/chat", dataset_streaming=streaming, cache_dir="cache")
+        assert texts == ["train_sft"]
+        assert log == [
+            "dataset org/chat has no split train: taking train_sft (of test_sft, train_sft, "
+            "train_gen)"
+        ]
+    assert rows_of("org/chat", dataset_split="train[:1]")[0] == ["train_sft"]
+    assert 'has no split "validation"' in error_of("org/chat", dataset_split="validation")
+
+
+def test_what_save_to_disk_wrote_is_read():
+    import datasets
+
+    table = datasets.Dataset.from_list([{"text": f"row {i}", "n": i} for i in range(40)])
+    table.save_to_disk("one")
+    datasets.DatasetDict(train=table, test=table.select(range(5))).save_to_disk("several")
+    whole = [f"row {i}" for i in range(40)]
+    assert rows_of("one")[0] == rows_of("several")[0] == whole
+    assert rows_of("several", dataset_split="test+train[90%:]")[0] == whole[:5] + whole[36:]
+    assert rows_of("one", dataset_split="train[3:5]", text_column="n,text")[0] == [
+        "3\n\nrow 3",
+        "4\n\nrow 4",
+    ]
+    assert 'no split "validation" (choices: train, test)' in error_of(
+        "several", dataset_split="validation"
+    )
+    assert "has no configurations: leave out --dataset_config" in error_of(
+        "one", dataset_config="main"
+    )
+    assert "cannot be loaded: " in error_of("one", dataset_split="train[")
+    keys = lambda name: {part.key() for part in opened(name).parts()}
+    before = keys("one")
+    assert before == keys("one")
+    table.map(lambda row: {"text": row["text"] + "!"}).save_to_disk("one")
+    assert not before & keys("one")
+    next(pathlib.Path("one").glob("*.arrow")).write_bytes(b"")
+    assert "cannot be loaded: " in error_of("one")
+
+
+def opened(name: str, **config):
+    return open_dataset(DataConfig(dataset=name, **config), print)
+
+
+def test_parts_are_stretches_of_rows(monkeypatch):
+    monkeypatch.setattr(hub_table, "PART_ROWS", 16)
+    monkeypatch.setattr(hub_table, "ROWS_AT_A_TIME", 5)
+    name = put("org/name", train=[*ROWS[:20], {"instruction": " ", "output": None, "id": 0}])
+    parts = list(opened(name).parts())
+    assert [(part.start, part.stop) for part in parts] == [(0, 16), (16, 21)]
+    assert parts[1].name == "dataset org/name, split train, rows 16 to 21"
+    summary = Summary("")
+    assert documents_of(parts[1].pieces(summary)) == [
+        [(f"Say {i}.", False), (f"\n\nIt is {i}.", True)] for i in range(16, 20)
+    ]
+    assert summary.examples == {"row without text": ["dataset org/name, split train row 20"]}
+    assert len({part.key() for part in parts}) == 2
+    other_process = pickle.loads(pickle.dumps(parts[1]))
+    assert other_process.key() == parts[1].key()
+    assert texts_of(other_process.pieces(Summary(""))) == texts_of(parts[1].pieces(Summary("")))
+    assert [part.key() for part in opened(name).parts()] == [part.key() for part in parts]
+    for other in ({"text_column": "output"}, {"dataset_split": "train[:20]"}):
+        assert not {part.key() for part in parts} & {p.key() for p in opened(name, **other).parts()}
+
+
+def test_a_loading_script_in_a_folder_is_told_what_to_do():
+    pathlib.Path("org/old").mkdir(parents=True)
+    pathlib.Path("org/old/old.py").write_text("raise SystemExit('must not run')")
+    assert error_of("org/old") == (
+        "dataset org/old is a loading script, which is no longer run; put its data there as "
+        ".parquet or .jsonl files"
+    )
 
 
 def test_mistakes_name_what_there_is():
@@ -174,7 +268,7 @@ def test_a_hub_that_refuses_or_says_nothing_is_given_up_soon(monkeypatch):
         assert f"out of reach ({endpoint} does not answer)" in error_of("openai/gsm8k")
 
     silent, closing = threading.Event(), socket.socket()
-    monkeypatch.setattr(hub, "_PATIENCE_SECS", 0.05)
+    monkeypatch.setattr(hub_access, "_PATIENCE_SECS", 0.05)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: (silent.wait(20), closing)[1])
     assert "does not answer" in error_of("openai/gsm8k")  # though looking up never returns
     silent.set()
@@ -186,11 +280,37 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
         listener.listen()
         online_with(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(ImportError):  # of the library, which this test has taken away
-            texts_of("openai/gsm8k")
+            rows_of("openai/gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reached"),
+    [(b"HTTP/1.1 200 OK", True), (b"HTTP/1.1 407 Who?", True), (b"HTTP/1.1 403 No", False)],
+)
+def test_through_a_proxy_the_hub_is_asked_for(monkeypatch, answer, reached):
+    online_with(monkeypatch, "https://hub.invalid")
+    asked = []
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+
+        def serve():
+            connection, _ = proxy.accept()
+            with connection:
+                asked.append(connection.recv(1_000))
+                connection.sendall(answer + b"\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        assert hub_access.out_of_reach() == (
+            "" if reached else "https://hub.invalid does not answer"
+        )
+    assert asked[0].startswith(b"CONNECT hub.invalid:443 HTTP/1.1\r\n")
 
 
 def test_what_the_library_has_built_before_is_enough(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "built"))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "")  # and back, after the test
     (tmp_path / "built/TIGER-Lab___math_instruct").mkdir(parents=True)
     monkeypatch.setitem(sys.modules, "datasets", None)
     log: list[str] = []
@@ -217,7 +337,7 @@ def corpus_of(tmp_path):
 
 
 def tokens_in(tmp_path) -> list[bytes]:
-    return [path.read_bytes() for path in (tmp_path / "cache/tokens").glob("*/tokens.bin")]
+    return [path.read_bytes() for path in (tmp_path / "cache/tokens").rglob("tokens.bin")]
 
 
 def test_a_folder_and_a_dataset_are_both_read_files_first(corpus_of, tmp_path):
@@ -234,7 +354,7 @@ def test_a_folder_and_a_dataset_are_both_read_files_first(corpus_of, tmp_path):
         "texts and dataset org/name, split train: 2 files, 40 rows"
     )
     expected = ["From a file.", "Say 3.\n\nIt is 3."]
-    expected += [f"Say {i}.\n\nIt is {i}." for i in range(40) if i != 3]
+    expected += [f"Say {i}.\n\nIt is {i}." for i in range(40)]  # duplicates are left out later
     (tokens,) = tokens_in(tmp_path)
     assert np.frombuffer(tokens, np.uint16).tolist() == [
         token for text in expected for token in (256, *text.encode())
@@ -267,6 +387,17 @@ def test_split_columns_and_content_each_give_another_cache(corpus_of, tmp_path):
     assert corpus_of(dataset=name, text_column="instruction,output")[0].fingerprint not in (
         fingerprints
     )
+
+
+def test_a_stream_gives_the_corpus_of_the_download(corpus_of):
+    name = put("org/name", train=ROWS)
+    corpora = [corpus_of(dataset=name, dataset_streaming=choice) for choice in (False, True)]
+    (whole, _), (streamed, log) = corpora
+    assert streamed.fingerprint == whole.fingerprint and streamed.summary.rows == 40
+    assert [line for line in log if line.startswith("tokenising")]
+    again, log = corpus_of(dataset=name, dataset_streaming=True)
+    assert again.fingerprint == whole.fingerprint
+    assert not [line for line in log if line.startswith("tokenising")]
 
 
 def test_a_dataset_without_text_is_an_error(corpus_of):

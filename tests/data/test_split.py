@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mamba_jax.data.split import Units, cut_into_units, split_units, stream_tokens
+from mamba_jax.data.store import Documents, Flat
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.data.windows import Windows
 from mamba_jax.errors import UserError
@@ -80,13 +81,24 @@ def test_equal_units_are_never_parted():
         assert len(held) == 7  # 33% of 20 contents, all five copies of each
 
 
+def cut(tokens, tokenizer) -> Units:
+    """Cuts one document, marker included."""
+    whole = Documents(
+        start_d=np.array([0]),
+        end_d=np.array([len(tokens)]),
+        digest_dk=np.zeros((1, 16), np.uint8),
+        bytes_d=np.array([0]),
+    )
+    return cut_into_units(Flat([tokens]), whole, tokenizer)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_cuts_are_exact(name):
     """The text of a block has exactly the block's tokens, and whole characters."""
     tokenizer = load_tokenizer(name)
     text = "".join(f"naïve-{i}日本{' ' * (i % 5 + 1)}x = {i}\n\n" for i in range(3_000))
     tokens = np.concatenate([[tokenizer.eot_id], tokenizer.encode(text)]).astype(np.uint16)
-    units = cut_into_units(tokens, np.array([0]), tokenizer)
+    units = cut(tokens, tokenizer)
     blocks = [tokens[a:b] for a, b in zip(units.start_u, units.end_u, strict=True)]
     assert len(blocks) >= 100 and max(map(len, blocks)) <= max(0.005 * len(tokens), 256)
     assert "".join(map(tokenizer.decode, blocks)) == text
@@ -100,7 +112,7 @@ def test_cuts_are_exact(name):
 def test_text_without_white_space_is_cut_between_characters(text):
     tokenizer = load_tokenizer("bytes")
     tokens = np.concatenate([[BYTES_EOT], tokenizer.encode(text)]).astype(np.uint16)
-    units = cut_into_units(tokens, np.array([0]), tokenizer)
+    units = cut(tokens, tokenizer)
     assert len(units.start_u) > 10
     parts = [tokenizer.decode(tokens[a:b]) for a, b in zip(units.start_u, units.end_u, strict=True)]
     assert "".join(parts) == text
@@ -108,7 +120,7 @@ def test_text_without_white_space_is_cut_between_characters(text):
 
 def test_bytes_that_never_begin_a_character_are_cut_anyway():
     tokens = np.array([BYTES_EOT] + [0x80] * 5_000, np.uint16)
-    units = cut_into_units(tokens, np.array([0]), load_tokenizer("bytes"))
+    units = cut(tokens, load_tokenizer("bytes"))
     assert (units.end_u - units.start_u).max() <= 256
     assert (units.end_u - units.start_u).sum() == 5_000
 

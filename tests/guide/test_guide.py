@@ -20,11 +20,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from mamba_jax import presets, train
 from mamba_jax.arguments import read
 from mamba_jax.config import freeze, merge, preset_config
+from mamba_jax.data.hub import open_dataset
+from mamba_jax.data.summary import Summary
 from mamba_jax.estimator import planning
 from mamba_jax.estimator.budget import of_device
 from mamba_jax.parallel import mesh
 from mamba_jax.training import checkpoint_folder, history
 from mamba_jax.training.checkpoint_folder import Metadata, read_metadata
+from tests.data.reading import texts_of
 from tests.guide.blocks import GUIDE, Block, blocks, calls
 from tests.training.tiny_run import one_device, quick_compiles  # noqa: F401
 
@@ -60,20 +63,73 @@ def test_every_shell_block_is_run_or_says_why_not():
 
 # --- where they run -------------------------------------------------------------------------------
 
-QUESTIONS = [{"question": f"What is {i} + {i}?", "answer": f"It is {i + i}."} for i in range(60)]
-TASKS = [{"instruction": f"Add {i} and 1.", "output": f"{i + 1}"} for i in range(60)]
-CODE = [{"content": f"def f{i}(x):\n    return x + {i}\n"} for i in range(60)]
-DATASETS = {  # id → rows; columns as those of the real ones
-    "TIGER-Lab/MathInstruct": TASKS,
-    "bigcode/the-stack-dedup": CODE,
-    "openai/gsm8k": QUESTIONS,
-    "custom/dataset": [{"prompt": "p", "reasoning": "r", "answer": "a"}],
-    "nvidia/OpenMathInstruct-1": QUESTIONS,
-    "meta-math/MetaMathQA": [{"query": "q", "response": "r"}],
-    "codeparrot/github-code": [{"code": "c", "path": "p"}],
-    "HuggingFaceH4/ultrachat_200k": [{"messages": [{"role": "user", "content": "c"}]}],
-    "squad_v2": QUESTIONS,
+# id → a row, with the columns of the real one (the long tail of the-stack's left out).
+ROWS = {
+    "TIGER-Lab/MathInstruct": {"source": "s", "output": "{}.", "instruction": "Add {} and 1."},
+    "bigcode/the-stack-dedup": {"hexsha": "7f{}", "lang": "Python", "content": "x = {}\n"},
+    "openai/gsm8k": {"question": "What is {} + {}?", "answer": "#### {}"},
+    "custom/dataset": {"prompt": "p{}", "reasoning": "r", "answer": "a"},
+    "nvidia/OpenMathInstruct-1": {
+        "question": "q{}", "expected_answer": "4", "predicted_answer": "4", "error_message": "",
+        "is_correct": True, "generation_type": "x", "dataset": "gsm8k", "generated_solution": "s",
+    },
+    "meta-math/MetaMathQA": {"type": "t", "query": "q{}", "original_question": "", "response": "r"},
+    "codeparrot/github-code": {
+        "code": "y = {}", "repo_name": "a/b", "path": "p", "language": "Python", "license": "mit",
+        "size": 3,
+    },
+    "HuggingFaceH4/ultrachat_200k": {
+        "prompt": "hi {}", "prompt_id": "7f",
+        "messages": [
+            {"content": "hi {}", "role": "user"}, {"content": "yo", "role": "assistant"},
+        ],
+    },
+    "squad_v2": {
+        "id": "7f", "title": "t", "context": "Of {}.", "question": "Of what?",
+        "answers": {"text": ["{}"], "answer_start": [3]},
+    },
+}  # fmt: skip
+# (id, --text_column) → the text of row 5.
+TEXTS = {
+    ("TIGER-Lab/MathInstruct", ""): "Add 5 and 1.\n\n5.",
+    ("TIGER-Lab/MathInstruct", "instruction,output"): "Add 5 and 1.\n\n5.",
+    ("bigcode/the-stack-dedup", ""): "x = 5\n",
+    ("bigcode/the-stack-dedup", "content"): "x = 5\n",
+    ("openai/gsm8k", ""): "What is 5 + 5?\n\n#### 5",
+    ("openai/gsm8k", "question"): "What is 5 + 5?",
+    ("custom/dataset", "prompt,reasoning,answer"): "p5\n\nr\n\na",
+    ("nvidia/OpenMathInstruct-1", ""): "q5\n\ns",
+    ("meta-math/MetaMathQA", ""): "q5\n\nr",
+    ("codeparrot/github-code", ""): "y = 5",
+    ("HuggingFaceH4/ultrachat_200k", ""): "user: hi 5\n\nassistant: yo",
+    ("squad_v2", ""): "Of 5.\n\nOf what?\n\n5",
 }
+# The card at the top of a dataset's folder, where its splits are not named by its files. The real
+# gsm8k has no validation split; the guide's command for it needs one.
+SPLITS = ("train", "test", "validation")
+CARDS = {
+    "openai/gsm8k": {"main": dict(zip(SPLITS, SPLITS, strict=True)), "socratic": {"train": "test"}},
+    "HuggingFaceH4/ultrachat_200k": {"default": {"train_sft": "train", "test_sft": "test"}},
+}
+
+
+def put_dataset(folder: pathlib.Path) -> None:
+    """Writes 60 rows a split, as JSON lines."""
+    name = "/".join(folder.parts[-2:]) if folder.name != "squad_v2" else "squad_v2"
+    row = json.dumps(ROWS[name])
+    lines = "".join(row.replace("{}", str(i)) + "\n" for i in range(60))
+    folder.mkdir(parents=True)
+    for split in SPLITS:
+        (folder / f"{split}.jsonl").write_text(lines)
+    if name in CARDS:
+        configs = [
+            {
+                "config_name": config,
+                "data_files": [{"split": s, "path": f"{f}.jsonl"} for s, f in splits.items()],
+            }
+            for config, splits in CARDS[name].items()
+        ]
+        (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +146,8 @@ def place(tmp_path_factory) -> pathlib.Path:
         for i in range(3):
             text = "".join(f"{folder} has line {i}.{j}.\n" for j in range(30))
             (place / folder / f"{i}.txt").write_text(text)
-    for name, rows in DATASETS.items():
-        (place / name).mkdir(parents=True)
-        for split in ("train", "test", "validation"):
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            (place / name / f"{split}.jsonl").write_text(lines)
+    for name in ROWS:
+        put_dataset(place / name)
     (place / "configs").mkdir()
     (custom,) = [block for block in blocks() if block.language == "json"]
     (place / "configs/custom_model.json").write_text(custom.text)
@@ -172,6 +225,25 @@ def test_there_are_more_than_a_few_commands(place):
     (ensemble,) = [block for block in TRAINS if "Ensemble" in block.heading]
     seeds = [flag(argv, "--seed") for argv in commands(ensemble, place)]
     assert seeds == ["42", "123", "789"]
+
+
+# --- the datasets ---------------------------------------------------------------------------------
+
+
+def test_every_command_with_a_dataset_finds_its_text(place, tmp_path):
+    made = [argv for b in TRAINS if b.heading not in TEMPLATES for argv in commands(b, place)]
+    found = set()
+    for config in [read(argv).config.data for argv in made if "--dataset" in argv]:
+        choice = config.dataset, config.text_column
+        found.add((*choice, config.dataset_split))
+        for streaming in (False, True):
+            config = dataclasses.replace(
+                config, dataset_streaming=streaming, cache_dir=str(tmp_path)
+            )
+            texts = texts_of(next(iter(open_dataset(config, print).parts())).pieces(Summary("")))
+            assert len(texts) == 60 and texts[5] == TEXTS[choice]
+    assert {choice[:2] for choice in found} == set(TEXTS)
+    assert {split for _, _, split in found} == set(SPLITS)
 
 
 @pytest.mark.parametrize("block", FLAGS, ids=ids)

@@ -1,0 +1,185 @@
+"""Whether a dataset can be reached, and what its library's errors mean, in one line each."""
+
+import contextlib
+import os
+import pathlib
+import re
+import socket
+import sys
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+
+from mamba_jax.errors import UserError
+
+_PATIENCE_SECS = 1.5  # for the Hub's first sign of life; the library itself would wait for 24
+PARQUET_COPY = "refs/convert/parquet"  # the branch on which the Hub keeps its own conversion
+# Datasets that guides and papers name and that are no longer there, or only as a script.
+_MOVED = {
+    "hendrycks/competition_math": "EleutherAI/hendrycks_math",
+    "competition_math": "EleutherAI/hendrycks_math",
+    "wikipedia": "wikimedia/wikipedia",
+    "EleutherAI/pile": "monology/pile-uncopyrighted",
+    "the_pile": "monology/pile-uncopyrighted",
+}
+
+
+class LoadingScript(Exception):
+    """A dataset that is a program, which the library no longer runs."""
+
+
+def is_folder(dataset: str) -> bool:
+    """Says whether a dataset is a folder here; else it is an id of the Hub.
+
+    Raises:
+      UserError: if it reads like a folder, and there is none.
+    """
+    path = os.path.expanduser(dataset)
+    if os.path.isdir(path):
+        return True
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(
+            f"dataset folder {path} does not exist; give a folder, or an id of the Hugging Face "
+            "Hub such as openai/gsm8k"
+        )
+    return False
+
+
+def is_saved(name: str) -> bool:
+    """Says whether a folder is one that ``save_to_disk`` wrote."""
+    has = lambda file: os.path.isfile(os.path.join(name, file))
+    return has("dataset_dict.json") or (has("dataset_info.json") and has("state.json"))
+
+
+@contextlib.contextmanager
+def library_errors(name: str) -> Iterator[None]:
+    """Turns whatever ``datasets`` raises into one line: it has dozens of exceptions."""
+    try:
+        yield
+    except (UserError, LoadingScript, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if "scripts are no longer supported" in str(error):
+            raise LoadingScript(name) from error
+        raise UserError(_explained(name, error)) from error
+
+
+def _explained(name: str, error: Exception) -> str:
+    cause = error.__cause__ or error  # the library wraps the cause of a failed build
+    words = (str(cause) or type(cause).__name__).strip().splitlines()[0]
+    if os.path.isdir(name):
+        return f"dataset {name} cannot be loaded: {words}"
+    kinds = {kind.__name__ for link in (error, cause) for kind in type(link).__mro__}
+    if "GatedRepoError" in kinds or "gated dataset" in str(error):
+        return (
+            f"dataset {name} is gated: accept its terms on https://huggingface.co/datasets/{name}, "
+            "then log in on this machine by `hf auth login` (or set HF_TOKEN)"
+        )
+    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "DefunctDatasetError"}:
+        remedy = moved(name) or "check its id; if it is private, log in by `hf auth login`"
+        return f"the Hugging Face Hub has no dataset {name}, or does not show it; {remedy}"
+    if kinds & {
+        "ConnectionError",
+        "OfflineModeIsEnabled",
+        "TransportError",
+        "LocalEntryNotFoundError",
+    }:
+        return f"dataset {name}: the Hugging Face Hub is out of reach ({words}); try again later"
+    return f"dataset {name} cannot be loaded: {words}"
+
+
+def moved(name: str) -> str:
+    """Returns what to name in place of a dataset that is known to be gone; "" for another."""
+    return f"take --dataset {_MOVED[name]} instead" if name in _MOVED else ""
+
+
+def without_script(name: str) -> str:
+    """Returns the error's line for a dataset that is a loading script and nothing else."""
+    if os.path.isdir(name):
+        return (
+            f"dataset {name} is a loading script, which is no longer run; put its data there as "
+            ".parquet or .jsonl files"
+        )
+    return (
+        f"dataset {name} is a loading script, which is no longer run, and the Hub has no parquet "
+        f"copy of it ({PARQUET_COPY}); {moved(name) or 'take another id with the same data'}"
+    )
+
+
+def check_within_reach(name: str, log: Callable[[str], None]) -> None:
+    """Refuses at once what is neither on the Hub now nor in the cache: retries take long."""
+    from huggingface_hub import constants
+
+    if not (why := out_of_reach()):
+        return
+    if not _is_cached(name, pathlib.Path(constants.HF_HOME)):
+        raise UserError(unreachable(name, why))
+    log(f"the Hugging Face Hub is out of reach ({why}): taking dataset {name} from the cache")
+    os.environ["HF_DATASETS_OFFLINE"] = "1"  # read once, when the library is imported
+    if library := sys.modules.get("datasets"):
+        library.config.HF_HUB_OFFLINE = True
+
+
+def unreachable(name: str, why: str) -> str:
+    """Returns the error's line for a dataset that is nowhere."""
+    return (
+        f"dataset {name} is neither a folder here nor in the cache, and the Hugging Face Hub is "
+        f"out of reach ({why}); go online once, or give a folder"
+    )
+
+
+def out_of_reach() -> str:
+    """Says why the Hub cannot be asked; "" if it can. Takes under two seconds."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or _is_true(os.environ.get("HF_DATASETS_OFFLINE")):
+        return "HF_HUB_OFFLINE is set"
+    return "" if _answers(constants.ENDPOINT) else f"{constants.ENDPOINT} does not answer"
+
+
+def _is_true(text: str | None) -> bool:
+    return (text or "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _answers(endpoint: str) -> bool:
+    """Says whether the host takes a connection, through the proxy if one is set."""
+    url = urllib.parse.urlsplit(endpoint)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if proxy and urllib.request.proxy_bypass(url.hostname or ""):
+        proxy = None
+    connected = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if _connects(url.hostname, port, proxy if url.scheme == "https" else None):
+                connected.set()
+
+    if proxy and url.scheme == "http":
+        return True  # such a proxy tells nothing before it is asked for a page
+    # In a thread, since looking up a name knows no timeout.
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(_PATIENCE_SECS)
+    return connected.is_set()
+
+
+def _connects(host: str | None, port: int, proxy: str | None) -> bool:
+    if not proxy:
+        socket.create_connection((host, port), timeout=_PATIENCE_SECS).close()
+        return True
+    via = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    with socket.create_connection((via.hostname, via.port or 80), _PATIENCE_SECS) as connection:
+        connection.sendall(
+            f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode()
+        )
+        status = connection.recv(64).split(maxsplit=2)[1:2]
+    return status in ([b"200"], [b"407"])  # 407: it wants the password that we do not send
+
+
+def _is_cached(name: str, hf_home: pathlib.Path) -> bool:
+    """Says whether the library has built this dataset before: ``<namespace>___<snake_case>``."""
+    cache = pathlib.Path(os.environ.get("HF_DATASETS_CACHE") or hf_home / "datasets")
+    plain = lambda text: re.sub(r"[_/]", "", text).lower()
+    return cache.is_dir() and any(plain(path.name) == plain(name) for path in cache.iterdir())

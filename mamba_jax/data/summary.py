@@ -1,0 +1,129 @@
+"""What was read and what was not, for people."""
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+_EXAMPLES = 3  # paths shown per reason
+_EXTENSIONS_SHOWN = 8
+
+
+@dataclasses.dataclass
+class Summary:
+    """What was taken from where, and what was not.
+
+    Attributes:
+      origin: where the text comes from, for people.
+      files: files that gave at least one document.
+      rows: rows of a dataset that gave one.
+      documents: different documents.
+      duplicates: documents left out because an equal one came before.
+      near_duplicates: of the rest those left out because a similar one came before.
+      text_bytes: UTF-8 bytes of the different documents.
+      tokens: of all documents, each with its end-of-text marker; 0 until tokenised.
+      skipped: reason → number of files, folders or rows left out.
+      skipped_bytes: reason → their size, of files.
+      repaired: reason → number of files taken although their encoding is doubtful.
+      examples: reason → the first few paths.
+      other_extensions: extension → number of files not looked at because of it.
+    """
+
+    origin: str
+    files: int = 0
+    rows: int = 0
+    documents: int = 0
+    duplicates: int = 0
+    near_duplicates: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    skipped_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+    repaired: Counter[str] = dataclasses.field(default_factory=Counter)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    other_extensions: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def skip(self, reason: str, path: str, size_bytes: int = 0) -> None:
+        self.skipped[reason] += 1
+        self.skipped_bytes[reason] += size_bytes
+        self._example(reason, path)
+
+    def repair(self, reason: str, path: str) -> None:
+        self.repaired[reason] += 1
+        self._example(reason, path)
+
+    def _example(self, reason: str, path: str) -> None:
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(shown(path))
+
+    def add(self, other: "Summary") -> None:
+        """Adds what another one counted."""
+        for field in dataclasses.fields(self):
+            theirs = getattr(other, field.name)
+            if isinstance(theirs, int):
+                setattr(self, field.name, getattr(self, field.name) + theirs)
+            elif isinstance(theirs, Counter):
+                getattr(self, field.name).update(theirs)
+        for reason, paths in other.examples.items():
+            for path in paths:
+                self._example(reason, path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what is not empty, as plain JSON types."""
+        # Not dataclasses.asdict, which spoils a Counter.
+        return {name: value for name, value in vars(self).items() if value}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Summary":
+        """Inverts ``to_json``."""
+        made = cls("")
+        for name, value in values.items():
+            setattr(made, name, type(getattr(made, name))(value))
+        return made
+
+    def lines(self) -> list[str]:
+        """Returns the summary for people, one line per fact."""
+        counts = {"files": self.files, "rows": self.rows, "documents": self.documents}
+        units = [f"{count:,} {unit}" for unit, count in counts.items() if count]
+        taken = f"{self.origin}: {', '.join(units)}, {self.text_bytes / 1e6:,.2f} MB of text"
+        if self.tokens:
+            taken += f", {self.tokens:,} tokens"
+        if self.duplicates:
+            taken += f"; {self.duplicates:,} exact duplicates left out"
+        if self.near_duplicates:
+            taken += f"; {self.near_duplicates:,} near duplicates left out"
+        return [taken, *self._exceptions()]
+
+    def _size(self, verb: str, reason: str) -> str:
+        size_bytes = self.skipped_bytes[reason] if verb == "skipped" else 0
+        return f" ({size_bytes / 1e6:,.2f} MB)" if size_bytes >= 10_000 else ""
+
+    def why(self) -> str:
+        """Returns what was skipped in brackets, as a part of an error's single line."""
+        exceptions = "; ".join(self._exceptions())
+        return f" ({exceptions})" if exceptions else ""
+
+    def _exceptions(self) -> list[str]:
+        lines = [
+            f"{verb} {count:,} × {reason}{self._size(verb, reason)}: "
+            + ", ".join(self.examples[reason])
+            + (", …" if count > len(self.examples[reason]) else "")
+            for verb, counts in (("skipped", self.skipped), ("warning:", self.repaired))
+            for reason, count in sorted(counts.items())
+        ]
+        if self.other_extensions:
+            common = self.other_extensions.most_common(_EXTENSIONS_SHOWN)
+            lines.append(
+                f"skipped {self.other_extensions.total():,} × other extension: "
+                + ", ".join(f"{extension or 'none'} ({count:,})" for extension, count in common)
+                + (", …" if len(self.other_extensions) > len(common) else "")
+            )
+        return lines
+
+
+def shown(path: str) -> str:
+    """Returns a path that can be printed on one line: names on disk need be neither Unicode nor
+    free of control characters."""
+    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    escaped = lambda character: character.encode("unicode_escape").decode("ascii")
+    return "".join(c if c.isprintable() else escaped(c) for c in text)

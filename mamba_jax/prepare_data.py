@@ -1,0 +1,93 @@
+"""``python -m mamba_jax.prepare_data``: tokenises a corpus ahead of training, and tells about it.
+
+It takes the flags of ``train``; a run with the same ones starts at once. Stopped or killed, the
+same command goes on where it stopped.
+"""
+
+import sys
+
+from mamba_jax import arguments
+from mamba_jax.config import RunConfig
+from mamba_jax.errors import UserError, command
+
+
+def run(config: RunConfig) -> None:
+    """Tokenises what is not in the cache, and prints what there is.
+
+    Raises:
+      UserError: if there is no text, or the cache cannot be used.
+    """
+    from mamba_jax.data import store
+    from mamba_jax.data.pipeline import tokenise
+
+    data = config.data
+    *_, plan = tokenise(data, seq_len=config.model.max_seq_len, seed=config.seed, log=_say)
+    summary = plan.summary
+    own_tokens = summary.tokens - summary.documents  # without the markers
+    print(
+        f"{summary.text_bytes / own_tokens:.3f} bytes per token ({data.tokenizer}); "
+        f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates\n"
+        f"token cache: {store.size_bytes(data.cache_root) / 1e6:,.2f} MB in "
+        f"{store.cache_folder(data.cache_root)} (--clear_cache removes it)"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _parser() -> arguments.Parser:
+    parser = arguments.Parser(
+        prog="mamba_jax.prepare_data",
+        usage="%(prog)s [flags]",
+        description="Tokenises a corpus ahead of training, and tells about it. Stopped or killed, "
+        "the same command goes on where it stopped.",
+        epilog="and those of mamba_jax.train, which --config FILE and --config.data.FIELD= belong "
+        "to: give here what the run will be given",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        help="processes; default data.tokenise_workers: as many as there are processors and the "
+        "text is worth",
+    )
+    arguments.add_data_flags(parser)
+    return parser
+
+
+@command
+def main(argv: list[str]) -> int:
+    """The command: reads ``argv``, returns the exit status."""
+    parser = _parser()
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        return 0
+    rest = _take_workers(argv)
+    asked = arguments.read(rest)
+    if asked.resume or asked.profile or asked.dry_run:
+        raise UserError("--resume, --profile and --dry_run have no use where nothing is trained")
+    from mamba_jax.data.listing import clear_cache, list_files
+
+    if asked.clear_cache:
+        clear_cache(asked.config.data, _say)
+    if asked.list_files:
+        list_files(asked.config.data, _say)
+        return 0
+    try:
+        run(asked.config)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _take_workers(argv: list[str]) -> list[str]:
+    """Writes ``--workers N`` as the field that it sets."""
+    field = "--config.data.tokenise_workers"
+    named = [word.replace("--workers=", f"{field}=", 1) for word in argv]
+    return [field if word == "--workers" else word for word in named]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
