@@ -1,0 +1,111 @@
+"""The table of tensors: our parameters ↔ Hugging Face's ``MambaForCausalLM``, both ways.
+
+Legend: v vocabulary, d d_model, e d_inner, n d_state, r dt_rank, k conv width, l layers.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mamba_jax.config import ModelConfig
+from mamba_jax.errors import UserError
+
+
+class Row(NamedTuple):
+    """One tensor of a layer; arrays of ours come without the layer axis."""
+
+    theirs: str  # after "backbone.layers.{i}."
+    ours: tuple[str, ...]  # path under params["layers"]
+    out: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray], np.ndarray]
+
+
+_same = lambda a: a
+_turn = lambda a: a.T
+LAYER = (
+    Row("norm.weight", ("norm", "scale"), _same, _same),
+    # (d, 2, e) ↔ (2e, d), rows x then z.
+    Row(
+        "mixer.in_proj.weight",
+        ("mixer", "in_proj", "kernel"),
+        lambda a: a.reshape(a.shape[0], -1).T,
+        lambda a: a.T.reshape(a.shape[1], 2, -1),
+    ),
+    # (k, e) ↔ (e, 1, k)
+    Row(
+        "mixer.conv1d.weight",
+        ("mixer", "conv1d", "kernel"),
+        lambda a: a.T[:, None],
+        lambda a: a[:, 0].T,
+    ),
+    Row("mixer.conv1d.bias", ("mixer", "conv1d", "bias"), _same, _same),
+    Row("mixer.x_proj.weight", ("mixer", "x_proj", "kernel"), _turn, _turn),
+    Row("mixer.dt_proj.weight", ("mixer", "dt_proj", "kernel"), _turn, _turn),
+    Row("mixer.dt_proj.bias", ("mixer", "dt_proj", "bias"), _same, _same),
+    Row("mixer.A_log", ("mixer", "A_log"), _same, _same),
+    Row("mixer.D", ("mixer", "D"), _same, _same),
+    Row("mixer.out_proj.weight", ("mixer", "out_proj", "kernel"), _turn, _turn),
+)
+EMBEDDING, NORM, HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
+
+
+def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[str, np.ndarray]:
+    """Returns the tensors of ``MambaForCausalLM``, float32 and C-contiguous.
+
+    Args:
+      params: as ``models.build.init`` makes them, of the family "mamba".
+      config: their structure.
+      n_ids: rows of embedding and head to give out; padding rows after them stay here.
+    """
+    tensors = {
+        EMBEDDING: np.asarray(params["embed"]["embedding"])[:n_ids],
+        NORM: np.asarray(params["norm_f"]["scale"]),
+    }
+    if not config.tie_embeddings:
+        tensors[HEAD] = np.asarray(params["lm_head"]["kernel"])[:n_ids]
+    for row in LAYER:
+        stacked = _leaf(params["layers"], row.ours)
+        for i in range(config.n_layers):
+            tensors[f"backbone.layers.{i}.{row.theirs}"] = row.out(stacked[i])
+    # safetensors writes wrong values, silently, from arrays that are not C-contiguous.
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
+
+
+def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
+    """Returns float32 parameters of ``config`` made of ``MambaForCausalLM``'s tensors.
+
+    Raises:
+      UserError: if a tensor is missing, or one is left over.
+    """
+    names = {EMBEDDING, NORM} | (set() if config.tie_embeddings else {HEAD})
+    names |= {f"backbone.layers.{i}.{r.theirs}" for i in range(config.n_layers) for r in LAYER}
+    odd = sorted(names.symmetric_difference(tensors))
+    if odd:
+        what = "missing" if odd[0] in names else "not one of this architecture's"
+        raise UserError(f"tensor {odd[0]} is {what}; a MambaForCausalLM file is needed")
+    layers: dict[str, Any] = {}
+    for row in LAYER:
+        each = [
+            row.back(tensors[f"backbone.layers.{i}.{row.theirs}"]) for i in range(config.n_layers)
+        ]
+        *groups, last = row.ours
+        node = layers
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = np.stack(each).astype(np.float32)
+    params: dict[str, Any] = {
+        "embed": {"embedding": np.asarray(tensors[EMBEDDING], np.float32)},
+        "layers": layers,
+        "norm_f": {"scale": np.asarray(tensors[NORM], np.float32)},
+    }
+    if not config.tie_embeddings:
+        params["lm_head"] = {"kernel": np.asarray(tensors[HEAD], np.float32)}
+    return params
+
+
+def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> np.ndarray:
+    node: Any = tree
+    for name in path:
+        node = node[name]
+    return np.asarray(node)
