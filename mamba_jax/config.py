@@ -105,7 +105,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of a mixture: files, a dataset, or both; the fields are those of ``DataConfig``."""
+    """One source of a mixture: files, a dataset, or both; fields as in ``DataConfig``."""
 
     data_dir: str = ""
     dataset: str = ""

@@ -5,6 +5,7 @@ Shapes: k sources, p samples of a period.
 
 import bisect
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +32,12 @@ class Order:
         # `.seed(s).shuffle()`, because with `.shuffle(seed=s)` epoch 1 is that of seed s + 1 at
         # epoch 0, and runs with neighbouring seeds would see the same orders. Sources have seeds
         # apart: two of one length would be shuffled alike.
-        self._orders = [
-            grain.MapDataset.range(length).seed(_seed_of(seed, k)).shuffle().repeat(None)
-            if length
-            else None
-            for k, length in enumerate(lengths)
+        # One without windows has no weight, and is never asked.
+        shuffled = lambda length, k: (
+            grain.MapDataset.range(length).seed(_seed_of(seed, k)).shuffle()
+        )
+        self._orders: list[Any] = [
+            shuffled(length, k).repeat(None) if length else () for k, length in enumerate(lengths)
         ]
         self._starts = [start for start, _ in phases]
         self._periods = [_Period(weights) for _, weights in phases]

@@ -88,7 +88,7 @@ class Corpus:
         counts = self._order(batch_size, 0).counts(samples)
         sources = zip(self.origins, counts, self.train.sources, strict=True)
         return "; ".join(
-            f"{origin}: {count:,} windows ({count / samples:.2%}, {count / len(windows):.2f} epochs)"
+            f"{origin}: {count:,} windows, {count / samples:.2%}, {count / len(windows):.2f} epochs"
             for origin, count, windows in sources
             if len(windows)
         )

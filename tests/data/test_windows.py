@@ -21,7 +21,7 @@ def test_windows_are_slices_of_the_stream_that_share_one_token(seed, seq_len):
     tokens = rng.integers(0, 90, 1_000).astype(np.uint16)
     edges = np.sort(rng.choice(1_000, 2 * rng.integers(1, 40), replace=False))
     runs = edges.reshape(-1, 2)
-    windows, stream = PackedWindows(tokens, runs, seq_len, EOT), laid_out(tokens, runs)
+    windows, stream = PackedWindows(Flat([tokens]), runs, seq_len, EOT), laid_out(tokens, runs)
     assert windows.stream_tokens == len(stream)
     assert len(windows) == (len(stream) - 1) // seq_len
     for i in range(len(windows)):
@@ -33,15 +33,15 @@ def test_windows_are_slices_of_the_stream_that_share_one_token(seed, seq_len):
 
 def test_targets_in_several_chunks(monkeypatch):
     monkeypatch.setattr("mamba_jax.data.windows._CHUNK_TOKENS", 7)
-    windows = PackedWindows(np.arange(100, dtype=np.uint16), np.array([[0, 100]]), 9, EOT)
+    windows = PackedWindows(Flat([np.arange(100, dtype=np.uint16)]), np.array([[0, 100]]), 9, EOT)
     assert [len(chunk) for chunk in windows.targets()] == [7] * 14 + [1]
     np.testing.assert_array_equal(np.concatenate(list(windows.targets())), np.arange(1, 100))
 
 
 def test_no_window_of_too_few_tokens_and_no_index_beyond():
     runs = np.array([[0, 8]])
-    assert len(PackedWindows(np.arange(8), runs, 8, EOT)) == 0
-    windows = PackedWindows(np.arange(8), runs, 7, EOT)
+    assert len(PackedWindows(Flat([np.arange(8)]), runs, 8, EOT)) == 0
+    windows = PackedWindows(Flat([np.arange(8)]), runs, 7, EOT)
     assert len(windows) == 1
     for bad in (-1, 1):
         with pytest.raises(IndexError, match=f"window {bad} of 1"):
