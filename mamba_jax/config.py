@@ -509,6 +509,8 @@ def _coerce(value: Any, type_: Any, name: str) -> Any:
 def _coerce_item(value: Any, type_: Any, name: str) -> Any:
     if not dataclasses.is_dataclass(type_):
         return _coerce(value, type_, name)
+    if isinstance(value, typing.cast(type, type_)):  # an override, parsed already
+        return value
     if not isinstance(value, Mapping):
         raise UserError(f"{name} must hold fields, not {value!r}")
     return _build(typing.cast(type, type_), value, f"{name}.")

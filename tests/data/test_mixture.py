@@ -1,12 +1,24 @@
 """Several sources: shares, the split over all, and the same batches again whatever happens."""
 
 import hashlib
+import json
 from itertools import islice
 
 import numpy as np
 import pytest
 
-from mamba_jax.config import PhaseConfig, SourceConfig
+from mamba_jax.config import (
+    DataConfig,
+    PhaseConfig,
+    RunConfig,
+    SourceConfig,
+    apply_overrides,
+    default_config,
+    freeze,
+    from_json,
+    merge,
+    to_dict,
+)
 from mamba_jax.errors import UserError
 from tests.data.conftest import words
 
@@ -130,3 +142,46 @@ def test_of_prompts_and_answers_the_answers_are_learnt(make, tmp_path):
     assert not any(97 <= target <= 122 for target in targets.tolist())
     hidden = [t for i in range(len(corpus.train)) for t in corpus.train[i].tolist() if t < 0]
     assert len(hidden) > 100 and not any(~t == ord("Z") for t in hidden)
+
+
+def test_a_config_with_a_mixture_survives_json_and_the_command_line():
+    run = RunConfig(
+        data=DataConfig(
+            mixture=(SourceConfig("a", weight=2.0), SourceConfig(dataset="b", text_column="x,y")),
+            curriculum=(PhaseConfig(0, (1.0, 0.0)), PhaseConfig(9, (0.5, 1.0))),
+        )
+    )
+    assert from_json(json.dumps(to_dict(run))) == run
+    config = default_config()
+    values = to_dict(run)["data"]
+    given = {f"data.{name}": repr(values[name]) for name in ("mixture", "curriculum")}
+    apply_overrides(config, given)
+    assert freeze(config) == run
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"curriculum": [{"weights": [1]}]}, "no use without a data.mixture"),
+        ({"mixture": [{"weight": 1}]}, r"data.mixture\[0\] needs a data_dir or a dataset"),
+        ({"mixture": [{"data_dri": "a"}]}, r'"data.mixture\[0\].data_dri".*did you mean.*data_dir'),
+        ({"mixture": [3]}, r"data.mixture\[0\] must hold fields"),
+        ({"mixture": [{"data_dir": "a", "weight": -1}]}, r"weights \(-1.0,\): give numbers"),
+        ({"mixture": [{"data_dir": "a", "weight": 0}]}, "one above 0"),
+        ({"mixture": [{"data_dir": "a", "text_column": "x"}]}, "no use without a data.dataset"),
+        ({"mixture": [{"data_dir": "a"}], "data_dir": "b"}, "make it a source of it"),
+        (
+            {"mixture": [{"data_dir": "a"}], "curriculum": [{"step": 1, "weights": [1]}]},
+            "must begin with 0",
+        ),
+        (
+            {"mixture": [{"data_dir": "a"}], "curriculum": [{"weights": [1, 2]}]},
+            "2 weights for 1 sources",
+        ),
+    ],
+)
+def test_mistakes_in_a_mixture_are_named(fields, message):
+    config = default_config()
+    merge(config, {"data": fields})
+    with pytest.raises(UserError, match=message):
+        freeze(config)
