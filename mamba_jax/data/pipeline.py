@@ -161,6 +161,11 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     kind = DocumentWindows if config.window == "document" else PackedWindows
     windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, learn)
     train, evaluation = Joined([windows_of(side) for side in plan.train]), windows_of(plan.eval)
+    if learn is not None and not any(len(chunk) for chunk in evaluation.targets()):
+        raise UserError(
+            "the held-out windows have no answer to be scored on: raise data.eval_fraction or "
+            "model.max_seq_len"
+        )
     whole = ((0, tuple(source.weight for source in config.mixture) or (1.0,)),)
     phases = tuple((phase.step, phase.weights) for phase in config.curriculum) or whole
     for number, (origin, source) in enumerate(zip(plan.origins, train.sources, strict=True)):

@@ -133,6 +133,14 @@ def test_answers_alone_need_prompts(make, folders):
         make(folders[0], loss_on="answer")
 
 
+def test_held_out_windows_without_an_answer_are_refused(make, tmp_path):
+    """Else the evaluation would divide by nothing."""
+    lines = (f'{{"prompt": "{words(40, f"d{i}-")}", "completion": "Z"}}' for i in range(40))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="raise data.eval_fraction"):
+        make(tmp_path / "a.jsonl", loss_on="answer", seq_len=8, eval_fraction=0.0)
+
+
 def test_of_prompts_and_answers_the_answers_are_learnt(make, tmp_path):
     lines = (f'{{"prompt": "{words(5, f"d{i}-")}", "completion": "{"Z" * 20}"}}' for i in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
