@@ -137,7 +137,7 @@ def test_held_out_windows_without_an_answer_are_refused(make, tmp_path):
     """Else the evaluation would divide by nothing."""
     lines = (f'{{"prompt": "{words(40, f"d{i}-")}", "completion": "Z"}}' for i in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match="raise data.eval_fraction"):
+    with pytest.raises(UserError, match=r"raise data\.eval_fraction"):
         make(tmp_path / "a.jsonl", loss_on="answer", seq_len=8, eval_fraction=0.0)
 
 
