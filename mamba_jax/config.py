@@ -104,6 +104,27 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture: files, a dataset, or both; fields as in ``DataConfig``."""
+
+    data_dir: str = ""
+    dataset: str = ""
+    dataset_config: str = ""
+    dataset_split: str = "train"
+    dataset_streaming: bool = False
+    text_column: str = ""
+    weight: float = 1.0  # its share of the windows is this by the sum of all
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """From a step on, other weights."""
+
+    step: int = 0
+    weights: tuple[float, ...] = ()  # one for each source of the mixture
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from and how it becomes windows of tokens."""
 
@@ -114,6 +135,13 @@ class DataConfig:
     dataset_split: str = "train"  # or another, or a part of one: "train[:10%]"
     dataset_streaming: bool = False  # tokenise rows as they arrive, and keep no download
     text_column: str = ""  # "a,b": joined by a blank line; "": text, else as the columns suggest
+    # Several sources in place of one, each with a share of every stretch of the training.
+    mixture: tuple[SourceConfig, ...] = ()
+    curriculum: tuple[PhaseConfig, ...] = ()  # by step; (): the weights of the mixture throughout
+    # "packed": documents one after another, the state reset at each; "concat": not reset;
+    # "document": each begins a window of its own, filled up with targets that are not learnt
+    window: str = "packed"
+    loss_on: str = "all"  # "answer": of rows with prompts, chats included, learn the answers alone
     tokenizer: str = "gpt2"  # or "bytes"
     deduplicate: str = (
         "exact"  # leave out equal documents; "near": and similar ones; "none": keep all
@@ -121,6 +149,21 @@ class DataConfig:
     tokenise_workers: int = 0  # processes; 0: as many as there are processors and the text is worth
     eval_fraction: float = 0.01  # of the tokens, held out by content hash
     cache_dir: str = ""  # tokenised shards; "": $XDG_CACHE_HOME/mamba_jax
+
+    @property
+    def sources(self) -> tuple["DataConfig", ...]:
+        """The settings of each source, alone."""
+        plain = dataclasses.replace(self, mixture=(), curriculum=())
+        fields = lambda source: {
+            name: value for name, value in vars(source).items() if name != "weight"
+        }
+        made = (dataclasses.replace(plain, **fields(source)) for source in self.mixture)
+        return tuple(made) or (plain,)
+
+    @property
+    def has_unlearnt(self) -> bool:
+        """Whether a window may hold tokens that are no targets, written as ``~token``."""
+        return self.window == "document" or self.loss_on == "answer"
 
     @property
     def cache_root(self) -> pathlib.Path:
@@ -403,10 +446,11 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     types_ = typing.get_type_hints(cls)
     for name in values:
         if name not in types_:
-            all_fields = _field_types(RunConfig)
-            raise UserError(
-                f'unknown config field "{prefix}{name}"{_nearest_field(prefix + name, all_fields)}'
+            known = types_ if "[" in prefix else _field_types(RunConfig)  # in a list
+            near = (
+                did_you_mean(name, known) if "[" in prefix else _nearest_field(prefix + name, known)
             )
+            raise UserError(f'unknown config field "{prefix}{name}"{near}')
     made = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(types_[name]):
@@ -450,8 +494,9 @@ def _parse(text: str, type_: Any, name: str) -> Any:
 def _coerce(value: Any, type_: Any, name: str) -> Any:
     """Accepts ``value`` as ``type_``: whole floats as int (3e4), ints as float, lists as tuple."""
     if isinstance(type_, types.GenericAlias):  # tuple[int, ...]
-        if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
-            return tuple(value)
+        if isinstance(value, (list, tuple)):
+            item = typing.get_args(type_)[0]
+            return tuple(_coerce_item(each, item, f"{name}[{i}]") for i, each in enumerate(value))
     elif type_ is int and type(value) in (int, float) and value % 1 == 0:
         return int(value)
     elif type_ is float and type(value) in (int, float):
@@ -461,7 +506,16 @@ def _coerce(value: Any, type_: Any, name: str) -> Any:
     raise UserError(f"{name}={value!r} is not {_describe(type_)}")
 
 
+def _coerce_item(value: Any, type_: Any, name: str) -> Any:
+    if not dataclasses.is_dataclass(type_):
+        return _coerce(value, type_, name)
+    if isinstance(value, typing.cast(type, type_)):  # an override, parsed already
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} must hold fields, not {value!r}")
+    return _build(typing.cast(type, type_), value, f"{name}.")
+
+
 def _describe(type_: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
-        type_, "a tuple of whole numbers such as (1,2,4)"
-    )
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(type_, "a list such as (1,2,4)")

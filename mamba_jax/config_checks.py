@@ -1,5 +1,7 @@
 """What the values of a config must be, beyond their types; ``config.freeze`` asks."""
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mamba_jax.errors import UserError, did_you_mean
@@ -23,6 +25,8 @@ _CHOICES = {
     "model.fusion": ("residual_norm", "norm", "sum"),
     "data.tokenizer": ("gpt2", "bytes"),
     "data.deduplicate": ("exact", "near", "none"),
+    "data.window": ("packed", "concat", "document"),
+    "data.loss_on": ("all", "answer"),
 }
 _TRACKERS = ("wandb", "mlflow")
 _POSITIVE = (
@@ -118,6 +122,35 @@ def check(run: "RunConfig") -> None:
 
 
 def _check_data(data: "DataConfig") -> None:
+    if not data.mixture:
+        if data.curriculum:
+            raise UserError("data.curriculum has no use without a data.mixture")
+        _check_source(data)
+        return
+    for name in ("data_dir", "dataset"):
+        if value := getattr(data, name):
+            raise UserError(f'data.{name}="{value}" beside a data.mixture: make it a source of it')
+    for number, source in enumerate(data.mixture):
+        if not source.data_dir and not source.dataset:
+            raise UserError(f"data.mixture[{number}] needs a data_dir or a dataset")
+    for one in data.sources:
+        _check_source(one)
+    _check_weights("data.mixture", [source.weight for source in data.mixture], len(data.mixture))
+    steps = [phase.step for phase in data.curriculum]
+    if steps and (steps[0] != 0 or sorted(set(steps)) != steps):
+        raise UserError(f"data.curriculum has steps {steps}: they must begin with 0 and rise")
+    for number, phase in enumerate(data.curriculum):
+        _check_weights(f"data.curriculum[{number}]", phase.weights, len(data.mixture))
+
+
+def _check_weights(name: str, weights: Sequence[float], count: int) -> None:
+    if len(weights) != count:
+        raise UserError(f"{name} has {len(weights)} weights for {count} sources")
+    if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+        raise UserError(f"{name} has weights {tuple(weights)}: give numbers from 0 up, one above 0")
+
+
+def _check_source(data: "DataConfig") -> None:
     if data.dataset:
         if not data.dataset_split:
             raise UserError("data.dataset_split must not be empty")

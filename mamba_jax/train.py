@@ -152,6 +152,8 @@ def _run(
             windows = corpus.eval_batches(config.vram.batch_size, training.eval_windows)
             evaluation = evaluate(eval_step, state["params"], windows)
             monitor.evaluation(step, evaluation)
+            if shares := corpus.shares_text(samples_seen(), batch_size):
+                monitor.say(f"so far from {shares}")
             return evaluation, sampled()
 
         def sampled() -> str:

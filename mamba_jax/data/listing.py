@@ -6,7 +6,7 @@ from collections.abc import Callable
 from mamba_jax.config import DataConfig
 from mamba_jax.data import store
 from mamba_jax.data.pipeline import open_sources
-from mamba_jax.data.sources import FilePart
+from mamba_jax.data.sources import FilePart, Source
 from mamba_jax.data.summary import Summary
 
 
@@ -18,7 +18,11 @@ def list_files(config: DataConfig, show: Callable[[str], None]) -> None:
     Raises:
       UserError: if there is nothing to read.
     """
-    source = open_sources(config, show)
+    for one in config.sources:
+        _list_source(open_sources(one, show), show)
+
+
+def _list_source(source: Source, show: Callable[[str], None]) -> None:
     total = Summary(source.origin)
     total.add(source.found)
     for path in source.files:

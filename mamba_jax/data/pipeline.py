@@ -7,20 +7,22 @@ dispatched asynchronously), so there is no thread here that could hang or run ah
 import concurrent.futures.process
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.hub import open_dataset
+from mamba_jax.data.order import Order
 from mamba_jax.data.plan import Plan, Settings, load_or_make
 from mamba_jax.data.sources import Source, open_source
 from mamba_jax.data.store import Store, cache_folder
 from mamba_jax.data.summary import Summary, shown
 from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mamba_jax.data.windows import Windows
+from mamba_jax.data.windows import DocumentWindows, Joined, PackedWindows, Windows
 from mamba_jax.errors import UserError
 
 
@@ -30,26 +32,31 @@ class Corpus:
 
     Attributes:
       tokenizer: what made the tokens.
-      fingerprint: hash of tokens, split and window length; equal fingerprints give equal windows.
-      train: windows to learn from.
+      fingerprint: hash of tokens, split, windows and weights; equal ones give equal batches.
+      train: windows to learn from, of all sources.
       eval: windows held out; no document or block of one is on both sides.
       summary: what was read and what was skipped.
+      origins: names of the sources.
+      phases: (step, weight of each source), the first at 0: which weights hold from which step on.
     """
 
     tokenizer: Tokenizer
     fingerprint: str
-    train: Windows
+    train: Joined
     eval: Windows
     summary: Summary
+    origins: tuple[str, ...]
+    phases: tuple[tuple[int, tuple[float, ...]], ...]
 
     def train_batches(
         self, batch_size: int, seed: int, start_sample: int = 0
     ) -> Iterator[np.ndarray]:
         """Yields batches of shuffled training windows, int32 (b, t), without end.
 
-        The window at sample i depends on (fingerprint, seed, i) alone: not on the batch size, nor
-        on where the iteration began. Each epoch has its own order. The state to resume from is
-        therefore one integer, the number of samples seen.
+        The window at sample i depends on (fingerprint, seed, i) alone: not on the batch size (but
+        for where a phase of a curriculum begins, which is a step), nor on where the iteration
+        began. Each epoch has its own order. The state to resume from is therefore one integer, the
+        number of samples seen.
 
         Args:
           batch_size: windows per batch.
@@ -61,19 +68,30 @@ class Corpus:
         """
         if batch_size < 1 or start_sample < 0:
             raise ValueError(f"cannot batch by {batch_size} from sample {start_sample}")
-        import grain  # takes a second: not before it is needed
+        return self._batches(self._order(batch_size, seed), batch_size, start_sample)
 
-        # `.seed(s).shuffle()`, because with `.shuffle(seed=s)` epoch 1 is that of seed s + 1 at
-        # epoch 0, and runs with neighbouring seeds would see the same orders.
-        order = grain.MapDataset.range(len(self.train)).seed(seed).shuffle().repeat(None)
-        return self._batches(order, batch_size, start_sample)
+    def _order(self, batch_size: int, seed: int) -> Order:
+        phases = [(step * batch_size, weights) for step, weights in self.phases]
+        return Order([len(source) for source in self.train.sources], phases, seed)
 
-    def _batches(self, order: Any, batch_size: int, start: int) -> Iterator[np.ndarray]:
+    def _batches(self, order: Order, batch_size: int, start: int) -> Iterator[np.ndarray]:
+        sources = self.train.sources
         while True:
-            yield np.stack(
-                [self.train[order[sample]] for sample in range(start, start + batch_size)]
-            )
+            places = [order[sample] for sample in range(start, start + batch_size)]
+            yield np.stack([sources[source][index] for source, index in places])
             start += batch_size
+
+    def shares_text(self, samples: int, batch_size: int) -> str:
+        """Tells what the first samples of a training came from; "" with one source."""
+        if len(self.origins) == 1 or not samples:
+            return ""
+        counts = self._order(batch_size, 0).counts(samples)
+        sources = zip(self.origins, counts, self.train.sources, strict=True)
+        return "; ".join(
+            f"{origin}: {count:,} windows, {count / samples:.2%}, {count / len(windows):.2f} epochs"
+            for origin, count, windows in sources
+            if len(windows)
+        )
 
     def eval_batches(
         self, batch_size: int, max_windows: int = 0
@@ -134,14 +152,35 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     if plan.by_place:
         log("too little text to hold out whole documents or blocks: holding out the last window")
     tokens = store.tokens(plan.shards)
-    train, evaluation = (
-        Windows(tokens, side, seq_len, tokenizer.eot_id) for side in (plan.train, plan.eval)
-    )
+    learn = store.learn(plan.shards) if config.loss_on == "answer" else None
+    if config.loss_on == "answer" and learn is None:
+        raise UserError(
+            f'data.loss_on="answer", but nothing in {summary.origin} has a prompt (columns such as '
+            'prompt, completion or messages); data.loss_on="all" learns every token'
+        )
+    kind = DocumentWindows if config.window == "document" else PackedWindows
+    windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, learn)
+    train, evaluation = Joined([windows_of(side) for side in plan.train]), windows_of(plan.eval)
+    if learn is not None and not any(len(chunk) for chunk in evaluation.targets()):
+        raise UserError(
+            "the held-out windows have no answer to be scored on: raise data.eval_fraction or "
+            "model.max_seq_len"
+        )
+    whole = ((0, tuple(source.weight for source in config.mixture) or (1.0,)),)
+    phases = tuple((phase.step, phase.weights) for phase in config.curriculum) or whole
+    for number, (origin, source) in enumerate(zip(plan.origins, train.sources, strict=True)):
+        if not len(source) and any(weights[number] for _, weights in phases):
+            raise UserError(
+                f"{origin} has not one window of {seq_len} tokens to train on; leave it out of "
+                "data.mixture, add text to it, or lower model.max_seq_len"
+            )
+    words = [plan.fingerprint, config.window, config.loss_on, phases]
+    fingerprint = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
     log(
         f"held out {evaluation.stream_tokens:,} tokens ({evaluation.stream_tokens / total:.2%}): "
         f"{len(evaluation):,} windows of {seq_len:,}; to train on: {len(train):,}"
     )
-    return Corpus(tokenizer, plan.fingerprint, train, evaluation, summary)
+    return Corpus(tokenizer, fingerprint, train, evaluation, summary, plan.origins, phases)
 
 
 def tokenise(
@@ -153,18 +192,20 @@ def tokenise(
       UserError: if there is no text, or the cache cannot be used.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    source = open_sources(config, log)
+    sources = [open_sources(one, log) for one in config.sources]
     settings = Settings(
         seed=seed,
         fraction=config.eval_fraction,
         window_tokens=seq_len + 1,
         deduplicate=config.deduplicate,
+        document_windows=config.window == "document",
     )
     try:
         for _ in range(3):  # another run may remove a damaged shard between two looks
             store = Store(config.cache_root, tokenizer, log)
-            taken = store.take(source.parts(), config.tokenise_workers)
-            if plan := load_or_make(store, tokenizer, taken, settings, source.found):
+            taken = [store.take(one.parts(), config.tokenise_workers) for one in sources]
+            found = [one.found for one in sources]
+            if plan := load_or_make(store, tokenizer, taken, settings, found):
                 break
         else:
             raise OSError(None, "what was written there does not read back")
@@ -181,7 +222,7 @@ def tokenise(
         ) from error
     summary = plan.summary
     if not summary.documents:
-        raise source.nothing(summary)
+        raise sources[0].nothing(summary)
     for line in summary.lines():
         log(line)
     return tokenizer, store, plan

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.data.near_duplicates import first_of_similar
-from mamba_jax.data.split import cut_into_units, split_by_place, split_units
+from mamba_jax.data.split import cut_into_units, runs, split_by_place, split_units
 from mamba_jax.data.store import Store, keep
 from mamba_jax.data.summary import Summary
 from mamba_jax.data.tokenizer import Tokenizer
 
 # Raise it whenever the same documents would be split in another way.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Settings:
       window_tokens: of one window, its last target included.
       deduplicate: "exact": equal documents are left out but for the first; "near": similar ones
         as well; "none".
+      document_windows: whether a run is one document, or a part of one.
     """
 
     seed: int
     fraction: float
     window_tokens: int
     deduplicate: str
+    document_windows: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +49,17 @@ class Plan:
       shards: names of those whose tokens the runs are positions in.
       fingerprint: hash of documents, tokenizer and settings: equal ones give equal windows, however
         the cache is laid out.
-      train, eval: int64 (r, 2), runs.
+      origins: of the sources.
+      train: int64 (r, 2) of each source, runs.
+      eval: int64 (r, 2), runs of all.
       by_place: whether the text was too little to be split by content.
       summary: of what was read.
     """
 
     shards: tuple[str, ...]
     fingerprint: str
-    train: np.ndarray
+    origins: tuple[str, ...]
+    train: tuple[np.ndarray, ...]
     eval: np.ndarray
     by_place: bool
     summary: Summary
@@ -63,20 +68,21 @@ class Plan:
 def load_or_make(
     store: Store,
     tokenizer: Tokenizer,
-    taken: Sequence[tuple[str, str]],
+    taken: Sequence[Sequence[tuple[str, str]]],
     settings: Settings,
-    found: Summary,
+    found: Sequence[Summary],
 ) -> Plan | None:
     """Returns the plan of parts that the store has; None if a shard of them is damaged.
 
     Args:
       store: has the parts.
       tokenizer: that the store is of.
-      taken: (key, name) of each part, in order.
+      taken: of each source (key, name) of its parts, in order.
       settings: how to split.
-      found: what the search for them skipped.
+      found: of each source, what the search for them skipped.
     """
-    words = [_FORMAT, dataclasses.astuple(settings), list(taken)]
+    origins = tuple(source.origin for source in found)
+    words = [_FORMAT, dataclasses.astuple(settings), [list(parts) for parts in taken]]
     key = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
     path = store.root / "plans" / f"{key}.npz"
     try:
@@ -85,7 +91,8 @@ def load_or_make(
             plan = Plan(
                 tuple(made["shards"]),
                 made["fingerprint"],
-                arrays["train"],
+                origins,
+                tuple(arrays[f"train_{number}"] for number in range(len(taken))),
                 arrays["eval"],
                 made["by_place"],
                 _summary(found, made["summary"]),
@@ -94,11 +101,12 @@ def load_or_make(
             return plan if store.check(plan.shards) else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # there is none yet, or it is damaged: it is made anew
-    entries = store.entries(taken)
+    entries = store.entries([part for parts in taken for part in parts])
+    sources = [number for number, parts in enumerate(taken) for _ in parts]
     shards = tuple(dict.fromkeys(name for name, _ in entries))
     if not store.check(shards):
         return None
-    documents = store.documents(entries, shards)
+    documents = store.documents(entries, shards, sources)
     counted = Summary("")
     for _, entry in entries:
         counted.add(entry.summary)
@@ -110,18 +118,25 @@ def load_or_make(
         counted.near_duplicates = different - len(kept.end_d)
     counted.documents, counted.text_bytes = len(kept.end_d), int(kept.bytes_d.sum())
     counted.tokens = kept.token_count
-    runs, by_place = None, False
-    empty = np.zeros((0, 2), np.int64)
+    train, held_out = (np.zeros((0, 2), np.int64),) * len(taken), np.zeros((0, 2), np.int64)
+    by_place = False
     if counted.tokens >= 2 * settings.window_tokens:
         units = cut_into_units(store.tokens(shards), kept, tokenizer)
-        runs = split_units(
+        is_eval_u = split_units(
             units,
             seed=settings.seed,
             fraction=settings.fraction,
             window_tokens=settings.window_tokens,
         )
-        by_place = runs is None
-        runs = runs or split_by_place(units, settings.window_tokens)
+        by_place = is_eval_u is None
+        if is_eval_u is None:
+            first, held_out = split_by_place(units, settings.window_tokens)
+            train = (first, *train[1:])
+        else:
+            across = not settings.document_windows
+            side = lambda mine_u: runs(units, mine_u, across_documents=across)
+            train = tuple(side(~is_eval_u & (units.source_u == k)) for k in range(len(taken)))
+            held_out = side(is_eval_u)
     identity = [_FORMAT, tokenizer.identity, kept.identity().hex(), dataclasses.astuple(settings)]
     fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     made = {
@@ -130,17 +145,19 @@ def load_or_make(
         "by_place": by_place,
         "summary": counted.to_json(),
     }
-    train, held_out = runs or (empty, empty)
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(made).encode(), np.uint8)
-    arrays: dict[str, Any] = {"train": train, "eval": held_out, "made": text}
+    arrays: dict[str, Any] = {f"train_{number}": mine for number, mine in enumerate(train)}
+    arrays |= {"eval": held_out, "made": text}
     np.savez(buffer, **arrays)
     keep(path, buffer.getvalue())
-    return Plan(shards, fingerprint, train, held_out, by_place, _summary(found, made["summary"]))
+    summary = _summary(found, made["summary"])
+    return Plan(shards, fingerprint, origins, train, held_out, by_place, summary)
 
 
-def _summary(found: Summary, counted: dict[str, Any]) -> Summary:
-    summary = Summary(found.origin)
-    summary.add(found)
+def _summary(found: Sequence[Summary], counted: dict[str, Any]) -> Summary:
+    summary = Summary(" and ".join(source.origin for source in found))
+    for source in found:
+        summary.add(source)
     summary.add(Summary.from_json(counted))
     return summary

@@ -31,18 +31,20 @@ class Units:
     Attributes:
       start_u, end_u: int64, the stretch of each unit in the cache, without a marker.
       digest_ud: uint8 (u, 16), of its text, or of its tokens where it is a block.
+      source_u: int, number of the source that each comes from.
     """
 
     start_u: np.ndarray
     end_u: np.ndarray
     digest_ud: np.ndarray
+    source_u: np.ndarray
 
 
 def cut_into_units(tokens: Flat, documents: Documents, tokenizer: Tokenizer) -> Units:
     """Cuts the documents into units."""
     limit = max(int(_LARGEST_UNIT_SHARE * documents.token_count), _SMALLEST_BLOCK_TOKENS)
     start_u, end_u = documents.start_d + 1, documents.end_d
-    digest_ud = documents.digest_dk
+    digest_ud, source_u = documents.digest_dk, documents.source_d
     for number in reversed(np.flatnonzero(end_u - start_u > limit).tolist()):
         start, end = int(start_u[number]), int(end_u[number])
         edges = [start, *_cuts(tokens, start, end, limit, tokenizer), end]
@@ -57,7 +59,8 @@ def cut_into_units(tokens: Flat, documents: Documents, tokenizer: Tokenizer) -> 
         put = lambda old, new: np.concatenate([old[around[0]], new, old[around[1]]])  # noqa: B023
         start_u, end_u = put(start_u, edges[:-1]), put(end_u, edges[1:])
         digest_ud = put(digest_ud, blocks_ud)
-    return Units(start_u, end_u, digest_ud)
+        source_u = put(source_u, np.full(len(digests), source_u[number]))
+    return Units(start_u, end_u, digest_ud, source_u)
 
 
 def _cuts(tokens: Flat, start: int, end: int, limit: int, tokenizer: Tokenizer) -> list[int]:
@@ -87,7 +90,7 @@ def _cuts(tokens: Flat, start: int, end: int, limit: int, tokenizer: Tokenizer) 
 
 def split_units(
     units: Units, *, seed: int, fraction: float, window_tokens: int
-) -> tuple[np.ndarray, np.ndarray] | None:
+) -> np.ndarray | None:
     """Holds out about ``fraction`` of the tokens and at least one window.
 
     Equal units go to the same side. The order in which units are held out is that of their
@@ -100,7 +103,7 @@ def split_units(
       window_tokens: of one window, the target after its last input included.
 
     Returns:
-      (train, eval) runs, int64 (r, 2) each; None if this leaves a side without a whole window.
+      bool (u,), what is held out; None if this leaves a side without a whole window.
     """
     rank_u = _ranks(units.digest_ud, seed)
     order_u = np.argsort(rank_u, kind="stable")
@@ -108,10 +111,8 @@ def split_units(
     wanted = max(fraction * held_tokens_u[-1], window_tokens)
     last = min(int(np.searchsorted(held_tokens_u, wanted)), len(order_u) - 1)
     is_eval_u = rank_u <= rank_u[order_u[last]]  # equal units have equal ranks
-    train, evaluation = _runs(units, ~is_eval_u), _runs(units, is_eval_u)
-    if min(stream_tokens(train), stream_tokens(evaluation)) < window_tokens:
-        return None
-    return train, evaluation
+    sides = runs(units, ~is_eval_u), runs(units, is_eval_u)
+    return None if min(map(stream_tokens, sides)) < window_tokens else is_eval_u
 
 
 def _ranks(digest_ud: np.ndarray, seed: int) -> np.ndarray:
@@ -128,29 +129,36 @@ def _ranks(digest_ud: np.ndarray, seed: int) -> np.ndarray:
 
 def split_by_place(units: Units, window_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Holds out the last window: for a text too small to be split by content."""
-    runs = _runs(units, np.ones(len(units.end_u), bool))
-    offset_r = np.cumsum(runs[:, 1] - runs[:, 0])
+    whole = runs(units, np.ones(len(units.end_u), bool))
+    offset_r = np.cumsum(whole[:, 1] - whole[:, 0])
     start = int(offset_r[-1]) - window_tokens
     last = int(np.searchsorted(offset_r, start, side="right"))
-    cut = int(runs[last, 1]) - (int(offset_r[last]) - start)
+    cut = int(whole[last, 1]) - (int(offset_r[last]) - start)
     # The token at `cut` is trained on; the held-out run shows the marker in its place.
-    train = np.concatenate([runs[:last], [[runs[last, 0], cut + 1]]])
-    return train, np.concatenate([[[cut, runs[last, 1]]], runs[last + 1 :]])
+    train = np.concatenate([whole[:last], [[whole[last, 0], cut + 1]]])
+    return train, np.concatenate([[[cut, whole[last, 1]]], whole[last + 1 :]])
 
 
-def _runs(units: Units, mine_u: np.ndarray) -> np.ndarray:
-    """Joins units of one side that follow one another in the cache to runs, int64 (r, 2)."""
+def runs(units: Units, mine_u: np.ndarray, *, across_documents: bool = True) -> np.ndarray:
+    """Joins units that follow one another in the cache to runs, int64 (r, 2).
+
+    Args:
+      units: from ``cut_into_units``.
+      mine_u: bool (u,), which of them.
+      across_documents: whether a run may hold several documents, or blocks of one alone.
+    """
     index = np.flatnonzero(mine_u)
     if not len(index):
         return np.zeros((0, 2), np.int64)
     # Between documents lies a marker, between blocks of one document nothing.
     gap = units.start_u[index[1:]] - units.end_u[index[:-1]]
-    breaks = (np.diff(index) > 1) | ((gap != 0) & (gap != 1))
+    joined = (gap == 0) | (gap == 1) if across_documents else gap == 0
+    breaks = (np.diff(index) > 1) | ~joined
     first_r = index[np.concatenate([[True], breaks])]
     last_r = index[np.concatenate([breaks, [True]])]
     return np.stack([units.start_u[first_r] - 1, units.end_u[last_r]], axis=1)
 
 
-def stream_tokens(runs: np.ndarray) -> int:
+def stream_tokens(runs_r2: np.ndarray) -> int:
     """Returns the number of tokens in runs, markers included."""
-    return int((runs[:, 1] - runs[:, 0]).sum())
+    return int((runs_r2[:, 1] - runs_r2[:, 0]).sum())

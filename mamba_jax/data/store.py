@@ -85,12 +85,14 @@ class Documents:
       start_d, end_d: int64, of each with its marker, as positions of ``Store.tokens``.
       digest_dk: uint8 (d, 16), of the text.
       bytes_d: int64, of the text in UTF-8.
+      source_d: int64, number of the source that each comes from.
     """
 
     start_d: np.ndarray
     end_d: np.ndarray
     digest_dk: np.ndarray
     bytes_d: np.ndarray
+    source_d: np.ndarray
 
     @property
     def token_count(self) -> int:
@@ -111,6 +113,7 @@ class Documents:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.digest_dk.tobytes())
         digest.update((self.end_d - self.start_d).astype("<i8").tobytes())
+        digest.update(self.source_d.astype("<i8").tobytes())
         return digest.digest()
 
 
@@ -297,22 +300,37 @@ class Store:
                 sound = False
         return sound
 
-    def documents(self, entries: Sequence[tuple[str, Entry]], names: Sequence[str]) -> Documents:
-        """Returns the documents of parts; positions count through the shards named."""
+    def documents(
+        self,
+        entries: Sequence[tuple[str, Entry]],
+        names: Sequence[str],
+        sources: Sequence[int] = (),
+    ) -> Documents:
+        """Returns the documents of parts; positions count through the shards named.
+
+        Args:
+          entries: from ``entries``.
+          names: of the shards.
+          sources: number of the source that each part belongs to; (): 0.
+        """
         offsets, offset = {}, 0
         for name in names:
             offsets[name] = offset
             offset += self._shards[name].token_count
         indices = {name: self._shards[name].documents() for name in names}
         columns: dict[str, list[np.ndarray]] = {
-            field.name: [] for field in dataclasses.fields(Documents)
+            name: [] for name in ("start_d", "end_d", "digest_dk", "bytes_d")
         }
         for name, entry in entries:
             for column, arrays in columns.items():
                 values = indices[name][column][entry.first : entry.first + entry.count]
                 at = offsets[name] if column in ("start_d", "end_d") else None
                 arrays.append(values if at is None else values + at)
-        return Documents(**{column: np.concatenate(arrays) for column, arrays in columns.items()})
+        counts = [entry.count for _, entry in entries]
+        return Documents(
+            **{column: np.concatenate(arrays) for column, arrays in columns.items()},
+            source_d=np.repeat(np.array(sources or [0] * len(entries), np.int64), counts),
+        )
 
     def tokens(self, names: Sequence[str]) -> Flat:
         """Returns the tokens of shards, mapped."""

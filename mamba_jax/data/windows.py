@@ -1,7 +1,12 @@
-"""Random access to the windows of a token stream that lies in runs of the token cache."""
+"""Random access to the windows of tokens that lie in runs of the token cache.
+
+A token that is no target is written as ``~token``, which is negative: one array carries both. The
+first token of a window is no target anyway.
+"""
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -11,22 +16,58 @@ from mamba_jax.data.store import Flat
 _CHUNK_TOKENS = 1 << 22
 
 
-class Windows:
-    """Windows of ``seq_len + 1`` tokens; neighbours share one, so that each is a target once.
+class Windows(Protocol):
+    """Windows of ``seq_len + 1`` tokens, int32."""
+
+    stream_tokens: int  # of the runs, markers included
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns window ``index`` as int32 (seq_len + 1,)."""
+        ...
+
+    def targets(self) -> Iterator[np.ndarray]:
+        """Yields the targets that are learnt, int32, in order, some millions at a time at most."""
+        ...
+
+
+class _Cache:
+    """The cache's tokens, those that are no targets as ``~token``."""
+
+    def __init__(self, tokens: Flat, learn: Flat | None):
+        self._tokens, self._learn = tokens, learn
+
+    def copy(self, start: int, stop: int, out: np.ndarray) -> None:
+        out[:] = self._tokens[start:stop]
+        if self._learn is not None:
+            np.invert(out, out=out, where=self._learn[start:stop] == 0)
+
+    def forget(self) -> None:
+        self._tokens.forget()
+        if self._learn is not None:
+            self._learn.forget()
+
+
+class PackedWindows:
+    """Windows of a stream of documents; neighbours share one token, so that each is a target once.
 
     Window i holds positions ``i * seq_len … (i + 1) * seq_len`` of the stream, both included. The
     rest of the stream that fills no window (fewer than ``seq_len`` tokens) is not used.
     """
 
-    def __init__(self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int):
+    def __init__(
+        self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int, learn: Flat | None = None
+    ):
         """Args:
         tokens: of the cache.
         runs: int64 (r, 2), see ``split``; the first token of each reads as ``eot_id``.
         seq_len: inputs, and targets, of one window.
+        learn: 0 where a token of the cache is no target; None: all are.
         """
         self.seq_len = seq_len
         self.stream_tokens = stream_tokens(runs)
-        self._tokens = tokens
+        self._cache = _Cache(tokens, learn)
         self._eot_id = eot_id
         # Plain integers: ten times faster than numpy's in the loop of `_read`.
         self._runs: list[tuple[int, int]] = [(start, end) for start, end in runs.tolist()]
@@ -36,17 +77,17 @@ class Windows:
         return max(self.stream_tokens - 1, 0) // self.seq_len
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Returns window ``index`` as int32 (seq_len + 1,)."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.seq_len
         return self._read(start, start + self.seq_len + 1)
 
     def targets(self) -> Iterator[np.ndarray]:
-        """Yields the targets of all windows in order, int32, some millions at a time."""
         stop = len(self) * self.seq_len + 1
         for start in range(1, stop, _CHUNK_TOKENS):
-            yield self._read(start, min(start + _CHUNK_TOKENS, stop))
+            chunk = self._read(start, min(start + _CHUNK_TOKENS, stop))
+            yield chunk[chunk >= 0]
+            self._cache.forget()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Returns positions [start, stop) of the stream."""
@@ -58,9 +99,74 @@ class Windows:
             skip = start + filled - self._offsets[run]
             count = min(run_end - run_start - skip, len(out) - filled)
             first = run_start + skip
-            out[filled : filled + count] = self._tokens[first : first + count]
+            self._cache.copy(first, first + count, out[filled : filled + count])
             if skip == 0:
                 out[filled] = self._eot_id
             filled += count
             run += 1
         return out
+
+
+class DocumentWindows:
+    """Windows that hold one document each, ended by a marker and filled up with markers that are
+    no targets; a document longer than a window takes several, neighbours of which share a token."""
+
+    def __init__(
+        self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int, learn: Flat | None = None
+    ):
+        """Args as of ``PackedWindows``, each run a document or a part of one."""
+        self.seq_len = seq_len
+        self.stream_tokens = stream_tokens(runs)
+        self._cache = _Cache(tokens, learn)
+        self._eot_id, self._runs = eot_id, runs
+        # A run of n tokens with its marker has as many targets: the last one is the marker behind.
+        windows_r = -(-(runs[:, 1] - runs[:, 0]) // seq_len)
+        self._firsts = np.concatenate([[0], np.cumsum(windows_r)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        run = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        start, end = (int(edge) for edge in self._runs[run])
+        first = start + (index - int(self._firsts[run])) * self.seq_len
+        out = np.full(self.seq_len + 1, ~np.int32(self._eot_id), np.int32)
+        count = min(end - first, len(out))
+        self._cache.copy(first, first + count, out[:count])
+        if first == start:
+            out[0] = self._eot_id
+        if count < len(out):
+            out[count] = self._eot_id
+        return out
+
+    def targets(self) -> Iterator[np.ndarray]:
+        at_once = max(_CHUNK_TOKENS // self.seq_len, 1)
+        for start in range(0, len(self), at_once):
+            indices = range(start, min(start + at_once, len(self)))
+            chunk = np.concatenate([self[index][1:] for index in indices])
+            yield chunk[chunk >= 0]
+            self._cache.forget()
+
+
+class Joined:
+    """The windows of several sources, one after another."""
+
+    def __init__(self, sources: Sequence[Windows]):
+        self.sources = tuple(sources)
+        self.stream_tokens = sum(source.stream_tokens for source in sources)
+        self._firsts = [0, *np.cumsum([len(source) for source in sources]).tolist()]
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        source = bisect.bisect_right(self._firsts, index) - 1
+        return self.sources[source][index - self._firsts[source]]
+
+    def targets(self) -> Iterator[np.ndarray]:
+        for source in self.sources:
+            yield from source.targets()

@@ -50,6 +50,7 @@ def accumulate(sums_and_gradients: LossAndGradients, microbatches: int) -> LossA
         nothing = (zero, zero, jax.tree.map(jnp.zeros_like, params))
         parts = (jax.tree.map(split, batch), jnp.arange(microbatches))
         (loss, tokens, gradients), aux = jax.lax.scan(add, nothing, parts)
+        tokens = jnp.maximum(tokens, 1.0)  # all of a batch may be unlearnt: nothing to divide
         gradients = jax.tree.map(lambda leaf: leaf / tokens, gradients)
         aux = jax.tree.map(lambda leaf: leaf.mean(axis=0), aux)
         return (loss / tokens, (tokens, aux)), gradients

@@ -35,7 +35,8 @@ def token_nll(
       params: of the model.
       config: its ``model`` and ``training.loss_chunk_tokens`` are used.
       mesh: the devices that the batch is divided over.
-      windows: (b, t + 1) int32; the first t tokens are inputs, the last t targets.
+      windows: (b, t + 1) int32; the first t tokens are inputs, the last t targets. Under
+        ``data.has_unlearnt`` a token that is no target is written as ``~token``.
       eot_id: the id that starts a document.
       dropout_key: None: no dropout.
       initial_cache: the final one of the windows before these, to train long documents over
@@ -47,6 +48,7 @@ def token_nll(
       aux: as ``models.build.forward`` gives it.
       final_cache: the state after the windows.
     """
+    windows = _tokens(config, windows)
     x_btd, aux, final_cache = _hidden(
         params, config, windows, eot_id, dropout_key, initial_cache, observing
     )
@@ -80,21 +82,36 @@ def loss_sums(
     Returns:
       Weighted sum of the nll (float32), then (weighted number of target tokens (float32), aux).
     """
+    masked = config.data.has_unlearnt
+    weights = target_weights(config, windows, weights_b) if masked else weights_b
+    windows = _tokens(config, windows)
     x_btd, aux, _ = _hidden(params, config, windows, eot_id, dropout_key, None)
 
     def head_sum(
-        x_btd: jax.Array, weight_vd: jax.Array, targets_bt: jax.Array, weights_b: jax.Array
+        x_btd: jax.Array, weight_vd: jax.Array, targets_bt: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        row_weights_n = jnp.repeat(weights_b, targets_bt.shape[1])
+        row_weights_n = weights.reshape(-1) if masked else jnp.repeat(weights, targets_bt.shape[1])
         return weighted_cross_entropy(
             _rows(x_btd), weight_vd, targets_bt.reshape(-1), row_weights_n, **_head(config)
         )[None]
 
     batch, targets_bt = batch_sharding(mesh).spec, windows[:, 1:]
     sum_per_device = _per_device(head_sum, mesh, (batch, PartitionSpec(), batch, batch))(
-        x_btd, build.head_weight(params, config.model), targets_bt, weights_b
+        x_btd, build.head_weight(params, config.model), targets_bt, weights
     )
-    return sum_per_device.sum(), (jnp.sum(weights_b) * targets_bt.shape[1], aux)
+    count = jnp.sum(weights) if masked else jnp.sum(weights) * targets_bt.shape[1]
+    return sum_per_device.sum(), (count, aux)
+
+
+def target_weights(config: RunConfig, windows: jax.Array, weights_b: jax.Array) -> jax.Array:
+    """Returns how much each target counts, float32 (b, t)."""
+    learnt_bt = windows[:, 1:] >= 0 if config.data.has_unlearnt else jnp.ones_like(windows[:, 1:])
+    return weights_b[:, None] * learnt_bt.astype(jnp.float32)
+
+
+def _tokens(config: RunConfig, windows: jax.Array) -> jax.Array:
+    """Returns the windows' tokens, those that are no targets as well."""
+    return jnp.where(windows < 0, ~windows, windows) if config.data.has_unlearnt else windows
 
 
 def _hidden(
@@ -108,7 +125,10 @@ def _hidden(
 ) -> tuple[jax.Array, dict[str, jax.Array], build.Cache]:
     """Runs the model up to its head on the windows' inputs; see ``token_nll``."""
     inputs_bt = windows[:, :-1]
-    segment_ids_bt = jnp.cumsum(inputs_bt == eot_id, axis=1, dtype=jnp.int32)
+    begins_bt = inputs_bt == eot_id
+    if config.data.window == "concat":
+        begins_bt = jnp.zeros_like(begins_bt)
+    segment_ids_bt = jnp.cumsum(begins_bt, axis=1, dtype=jnp.int32)
     if initial_cache is not None:  # ids go on, so that only a marker ends the carried document
         segment_ids_bt += initial_cache["segment"][:, None]
     return build.forward(

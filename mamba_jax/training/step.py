@@ -18,7 +18,7 @@ from mamba_jax.models import build
 from mamba_jax.parallel.mesh import batch_sharding, check_batch, replicated
 from mamba_jax.training.accumulate import accumulate
 from mamba_jax.training.evaluation import OVER_BATCHES
-from mamba_jax.training.loss import loss_sums, token_nll
+from mamba_jax.training.loss import loss_sums, target_weights, token_nll
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.schedule import learning_rate
 from mamba_jax.training.state import DROPOUT, TrainState, abstract_state, stream_key
@@ -174,11 +174,12 @@ def make_eval_step(
     def evaluate(params: Any, windows: jax.Array, weights_b: jax.Array) -> dict[str, Any]:
         params = jax.lax.with_sharding_constraint(params, replicated(mesh))
         nll_bt, aux, _ = token_nll(params, config, mesh, windows, eot_id, observing=True)
-        weights_b1 = weights_b[:, None]
+        weights_bt = target_weights(config, windows, weights_b)
+        targets_bt = jnp.maximum(windows[:, 1:], 0)  # what is no target weighs nothing
         return {
-            "nll": jnp.sum(weights_b1 * nll_bt),
-            "targets": jnp.sum(weights_b1 * jnp.ones_like(nll_bt)),
-            "bytes": jnp.sum(weights_b1 * jnp.asarray(bytes_v)[windows[:, 1:]]),
+            "nll": jnp.sum(weights_bt * nll_bt),
+            "targets": jnp.sum(weights_bt),
+            "bytes": jnp.sum(weights_bt * jnp.asarray(bytes_v)[targets_bt]),
             "layers": {name: aux[name] for name in OVER_BATCHES},
         }
 

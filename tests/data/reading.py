@@ -44,8 +44,14 @@ def read_folder(path) -> tuple[list[str], Summary]:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(pathlib.Path(folder), tokenizer, print)
         taken = store.take(source.parts(), workers=1)
-        settings = Settings(seed=0, fraction=0.01, window_tokens=1 << 40, deduplicate="exact")
-        plan = load_or_make(store, tokenizer, taken, settings, source.found)
+        settings = Settings(
+            seed=0,
+            fraction=0.01,
+            window_tokens=1 << 40,
+            deduplicate="exact",
+            document_windows=False,
+        )
+        plan = load_or_make(store, tokenizer, [taken], settings, [source.found])
         assert plan is not None
         if not plan.summary.documents:
             raise source.nothing(plan.summary)

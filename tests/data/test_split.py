@@ -6,17 +6,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mamba_jax.data.split import Units, cut_into_units, split_units, stream_tokens
+from mamba_jax.data.split import Units, cut_into_units, runs, split_units, stream_tokens
 from mamba_jax.data.store import Documents, Flat
 from mamba_jax.data.tokenizer import load_tokenizer
-from mamba_jax.data.windows import Windows
+from mamba_jax.data.windows import Joined, Windows
 from mamba_jax.errors import UserError
 from tests.data.conftest import BYTES_EOT, words
 
 
 def stream(windows: Windows) -> np.ndarray:
     """All tokens of a side, also those that fill no window."""
-    return windows._read(0, windows.stream_tokens)
+    (alone,) = windows.sources if isinstance(windows, Joined) else (windows,)
+    return alone._read(0, alone.stream_tokens)
 
 
 def documents(windows: Windows) -> list[str]:
@@ -69,13 +70,13 @@ def test_the_choice_depends_on_seed_and_content_alone(make, many_files):
 def test_equal_units_are_never_parted():
     digest_ud = np.repeat(np.arange(20, dtype=np.uint8)[:, None], 16, axis=1)[np.arange(100) % 20]
     start_u = np.arange(100) * 11 + 1
-    units = Units(start_u, start_u + 10, digest_ud)
+    units = Units(start_u, start_u + 10, digest_ud, np.zeros(100, int))
     for seed in range(20):
-        sides = split_units(units, seed=seed, fraction=0.33, window_tokens=11)
-        assert sides is not None
+        is_eval_u = split_units(units, seed=seed, fraction=0.33, window_tokens=11)
+        assert is_eval_u is not None
         train, held = (
-            {digest_ud[(at) // 11, 0] for a, b in side.tolist() for at in range(a, b)}
-            for side in sides
+            {digest_ud[at // 11, 0] for a, b in runs(units, side).tolist() for at in range(a, b)}
+            for side in (~is_eval_u, is_eval_u)
         )
         assert not train & held
         assert len(held) == 7  # 33% of 20 contents, all five copies of each
@@ -88,6 +89,7 @@ def cut(tokens, tokenizer) -> Units:
         end_d=np.array([len(tokens)]),
         digest_dk=np.zeros((1, 16), np.uint8),
         bytes_d=np.array([0]),
+        source_d=np.array([0]),
     )
     return cut_into_units(Flat([tokens]), whole, tokenizer)
 
@@ -169,11 +171,10 @@ def test_runs_cover_the_hole_with_the_marker():
     digest_ud = np.arange(5, dtype=np.uint8)[:, None].repeat(16, axis=1)
     start_u, end_u = np.array([1, 5, 8, 11, 15]), np.array([4, 8, 11, 14, 18])
     for seed in range(100):
-        sides = split_units(
-            Units(start_u, end_u, digest_ud), seed=seed, fraction=0.01, window_tokens=3
-        )
-        assert sides is not None
-        train, held = sides
+        units = Units(start_u, end_u, digest_ud, np.zeros(5, int))
+        is_eval_u = split_units(units, seed=seed, fraction=0.01, window_tokens=3)
+        assert is_eval_u is not None
+        train, held = runs(units, ~is_eval_u), runs(units, is_eval_u)
         if held.tolist() == [[7, 11]]:
             assert train.tolist() == [[0, 8], [10, 18]]
             assert stream_tokens(train) == 16

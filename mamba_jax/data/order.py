@@ -1,0 +1,105 @@
+"""Which window is the i-th sample of a training: a function of (windows, weights, seed, i) alone.
+
+Shapes: k sources, p samples of a period.
+"""
+
+import bisect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Shares are whole numbers of this many samples: none is off by more than 1 in 65,536.
+_PERIOD_SAMPLES = 1 << 16
+
+
+class Order:
+    """Shuffled epochs of each source, interleaved evenly by weight.
+
+    Within a phase the same period of sources is repeated, in which those of each lie evenly spread:
+    after any number of samples every source has had its share to about one window, and how many it
+    has had can be computed without counting. Each source goes through shuffled epochs of its own.
+    """
+
+    def __init__(self, lengths: Sequence[int], phases: Sequence[tuple[int, Sequence[float]]], seed):
+        """Args:
+        lengths: windows of each source; may be 0 where the weight always is.
+        phases: (first sample, weight of each source), the first at 0, rising.
+        seed: of the orders, 0 or more.
+        """
+        import grain  # takes a second: not before it is needed
+
+        # `.seed(s).shuffle()`, because with `.shuffle(seed=s)` epoch 1 is that of seed s + 1 at
+        # epoch 0, and runs with neighbouring seeds would see the same orders. Sources have seeds
+        # apart: two of one length would be shuffled alike.
+        # One without windows has no weight, and is never asked.
+        shuffled = lambda length, k: (
+            grain.MapDataset.range(length).seed(_seed_of(seed, k)).shuffle()
+        )
+        self._orders: list[Any] = [
+            shuffled(length, k).repeat(None) if length else () for k, length in enumerate(lengths)
+        ]
+        self._starts = [start for start, _ in phases]
+        self._periods = [_Period(weights) for _, weights in phases]
+        self._bases = [[0] * len(lengths)]
+        for period, start, end in zip(self._periods, self._starts, self._starts[1:], strict=False):
+            self._bases.append(_added(self._bases[-1], period.counts(end - start)))
+
+    def __getitem__(self, sample: int) -> tuple[int, int]:
+        """Returns (source, index of its window)."""
+        phase = bisect.bisect_right(self._starts, sample) - 1
+        source, number = self._periods[phase].place(sample - self._starts[phase])
+        return source, self._orders[source][self._bases[phase][source] + number]
+
+    def counts(self, samples: int) -> list[int]:
+        """Returns how many of the first samples come from each source."""
+        phase = max(bisect.bisect_left(self._starts, samples) - 1, 0)
+        period = self._periods[phase]
+        return _added(self._bases[phase], period.counts(samples - self._starts[phase]))
+
+
+class _Period:
+    """The sources of ``_PERIOD_SAMPLES`` samples, repeated without end."""
+
+    def __init__(self, weights: Sequence[float]):
+        self._counts_k = _apportion(np.asarray(weights, np.float64))
+        source_p = np.repeat(np.arange(len(weights)), self._counts_k)
+        number_p = np.concatenate([np.arange(count) for count in self._counts_k])
+        order_p = np.argsort((number_p + 0.5) / self._counts_k[source_p], kind="stable")
+        self._source_p, self._number_p = source_p[order_p], number_p[order_p]
+
+    def place(self, sample: int) -> tuple[int, int]:
+        """Returns (source, how many of it came before)."""
+        periods, at = divmod(sample, _PERIOD_SAMPLES)
+        source = int(self._source_p[at])
+        return source, periods * int(self._counts_k[source]) + int(self._number_p[at])
+
+    def counts(self, samples: int) -> list[int]:
+        periods, rest = divmod(samples, _PERIOD_SAMPLES)
+        begun_k = np.bincount(self._source_p[:rest], minlength=len(self._counts_k))
+        return (periods * self._counts_k + begun_k).tolist()
+
+
+def _apportion(weights_k: np.ndarray) -> np.ndarray:
+    """Returns int64 (k,) that sum to a period, in the ratio of the weights (largest remainders);
+    at least 1 where the weight is not 0."""
+    exact_k = weights_k / weights_k.sum() * _PERIOD_SAMPLES
+    counts_k = np.maximum(np.floor(exact_k), weights_k > 0).astype(np.int64)
+    missing = _PERIOD_SAMPLES - int(counts_k.sum())
+    if missing >= 0:
+        counts_k[np.argsort(counts_k - exact_k, kind="stable")[:missing]] += 1
+    else:
+        counts_k[np.argmax(counts_k)] += missing
+    return counts_k
+
+
+def _added(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
+def _seed_of(seed: int, source: int) -> int:
+    """Returns the seed itself for the first source, for others one far from any neighbour's."""
+    if not source:
+        return seed
+    words = np.random.SeedSequence([seed, source]).generate_state(2, np.uint32)
+    return int(words[0]) << 16 ^ int(words[1])
