@@ -142,7 +142,8 @@ class DataConfig:
     # "document": each begins a window of its own, filled up with targets that are not learnt
     window: str = "packed"
     loss_on: str = "all"  # "answer": of rows with prompts, chats included, learn the answers alone
-    tokenizer: str = "gpt2"  # or "bytes"
+    # "gpt2", "bytes", an encoding of tiktoken, a tokenizer.json or its folder, an id of the Hub
+    tokenizer: str = "gpt2"
     deduplicate: str = (
         "exact"  # leave out equal documents; "near": and similar ones; "none": keep all
     )

@@ -23,7 +23,6 @@ _CHOICES = {
         "pallas_tpu",
     ),
     "model.fusion": ("residual_norm", "norm", "sum"),
-    "data.tokenizer": ("gpt2", "bytes"),
     "data.deduplicate": ("exact", "near", "none"),
     "data.window": ("packed", "concat", "document"),
     "data.loss_on": ("all", "answer"),

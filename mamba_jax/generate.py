@@ -102,7 +102,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Loads the checkpoint and prints prompts and texts."""
     from mamba_jax.config import with_scan
-    from mamba_jax.data.tokenizer import load_tokenizer
+    from mamba_jax.data.tokenizer import load_saved
     from mamba_jax.generation import check_settings, generate_text
     from mamba_jax.models.language_model import matmul_dtype
     from mamba_jax.modules.mamba import resolve_scan
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     generate_text(
         checkpoint.restore_params(path),
         model,
-        load_tokenizer(metadata.config.data.tokenizer),
+        load_saved(path, metadata.config.data.tokenizer),
         prompts,
         on_text=InOrder(prompts),
         **settings,

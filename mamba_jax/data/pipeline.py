@@ -225,6 +225,8 @@ def tokenise(
         raise sources[0].nothing(summary)
     for line in summary.lines():
         log(line)
+    if tokenizer.doubt:
+        log(tokenizer.doubt)
     return tokenizer, store, plan
 
 

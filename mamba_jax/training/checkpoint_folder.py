@@ -6,6 +6,7 @@
         params/                      orbax: the parameters alone, all that generation reads
         optimizer/                   orbax: everything else of the training state
         config.json                  what it takes to rebuild model, tokenizer and run
+        tokenizer.json, …            of a tokenizer that is not packaged
         MANIFEST.json                a hash of every other file; its presence says "complete"
 
 Nothing here knows about arrays, so looking for a checkpoint costs no import of JAX.
@@ -49,6 +50,7 @@ class Metadata:
     # What was chosen for the device where the config leaves it open: group → field → value.
     layout: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     device: str = ""  # that it was chosen for
+    tokenizer_identity: str = ""  # as in ``data.tokenizer.Tokenizer``; older checkpoints lack it
 
     @property
     def laid_out(self) -> RunConfig:
@@ -120,6 +122,7 @@ def write_metadata(path: pathlib.Path, metadata: Metadata) -> None:
         "samples_seen": metadata.samples_seen,
         "data_fingerprint": metadata.data_fingerprint,
         "tokenizer": metadata.config.data.tokenizer,
+        "tokenizer_identity": metadata.tokenizer_identity,
         "metrics": dict(metadata.metrics),
         "layout": dict(metadata.layout),
         "device": metadata.device,
@@ -167,6 +170,7 @@ def read_metadata(path: pathlib.Path) -> Metadata:
             metrics=record["metrics"],
             layout=record.get("layout", {}),  # older checkpoints lack it
             device=record.get("device", ""),
+            tokenizer_identity=record.get("tokenizer_identity", ""),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {_CONFIG} lacks or garbles {error}") from error

@@ -10,10 +10,12 @@ import pytest
 import mamba_jax.generation
 from mamba_jax import generate
 from mamba_jax.config import DataConfig, RunConfig
+from mamba_jax.data import json_tokenizer
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.generation import generate_text
 from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
+from ..data.small_tokenizers import byte_level
 from ..models.tiny import MAMBA, params_of
 
 CONFIG = RunConfig(
@@ -77,6 +79,25 @@ def test_the_newest_may_be_damaged(run_dir, expected, capsys, tmp_path):
     output = capsys.readouterr()
     assert output.out == "def " + expected("def ")[0] + "\n"
     assert "step_3" in output.err
+
+
+def test_the_checkpoint_carries_its_tokenizer(params, tmp_path, capsys):
+    """The folder of the tokenizer that it was trained with is gone."""
+    file = tmp_path / "tokenizer.json"
+    byte_level().save(str(file))
+    tokenizer = json_tokenizer.from_file(str(file), file)
+    model = dataclasses.replace(CONFIG.model, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(CONFIG, model=model, data=DataConfig(tokenizer=str(file)))
+    state = {"params": jax.jit(params_of, static_argnums=0)(model), "step": jnp.int32(1)}
+    run = tmp_path / "run"
+    run.mkdir()
+    files = tokenizer.files
+    with CheckpointWriter(run, keep_last=1, keep_every=0, log=print, files=files) as writer:
+        writer.save("final", state, Metadata(config, 1, 0, "none"))
+    file.unlink()
+    assert generate.main(["--checkpoint", str(run), "--prompt=def ", *FLAGS]) == 0
+    (text,) = generate_text(state["params"], model, tokenizer, ["def "], **SETTINGS)
+    assert capsys.readouterr().out.endswith("def " + text + "\n")
 
 
 @pytest.mark.parametrize("source", ["file", "dash", "pipe"])
