@@ -340,8 +340,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="gpt2, bytes, an encoding of tiktoken such as cl100k_base, a tokenizer.json or a folder "
-        f"with one, or an id of the Hugging Face Hub; default {_DEFAULTS.data.tokenizer}",
+        help="gpt2, bytes, an encoding of tiktoken such as cl100k_base, a tokenizer.json or a "
+        f"folder with one, or an id of the Hugging Face Hub; default {_DEFAULTS.data.tokenizer}",
     )
     data.add_argument(
         "--list_files",
