@@ -28,7 +28,8 @@ import mamba_jax
 from mamba_jax.config import RunConfig, from_dict, to_dict
 from mamba_jax.errors import UserError
 
-FORMAT = 1  # of the folder; raised when an older program could no longer read it
+FORMAT = 2  # of the folder; raised when an older program could no longer read it
+_OLDEST = 2  # format that can be read: before it token tables had no rows but those of ids
 FINAL = "final"
 PARAMS = "params"
 OPTIMIZER = "optimizer"
@@ -161,6 +162,12 @@ def read_metadata(path: pathlib.Path) -> Metadata:
                 f"checkpoint {path} has format {record['format']}, made by mamba_jax "
                 f"{record['versions']['mamba_jax']}; this one, {mamba_jax.__version__}, reads "
                 f"up to format {FORMAT}: update it"
+            )
+        if record["format"] < _OLDEST:
+            raise UserError(
+                f"checkpoint {path} has format {record['format']}, made by mamba_jax "
+                f"{record['versions']['mamba_jax']}, which this one, {mamba_jax.__version__}, no "
+                "longer reads: go on with the version that made it, or train anew"
             )
         return Metadata(
             config=from_dict(record["config"]),
