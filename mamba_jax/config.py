@@ -152,6 +152,8 @@ class DataConfig:
     loss_on: str = "all"  # "answer": of rows with prompts, chats included, learn the answers alone
     # "gpt2", "bytes", an encoding of tiktoken, a tokenizer.json or its folder, an id of the Hub
     tokenizer: str = "gpt2"
+    # Share of documents learnt as prefix, suffix, then the middle between them, as for code
+    fim_rate: float = 0.0
     deduplicate: str = (
         "exact"  # leave out equal documents; "near": and similar ones; "none": keep all
     )

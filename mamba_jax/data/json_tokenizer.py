@@ -49,7 +49,8 @@ class _Json(Tokenizer):
             encoding.add_special_tokens([end])
         eot_id = encoding.token_to_id(end)
         record = json.loads(encoding.to_str())
-        special = {token["id"] for token in record["added_tokens"] if token["special"]} | {eot_id}
+        named = {word["content"]: word["id"] for word in record["added_tokens"] if word["special"]}
+        special = {*named.values(), eot_id}
         # The unknown token stands for what the vocabulary lacks: it is no control token.
         model = record["model"]
         unknown = model.get("unk_id", encoding.token_to_id(model.get("unk_token") or ""))
@@ -60,6 +61,7 @@ class _Json(Tokenizer):
             f"{FILE_NAME} {hashlib.blake2b(source, digest_size=16).hexdigest()} {end}",
             eot_id,
             _pieces(encoding, record, special),
+            special_ids=named,
             files={FILE_NAME: source, _CONFIG_NAME: json.dumps({"eos_token": end}).encode()},
         )
         self._prefix = self._found_prefix()

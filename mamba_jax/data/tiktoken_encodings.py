@@ -32,7 +32,8 @@ class _BytePair(Tokenizer):
         for piece, token in encoding._mergeable_ranks.items():
             pieces[token] = piece
         eot_id = encoding._special_tokens[_END_OF_TEXT]
-        super().__init__(name, identity, eot_id, pieces, files=files)
+        special = encoding._special_tokens
+        super().__init__(name, identity, eot_id, pieces, files=files, special_ids=special)
 
     def encode(self, text: str) -> np.ndarray:
         # disallowed_special=(): "<|endoftext|>" in a text is ordinary text, not an error.

@@ -20,6 +20,12 @@ from mamba_jax.config import RunConfig
 from mamba_jax.data.text_cuts import well_formed
 from mamba_jax.errors import UserError, did_you_mean
 
+# Of prefix, suffix and middle, as those of OpenAI, of StarCoder and their kin name them.
+_FIM_NAMES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
 
 class Tokenizer(abc.ABC):
     """Text ↔ ids.
@@ -32,6 +38,7 @@ class Tokenizer(abc.ABC):
       token_bytes: int32 (vocab_size,), the lengths of ``pieces``.
       files: name → content of what a checkpoint carries, to need neither network nor the user's
         files; empty if the name is enough.
+      special_ids: name → id of tokens that no text spells.
       doubt: why texts may not come back as they were; "" if they do.
     """
 
@@ -43,6 +50,7 @@ class Tokenizer(abc.ABC):
         pieces: list[bytes],
         *,
         files: Mapping[str, bytes] = types.MappingProxyType({}),
+        special_ids: Mapping[str, int] = types.MappingProxyType({}),
         doubt: str = "",
     ):
         self.name = name
@@ -51,11 +59,22 @@ class Tokenizer(abc.ABC):
         self.pieces = pieces
         self.token_bytes = np.array([len(piece) for piece in pieces], np.int32)
         self.files = files
+        self.special_ids = special_ids
         self.doubt = doubt
 
     @property
     def vocab_size(self) -> int:
         return len(self.pieces)
+
+    @property
+    def fim_ids(self) -> tuple[int, int, int]:
+        """Ids that stand before prefix, suffix and middle: the tokenizer's own where it has them,
+        else the three after its last, which the model's tables then need."""
+        for names in _FIM_NAMES:
+            if self.special_ids.keys() >= set(names):
+                prefix_id, suffix_id, middle_id = (self.special_ids[name] for name in names)
+                return prefix_id, suffix_id, middle_id
+        return self.vocab_size, self.vocab_size + 1, self.vocab_size + 2
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -175,16 +194,19 @@ def load_saved(folder: pathlib.Path, name: str) -> Tokenizer:
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Gives the model as many embeddings as the tokenizer has ids, if the config leaves it open.
+    """Gives the model as many ids as the tokenizer has, if the config leaves it open; those that
+    fill-in-the-middle adds included.
 
     Raises:
       UserError: if the config names fewer.
     """
-    wanted = config.model.vocab_size
-    if wanted and wanted < tokenizer.vocab_size:
+    wanted, needed = config.model.vocab_size, tokenizer.vocab_size
+    if config.data.fim_rate:
+        needed = max(needed, *(token + 1 for token in tokenizer.fim_ids))
+    if wanted and wanted < needed:
         raise UserError(
-            f"model.vocab_size={wanted} is below the {tokenizer.vocab_size} ids of "
+            f"model.vocab_size={wanted} is below the {needed} ids of "
             f'data.tokenizer="{tokenizer.name}"; give 0 for exactly as many'
         )
-    model = dataclasses.replace(config.model, vocab_size=wanted or tokenizer.vocab_size)
+    model = dataclasses.replace(config.model, vocab_size=wanted or needed)
     return dataclasses.replace(config, model=model)

@@ -81,6 +81,23 @@ def test_the_newest_may_be_damaged(run_dir, expected, capsys, tmp_path):
     assert "step_3" in output.err
 
 
+def test_a_suffix_needs_a_model_that_learnt_it(run_dir, params, tmp_path, capsys):
+    arguments = ["--prompt=def ", "--suffix=return", *FLAGS]
+    assert generate.main(["--checkpoint", str(run_dir), *arguments]) == 2
+    assert "trained without data.fim_rate" in capsys.readouterr().err
+    model = dataclasses.replace(CONFIG.model, vocab_size=260)
+    config = dataclasses.replace(
+        CONFIG, model=model, data=dataclasses.replace(CONFIG.data, fim_rate=0.5)
+    )
+    with CheckpointWriter(tmp_path, keep_last=1, keep_every=0, log=print) as writer:
+        state = {"params": params, "step": jnp.int32(1)}
+        writer.save("final", state, Metadata(config, 1, 0, "none"))
+    assert generate.main(["--checkpoint", str(tmp_path), *arguments]) == 0
+    tokenizer = load_tokenizer("bytes")
+    (text,) = generate_text(params, model, tokenizer, ["def "], **SETTINGS, suffix="return")
+    assert capsys.readouterr().out.endswith("def " + text + "return\n")
+
+
 def test_the_checkpoint_carries_its_tokenizer(params, tmp_path, capsys):
     """The folder of the tokenizer that it was trained with is gone."""
     file = tmp_path / "tokenizer.json"
