@@ -47,6 +47,7 @@ _FIELDS = {  # flag → the field that it sets
     "--dataset_split": "data.dataset_split",
     "--dataset_streaming": "data.dataset_streaming",
     "--text_column": "data.text_column",
+    "--tokenizer": "data.tokenizer",
     "--output_dir": "output_dir",
     "--seed": "seed",
 }
@@ -335,6 +336,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="columns of a row's text, joined by a blank line; default text, where there is none "
         "as the columns suggest (the log says which)",
+    )
+    data.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="gpt2, bytes, an encoding of tiktoken such as cl100k_base, a tokenizer.json or a "
+        f"folder with one, or an id of the Hugging Face Hub; default {_DEFAULTS.data.tokenizer}",
     )
     data.add_argument(
         "--list_files",

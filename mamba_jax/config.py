@@ -23,6 +23,8 @@ from mamba_jax import config_checks as checks
 from mamba_jax import presets
 from mamba_jax.errors import UserError, did_you_mean
 
+_TABLE_ROWS = 64  # a tile of tensor cores and of TPUs' matrix units divides by it
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -54,6 +56,12 @@ class ModelConfig:
     attention_head_size: int = 0  # 0: 64 where it divides d_model, else 32, 16 …
     fusion: str = "residual_norm"  # or "norm" (no residual around it), "sum" (no projection)
     fusion_gain: float = 0.3  # of the fusion's norm at the start
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token tables: matrix units work on whole tiles. The rest are zeros for ever:
+        no id chooses them, and no logit is theirs."""
+        return -(-self.vocab_size // _TABLE_ROWS) * _TABLE_ROWS
 
     @property
     def d_inner(self) -> int:
@@ -142,7 +150,10 @@ class DataConfig:
     # "document": each begins a window of its own, filled up with targets that are not learnt
     window: str = "packed"
     loss_on: str = "all"  # "answer": of rows with prompts, chats included, learn the answers alone
-    tokenizer: str = "gpt2"  # or "bytes"
+    # "gpt2", "bytes", an encoding of tiktoken, a tokenizer.json or its folder, an id of the Hub
+    tokenizer: str = "gpt2"
+    # Share of documents learnt as prefix, suffix, then the middle between them, as for code
+    fim_rate: float = 0.0
     deduplicate: str = (
         "exact"  # leave out equal documents; "near": and similar ones; "none": keep all
     )

@@ -23,7 +23,6 @@ _CHOICES = {
         "pallas_tpu",
     ),
     "model.fusion": ("residual_norm", "norm", "sum"),
-    "data.tokenizer": ("gpt2", "bytes"),
     "data.deduplicate": ("exact", "near", "none"),
     "data.window": ("packed", "concat", "document"),
     "data.loss_on": ("all", "answer"),
@@ -122,6 +121,13 @@ def check(run: "RunConfig") -> None:
 
 
 def _check_data(data: "DataConfig") -> None:
+    if not 0 <= data.fim_rate <= 1:
+        raise UserError(f"data.fim_rate={data.fim_rate} must lie between 0 and 1")
+    if data.fim_rate and data.loss_on == "answer":
+        raise UserError(
+            f"data.fim_rate={data.fim_rate} tears answers from their prompts; with "
+            'data.loss_on="answer" leave it at 0'
+        )
     if not data.mixture:
         if data.curriculum:
             raise UserError("data.curriculum has no use without a data.mixture")

@@ -48,6 +48,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="one prompt a line; '-' is standard input, read as well where it is a pipe and no "
         "prompt is given",
     )
+    parser.add_argument(
+        "--suffix",
+        metavar="TEXT",
+        help="write what lies between each prompt and this text; for a model trained with "
+        "data.fim_rate",
+    )
     for name, type_, default, about in (
         ("--max_tokens", int, 200, "new tokens per prompt"),
         ("--temperature", float, 0.8, "0: no randomness"),
@@ -102,7 +108,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Loads the checkpoint and prints prompts and texts."""
     from mamba_jax.config import with_scan
-    from mamba_jax.data.tokenizer import load_tokenizer
+    from mamba_jax.data.tokenizer import load_saved
     from mamba_jax.generation import check_settings, generate_text
     from mamba_jax.models.language_model import matmul_dtype
     from mamba_jax.modules.mamba import resolve_scan
@@ -115,6 +121,11 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     path = checkpoint.resolve(arguments.checkpoint, log)
     metadata = checkpoint.read_metadata(path)
     log(f"{path}: {metadata.config.name}, step {metadata.step}")
+    if arguments.suffix is not None and not metadata.config.data.fim_rate:
+        raise UserError(
+            f"--suffix: {path} was trained without data.fim_rate and cannot fill in the middle; "
+            "leave --suffix out"
+        )
     model = metadata.config.model
     if arguments.scan is not None:
         model = with_scan(model, arguments.scan)
@@ -122,9 +133,10 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     generate_text(
         checkpoint.restore_params(path),
         model,
-        load_tokenizer(metadata.config.data.tokenizer),
+        load_saved(path, metadata.config.data.tokenizer),
         prompts,
-        on_text=InOrder(prompts),
+        suffix=arguments.suffix,
+        on_text=InOrder(prompts, arguments.suffix or ""),
         **settings,
     )
 
@@ -132,8 +144,12 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
 class InOrder:
     """Prints prompts and their texts in order: the first that is not complete as it comes."""
 
-    def __init__(self, prompts: list[str]):
-        self._prompts = prompts
+    def __init__(self, prompts: list[str], suffix: str = ""):
+        """Args:
+        prompts: come before their texts.
+        suffix: comes after each.
+        """
+        self._prompts, self._suffix = prompts, suffix
         self._waiting = [""] * len(prompts)
         self._complete = [False] * len(prompts)
         self._current = -1
@@ -147,7 +163,7 @@ class InOrder:
             self._waiting[self._current] = ""
             if not self._complete[self._current]:
                 break
-            print(flush=True)
+            print(self._suffix, flush=True)
             self._begin_next()
 
     def _begin_next(self) -> None:

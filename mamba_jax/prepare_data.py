@@ -4,11 +4,15 @@ It takes the flags of ``train``; a run with the same ones starts at once. Stoppe
 same command goes on where it stopped.
 """
 
+import argparse
+import os
 import sys
 
 from mamba_jax import arguments
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, command
+
+_INSPECTED = 3
 
 
 def run(config: RunConfig) -> None:
@@ -32,6 +36,32 @@ def run(config: RunConfig) -> None:
     )
 
 
+def inspect(config: RunConfig, count: int) -> None:
+    """Prints the windows that a run with this config begins with.
+
+    Raises:
+      UserError: as ``run``; and if the text is too little for a run.
+    """
+    from mamba_jax.data.pipeline import prepare
+    from mamba_jax.data.show import show_window
+
+    corpus = prepare(config.data, seq_len=config.model.max_seq_len, seed=config.seed, log=_say)
+    tokenizer = corpus.tokenizer
+    names = {token: name for name, token in tokenizer.special_ids.items()}
+    if corpus.fill:
+        names |= dict(zip(tokenizer.fim_ids, ("prefix", "suffix", "middle"), strict=True))
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    batch = next(corpus.train_batches(count, config.seed))
+    for number, window in enumerate(batch, 1):
+        tokens = [int(token if token >= 0 else ~token) for token in window]
+        print(
+            f"\n==> window {number} of a training: {len(window) - 1:,} targets, "
+            f"{int((window[1:] < 0).sum()):,} of them not learnt; "
+            f"{tokens.count(tokenizer.eot_id):,} documents begin <=="
+        )
+        print(show_window(window, tokenizer, names, colour=colour))
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -52,6 +82,13 @@ def _parser() -> arguments.Parser:
         help="processes; default data.tokenise_workers: as many as there are processors and the "
         "text is worth",
     )
+    parser.add_argument(
+        "--inspect",
+        metavar="N",
+        nargs="?",
+        help=f"show the first N windows of a training as text (default {_INSPECTED}): where "
+        "documents begin, what is not learnt, in colours on a terminal unless NO_COLOR is set",
+    )
     arguments.add_data_flags(parser)
     return parser
 
@@ -63,7 +100,7 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         parser.print_help()
         return 0
-    rest = _take_workers(argv)
+    count, rest = _take_inspect(_take_workers(argv))
     asked = arguments.read(rest)
     if asked.resume or asked.profile or asked.dry_run:
         raise UserError("--resume, --profile and --dry_run have no use where nothing is trained")
@@ -75,11 +112,30 @@ def main(argv: list[str]) -> int:
         list_files(asked.config.data, _say)
         return 0
     try:
-        run(asked.config)
+        if count:
+            inspect(asked.config, count)
+        else:
+            run(asked.config)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _take_inspect(argv: list[str]) -> tuple[int, list[str]]:
+    """Returns the number of ``--inspect``, 0 without it, and the other words.
+
+    Raises:
+      UserError: if it is no number from 1 up.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--inspect", nargs="?", const=str(_INSPECTED), default="")
+    found, rest = parser.parse_known_args(argv)
+    if not found.inspect:
+        return 0, rest
+    if not found.inspect.isdecimal() or not int(found.inspect):
+        raise UserError(f"--inspect={found.inspect}: give a number of windows from 1 up")
+    return int(found.inspect), rest
 
 
 def _take_workers(argv: list[str]) -> list[str]:

@@ -53,7 +53,7 @@ def _run(
 ) -> int:
     """One attempt of ``run``."""
     from mamba_jax.data.pipeline import prepare
-    from mamba_jax.data.tokenizer import with_vocabulary
+    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
     from mamba_jax.estimator import plan_run
     from mamba_jax.estimator.budget import set_client_fraction
     from mamba_jax.generation.generate import generate_text
@@ -91,6 +91,9 @@ def _run(
             monitor.say(f"nothing to do: {start.path} is complete at step {start.metadata.step}")
             print(summary_file.read_text(), end="")
             return 0
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if start:
+            resuming.check_same_tokenizer(start, tokenizer.name, tokenizer.identity)
         begun = start.metadata.step if start else 0
         traced = (1, 0) if profile is None else traced_steps(*profile, begun, training.max_steps)
         resuming.check_writable(output_dir)
@@ -107,7 +110,7 @@ def _run(
         # The data.
         seq_len, batch_size = config.model.max_seq_len, config.vram.effective_batch_size
         corpus = prepare(config.data, seq_len=seq_len, seed=config.seed, log=monitor.say)
-        asked, config = (with_vocabulary(each, corpus.tokenizer) for each in (asked, config))
+        asked, config = (with_vocabulary(each, tokenizer) for each in (asked, config))
 
         # The state, made from the seed or read from a checkpoint.
         if start:
@@ -121,7 +124,7 @@ def _run(
             state = init_state(config, mesh)
 
         # The step, its batches and its measures.
-        eot_id, token_bytes = corpus.tokenizer.eot_id, corpus.tokenizer.token_bytes
+        eot_id, token_bytes = tokenizer.eot_id, tokenizer.token_bytes
         train_step = ElasticStep(config, mesh, eot_id, monitor.warn)
         eval_step = make_eval_step(config, mesh, eot_id, token_bytes)
         batches = monitor.waiting(
@@ -162,7 +165,7 @@ def _run(
             (text,) = generate_text(
                 state["params"],
                 config.model,
-                corpus.tokenizer,
+                tokenizer,
                 [prompt],
                 **_SAMPLE,
                 seed=config.seed,
@@ -178,7 +181,14 @@ def _run(
             # As asked for: on another device the run is laid out anew.
             layout = layout_of(asked, config)
             return Metadata(
-                asked, step, samples_seen(), corpus.fingerprint, measures, layout, planned.device
+                asked,
+                step,
+                samples_seen(),
+                corpus.fingerprint,
+                measures,
+                layout,
+                planned.device,
+                tokenizer.identity,
             )
 
         def last_good() -> pathlib.Path | None:
@@ -193,7 +203,7 @@ def _run(
         evaluation: Evaluation | None = None  # of this very step
         with (
             train_step.guard(),
-            CheckpointWriter(output_dir, **keep, log=monitor.say) as writer,
+            CheckpointWriter(output_dir, **keep, log=monitor.say, files=tokenizer.files) as writer,
             Profile(*traced, monitor, late.drain) as profiler,
         ):
             for step in range(first_step + 1, training.max_steps + 1):

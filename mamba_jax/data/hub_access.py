@@ -11,7 +11,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 
-from mamba_jax.errors import UserError
+from mamba_jax.errors import UserError, shortly
 
 _PATIENCE_SECS = 1.5  # for the Hub's first sign of life; the library itself would wait for 24
 PARQUET_COPY = "refs/convert/parquet"  # the branch on which the Hub keeps its own conversion
@@ -67,7 +67,7 @@ def library_errors(name: str) -> Iterator[None]:
 
 def _explained(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # the library wraps the cause of a failed build
-    words = (str(cause) or type(cause).__name__).strip().splitlines()[0]
+    words = shortly(cause)
     if os.path.isdir(name):
         return f"dataset {name} cannot be loaded: {words}"
     kinds = {kind.__name__ for link in (error, cause) for kind in type(link).__mro__}
@@ -119,6 +119,44 @@ def check_within_reach(name: str, log: Callable[[str], None]) -> None:
     os.environ["HF_DATASETS_OFFLINE"] = "1"  # read once, when the library is imported
     if library := sys.modules.get("datasets"):
         library.config.HF_HUB_OFFLINE = True
+
+
+def tokenizer_file(name: str, file: str, beside: str) -> pathlib.Path:
+    """Returns where a file of a model on the Hub lies here now, with ``beside`` beside it if any.
+
+    Raises:
+      UserError: if it is neither on the Hub nor in its cache.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    why = out_of_reach()
+    get = lambda wanted: huggingface_hub.hf_hub_download(name, wanted, local_files_only=bool(why))
+    what = f'data.tokenizer="{name}"'
+    try:
+        with contextlib.suppress(errors.EntryNotFoundError):  # also: not in the cache
+            get(beside)
+        return pathlib.Path(get(file))
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"{what} is gated: accept its terms on https://huggingface.co/{name}, then log in on "
+            "this machine by `hf auth login` (or set HF_TOKEN)"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"{what}: the Hugging Face Hub has no such model, or does not show it; check its id"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{what} is neither a file here nor in the cache, and the Hugging Face Hub is out of "
+            f"reach ({why or shortly(error)}); go online once, or give a tokenizer.json"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(
+            f"{what}: that model has no {file}; take one that has, or convert its tokenizer"
+        ) from error
+    except (OSError, ValueError) as error:  # of the connection, the disk, the form of the id
+        raise UserError(f"{what} cannot be downloaded: {shortly(error)}") from error
 
 
 def unreachable(name: str, why: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mamba_jax.config import DataConfig
+from mamba_jax.data.fill_in_the_middle import FillInTheMiddle
 from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.order import Order
 from mamba_jax.data.plan import Plan, Settings, load_or_make
@@ -37,6 +38,7 @@ class Corpus:
       eval: windows held out; no document or block of one is on both sides.
       summary: what was read and what was skipped.
       origins: names of the sources.
+      fill: turns some documents of training windows around; None: none.
       phases: (step, weight of each source), the first at 0: which weights hold from which step on.
     """
 
@@ -47,6 +49,7 @@ class Corpus:
     summary: Summary
     origins: tuple[str, ...]
     phases: tuple[tuple[int, tuple[float, ...]], ...]
+    fill: FillInTheMiddle | None = None
 
     def train_batches(
         self, batch_size: int, seed: int, start_sample: int = 0
@@ -68,17 +71,25 @@ class Corpus:
         """
         if batch_size < 1 or start_sample < 0:
             raise ValueError(f"cannot batch by {batch_size} from sample {start_sample}")
-        return self._batches(self._order(batch_size, seed), batch_size, start_sample)
+        return self._batches(self._order(batch_size, seed), batch_size, seed, start_sample)
 
     def _order(self, batch_size: int, seed: int) -> Order:
         phases = [(step * batch_size, weights) for step, weights in self.phases]
         return Order([len(source) for source in self.train.sources], phases, seed)
 
-    def _batches(self, order: Order, batch_size: int, start: int) -> Iterator[np.ndarray]:
-        sources = self.train.sources
+    def _batches(
+        self, order: Order, batch_size: int, seed: int, start: int
+    ) -> Iterator[np.ndarray]:
+        sources, fill = self.train.sources, self.fill
         while True:
-            places = [order[sample] for sample in range(start, start + batch_size)]
-            yield np.stack([sources[source][index] for source, index in places])
+            samples = range(start, start + batch_size)
+            windows = [sources[source][index] for source, index in map(order.__getitem__, samples)]
+            if fill:
+                windows = [
+                    fill(window, seed, sample)
+                    for window, sample in zip(windows, samples, strict=True)
+                ]
+            yield np.stack(windows)
             start += batch_size
 
     def shares_text(self, samples: int, batch_size: int) -> str:
@@ -174,13 +185,17 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
                 f"{origin} has not one window of {seq_len} tokens to train on; leave it out of "
                 "data.mixture, add text to it, or lower model.max_seq_len"
             )
-    words = [plan.fingerprint, config.window, config.loss_on, phases]
+    words = [plan.fingerprint, config.window, config.loss_on, config.fim_rate, phases]
     fingerprint = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
     log(
         f"held out {evaluation.stream_tokens:,} tokens ({evaluation.stream_tokens / total:.2%}): "
         f"{len(evaluation):,} windows of {seq_len:,}; to train on: {len(train):,}"
     )
-    return Corpus(tokenizer, fingerprint, train, evaluation, summary, plan.origins, phases)
+    fill = FillInTheMiddle(config.fim_rate, tokenizer.eot_id, tokenizer.fim_ids)
+    return Corpus(
+        *(tokenizer, fingerprint, train, evaluation, summary, plan.origins, phases),
+        fill=fill if config.fim_rate else None,
+    )
 
 
 def tokenise(
@@ -225,6 +240,8 @@ def tokenise(
         raise sources[0].nothing(summary)
     for line in summary.lines():
         log(line)
+    if tokenizer.doubt:
+        log(tokenizer.doubt)
     return tokenizer, store, plan
 
 

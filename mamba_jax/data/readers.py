@@ -17,11 +17,11 @@ from mamba_jax.data.records import (
     usual_columns,
 )
 from mamba_jax.data.summary import Summary, shown
-from mamba_jax.data.tokenizer import cut_text
+from mamba_jax.data.text_cuts import cut_text
 from mamba_jax.errors import UserError
 
 # Raise it whenever the same file would give other pieces.
-VERSION = f"2 {TEMPLATE}"
+VERSION = f"3 {TEMPLATE}"
 _TEXT, _JSON = (".txt", ".py", ".md"), (".json", ".jsonl")
 EXTENSIONS = (*_TEXT, *_JSON, ".parquet")
 _ROWS_AT_A_TIME = 1_000

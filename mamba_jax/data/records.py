@@ -19,7 +19,7 @@ out.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mamba_jax.data.tokenizer import well_formed
+from mamba_jax.data.text_cuts import well_formed
 
 # Raise it whenever the same record would give another text.
 TEMPLATE = 2

@@ -197,9 +197,14 @@ class Builder:
           UserError: if the part changed while it was read.
         """
         first, summary, digest = len(self._starts), Summary(""), None
+        encoder, learn = self._tokenizer.document_encoder(), True
         for piece in part.pieces(summary):
+            if piece.begins or piece.learn != learn:
+                self._write_tokens(encoder.cut(), learn)
+                learn = piece.learn
             if piece.begins:
                 self._end_document(digest)
+                encoder = self._tokenizer.document_encoder()
                 digest = hashlib.blake2b(digest_size=16)
                 self._starts.append(self._position)
                 self._bytes.append(0)
@@ -208,10 +213,10 @@ class Builder:
             encoded = piece.text.encode("utf-8", "surrogatepass")
             digest.update(encoded)
             self._bytes[-1] += len(encoded)
-            tokens = self._tokenizer.encode(piece.text).astype(self._dtype)
-            self._write(tokens.tobytes(), len(tokens), piece.learn)
+            self._write_tokens(encoder.push(piece.text), learn)
             self.text_bytes += len(encoded)
             progress(len(encoded))
+        self._write_tokens(encoder.cut(), learn)
         self._end_document(digest)
         if part.key() != key:
             raise UserError(f"{part.name} changed while it was read; start again")
@@ -222,6 +227,9 @@ class Builder:
         if digest is not None:
             self._ends.append(self._position)
             self._digests.append(digest.digest())
+
+    def _write_tokens(self, tokens: np.ndarray, learn: bool) -> None:
+        self._write(tokens.astype(self._dtype).tobytes(), len(tokens), learn)
 
     def _write(self, data: bytes, count: int, learn: bool) -> None:
         if not learn and self._learn is None:

@@ -154,8 +154,9 @@ class Store:
           OSError: if it cannot be read.
         """
         identity = f"{_FORMAT}\n{tokenizer.identity}".encode()
-        name = f"{tokenizer.name}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
-        self.root = cache_folder(cache_root) / name.replace("/", "_")
+        name = pathlib.PurePath(tokenizer.name).name  # for people: of a path the last part
+        name = f"{name}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
+        self.root = cache_folder(cache_root) / name
         self._shard_root = self.root / "shards"
         self._tokenizer, self._log = tokenizer, log
         self._shards: dict[str, Shard] = {}  # by name

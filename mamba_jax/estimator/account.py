@@ -8,7 +8,7 @@ ones were found in its buffer assignment by name and shape. What it leaves out a
 the gaps between buffers: a few percent (``benchmarks/results/estimator_rtx4080.md``).
 
 Legend, of one layer and token: d d_model, e d_inner, n d_state, r dt_rank, k conv width; f bytes of
-a float32, a of a number of the matmul dtype; v vocabulary.
+a float32, a of a number of the matmul dtype; v vocabulary (padded).
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ _F = 4
 # own sums of dB and dC), tokens whose states are in registers together.
 _CHUNK_TOKENS, _BLOCK_CHANNELS, _GROUP_TOKENS = 32, 32, 2
 _SCHEDULER_WARPS = 1_056  # warps up to which the backward scan splits a sequence
-_PADDED = 16  # to a multiple of it XLA pads the vocabulary for tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Accou
     tokens = rows * setting.seq_len
     count = parameter_count(model).total
     layers = model.n_layers * layer_parameters(model)
-    d, v, a = model.d_model, model.vocab_size, setting.dtype_bytes
+    d, v, a = model.d_model, model.padded_vocab_size, setting.dtype_bytes
 
     sums = _F * count // setting.fsdp if setting.accumulation_steps > 1 else 0
     gathered = _F * count if setting.fsdp > 1 else 0
@@ -62,9 +61,8 @@ def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Accou
     if setting.remat == "none" and a < _F:
         kept += a * layers  # the weights in the matmul dtype, for the backward
 
-    logits = (_F + a) * chunk * v  # and their gradients; or these once more, padded
-    padded = 2 * a * chunk * v + a * v * d if v % _PADDED and a < _F else 0
-    loss = 2 * _F * d * tokens + a * v * d + max(logits, padded)
+    logits = (_F + a) * chunk * v  # and their gradients
+    loss = 2 * _F * d * tokens + a * v * d + logits
     workspace = waiting + _scratch(model, rows, setting.seq_len)
     workspace += tokens * _workspace(model, setting)
     parts = {

@@ -42,6 +42,7 @@ def generate_text(
     seed: int,
     batch_size: int | None = None,
     head: str = "exact",
+    suffix: str | None = None,
     on_text: Callable[[int, str | None], None] | None = None,
 ) -> list[str]:
     """Continues each prompt until the model ends its document or ``max_tokens`` are made.
@@ -60,6 +61,8 @@ def generate_text(
       batch_size: prompts at a time; None: all at once.
       head: "exact", or "int8": with the head's matrix rounded to int8, which is faster for one row
         on a CPU and changes the logits slightly.
+      suffix: the text to write up to, by a model that was trained with ``data.fim_rate``; None:
+        open end.
       on_text: told (index of the prompt, new text) as it comes, in whole characters, and at last
         (index, None): that text is complete.
 
@@ -74,8 +77,13 @@ def generate_text(
         return []
     params = jax.device_put(params)  # once, not at every dispatch
     params = build.prepare_for_decoding(params, model_config, int8_head=head == "int8")
-    begin = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
-    sequences = [np.concatenate([begin, tokenizer.encode(prompt)]) for prompt in prompts]
+    before = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
+    after = np.zeros(0, np.int32)
+    if suffix is not None:
+        prefix_id, suffix_id, middle_id = tokenizer.fim_ids
+        before = np.array([tokenizer.eot_id, prefix_id], np.int32)
+        after = np.array([suffix_id, *tokenizer.encode(suffix), middle_id], np.int32)
+    sequences = [np.concatenate([before, tokenizer.encode(each), after]) for each in prompts]
     batch_size = min(batch_size or len(prompts), len(prompts))
     texts = [""] * len(prompts)
     decoders = {index: StreamDecoder(tokenizer) for index in range(len(prompts))}

@@ -116,8 +116,11 @@ def forward(
     return x_btd, aux, final_cache
 
 
-def head_weight(params: Params, config: ModelConfig) -> Float[Array, "v d"]:
-    """Returns the head's matrix: the embedding when tied, unless it was prepared apart."""
+def head_weight(params: Params, config: ModelConfig) -> Float[Array, "padded_v d"]:
+    """Returns the head's matrix: the embedding when tied, unless it was prepared apart.
+
+    It has ``config.padded_vocab_size`` rows, the last of them of no token.
+    """
     tied = config.tie_embeddings and "lm_head" not in params
     return params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
 
@@ -131,13 +134,15 @@ def logits(params: Params, config: ModelConfig, x: Float[Array, "*n d"]) -> Floa
     with jax.named_scope("lm_head"):
         if "int8" in params.get("lm_head", {}):
             y_nv = int8_matmul.matmul(x.reshape(-1, x.shape[-1]), params["lm_head"]["int8"])
-            return y_nv.reshape(*x.shape[:-1], -1)
-        return jnp.einsum(
-            "...d,vd->...v",
-            x.astype(dtype),
-            head_weight(params, config).astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
+            y = y_nv.reshape(*x.shape[:-1], -1)
+        else:
+            y = jnp.einsum(
+                "...d,vd->...v",
+                x.astype(dtype),
+                head_weight(params, config).astype(dtype),
+                preferred_element_type=jnp.float32,
+            )
+        return y[..., : config.vocab_size]
 
 
 def apply(

@@ -15,7 +15,7 @@ class ParameterCount:
 
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Counts the parameters of ``models.build.init``; ``config.vocab_size`` must be set."""
-    table = config.vocab_size * config.d_model
+    table = config.padded_vocab_size * config.d_model
     rest = config.n_layers * layer_parameters(config) + config.d_model  # the final norm
     tables = table if config.tie_embeddings else 2 * table
     return ParameterCount(rest + tables, rest)

@@ -21,7 +21,7 @@ What is left out: masked scores that a block computes in vain, dropout, casts, c
 devices. Rows are taken as one document each; with more, the attention sees fewer keys.
 
 Legend: d d_model, e d_inner, n d_state, r dt_rank, k conv width, h heads, p head size,
-v vocabulary, a bytes of a number of the matmul dtype.
+v vocabulary (padded), a bytes of a number of the matmul dtype.
 """
 
 import dataclasses
@@ -166,7 +166,7 @@ def _unneeded_macs(config: ModelConfig) -> dict[str, int]:
 
 def _embed(config: ModelConfig, setting: Setting) -> Part:
     row = config.d_model * _FLOAT32_BYTES
-    table = config.vocab_size * row / setting.pass_tokens
+    table = config.padded_vocab_size * row / setting.pass_tokens
     # The gradient is a table of zeros, to the rows of which the tokens' gradients are added.
     return Part(
         "embed",
@@ -353,7 +353,7 @@ def _fusion(config: ModelConfig, setting: Setting) -> Part:
 
 
 def _head(config: ModelConfig, setting: Setting) -> list[Part]:
-    d, v = config.d_model, config.vocab_size
+    d, v = config.d_model, config.padded_vocab_size
     norm = _operation(
         "norm_f", setting, weights=d, elementwise=4 * d, special=1, reads=4 * d, writes=4 * d
     )

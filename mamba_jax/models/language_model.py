@@ -17,18 +17,22 @@ class Embedding(nnx.Module):
     """The token table (v, d); with tied embeddings it is the head's matrix too."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.d_model)
-        init = initializers.normal(EMBEDDING_STD)
-        self.embedding = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.embedding = nnx.Param(_table(config, EMBEDDING_STD, rngs))
 
 
 class Head(nnx.Module):
     """The untied head's matrix (v, d): rows are tokens, as in the embedding."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.d_model)
-        init = initializers.normal(config.d_model**-0.5)
-        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(_table(config, config.d_model**-0.5, rngs))
+
+
+def _table(config: ModelConfig, std: float, rngs: nnx.Rngs) -> jax.Array:
+    """Draws a row per token id; the rows beyond are zeros, as their gradients are."""
+    drawn_vd = initializers.normal(std)(
+        rngs.params(), (config.vocab_size, config.d_model), jnp.float32
+    )
+    return jnp.pad(drawn_vd, ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
 
 
 class LanguageModel(nnx.Module):

@@ -18,7 +18,7 @@ from mamba_jax.parallel.mesh import FSDP
 # the scan over layers would have to gather. Vectors, and what is no larger than a few of them, are
 # not worth the communication.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embed/embedding", PartitionSpec(None, FSDP)),  # (v, d): 50257 = 29·1733 hardly divides
+    (r"embed/embedding", PartitionSpec(None, FSDP)),  # (v, d)
     (r"lm_head/kernel", PartitionSpec(None, FSDP)),  # (v, d)
     (r"in_proj/kernel", PartitionSpec(None, FSDP, None, None)),  # (l, d, 2, e)
     (r"conv1d/kernel", PartitionSpec(None, None, FSDP)),  # (l, k, e)

@@ -9,7 +9,8 @@ has to reach the loop.
 import concurrent.futures
 import pathlib
 import shutil
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ class CheckpointWriter:
         keep_last: int,
         keep_every: int,
         log: Callable[[str], None],
+        files: Mapping[str, bytes] = types.MappingProxyType({}),
     ):
         """
         Args:
@@ -63,10 +65,12 @@ class CheckpointWriter:
           keep_last: as in ``TrainingConfig``.
           keep_every: as in ``TrainingConfig``.
           log: is told of each save that is complete, from the writer's thread.
+          files: name → content of what else each checkpoint holds.
         """
         self._output_dir = output_dir
         self._keep = {"keep_last": keep_last, "keep_every": keep_every}
         self._log = log
+        self._files = files
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         for leftover in unfinished_saves(output_dir):
@@ -121,6 +125,8 @@ class CheckpointWriter:
             params = {PARAMS: state[PARAMS]}
             for part, tree in (*params.items(), (OPTIMIZER, _without_params(state))):
                 _save_tree(unfinished / part, tree)
+            for file, data in self._files.items():
+                (unfinished / file).write_bytes(data)
             write_metadata(unfinished, metadata)
             write_manifest(unfinished)
             publish(unfinished, target)

@@ -6,6 +6,7 @@
         params/                      orbax: the parameters alone, all that generation reads
         optimizer/                   orbax: everything else of the training state
         config.json                  what it takes to rebuild model, tokenizer and run
+        tokenizer.json, …            of a tokenizer that is not packaged
         MANIFEST.json                a hash of every other file; its presence says "complete"
 
 Nothing here knows about arrays, so looking for a checkpoint costs no import of JAX.
@@ -27,7 +28,8 @@ import mamba_jax
 from mamba_jax.config import RunConfig, from_dict, to_dict
 from mamba_jax.errors import UserError
 
-FORMAT = 1  # of the folder; raised when an older program could no longer read it
+FORMAT = 2  # of the folder; raised when an older program could no longer read it
+_OLDEST = 2  # format that can be read: before it token tables had no rows but those of ids
 FINAL = "final"
 PARAMS = "params"
 OPTIMIZER = "optimizer"
@@ -49,6 +51,7 @@ class Metadata:
     # What was chosen for the device where the config leaves it open: group → field → value.
     layout: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     device: str = ""  # that it was chosen for
+    tokenizer_identity: str = ""  # as in ``data.tokenizer.Tokenizer``; older checkpoints lack it
 
     @property
     def laid_out(self) -> RunConfig:
@@ -120,6 +123,7 @@ def write_metadata(path: pathlib.Path, metadata: Metadata) -> None:
         "samples_seen": metadata.samples_seen,
         "data_fingerprint": metadata.data_fingerprint,
         "tokenizer": metadata.config.data.tokenizer,
+        "tokenizer_identity": metadata.tokenizer_identity,
         "metrics": dict(metadata.metrics),
         "layout": dict(metadata.layout),
         "device": metadata.device,
@@ -159,6 +163,12 @@ def read_metadata(path: pathlib.Path) -> Metadata:
                 f"{record['versions']['mamba_jax']}; this one, {mamba_jax.__version__}, reads "
                 f"up to format {FORMAT}: update it"
             )
+        if record["format"] < _OLDEST:
+            raise UserError(
+                f"checkpoint {path} has format {record['format']}, made by mamba_jax "
+                f"{record['versions']['mamba_jax']}, which this one, {mamba_jax.__version__}, no "
+                "longer reads: go on with the version that made it, or train anew"
+            )
         return Metadata(
             config=from_dict(record["config"]),
             step=int(record["step"]),
@@ -167,6 +177,7 @@ def read_metadata(path: pathlib.Path) -> Metadata:
             metrics=record["metrics"],
             layout=record.get("layout", {}),  # older checkpoints lack it
             device=record.get("device", ""),
+            tokenizer_identity=record.get("tokenizer_identity", ""),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {_CONFIG} lacks or garbles {error}") from error

@@ -147,6 +147,7 @@ def _head(config: RunConfig) -> dict[str, Any]:
     return {
         "chunk_tokens": config.training.loss_chunk_tokens or default_chunk_tokens(),
         "dtype": build.matmul_dtype(config.model),
+        "vocab_size": config.model.vocab_size,
     }
 
 

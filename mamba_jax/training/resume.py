@@ -139,14 +139,33 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
         and (old := getattr(saved.model, field.name)) != (new := getattr(wanted.model, field.name))
         and not (field.name == "vocab_size" and new == 0)  # not yet looked up
     ]
-    if saved.data.tokenizer != wanted.data.tokenizer:
-        differences.append(
-            f"data.tokenizer {saved.data.tokenizer} there, {wanted.data.tokenizer} here"
-        )
     if differences:
         raise UserError(
             f"checkpoint {path} is of another model: {'; '.join(differences)}; resume with the "
             "config it was made with, or choose another --output_dir"
+        )
+
+
+def check_same_tokenizer(start: Start, name: str, identity: str) -> None:
+    """Refuses to continue with another tokenizer: the ids would mean other text.
+
+    Args:
+      start: the checkpoint.
+      name: ``data.tokenizer`` of the run; another one may name the same tokenizer.
+      identity: as in ``data.tokenizer.Tokenizer``.
+
+    Raises:
+      UserError: if it differs from the checkpoint's.
+    """
+    saved = start.metadata
+    same_name = saved.config.data.tokenizer == name
+    known = saved.tokenizer_identity
+    if known != identity if known else not same_name:
+        how = "has changed since" if same_name else f"there, {name} here"
+        raise UserError(
+            f"checkpoint {start.path} is of another model: data.tokenizer "
+            f"{saved.config.data.tokenizer} {how}; resume with the tokenizer it was made with, or "
+            "choose another --output_dir"
         )
 
 

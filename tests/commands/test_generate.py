@@ -10,10 +10,12 @@ import pytest
 import mamba_jax.generation
 from mamba_jax import generate
 from mamba_jax.config import DataConfig, RunConfig
+from mamba_jax.data import json_tokenizer
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.generation import generate_text
 from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
+from ..data.small_tokenizers import byte_level
 from ..models.tiny import MAMBA, params_of
 
 CONFIG = RunConfig(
@@ -77,6 +79,42 @@ def test_the_newest_may_be_damaged(run_dir, expected, capsys, tmp_path):
     output = capsys.readouterr()
     assert output.out == "def " + expected("def ")[0] + "\n"
     assert "step_3" in output.err
+
+
+def test_a_suffix_needs_a_model_that_learnt_it(run_dir, params, tmp_path, capsys):
+    arguments = ["--prompt=def ", "--suffix=return", *FLAGS]
+    assert generate.main(["--checkpoint", str(run_dir), *arguments]) == 2
+    assert "trained without data.fim_rate" in capsys.readouterr().err
+    model = dataclasses.replace(CONFIG.model, vocab_size=260)
+    config = dataclasses.replace(
+        CONFIG, model=model, data=dataclasses.replace(CONFIG.data, fim_rate=0.5)
+    )
+    with CheckpointWriter(tmp_path, keep_last=1, keep_every=0, log=print) as writer:
+        state = {"params": params, "step": jnp.int32(1)}
+        writer.save("final", state, Metadata(config, 1, 0, "none"))
+    assert generate.main(["--checkpoint", str(tmp_path), *arguments]) == 0
+    tokenizer = load_tokenizer("bytes")
+    (text,) = generate_text(params, model, tokenizer, ["def "], **SETTINGS, suffix="return")
+    assert capsys.readouterr().out.endswith("def " + text + "return\n")
+
+
+def test_the_checkpoint_carries_its_tokenizer(params, tmp_path, capsys):
+    """The folder of the tokenizer that it was trained with is gone."""
+    file = tmp_path / "tokenizer.json"
+    byte_level().save(str(file))
+    tokenizer = json_tokenizer.from_file(str(file), file)
+    model = dataclasses.replace(CONFIG.model, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(CONFIG, model=model, data=DataConfig(tokenizer=str(file)))
+    state = {"params": jax.jit(params_of, static_argnums=0)(model), "step": jnp.int32(1)}
+    run = tmp_path / "run"
+    run.mkdir()
+    files = tokenizer.files
+    with CheckpointWriter(run, keep_last=1, keep_every=0, log=print, files=files) as writer:
+        writer.save("final", state, Metadata(config, 1, 0, "none"))
+    file.unlink()
+    assert generate.main(["--checkpoint", str(run), "--prompt=def ", *FLAGS]) == 0
+    (text,) = generate_text(state["params"], model, tokenizer, ["def "], **SETTINGS)
+    assert capsys.readouterr().out.endswith("def " + text + "\n")
 
 
 @pytest.mark.parametrize("source", ["file", "dash", "pipe"])

@@ -58,6 +58,23 @@ def test_list_files_tells_of_each_and_tokenises_nothing(main, capsys, tmp_path):
     assert not (tmp_path / "cache").exists() and not (tmp_path / "checkpoints").exists()
 
 
+def test_inspect_shows_the_windows_that_a_training_begins_with(capsys):
+    flags = [*FLAGS, "--config.model.max_seq_len=100", "--seed=3"]
+    assert prepare_data.main([*flags, "--inspect", "2"]) == 0
+    out = capsys.readouterr().out
+    config = DataConfig(data_dir="texts", tokenizer="bytes", cache_dir="cache")
+    batch = next(prepare(config, seq_len=100, seed=3, log=print).train_batches(2, 3))
+    for number, window in enumerate(batch, 1):
+        text = "".join("⟦document⟧" if token == 256 else chr(token) for token in window)
+        heading = f"==> window {number} of a training: 100 targets, 0 of them not learnt; "
+        begun = int((window == 256).sum())
+        assert f"{heading}{begun} documents begin <==\n{text}\n" in out
+    assert prepare_data.main([*flags, "--inspect"]) == 0
+    assert capsys.readouterr().out.count("==> window") == 3
+    assert prepare_data.main([*flags, "--inspect=0"]) == 2
+    assert "--inspect=0: give a number of windows" in capsys.readouterr().err
+
+
 def test_clear_cache_removes_the_tokens(capsys, tmp_path):
     assert prepare_data.main(FLAGS) == 0
     assert train.main([*FLAGS, "--clear_cache", "--list_files"]) == 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mamba_jax.data import decode, json_records, readers, tokenizer
+from mamba_jax.data import decode, json_records, readers, text_cuts
 from mamba_jax.data.decode import Skip, probe, read_text
 from mamba_jax.data.json_records import read_values
 from mamba_jax.data.readers import is_readable, pieces
@@ -239,7 +239,7 @@ def test_one_value_that_is_too_large_is_left_out(tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(readers, "_MOST_HELD_CHARACTERS", 1 << 17)
-    monkeypatch.setattr(tokenizer, "_PIECE_CHARACTERS", 1 << 16)
+    monkeypatch.setattr(text_cuts, "_PIECE_CHARACTERS", 1 << 16)
     record = json.dumps({"text": "some words " * 100}) + "\n"
     record = record[:-1] + ",\n" if layout == "array" else record
     data = (record * 8_000).encode()  # 9 MB
@@ -339,7 +339,7 @@ def test_cuts_between_turns_change_no_token(turns):
 
 def test_long_texts_are_cut_without_changing_a_token(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 300)
-    monkeypatch.setattr(tokenizer, "_PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(text_cuts, "_PIECE_CHARACTERS", 200)
     monkeypatch.setattr(readers, "_MOST_HELD_CHARACTERS", 400)
     text = "".join(f"Line {i},  with 日本 and\n\n more.\t" for i in range(300))
     (tmp_path / "a.txt").write_text(text)

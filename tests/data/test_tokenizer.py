@@ -1,5 +1,7 @@
 """The tokenizers against tiktoken's own encoding and the laws of text."""
 
+import hashlib
+import itertools
 import re
 import socket
 import sysconfig
@@ -8,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken.load
+import tiktoken.registry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
-from tiktoken_ext.openai_public import r50k_pat_str
+from tiktoken_ext import openai_public
 
-from mamba_jax.data import tokenizer as module
-from mamba_jax.data.tokenizer import StreamDecoder, cut_text, load_tokenizer, well_formed
+from mamba_jax.data import text_cuts as module
+from mamba_jax.data import tiktoken_encodings
+from mamba_jax.data.text_cuts import cut_text, well_formed
+from mamba_jax.data.tokenizer import StreamDecoder, load_saved, load_tokenizer
 from mamba_jax.errors import UserError
 
 TEXTS = [
@@ -36,7 +42,7 @@ def oracle():
         patch.setenv("TIKTOKEN_CACHE_DIR", "")  # read the file itself
         ranks = load_tiktoken_bpe(str(file))
     return tiktoken.Encoding(
-        "oracle", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
+        "oracle", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
     )
 
 
@@ -165,16 +171,97 @@ def test_building_opens_no_socket(monkeypatch):
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    assert module._Gpt2().vocab_size == 50257
+    assert tiktoken_encodings.packaged_gpt2().vocab_size == 50257
+
+
+def packaged_ranks():
+    """Where tiktoken looks for the ranks of r50k_base that were downloaded from this address."""
+    address = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+    file = Path(tiktoken_encodings.__file__).parent / "assets" / "gpt2.tiktoken"
+    return hashlib.sha1(address.encode()).hexdigest(), file.read_bytes()
+
+
+@pytest.fixture
+def r50k(monkeypatch, tmp_path):
+    """An encoding of tiktoken in its cache."""
+    name, data = packaged_ranks()
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "r50k_base", None)
+    del tiktoken.registry.ENCODINGS["r50k_base"]
+    return tiktoken_encodings.load("r50k_base")
+
+
+def test_an_encoding_of_tiktoken(r50k, oracle, library_text):
+    assert (r50k.name, r50k.vocab_size, r50k.eot_id) == ("r50k_base", 50257, 50256)
+    assert r50k.encode(library_text).tolist() == oracle.encode_ordinary(library_text)
+    assert r50k.decode(r50k.encode("<|endoftext|>")) == "<|endoftext|>"
+    assert r50k.pieces == load_tokenizer("gpt2").pieces
+
+
+def test_a_checkpoint_carries_an_encoding(r50k, monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    for name, data in r50k.files.items():
+        (tmp_path / name).write_bytes(data)
+    carried = load_saved(tmp_path, "r50k_base")
+    assert (carried.identity, carried.pieces) == (r50k.identity, r50k.pieces)
+    assert carried.eot_id == r50k.eot_id
+    for text in TEXTS:
+        assert carried.encode(text).tolist() == r50k.encode(text).tolist()
+    (tmp_path / tiktoken_encodings.FILE_NAME).write_bytes(b'{"ranks": "0 IQ== 1"}')
+    with pytest.raises(UserError, match="is damaged"):
+        load_saved(tmp_path, "r50k_base")
+
+
+def test_an_encoding_out_of_reach(monkeypatch, tmp_path):
+    def refuse(*_args, **_kwargs):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.load, "read_file", refuse)
+    with pytest.raises(UserError, match=r"cannot be downloaded .no network.; go online") as caught:
+        tiktoken_encodings.load("cl100k_base")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module", params=["p50k_base", "cl100k_base", "o200k_base"])
+def other_pattern(request, oracle):
+    """Another encoding's pattern; GPT-2's ranks stand in for its own, which are not here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: oracle._mergeable_ranks)
+        pattern = getattr(openai_public, request.param)()["pat_str"]
+    return tiktoken.Encoding(
+        "other", pat_str=pattern, mergeable_ranks=oracle._mergeable_ranks, special_tokens={}
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(_WORD, _SPACE), max_size=40))
+def test_cuts_are_exact_for_other_patterns(other_pattern, parts):
+    text = "".join(word + space for word, space in parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE_CHARACTERS", 64)
+        pieces = list(cut_text(text))
+    # The pattern of GPT-2 can be cut before a line feed after a mark, the others cannot.
+    good = [
+        piece
+        for piece, after in itertools.pairwise([*pieces, ""])
+        if not after or after[0] == " " or (after[0] == "\n" and piece[-1].isalnum())
+    ]
+    if len(good) == len(pieces):
+        joined = [token for piece in pieces for token in other_pattern.encode_ordinary(piece)]
+        assert joined == other_pattern.encode_ordinary(text)
 
 
 def test_damaged_missing_and_unknown(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=r'"gpt3" is not one of gpt2, bytes; did you mean "gpt2"'):
+    with pytest.raises(
+        UserError, match=r'"gpt3" is not one of bytes, gpt2,.*; did you mean "gpt2"'
+    ):
         load_tokenizer("gpt3")
-    monkeypatch.setattr(module.importlib.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(tiktoken_encodings.importlib.resources, "files", lambda _: tmp_path)
     with pytest.raises(UserError, match=r"cannot read .*No such file.*install"):
-        module._Gpt2()
+        tiktoken_encodings.packaged_gpt2()
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "gpt2.tiktoken").write_bytes(b"IQ== 0\n")
     with pytest.raises(UserError, match=r"is damaged \(sha256"):
-        module._Gpt2()
+        tiktoken_encodings.packaged_gpt2()

@@ -103,6 +103,20 @@ def test_greedy_is_the_argmax_of_the_whole_forward(family):
         assert tokens.tolist() == best_row[len(row) - 21 : len(row) - 1].tolist()
 
 
+def test_the_middle_is_written_between_prompt_and_suffix():
+    """What is generated continues: begin, prefix, prompt, suffix, suffix's text, middle."""
+    settings = GREEDY | {"max_tokens": 12}
+    (text,) = text_of("mamba", ["def f("], settings, suffix="return x")
+    prefix, suffix, middle = TOKENIZER.fim_ids
+    row = [TOKENIZER.eot_id, prefix, *b"def f(", suffix, *b"return x", middle]
+    made = []
+    while len(made) < 12:
+        logits = whole_logits(params_for("mamba"), CONFIGS["mamba"], jnp.array([row + made]))
+        made.append(int(logits[0, -1, : TOKENIZER.vocab_size].argmax()))
+    assert TOKENIZER.eot_id not in made
+    assert text == TOKENIZER.decode(made) != text_of("mamba", ["def f("], settings)[0]
+
+
 @families
 def test_prefill_in_pieces_equals_one_piece(family, monkeypatch):
     rng = np.random.default_rng(0)
@@ -135,7 +149,8 @@ def test_piece_lengths_cover_and_are_few():
 def test_padding_of_the_vocabulary_is_never_sampled(family):
     head = params_for(family)["lm_head"]["kernel"]
     # Both signs: for each hidden state some padded id has the largest logit by far.
-    signs = (-1.0) ** jnp.arange(7)[:, None]
+    rows = len(head) - TOKENIZER.vocab_size
+    signs = (-1.0) ** jnp.arange(rows)[:, None]
     loud = head.at[TOKENIZER.vocab_size :].set(1000.0 * signs * jnp.ones(head.shape[-1]))
     changed = params_for(family) | {"lm_head": {"kernel": loud}}
     tokens = jnp.array([[TOKENIZER.eot_id, 65]])

@@ -163,7 +163,7 @@ def test_hybrid_small_standard_by_hand():
     # in 4, out 2, x_proj and dt_proj 2 · 2d · d/16, B and C 2d · 32
     assert mamba == 2 * layers * (6.25 * d * d + 64 * d)
     assert mamba / 2 == pytest.approx(23.5e6, rel=2e-3)
-    assert rows["head, loss"] == 2 * 50257 * d
+    assert rows["head, loss"] == 2 * 50304 * d  # padded
     assert rows["recursion"] == 2 * layers * 3 * (4 * d * d + d)
     assert rows["q, k, v, o"] == 2 * layers * (2 + 3 * 2) * d * d
     assert rows["fusion"] == 2 * layers * 2 * d * d

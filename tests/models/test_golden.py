@@ -23,8 +23,12 @@ def as_params(golden, kind):
     )
     transposed = lambda a: a.T
     e = CONFIG.d_inner
+    beyond = CONFIG.padded_vocab_size - CONFIG.vocab_size  # rows of no id: zeros, gradient too
+    assert beyond == 3
     return {
-        "embed": {"embedding": golden[f"{kind}/backbone.embeddings.weight"]},
+        "embed": {
+            "embedding": np.pad(golden[f"{kind}/backbone.embeddings.weight"], ((0, beyond), (0, 0)))
+        },
         "layers": {
             "norm": {"scale": stack("norm.weight")},
             "mixer": {

@@ -90,6 +90,30 @@ def test_values_and_gradients(n, chunk_tokens, dtype, op):
     assert abs(total - weighted_n.sum()) <= nll_tolerance * np.abs(weighted_n).sum()
 
 
+@both
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_rows_beyond_the_ids_change_nothing(op, dtype):
+    """Whatever they hold: their logits would be the largest by far."""
+    arguments = make_arguments(61, dtype)
+    x_nd, weight_vd, targets_n, row_weights_n = arguments
+    loud = 1e3 * jnp.sign(x_nd[:63].astype(jnp.float32))
+    padded_vd = jnp.concatenate([weight_vd, loud])
+
+    def total(x_nd, weight_vd, row_weights_n):
+        how = {"chunk_tokens": 16, "dtype": dtype, "vocab_size": V}
+        return OPS[op](x_nd, weight_vd, targets_n, row_weights_n, **how)
+
+    found, gradients = jax.value_and_grad(total, (0, 1, 2))(x_nd, padded_vd, row_weights_n)
+    plain, dx_nd, dweight_vd, nll_n = run(*arguments, op, 16, dtype)
+    # The same numbers, in sums that the compiler may order otherwise: each is this near the truth.
+    tolerance = 2 * TOLERANCES[dtype][1]
+    np.testing.assert_allclose(found, plain, rtol=1e-5)
+    assert relative_error(gradients[0], np.asarray(dx_nd).astype(np.float64)) <= tolerance
+    assert relative_error(gradients[1][:V], np.asarray(dweight_vd, np.float64)) <= tolerance
+    assert relative_error(gradients[2], np.asarray(nll_n, np.float64)) <= tolerance
+    np.testing.assert_array_equal(gradients[1][V:], 0)
+
+
 def test_the_sum_may_stand_inside_a_larger_loss():
     """Its gradients are made before its cotangent is known: here that is −3 · sum²'s 2 · sum."""
     arguments = make_arguments(17)

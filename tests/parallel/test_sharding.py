@@ -59,7 +59,7 @@ def test_the_table_knows_every_parameter_and_divides_every_matrix(variant):
 @pytest.mark.parametrize(
     ("path", "shape", "fsdp", "spec"),
     [
-        ("params/embed/embedding", (50257, 768), 8, P(None, "fsdp")),
+        ("params/embed/embedding", (50304, 768), 8, P(None, "fsdp")),
         (
             "opt_state/1/mu/layers/mixer/in_proj/kernel",
             (2, 16, 2, 32),

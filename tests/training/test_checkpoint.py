@@ -176,8 +176,12 @@ def test_a_path_means_itself_or_the_newest_in_it(run):
 
 def test_a_newer_format_is_named(run):
     file = run / "step_8/config.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match=r"format 2.*update it"):
+    record = file.read_text()
+    file.write_text(record.replace('"format": 2', '"format": 3'))
+    with pytest.raises(UserError, match=r"format 3.*update it"):
+        read_metadata(run / "step_8")
+    file.write_text(record.replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match=r"format 1, made by .* no longer reads: go on with"):
         read_metadata(run / "step_8")
 
 

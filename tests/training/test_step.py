@@ -201,6 +201,17 @@ def test_without_a_broken_tensor_the_largest_are_named():
     assert culprits(norms | {"d": math.inf, "e": math.nan}) == ["d", "e"]
 
 
+def test_rows_of_no_token_stay_zero():
+    """Neither the loss nor weight decay nor the moments touch them."""
+    state, _ = states(BASE, 2)
+    ids = BASE.model.vocab_size
+    assert BASE.model.padded_vocab_size > ids
+    for tree in (state["params"], state["opt_state"]):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if any(getattr(key, "key", "") in ("embedding", "lm_head") for key in path):
+                assert np.any(leaf[:ids]) and not np.any(leaf[ids:]), path
+
+
 # --- random numbers
 
 

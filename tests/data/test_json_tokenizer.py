@@ -1,0 +1,237 @@
+"""Tokenizers of a tokenizer.json against the library's own encoding, and the laws of text."""
+
+import json
+import pathlib
+import sysconfig
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from mamba_jax.config import DataConfig
+from mamba_jax.data import json_tokenizer
+from mamba_jax.data.pipeline import prepare
+from mamba_jax.data.tokenizer import StreamDecoder, load_saved, load_tokenizer
+from mamba_jax.errors import UserError
+
+from .small_tokenizers import EXACT, KINDS
+from .test_tokenizer import TEXTS
+
+SPECIAL = ["<|endoftext|>", "<|pad|>", "</s>", "<s>", "[SEP]", "[CLS]"]
+ANY_TEXT = st.lists(
+    st.one_of(st.text(max_size=8), st.sampled_from([" ", "\n\n", "  def f(", "self.", *SPECIAL])),
+    max_size=30,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """kind → its tokenizer.json."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    made = {}
+    for kind, make in KINDS.items():
+        (folder / kind).mkdir()
+        made[kind] = folder / kind / "tokenizer.json"
+        make().save(str(made[kind]))
+    return made
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """A text of some hundred characters is encoded in several windows."""
+    monkeypatch.setattr(json_tokenizer, "_WINDOW_CHARACTERS", 64)
+    monkeypatch.setattr(json_tokenizer, "_MARGIN_CHARACTERS", 48)
+
+
+def library(file: pathlib.Path) -> Tokenizer:
+    oracle = Tokenizer.from_file(str(file))
+    oracle.encode_special_tokens = True
+    return oracle
+
+
+def library_ids(file: pathlib.Path, text: str) -> list[int]:
+    return library(file).encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [text for text in TEXTS if "<|" not in text])
+def test_ids_are_the_librarys(files, kind, text):
+    ids = load_tokenizer(str(files[kind])).encode(text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == library_ids(files[kind], text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_a_long_text_are_the_librarys(files, kind, small_windows):
+    lines = pathlib.Path(sysconfig.get_path("stdlib"), "argparse.py").read_text().splitlines()
+    # Longer words than the margin may be cut elsewhere.
+    text = "\n".join(" ".join(w for w in line.split(" ") if len(w) < 30) for line in lines[:900])
+    assert len(text) > 25_000
+    tokenizer = load_tokenizer(str(files[kind]))
+    encoder, found = tokenizer.document_encoder(), []
+    for start in range(0, len(text), 1_000):
+        found.append(encoder.push(text[start : start + 1_000]))
+    assert sum(map(len, found)) > 0.9 * len(tokenizer.encode(text))  # it holds little back
+    ids = np.concatenate([*found, encoder.cut()])
+    assert ids.tolist() == library_ids(files[kind], text)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@settings(max_examples=80, deadline=None)
+@given(text=ANY_TEXT, seed=st.integers(0, 9))
+def test_any_text_comes_back_however_it_is_cut(files, kind, text, seed):
+    tokenizer = load_tokenizer(str(files[kind]))
+    assert not tokenizer.doubt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_tokenizer, "_WINDOW_CHARACTERS", 16)
+        patch.setattr(json_tokenizer, "_MARGIN_CHARACTERS", 16)
+        encoder, rng = tokenizer.document_encoder(), np.random.default_rng(seed)
+        found, start = [], 0
+        while start < len(text):
+            end = start + int(rng.integers(1, 40))
+            found.append(encoder.push(text[start:end]))
+            start = end
+        ids = np.concatenate([np.zeros(0, np.int32), *found, encoder.cut()])
+    assert tokenizer.eot_id not in ids
+    back = tokenizer.decode(ids)
+    if kind == "byte_level":
+        assert back == text
+    else:  # where a window begins inside a word, a space may come before it
+        assert back.replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_spells_a_special_token(files, kind):
+    tokenizer = load_tokenizer(str(files[kind]))
+    record = json.loads(files[kind].read_text())
+    special = {word["id"] for word in record["added_tokens"] if word["special"]}
+    unknown = library(files[kind]).token_to_id(record["model"].get("unk_token") or "")
+    forbidden = (special | {tokenizer.eot_id}) - {unknown, 0 if kind == "unigram" else None}
+    for text in (*SPECIAL, "a</s>b", "x <|endoftext|>\n", "".join(SPECIAL)):
+        ids = tokenizer.encode(text)
+        assert len(ids) and not forbidden & set(ids.tolist()), text
+    if kind in EXACT:
+        text = "a</s>b<|endoftext|><s>"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert library(files["unigram"]).token_to_id("</s>") in library_ids(files["unigram"], "</s>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamed_text_is_the_librarys(files, kind):
+    text = "def naïve(self, x):\n    return 'b' + x  # 日本 🌍\n"
+    tokenizer = load_tokenizer(str(files[kind]))
+    ids = tokenizer.encode(text)
+    decoder = StreamDecoder(tokenizer)
+    streamed = "".join(decoder.push(token) for token in ids) + decoder.flush()
+    # Without a decoder the library puts spaces, which no tokenizer of words can tell from none.
+    expected = library(files[kind]).decode(ids.tolist())
+    assert streamed.removeprefix(" ") == expected.removeprefix(" ")
+    assert tokenizer.decode(ids).removeprefix(" ") == expected.removeprefix(" ")
+    assert tokenizer.token_bytes[ids].sum() == len(streamed.encode())
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_an_answer_has_tokens_of_its_own(files, kind):
+    tokenizer = load_tokenizer(str(files[kind]))
+    encoder = tokenizer.document_encoder()
+    prompt = np.concatenate([encoder.push("return sel"), encoder.cut()])
+    answer = np.concatenate([encoder.push("f.x"), encoder.cut()])
+    assert tokenizer.decode(prompt) == "return sel"
+    assert b"".join(tokenizer.pieces[token] for token in answer) in (b"f.x", b" f.x")
+    prompt = np.concatenate([encoder.push("\nreturn"), encoder.cut()])
+    answer = np.concatenate([encoder.push(" x"), encoder.cut()])
+    assert b"".join(tokenizer.pieces[token] for token in (*prompt, *answer)) == b"\nreturn x"
+
+
+def test_which_token_ends_a_text(files, tmp_path):
+    ends = {
+        "byte_level": "<|endoftext|>",
+        "byte_fallback": "</s>",
+        "unigram": "</s>",
+        "word_piece": "[SEP]",
+    }
+    for kind, end in ends.items():
+        assert load_tokenizer(str(files[kind])).eot_id == library(files[kind]).token_to_id(end)
+    words = load_tokenizer(str(files["word_level"]))
+    assert words.eot_id == words.vocab_size - 1 == library(files["word_level"]).get_vocab_size()
+    for number, end in enumerate(["<|pad|>", {"content": "<|pad|>"}]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        named = load_tokenizer(str(folder))
+        assert named.eot_id == library(files["byte_level"]).token_to_id("<|pad|>")
+        assert named.identity != load_tokenizer(str(files["byte_level"])).identity
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_carries_its_tokenizer(files, kind, tmp_path):
+    original = load_tokenizer(str(files[kind]))
+    for name, data in original.files.items():
+        (tmp_path / name).write_bytes(data)
+    carried = load_saved(tmp_path, "no/longer/there.json")
+    assert carried.identity == original.identity
+    assert (carried.eot_id, carried.pieces) == (original.eot_id, original.pieces)
+    assert carried.files == original.files
+
+
+def test_doubts_are_told(files):
+    assert "does not give every text back" in load_tokenizer(str(files["word_piece"])).doubt
+
+
+def test_a_corpus_of_it(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "def f%d(self):\n    return '</s> <|endoftext|>'\n"
+    texts = [text % number for number in range(40)]
+    (tmp_path / "data").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "data" / f"{number:02}.py").write_text(text)
+    name = str(files["byte_level"])
+    config = DataConfig(data_dir="data", tokenizer=name, cache_dir="cache", eval_fraction=0.1)
+    corpus = prepare(config, seq_len=32, seed=0, log=lambda line: None)
+    tokenizer = load_tokenizer(name)
+    held = [window for side in (*corpus.train.sources, corpus.eval) for window in side]
+    stream = b"".join(
+        b"\0" if token == tokenizer.eot_id else tokenizer.pieces[token]
+        for window in held
+        for token in window[:-1]
+    ).decode()
+    found = {part for part in stream.split("\0") if part in texts}
+    assert len(found) >= 30  # the others lie at the ends of windows
+
+
+def test_errors_are_one_line(tmp_path, monkeypatch, files):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.json").write_text('{"model": {}}')
+    (tmp_path / "noise.json").write_bytes(b"\xff\x00")
+    for name, words in {
+        str(tmp_path / "empty"): "the folder has no tokenizer.json",
+        str(tmp_path / "bad.json"): "is no tokenizer.json",
+        str(tmp_path / "noise.json"): "is no tokenizer.json",
+        str(tmp_path / "gone.json"): "there is no such file or folder",
+        "./gone/folder": "there is no such file or folder",
+        "gtp2": 'did you mean "gpt2"',
+    }.items():
+        with pytest.raises(UserError, match=words) as caught:
+            load_tokenizer(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_hub_out_of_reach_is_told_at_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="neither a file here nor in the cache"):
+        load_tokenizer("nobody/nothing")
+    assert time.monotonic() - begun < 2  # the promise to users
+
+
+def test_the_librarys_absence_is_told(files, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    with pytest.raises(UserError, match=r"pip install 'mamba_jax\[tokenizers\]'"):
+        json_tokenizer.load(str(files["byte_level"]))

@@ -1,0 +1,59 @@
+"""Windows as text: every boundary is there, nothing is lost, no text moves the cursor."""
+
+import re
+
+import numpy as np
+
+from mamba_jax.data.show import show_window
+from mamba_jax.data.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+EOT = BYTES.eot_id
+
+
+def window_of(*parts):
+    return np.concatenate([np.atleast_1d(part) for part in parts]).astype(np.int32)
+
+
+def ids(text, learnt=True):
+    tokens = BYTES.encode(text)
+    return tokens if learnt else ~tokens
+
+
+WINDOW = window_of(
+    ids("end of one"), EOT, ids("Q: naïve 🌍?", learnt=False), ids(" A\n"), EOT, ids("x"), 257, EOT,
+    [~EOT] * 5,
+)  # fmt: skip
+
+
+def test_plain_marks():
+    shown = show_window(WINDOW, BYTES, {257: "suffix"}, colour=False)
+    assert shown == (
+        "end of one⟦document⟧⟦not learnt:⟧Q: naïve 🌍?⟦learnt:⟧ A\n⟦document⟧x⟦suffix⟧⟦document⟧"
+        "⟦padding: 5 tokens⟧"
+    )
+
+
+def test_colours_tell_documents_apart_and_dim_what_is_not_learnt():
+    shown = show_window(WINDOW, BYTES, {257: "suffix"}, colour=True)
+    plain = re.sub(r"\033\[[\d;]*m", "", shown)
+    assert plain == (
+        "end of one⟦document⟧Q: naïve 🌍? A\n⟦document⟧x⟦suffix⟧⟦document⟧⟦padding: 5 tokens⟧"
+    )
+    style = {
+        text: codes for codes, text in re.findall(r"((?:\033\[[\d;]*m)+)([^\033]+)\033\[0m", shown)
+    }
+    assert style["end of one"] == style["x"] != style[" A\n"]
+    assert style["Q: naïve 🌍?"] == style[" A\n"] + "\033[2m"
+    assert style["⟦padding: 5 tokens⟧"] == "\033[2m"
+    assert shown.endswith("\033[0m")
+
+
+def test_a_text_cannot_steer_the_terminal():
+    shown = show_window(window_of(EOT, ids("a\x1b[2Jb\r\x07\u202e")), BYTES, {}, colour=False)
+    assert shown == "⟦document⟧a\\x1b[2Jb\\r\\x07\\u202e"
+
+
+def test_characters_cut_by_the_window_are_replaced():
+    shown = show_window(window_of(ids("é")[1:], ids("a🌍")[:3]), BYTES, {}, colour=False)
+    assert shown == "\ufffda\ufffd"
