@@ -51,8 +51,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the checkpoint, writes the folder, verifies it, gives it its name."""
-    from mamba_jax.data.tokenizer import load_tokenizer
-    from mamba_jax.exporting import hf, tensors
+    from mamba_jax.data.tokenizer import load_saved
+    from mamba_jax.exporting import hf, tensors, tokenizer_files
     from mamba_jax.exporting.folder import new_folder
     from mamba_jax.training import checkpoint
 
@@ -68,9 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
                 f'model.family="{model.family}" cannot be exported: transformers has no such '
                 "architecture; mamba_jax.generate runs it"
             )
-        tokenizer = load_tokenizer(metadata.config.data.tokenizer)
-        table = tensors.to_hf(checkpoint.restore_params(path), model, tokenizer.vocab_size)
-        hf.write_weights(folder / "model.safetensors", table, arguments.dtype)
+        tokenizer = load_saved(path, metadata.config.data.tokenizer)
+        n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
+        table = tensors.to_hf(checkpoint.restore_params(path), model, n_ids)
+        hf.write_weights(folder / hf.WEIGHTS, table, arguments.dtype)
         if arguments.format == "hf":
             hf.write_companions(folder, metadata, tokenizer, arguments.dtype)
         if arguments.verify:

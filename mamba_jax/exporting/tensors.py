@@ -10,6 +10,7 @@ import numpy as np
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.errors import UserError
+from mamba_jax.models import build
 
 
 class Row(NamedTuple):
@@ -65,7 +66,7 @@ def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[st
     if not config.tie_embeddings:
         tensors[HEAD] = np.asarray(params["lm_head"]["kernel"])[:n_ids]
     for row in LAYER:
-        stacked = _leaf(params["layers"], row.ours)
+        stacked = np.asarray(_leaf(params["layers"], row.ours))
         for i in range(config.n_layers):
             tensors[f"backbone.layers.{i}.{row.theirs}"] = row.out(stacked[i])
     # safetensors writes wrong values, silently, from arrays that are not C-contiguous.
@@ -76,7 +77,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     """Returns float32 parameters of ``config`` made of ``MambaForCausalLM``'s tensors.
 
     Raises:
-      UserError: if a tensor is missing, or one is left over.
+      UserError: if a tensor is missing, or one is left over, or of another shape.
     """
     names = {EMBEDDING, NORM} | (set() if config.tie_embeddings else {HEAD})
     names |= {f"backbone.layers.{i}.{r.theirs}" for i in range(config.n_layers) for r in LAYER}
@@ -84,28 +85,46 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     if odd:
         what = "missing" if odd[0] in names else "not one of this architecture's"
         raise UserError(f"tensor {odd[0]} is {what}; a MambaForCausalLM file is needed")
+    abstract = build.abstract_params(config)
     layers: dict[str, Any] = {}
     for row in LAYER:
-        each = [
-            row.back(tensors[f"backbone.layers.{i}.{row.theirs}"]) for i in range(config.n_layers)
-        ]
+        shape = row.out(np.empty(_leaf(abstract["layers"], row.ours).shape[1:])).shape
+        each = []
+        for i in range(config.n_layers):
+            name = f"backbone.layers.{i}.{row.theirs}"
+            each.append(row.back(_checked(name, tensors[name], shape)))
         *groups, last = row.ours
         node = layers
         for group in groups:
             node = node.setdefault(group, {})
         node[last] = np.stack(each).astype(np.float32)
     params: dict[str, Any] = {
-        "embed": {"embedding": np.asarray(tensors[EMBEDDING], np.float32)},
+        "embed": {"embedding": _padded(EMBEDDING, tensors, config)},
         "layers": layers,
-        "norm_f": {"scale": np.asarray(tensors[NORM], np.float32)},
+        "norm_f": {
+            "scale": np.asarray(_checked(NORM, tensors[NORM], (config.d_model,)), np.float32)
+        },
     }
     if not config.tie_embeddings:
-        params["lm_head"] = {"kernel": np.asarray(tensors[HEAD], np.float32)}
+        params["lm_head"] = {"kernel": _padded(HEAD, tensors, config)}
     return params
 
 
-def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> np.ndarray:
+def _padded(name: str, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> np.ndarray:
+    """Adds the rows that no id has."""
+    table_vd = _checked(name, tensors[name], (config.vocab_size, config.d_model))
+    rows = config.padded_vocab_size - config.vocab_size
+    return np.pad(np.asarray(table_vd, np.float32), ((0, rows), (0, 0)))
+
+
+def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     node: Any = tree
     for name in path:
         node = node[name]
-    return np.asarray(node)
+    return node
+
+
+def _checked(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape != shape:
+        raise UserError(f"tensor {name} is of shape {array.shape}, not {shape}")
+    return array

@@ -14,7 +14,8 @@ from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.exporting.hf import round_to
-from mamba_jax.exporting.tensors import from_hf
+from mamba_jax.exporting.libraries import need
+from mamba_jax.exporting.tensors import EMBEDDING, from_hf
 from mamba_jax.models import build
 
 PROMPTS = (
@@ -66,16 +67,10 @@ def check_hf(
       UserError: if the two differ, or torch or transformers is not installed.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # the folder must be enough
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f'--verify needs torch and transformers ({error}): pip install "mamba_jax[bench]"'
-        ) from error
+    torch, transformers = need("torch", "bench"), need("transformers", "bench")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size, dtype="float32")
+    config = dataclasses.replace(config, vocab_size=len(tensors[EMBEDDING]), dtype="float32")
     exact = from_hf(tensors, config)
     rounded = from_hf(
         {k: round_to(v, dtype).astype(np.float32) for k, v in tensors.items()}, config

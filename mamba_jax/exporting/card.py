@@ -1,0 +1,53 @@
+"""The model card: data, measured metrics, limits; nothing that was not measured."""
+
+from mamba_jax.training.checkpoint_folder import Metadata
+
+_FAMILIES = {"mamba": "Mamba", "hybrid": "Hybrid Recursive Mamba"}
+
+
+def model_card(metadata: Metadata, dtype: str, begins_with: str) -> str:
+    """Returns README.md.
+
+    Args:
+      metadata: of the checkpoint.
+      dtype: of the weights, in words.
+      begins_with: the token that the tokenizer puts before every text.
+    """
+    config, model = metadata.config, metadata.config.model
+    measured = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata.metrics.items())]
+    table = ["| metric | value |", "|---|---|", *measured]
+    custom = ["tags: [mamba, custom_code]"] if model.family == "hybrid" else ["tags: [mamba]"]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            *custom,
+            "---",
+            f"# {config.name}",
+            "",
+            f"A {_FAMILIES[model.family]} language model trained with mamba_jax: {model.n_layers} "
+            f"layers, d_model {model.d_model}, d_state {model.d_state}; weights in {dtype}.",
+            "",
+            "## Data",
+            f"{_data(metadata)}; {metadata.samples_seen} windows of {model.max_seq_len} tokens "
+            f"seen in {metadata.step} steps. Tokenizer: {config.data.tokenizer}.",
+            "",
+            "## Metrics",
+            *(table if measured else ["None were measured at this step."]),
+            "",
+            "## Limits",
+            f"Trained on windows of {model.max_seq_len} tokens; longer texts were not tried. A "
+            f"text must begin with {begins_with}, as the tokenizer here sees to. Not checked for "
+            "bias, truth or safety. Metrics are of the data's own held-out part alone.",
+            "",
+        ]
+    )
+
+
+def _data(metadata: Metadata) -> str:
+    parts = [
+        " and ".join(filter(None, (source.dataset, source.data_dir)))
+        for source in metadata.config.data.sources
+    ]
+    return ", ".join(filter(None, parts)) or "not recorded"

@@ -1,0 +1,181 @@
+"""A tokenizer as Hugging Face's ``tokenizer.json``: the same ids, and texts begin as in training.
+
+A document's first token is the end-of-text token of the one before it, so the file puts that token
+before every text.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.errors import UserError
+from mamba_jax.exporting.libraries import need
+
+FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+_TIKTOKEN_FILE = "tiktoken.json"
+END_OF_TEXT = "<|endoftext|>"
+_FIM_NAMES = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+_PROBES = (
+    "Hello world's\n\n  end  ",
+    "naïve café 東京 🙂\tx = 12345, it'LL be 3.14!\r\n \n",
+    'def f(a):\n    return {"key": [a, 1_000_000]}  # comment',
+    " ",
+)
+
+
+def end_name(tokenizer: Tokenizer) -> str:
+    """Returns how the end-of-text token is written."""
+    if CONFIG_NAME in tokenizer.files:
+        return json.loads(tokenizer.files[CONFIG_NAME])["eos_token"]
+    return END_OF_TEXT
+
+
+def special_tokens(tokenizer: Tokenizer, fills_in: bool) -> dict[str, int]:
+    """Returns name → id of the tokens that no text makes.
+
+    Args:
+      tokenizer: of the model.
+      fills_in: the model was trained with ``data.fim_rate``, which may have added three ids.
+    """
+    found = {**tokenizer.special_ids, end_name(tokenizer): tokenizer.eot_id}
+    if fills_in:
+        known = set(found.values())
+        pairs = zip(_FIM_NAMES, tokenizer.fim_ids, strict=True)
+        found |= {name: token for name, token in pairs if token not in known}
+    return found
+
+
+def id_count(tokenizer: Tokenizer, fills_in: bool) -> int:
+    """Returns how many ids there are: the rows of the embedding that leave the house."""
+    return max(tokenizer.vocab_size, *(i + 1 for i in special_tokens(tokenizer, fills_in).values()))
+
+
+def files(tokenizer: Tokenizer, fills_in: bool) -> dict[str, dict[str, Any]]:
+    """Returns name → content of the tokenizer's JSON files, checked on a few texts.
+
+    Raises:
+      UserError: if the library tokenizers is missing or reads other ids from them.
+    """
+    special = special_tokens(tokenizer, fills_in)
+    end = end_name(tokenizer)
+    if FILE_NAME in tokenizer.files:
+        record = json.loads(tokenizer.files[FILE_NAME])
+    else:
+        record = _byte_pair_record(tokenizer, special)
+    record |= {"truncation": None, "padding": None, "post_processor": _begins_with(end, tokenizer)}
+    present = {word["id"] for word in record["added_tokens"]}
+    record["added_tokens"] += [_added(n, i) for n, i in special.items() if i not in present]
+    record["added_tokens"].sort(key=lambda word: word["id"])
+    _check(record, tokenizer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {FILE_NAME: record, CONFIG_NAME: config}
+
+
+def _check(record: dict[str, Any], tokenizer: Tokenizer) -> None:
+    theirs = need("tokenizers", "export").Tokenizer.from_str(json.dumps(record))
+    for text in _PROBES:
+        ours = [tokenizer.eot_id, *tokenizer.encode(text).tolist()]
+        if theirs.encode(text).ids != ours:
+            raise UserError(
+                f"the tokenizer {tokenizer.name} cannot be written as {FILE_NAME}: {text!r} would "
+                "give other ids"
+            )
+
+
+def _begins_with(end: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    special = {"SpecialToken": {"id": end, "type_id": 0}}
+    text = lambda name: {"Sequence": {"id": name, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text("A")],
+        "pair": [special, text("A"), text("B")],
+        "special_tokens": {end: {"id": end, "ids": [tokenizer.eot_id], "tokens": [end]}},
+    }
+
+
+def _added(name: str, token: int) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token, "content": name, **plain, "special": True}
+
+
+def _byte_pair_record(tokenizer: Tokenizer, special: Mapping[str, int]) -> dict[str, Any]:
+    """The record of tiktoken's encodings and of plain bytes."""
+    vocabulary = {spell(piece): i for i, piece in enumerate(tokenizer.pieces) if piece}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    before: dict[str, Any] = {**byte_level, "use_regex": True}  # GPT-2's pattern is built in
+    if _TIKTOKEN_FILE in tokenizer.files:
+        pattern = json.loads(tokenizer.files[_TIKTOKEN_FILE])["pattern"]
+        # In tiktoken's engine {1,3}+ is possessive, in the library's it is a repetition of it.
+        pattern = pattern.replace("}+", "}")
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        before = {
+            "type": "Sequence",
+            "pretokenizers": [split, {**byte_level, "use_regex": False}],
+        }
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": before,
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # as tiktoken: a word that is a token is that token
+            "vocab": vocabulary | dict(special),
+            "merges": [[spell(a), spell(b)] for a, b in merges(tokenizer.pieces)],
+        },
+    }
+
+
+def merges(pieces: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """Returns the merges of byte-pair encoding, in order, from its tokens in order of rank.
+
+    A token's last merge joins the two pieces that the earlier merges make of it. A token that they
+    do not reach has none: it can be chosen as a whole word alone.
+    """
+    ranks = {piece: rank for rank, piece in enumerate(pieces) if piece}
+    found = []
+    for token, rank in ranks.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            joined = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
+            if min(joined) >= rank:
+                break
+            i = joined.index(min(joined))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            found.append((parts[0], parts[1]))
+    return found
+
+
+def spell(piece: bytes) -> str:
+    """Writes bytes in GPT-2's alphabet."""
+    return "".join(_LETTERS[byte] for byte in piece)
+
+
+def _letters() -> list[str]:
+    """A printable letter for each byte: itself where printable, else one from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_LETTERS = _letters()
