@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare_data",
     "generate",
     "export",
+    "import_hf",
     "report",
     "cli",
     "__main__",

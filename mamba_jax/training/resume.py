@@ -195,7 +195,7 @@ def check_same_data(start: Start, fingerprint: str) -> None:
       UserError: if the corpus differs from the checkpoint's.
     """
     saved = start.metadata.data_fingerprint
-    if saved != fingerprint:
+    if saved and saved != fingerprint:  # an imported model has seen none
         raise UserError(
             f"checkpoint {start.path} was trained on other data (fingerprint {saved[:12]} there, "
             f"{fingerprint[:12]} here); give the same --data_dir, --seed and config.data, or "

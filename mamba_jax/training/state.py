@@ -46,7 +46,11 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
 
 
 def _make_state(config: RunConfig) -> TrainState:
-    params = build.init(config.model, stream_key(config.seed, WEIGHTS))
+    return state_of(build.init(config.model, stream_key(config.seed, WEIGHTS)), config)
+
+
+def state_of(params: build.Params, config: RunConfig) -> TrainState:
+    """Makes the state of step 0 of given parameters."""
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,

@@ -1,0 +1,83 @@
+"""Tensors of a ``pytorch_model.bin``, read without torch and without running what it names.
+
+The file is a zip: ``<name>/data.pkl``, a pickle of names and shapes, and ``<name>/data/<key>``, the
+bytes of each storage. A pickle can name any function to be called; this reads the few that make
+tensors and refuses the file at the first other one.
+"""
+
+import collections
+import io
+import pathlib
+import pickle
+import zipfile
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mamba_jax.errors import UserError, shortly
+
+_STORAGES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+}
+
+
+def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the tensors by name.
+
+    Raises:
+      UserError: if the file is no such zip, is damaged, or holds anything but floating tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (index,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            reader = _Reader(archive, index.removesuffix("data.pkl"), path)
+            found = reader.load()
+    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} is no file of tensors that torch ≥ 1.6 saved, or is damaged "
+            f"({shortly(error)}); a model.safetensors beside it would be read in its place"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(a, np.ndarray) for a in found.values()):
+        raise UserError(f"{path} holds no table of tensors by name")
+    return dict(found)
+
+
+class _Reader(pickle.Unpickler):
+    def __init__(self, archive: zipfile.ZipFile, prefix: str, path: pathlib.Path):
+        super().__init__(io.BytesIO(archive.read(f"{prefix}data.pkl")))
+        self._archive, self._prefix, self._path = archive, prefix, path
+        self._storages: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+        if (module, name) in known:
+            return known[module, name]
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise UserError(f"{self._path} names {module}.{name}, which tensors do not need: not read")
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        _, dtype, key, _, _ = pid
+        if key not in self._storages:
+            data = self._archive.read(f"{self._prefix}data/{key}")
+            self._storages[key] = np.frombuffer(data, np.dtype(dtype))
+        return self._storages[key]
+
+
+def _tensor(
+    storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> np.ndarray:
+    """Cuts a tensor out of its storage; strides are in elements."""
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if offset < 0 or min((*shape, *strides), default=0) < 0 or last >= len(storage):
+        raise ValueError("a tensor lies outside its storage")
+    steps = [step * storage.itemsize for step in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False).copy()

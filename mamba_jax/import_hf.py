@@ -1,0 +1,95 @@
+"""Makes a checkpoint of a Mamba of Hugging Face's or the original's, to train on, generate with …
+
+python -m mamba_jax.import_hf --model state-spaces/mamba-130m-hf --out checkpoints/mamba-130m
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+from mamba_jax.errors import command
+
+# The tokenizer of all of state-spaces' models, whose original folders hold none.
+ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Runs the command."""
+    run(parse(argv))
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="mamba-jax import_hf",
+        description="Make a checkpoint of a model of Hugging Face's or the original Mamba's.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|ID",
+        help="a folder, or an id of the Hub such as state-spaces/mamba-130m-hf",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="the folder to make (default: checkpoints/NAME)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="as data.tokenizer; by default the model's own tokenizer.json, "
+        f"without one {ORIGINAL_TOKENIZER}",
+    )
+    parser.add_argument(
+        "--max_seq_len",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens in a window, if it shall be trained on (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Reads the model, writes ``step_0`` and a config to train it on with."""
+    from mamba_jax.config import DataConfig, RunConfig
+    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+    from mamba_jax.exporting import reading
+    from mamba_jax.exporting.folder import new_folder
+    from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
+    from mamba_jax.training.checkpoint_folder import step_name
+    from mamba_jax.training.state import state_of
+
+    name = pathlib.Path(arguments.model).name
+    out = pathlib.Path(arguments.out or f"checkpoints/{name}")
+    log = lambda line: print(line, file=sys.stderr)
+    with new_folder(out) as folder:
+        source = reading.find(arguments.model)
+        tokenizer = load_tokenizer(
+            arguments.tokenizer
+            or (str(source) if (source / "tokenizer.json").is_file() else ORIGINAL_TOKENIZER)
+        )
+        model, params = reading.read(source)
+        model = dataclasses.replace(model, max_seq_len=arguments.max_seq_len)
+        config = RunConfig(name=name, model=model, data=DataConfig(tokenizer=tokenizer.name))
+        config = with_vocabulary(config, tokenizer)  # refuses one with more ids than rows
+        metadata = Metadata(config, 0, 0, "", tokenizer_identity=tokenizer.identity)
+        with CheckpointWriter(
+            folder, keep_last=1, keep_every=0, log=lambda line: None, files=tokenizer.files
+        ) as writer:
+            writer.save(step_name(0), state_of(params, config), metadata)
+        # The tokenizer's file lies in the checkpoint, and stays when the source goes.
+        own = str(out / step_name(0)) if tokenizer.files else tokenizer.name
+        fields = {"model": dataclasses.asdict(config.model), "data": {"tokenizer": own}}
+        (folder / "train.json").write_text(json.dumps(fields, indent=2) + "\n")
+    log(
+        f"wrote {out}; to train on: python -m mamba_jax.train --config {out}/train.json "
+        f"--resume {out} --output_dir NEW --data_dir DATA"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Models of Hugging Face's and the original's become checkpoints that go on from there."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import zipfile
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mamba_jax import import_hf
+from mamba_jax.config import ParallelConfig, apply_overrides, default_config, freeze, load_json
+from mamba_jax.config import merge as merge_fields
+from mamba_jax.data.tokenizer import load_saved
+from mamba_jax.errors import UserError
+from mamba_jax.exporting import hf, reading, tensors, torch_file
+from mamba_jax.parallel.mesh import make_mesh
+from mamba_jax.training import checkpoint, resume
+from mamba_jax.training.state import abstract_state
+from tests.exporting.made import UNTIED, metadata_of, random_params
+from tests.exporting.test_tensors import assert_same
+from tests.exporting.test_tokenizer_files import json_file
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "original.bin"
+ORIGINAL = {
+    **{"d_model": 16, "n_layer": 1, "vocab_size": 11, "pad_vocab_size_multiple": 4},
+    **{"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True},
+    "ssm_cfg": {"d_state": 4},
+}
+
+
+def exported(folder, model, params, tokenizer):
+    folder.mkdir()
+    hf.write_weights(folder / hf.WEIGHTS, tensors.to_hf(params, model, model.vocab_size), "f32")
+    hf.write_companions(folder, metadata_of(model, tokenizer=tokenizer.name), tokenizer, "f32")
+
+
+def same_structure(ours, theirs):
+    apart = {"dt_rank": 0, "dtype": "auto"}
+    return dataclasses.replace(ours, **apart) == dataclasses.replace(theirs, **apart)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_export_then_import_is_the_identity(tied, tmp_path):
+    pytest.importorskip("safetensors")
+    tokenizer = json_file(tmp_path, "byte_level")
+    model = dataclasses.replace(UNTIED, tie_embeddings=tied, vocab_size=tokenizer.vocab_size)
+    params = random_params(model)
+    source, out, again = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "again"
+    exported(source, model, params, tokenizer)
+    assert import_hf.main(["--model", str(source), "--out", str(out)]) == 0
+
+    path = checkpoint.resolve(out, print)
+    metadata = checkpoint.read_metadata(path)
+    assert same_structure(metadata.config.model, model)
+    assert_same(jax.tree.map(np.asarray, checkpoint.restore_params(path)), params)
+    theirs = load_saved(path, metadata.config.data.tokenizer)
+    text = "for x in 日本 <|endoftext|>"
+    assert theirs.eot_id == tokenizer.eot_id
+    assert theirs.encode(text).tolist() == tokenizer.encode(text).tolist()
+    # And back: the very bytes.
+    exported(again, metadata.config.model, checkpoint.restore_params(path), theirs)
+    for name in (hf.WEIGHTS, "config.json", "tokenizer.json", "generation_config.json"):
+        assert (again / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_training_goes_on_from_it(tmp_path):
+    folder, out = tmp_path / "original", tmp_path / "checkpoint"
+    folder.mkdir()
+    shutil.copy(GOLDEN, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(ORIGINAL))
+    tokenizer = tmp_path / "tokenizer.json"
+    small_word_level(tokenizer)
+    arguments = ["--model", str(folder), "--out", str(out), "--tokenizer", str(tokenizer)]
+    assert import_hf.main([*arguments, "--max_seq_len", "64"]) == 0
+    tokenizer.unlink()
+
+    asked = default_config()
+    merge_fields(asked, load_json(str(out / "train.json")))
+    apply_overrides(asked, {"output_dir": str(tmp_path / "new")})
+    config = freeze(asked)
+    assert config.model.max_seq_len == 64
+    start = resume.find_start(config, str(out), print)
+    assert start is not None and start.metadata.step == start.metadata.samples_seen == 0
+    from mamba_jax.data.tokenizer import load_tokenizer
+
+    again = load_tokenizer(config.data.tokenizer)
+    resume.check_same_tokenizer(start, again.name, again.identity)
+    resume.check_same_data(start, "of whatever it is trained on")
+    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    state = checkpoint.restore(start.path, abstract_state(config, mesh))
+    assert_same(jax.tree.map(np.asarray, state["params"]), reading.read(folder).params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state["opt_state"]))
+
+
+def small_word_level(path):
+    """Of 12 ids, with the end-of-text that reading it adds."""
+    words = {"[UNK]": 0} | {word: i + 1 for i, word in enumerate("abcdefghij")}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    none = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder"))
+    record = {"version": "1.0", "added_tokens": [], "post_processor": None, "model": model, **none}
+    path.write_text(json.dumps(record))
+
+
+def test_the_tensors_of_a_file_by_torch_itself():
+    found = torch_file.load_file(GOLDEN)
+    head = found.pop("lm_head.weight")
+    np.testing.assert_array_equal(head, found["backbone.embedding.weight"])
+    assert len(found) == 12
+    for place, (name, array) in enumerate(found.items()):
+        value = np.arange(array.size, dtype=np.float32).reshape(array.shape) / 8 + place
+        np.testing.assert_array_equal(array, value.astype(array.dtype), err_msg=name)
+    assert found["backbone.layers.0.mixer.A_log"].dtype == ml_dtypes.bfloat16
+    assert found["backbone.layers.0.mixer.out_proj.weight"].dtype == np.float16
+    assert found["backbone.layers.0.mixer.in_proj.weight"].shape == (64, 16)
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/never_to_be_made",)
+
+
+def test_a_file_that_would_run_something_is_refused(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": _Evil()}, protocol=2))
+    with pytest.raises(UserError, match=r"names \w+\.system, which tensors do not need"):
+        torch_file.load_file(file)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    for data in (b"", b"no zip", GOLDEN.read_bytes()[:-700]):
+        file.write_bytes(data)
+        with pytest.raises(UserError, match="is no file of tensors"):
+            torch_file.load_file(file)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"model_type": "gpt2"}, 'type "gpt2" cannot be imported'),
+        ({"model_type": "mamba"}, "lacks 'hidden_size'"),
+        ({"model_type": "mamba", "use_bias": True}, "use_bias=True cannot"),
+        ({"model_type": "mamba", "hidden_size": "8", "num_hidden_layers": 1}, "d_model"),
+        (ORIGINAL | {"ssm_cfg": {"layer": "Mamba2"}}, r"this ssm_cfg\.layer cannot"),
+        (ORIGINAL | {"rms_norm": False}, "this rms_norm cannot"),
+        (ORIGINAL | {"attn_layer_idx": [1]}, "this attn_layer_idx cannot"),
+    ],
+)
+def test_other_structures_are_refused(record, words):
+    with pytest.raises(UserError, match=words):
+        reading.model_config(record, 8)
+
+
+def test_incomplete_folders_are_refused(tmp_path, capsys):
+    out = tmp_path / "out"
+    run = lambda: import_hf.main(
+        ["--model", str(tmp_path), "--out", str(out), "--tokenizer", "bytes"]
+    )
+    assert run() == 2 and "config.json is missing" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
+    assert run() == 2 and "holds neither model.safetensors nor" in capsys.readouterr().err
+    shutil.copy(GOLDEN, tmp_path / "pytorch_model.bin")
+    assert run() == 2 and "below the 257 ids" in capsys.readouterr().err
+    assert not out.exists() and not list(tmp_path.glob(".tmp*"))
+
+
+def test_shards_are_put_together(tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
+    names = sorted(table)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: table[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps(hf.model_config(UNTIED, 257, "f32")))
+    assert_same(reading.read(tmp_path).params, random_params(UNTIED))
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(UserError, match=r"b\.safetensors is missing"):
+        reading.read(tmp_path)
+
+
+def test_an_id_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"neither a folder nor in the cache.*out of reach"):
+        reading.find("someone/tiny-mamba")
+    snapshot = tmp_path / "models--someone--tiny-mamba" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    refs = tmp_path / "models--someone--tiny-mamba" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    shutil.copy(GOLDEN, snapshot / "pytorch_model.bin")
+    (snapshot / "config.json").write_text(json.dumps(ORIGINAL))
+    found = reading.read(reading.find("someone/tiny-mamba"))
+    assert (found.model.d_model, found.model.vocab_size, found.model.d_state) == (16, 12, 4)
+    with pytest.raises(UserError, match="does not exist"):
+        reading.find("./nowhere")
