@@ -63,11 +63,6 @@ def run(arguments: argparse.Namespace) -> None:
         path = checkpoint.resolve(arguments.checkpoint, log)
         metadata = checkpoint.read_metadata(path)
         model = metadata.config.model
-        if model.family != "mamba":
-            raise UserError(
-                f'model.family="{model.family}" cannot be exported: transformers has no such '
-                "architecture; mamba_jax.generate runs it"
-            )
         tokenizer = load_saved(path, metadata.config.data.tokenizer)
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
         table = tensors.to_hf(checkpoint.restore_params(path), model, n_ids)

@@ -1,5 +1,6 @@
 """A folder that Hugging Face transformers loads; writing needs no torch."""
 
+import importlib.resources
 import json
 import pathlib
 from typing import Any
@@ -16,6 +17,12 @@ from mamba_jax.training.checkpoint_folder import Metadata
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 WEIGHTS = "model.safetensors"
+MODELING = "modeling_hybrid_mamba.py"  # what transformers runs a hybrid with
+HYBRID_TYPE = "hybrid_mamba"
+HYBRID_FIELDS = (  # of the same name in both configs
+    *("recursion_depth", "recursion_expand", "recursion_reads_attention"),
+    *("attention_scales", "attention_window", "attention_head_size", "fusion"),
+)
 
 
 def write_weights(file: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
@@ -44,7 +51,7 @@ def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
 def write_companions(
     folder: pathlib.Path, metadata: Metadata, tokenizer: Tokenizer, dtype: str
 ) -> None:
-    """Writes all but the weights: configs, tokenizer, model card.
+    """Writes all but the weights: configs, tokenizer, model card, the hybrid's program.
 
     Raises:
       UserError: as in ``tokenizer_files.files``.
@@ -63,13 +70,14 @@ def write_companions(
         (folder / name).write_text(text, "utf-8")
     card = model_card(metadata, DTYPES[dtype], tokenizer_files.end_name(tokenizer))
     (folder / "README.md").write_text(card, "utf-8")
+    if metadata.config.model.family == "hybrid":
+        source = importlib.resources.files("mamba_jax.exporting").joinpath("assets", MODELING)
+        (folder / MODELING).write_bytes(source.read_bytes())
 
 
 def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:
     """Returns transformers' ``config.json`` without the ids of special tokens."""
-    return {
-        "architectures": ["MambaForCausalLM"],
-        "model_type": "mamba",
+    shared = {
         "vocab_size": n_ids,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_inner,
@@ -86,4 +94,19 @@ def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
         "dtype": DTYPES[dtype],
+    }
+    if config.family == "mamba":
+        return {"architectures": ["MambaForCausalLM"], "model_type": "mamba", **shared}
+    module = MODELING.removesuffix(".py")
+    return {
+        "architectures": ["HybridMambaForCausalLM"],
+        "model_type": HYBRID_TYPE,
+        "auto_map": {
+            "AutoConfig": f"{module}.HybridMambaConfig",
+            "AutoModelForCausalLM": f"{module}.HybridMambaForCausalLM",
+        },
+        **shared,
+        **{name: getattr(config, name) for name in HYBRID_FIELDS},
+        "attention_scales": list(config.attention_scales),
+        "attention_head_size": config.head_size,
     }

@@ -10,7 +10,7 @@ import numpy as np
 from mamba_jax.config import ModelConfig, from_dict
 from mamba_jax.data import hub_access
 from mamba_jax.errors import UserError, shortly
-from mamba_jax.exporting import tensors, torch_file
+from mamba_jax.exporting import hf, tensors, torch_file
 from mamba_jax.exporting.libraries import need
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
@@ -92,6 +92,9 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
     try:
         if record.get("model_type") == "mamba":
             fields = _hugging_face(record)
+        elif record.get("model_type") == hf.HYBRID_TYPE:
+            hybrid = {name: record[name] for name in hf.HYBRID_FIELDS}
+            fields = _hugging_face(record) | hybrid | {"family": "hybrid"}
         elif "d_model" in record and "n_layer" in record:
             fields = _original(record)
         else:

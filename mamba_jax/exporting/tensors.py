@@ -1,6 +1,10 @@
-"""The table of tensors: our parameters ↔ Hugging Face's ``MambaForCausalLM``, both ways.
+"""The table of tensors: our parameters ↔ Hugging Face's, both ways.
 
-Legend: v vocabulary, d d_model, e d_inner, n d_state, r dt_rank, k conv width, l layers.
+Mamba is ``MambaForCausalLM``; the hybrid, ``assets/modeling_hybrid_mamba.py``, names its mixer's
+tensors likewise.
+
+Legend: v vocabulary, d d_model, e d_inner, n d_state, r dt_rank, k conv width or recursion steps,
+h heads, p head size, s scales, l layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,27 +23,19 @@ class Row(NamedTuple):
     theirs: str  # after "backbone.layers.{i}."
     ours: tuple[str, ...]  # path under params["layers"]
     out: Callable[[np.ndarray], np.ndarray]
-    back: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray], np.ndarray]  # up to a reshape
 
 
 _same = lambda a: a
 _turn = lambda a: a.T
+_turn_first = lambda a: a.reshape(len(a), -1).T  # (i, …) → (…, i)
+_turn_last = lambda a: a.reshape(-1, a.shape[-1]).T  # (…, i) → (i, …)
+# A layer has those of the rows whose part its model has.
 LAYER = (
     Row("norm.weight", ("norm", "scale"), _same, _same),
-    # (d, 2, e) ↔ (2e, d), rows x then z.
-    Row(
-        "mixer.in_proj.weight",
-        ("mixer", "in_proj", "kernel"),
-        lambda a: a.reshape(a.shape[0], -1).T,
-        lambda a: a.T.reshape(a.shape[1], 2, -1),
-    ),
+    Row("mixer.in_proj.weight", ("mixer", "in_proj", "kernel"), _turn_first, _turn),  # x then z
     # (k, e) ↔ (e, 1, k)
-    Row(
-        "mixer.conv1d.weight",
-        ("mixer", "conv1d", "kernel"),
-        lambda a: a.T[:, None],
-        lambda a: a[:, 0].T,
-    ),
+    Row("mixer.conv1d.weight", ("mixer", "conv1d", "kernel"), lambda a: a.T[:, None], _turn),
     Row("mixer.conv1d.bias", ("mixer", "conv1d", "bias"), _same, _same),
     Row("mixer.x_proj.weight", ("mixer", "x_proj", "kernel"), _turn, _turn),
     Row("mixer.dt_proj.weight", ("mixer", "dt_proj", "kernel"), _turn, _turn),
@@ -47,15 +43,28 @@ LAYER = (
     Row("mixer.A_log", ("mixer", "A_log"), _same, _same),
     Row("mixer.D", ("mixer", "D"), _same, _same),
     Row("mixer.out_proj.weight", ("mixer", "out_proj", "kernel"), _turn, _turn),
+    Row("recursion.norm.weight", ("recursion", "norm", "scale"), _same, _same),
+    Row("recursion.up.weight", ("recursion", "up", "kernel"), _turn, _turn),
+    Row("recursion.down.weight", ("recursion", "down", "kernel"), _turn, _turn),
+    Row("recursion.gate.weight", ("recursion", "gate", "kernel"), _same, _same),
+    Row("recursion.gate.bias", ("recursion", "gate", "bias"), _same, _same),
+    Row("attention.norm.weight", ("attention", "norm", "scale"), _same, _same),
+    Row("attention.qkv.weight", ("attention", "qkv", "kernel"), _turn_first, _turn),  # (d, 3, h, p)
+    Row("attention.query_norm.weight", ("attention", "query_norm", "scale"), _same, _same),
+    Row("attention.key_norm.weight", ("attention", "key_norm", "scale"), _same, _same),
+    Row("attention.scale_logits", ("attention", "scale_logits"), _same, _same),
+    Row("attention.o_proj.weight", ("attention", "o_proj", "kernel"), _turn_last, _turn),
+    Row("fusion.proj.weight", ("fusion", "proj", "kernel"), _turn, _turn),
+    Row("fusion.norm.weight", ("fusion", "norm", "scale"), _same, _same),
 )
 EMBEDDING, NORM, HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
 
 def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[str, np.ndarray]:
-    """Returns the tensors of ``MambaForCausalLM``, float32 and C-contiguous.
+    """Returns Hugging Face's tensors, float32 and C-contiguous.
 
     Args:
-      params: as ``models.build.init`` makes them, of the family "mamba".
+      params: as ``models.build.init`` makes them.
       config: their structure.
       n_ids: rows of embedding and head to give out; padding rows after them stay here.
     """
@@ -65,7 +74,7 @@ def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[st
     }
     if not config.tie_embeddings:
         tensors[HEAD] = np.asarray(params["lm_head"]["kernel"])[:n_ids]
-    for row in LAYER:
+    for row in _rows(params["layers"]):
         stacked = np.asarray(_leaf(params["layers"], row.ours))
         for i in range(config.n_layers):
             tensors[f"backbone.layers.{i}.{row.theirs}"] = row.out(stacked[i])
@@ -74,25 +83,27 @@ def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[st
 
 
 def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
-    """Returns float32 parameters of ``config`` made of ``MambaForCausalLM``'s tensors.
+    """Returns float32 parameters of ``config`` made of Hugging Face's tensors.
 
     Raises:
       UserError: if a tensor is missing, or one is left over, or of another shape.
     """
+    abstract = build.abstract_params(config)
+    rows = _rows(abstract["layers"])
     names = {EMBEDDING, NORM} | (set() if config.tie_embeddings else {HEAD})
-    names |= {f"backbone.layers.{i}.{r.theirs}" for i in range(config.n_layers) for r in LAYER}
+    names |= {f"backbone.layers.{i}.{r.theirs}" for i in range(config.n_layers) for r in rows}
     odd = sorted(names.symmetric_difference(tensors))
     if odd:
         what = "missing" if odd[0] in names else "not one of this architecture's"
-        raise UserError(f"tensor {odd[0]} is {what}; a MambaForCausalLM file is needed")
-    abstract = build.abstract_params(config)
+        raise UserError(f"tensor {odd[0]} is {what}")
     layers: dict[str, Any] = {}
-    for row in LAYER:
-        shape = row.out(np.empty(_leaf(abstract["layers"], row.ours).shape[1:])).shape
+    for row in rows:
+        own_shape = _leaf(abstract["layers"], row.ours).shape[1:]
+        shape = row.out(np.empty(own_shape)).shape
         each = []
         for i in range(config.n_layers):
             name = f"backbone.layers.{i}.{row.theirs}"
-            each.append(row.back(_checked(name, tensors[name], shape)))
+            each.append(row.back(_checked(name, tensors[name], shape)).reshape(own_shape))
         *groups, last = row.ours
         node = layers
         for group in groups:
@@ -115,6 +126,10 @@ def _padded(name: str, tensors: Mapping[str, np.ndarray], config: ModelConfig) -
     table_vd = _checked(name, tensors[name], (config.vocab_size, config.d_model))
     rows = config.padded_vocab_size - config.vocab_size
     return np.pad(np.asarray(table_vd, np.float32), ((0, rows), (0, 0)))
+
+
+def _rows(layers: Mapping[str, Any]) -> list[Row]:
+    return [row for row in LAYER if row.ours[0] in layers]
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

@@ -68,7 +68,9 @@ def check_hf(
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # the folder must be enough
     torch, transformers = need("torch", "bench"), need("transformers", "bench")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=config.family == "hybrid"
+    )
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     config = dataclasses.replace(config, vocab_size=len(tensors[EMBEDDING]), dtype="float32")
     exact = from_hf(tensors, config)

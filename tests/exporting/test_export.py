@@ -1,5 +1,6 @@
 """The command: what it writes, what it refuses, and that transformers gives the same answers."""
 
+import dataclasses
 import errno
 import json
 
@@ -14,6 +15,7 @@ from mamba_jax.exporting.folder import new_folder
 from mamba_jax.exporting.libraries import need
 from mamba_jax.training.checkpoint import Metadata
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
+from tests.models import tiny
 
 HF_FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "README.md"),
@@ -110,6 +112,16 @@ def test_transformers_gives_the_same_logits_and_greedy_text(
     assert "192 of 192 greedy tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("variant", [name for name in tiny.VARIANTS if name.startswith("hybrid")])
+def test_transformers_runs_hybrids_with_the_program_in_the_folder(tmp_path, capsys, variant):
+    pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("torch", reason="needs torch")
+    model = dataclasses.replace(tiny.VARIANTS[variant], vocab_size=257, tie_embeddings=False)
+    write_checkpoint(tmp_path, model, random_params(model))
+    assert run(tmp_path, tmp_path / "model", "--verify") == 0
+    assert "192 of 192 greedy tokens" in capsys.readouterr().out
+
+
 def test_verify_fails_loudly_on_a_wrong_tensor_and_writes_nothing(
     checkpoint_dir, tmp_path, capsys, monkeypatch
 ):
@@ -125,3 +137,30 @@ def test_verify_fails_loudly_on_a_wrong_tensor_and_writes_nothing(
     assert run(checkpoint_dir, tmp_path / "model", "--verify") == 2
     assert "verification failed: logits differ" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_hybrid_in_torch_reads_padded_batches_and_pieces_alike(tmp_path):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    model = dataclasses.replace(tiny.HYBRID, vocab_size=257, tie_embeddings=False)
+    write_checkpoint(tmp_path, model, random_params(model))
+    assert run(tmp_path, tmp_path / "model") == 0
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path / "model", dtype=torch.float32, trust_remote_code=True)
+    long, short = torch.randint(0, 256, (1, 19)), torch.randint(0, 256, (1, 8))
+    batch = torch.cat([long, torch.nn.functional.pad(short, (11, 0))])
+    mask = torch.ones_like(batch)
+    mask[1, :11] = 0
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    both = theirs.generate(batch, attention_mask=mask, **settings)[:, 19:]
+    for row, alone in zip(both, (long, short), strict=True):
+        mask_alone = torch.ones_like(alone)
+        single = theirs.generate(alone, attention_mask=mask_alone, **settings)[0]
+        assert single[alone.shape[1] :].tolist() == row.tolist()
+    with torch.no_grad():
+        whole = theirs(long).logits
+        first = theirs(long[:, :7])
+        rest = theirs(long[:, 7:], cache_params=first.cache_params).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=0, atol=1e-4)
+    beams = theirs.generate(long, attention_mask=mask[:1], num_beams=3, **settings)
+    assert beams.shape == (1, 31)

@@ -25,6 +25,7 @@ from mamba_jax.training.state import abstract_state
 from tests.exporting.made import UNTIED, metadata_of, random_params
 from tests.exporting.test_tensors import assert_same
 from tests.exporting.test_tokenizer_files import json_file
+from tests.models import tiny
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "original.bin"
 ORIGINAL = {
@@ -45,11 +46,13 @@ def same_structure(ours, theirs):
     return dataclasses.replace(ours, **apart) == dataclasses.replace(theirs, **apart)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_export_then_import_is_the_identity(tied, tmp_path):
+@pytest.mark.parametrize(
+    "model", [tiny.MAMBA, UNTIED, tiny.HYBRID], ids=["tied", "untied", "hybrid"]
+)
+def test_export_then_import_is_the_identity(model, tmp_path):
     pytest.importorskip("safetensors")
     tokenizer = json_file(tmp_path, "byte_level")
-    model = dataclasses.replace(UNTIED, tie_embeddings=tied, vocab_size=tokenizer.vocab_size)
+    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     params = random_params(model)
     source, out, again = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "again"
     exported(source, model, params, tokenizer)

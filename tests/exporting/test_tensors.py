@@ -9,7 +9,7 @@ import pytest
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import tensors
 from tests.exporting.made import UNTIED, random_params
-from tests.models import test_golden
+from tests.models import test_golden, tiny
 
 golden = test_golden.golden
 
@@ -17,6 +17,13 @@ golden = test_golden.golden
 def assert_same(ours, theirs):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_hybrids_there_and_back(variant):
+    config = tiny.VARIANTS[variant]
+    params = random_params(config)
+    assert_same(tensors.from_hf(tensors.to_hf(params, config, 64), config), params)
 
 
 @pytest.mark.parametrize("tied", [True, False])

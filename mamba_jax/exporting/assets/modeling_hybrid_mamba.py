@@ -1,0 +1,378 @@
+"""Hybrid Recursive Mamba for transformers: the model that mamba_jax trains, in PyTorch.
+
+A layer is a Mamba mixer, then a recursion whose steps are weighted by learned depth gates and read
+causal attention over mean-pooled blocks at several scales, then a fusion:
+
+    m = mixer(norm(x));  h = x + m;  s = recursion(h);  x' = h + rms(W [m ; s - h])
+
+Each row is one document, padded on the left if at all. The cache is of fixed size. Residual stream,
+norms, gates and softmax are float32; matrix products are in the dtype of the weights.
+
+Legend: b batch, t time, d hidden size, e inner size, n state size, r rank of dt, k conv width,
+h heads, p head size, j tokens remembered, c blocks, s scale.
+"""
+
+import dataclasses
+import typing
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+PIECE_TOKENS = 256  # read at a time, so that memory is linear in the length of the text
+ROPE_BASE = 10_000.0
+
+
+class HybridMambaConfig(PretrainedConfig):
+    model_type = "hybrid_mamba"
+
+    def __init__(
+        self,
+        vocab_size=257,
+        hidden_size=768,
+        num_hidden_layers=12,
+        state_size=16,
+        conv_kernel=4,
+        expand=2,
+        time_step_rank=48,
+        layer_norm_epsilon=1e-5,
+        recursion_depth=3,
+        recursion_expand=2,
+        recursion_reads_attention=True,
+        attention_scales=(1, 2, 4),
+        attention_window=256,
+        attention_head_size=64,
+        fusion="residual_norm",
+        tie_word_embeddings=True,
+        use_cache=True,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.state_size = state_size
+        self.conv_kernel = conv_kernel
+        self.expand = expand
+        self.intermediate_size = expand * hidden_size
+        self.time_step_rank = time_step_rank
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.recursion_depth = recursion_depth
+        self.recursion_expand = recursion_expand
+        self.recursion_reads_attention = recursion_reads_attention
+        self.attention_scales = list(attention_scales)
+        self.attention_window = attention_window
+        self.attention_head_size = attention_head_size
+        self.fusion = fusion
+        self.use_cache = use_cache
+        kwargs.pop("intermediate_size", None)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+class HybridMambaCache:
+    """What a text leaves behind: per layer a dict of tensors whose first axis is the batch."""
+
+    def __init__(self, layers, length_b):
+        self.layers = layers
+        self.length_b = length_b  # tokens read, padding not counted
+        self.seen_tokens = 0  # padding counted
+
+    def get_seq_length(self, layer_idx=0):
+        return self.seen_tokens
+
+    def reorder_cache(self, beam_idx):
+        self.length_b = self.length_b[beam_idx]
+        self.layers = [{name: x[beam_idx] for name, x in layer.items()} for layer in self.layers]
+
+
+def normalise(x, eps):
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def product(linear, x):
+    """A matrix product in the dtype of the weights."""
+    return linear(x.to(linear.weight.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return normalise(x, self.eps) * self.weight.float()
+
+
+class Mixer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, e, n, r = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.state_size,
+            config.time_step_rank,
+        )
+        self.sizes = (r, n, n)
+        self.in_proj = nn.Linear(d, 2 * e, bias=False)
+        self.conv1d = nn.Conv1d(e, e, config.conv_kernel, groups=e)
+        self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, e)
+        self.A_log = nn.Parameter(torch.zeros(e, n))
+        self.D = nn.Parameter(torch.ones(e))
+        self.out_proj = nn.Linear(e, d, bias=False)
+
+    def forward(self, u_btd, valid_bt, cache):
+        valid_bt1 = valid_bt[..., None]
+        x_bte, z_bte = product(self.in_proj, u_btd).chunk(2, dim=-1)
+        # Padding before a text is what comes before every text: zeros.
+        x_bet = torch.cat([cache["conv"].to(x_bte.dtype), (x_bte * valid_bt1).mT], dim=-1)
+        width = self.conv1d.weight.shape[-1]
+        conv_state = x_bet[..., x_bet.shape[-1] - width + 1 :]
+        x_bte = F.silu(self.conv1d(x_bet).mT)
+        dt_btr, B_btn, C_btn = product(self.x_proj, x_bte).split(self.sizes, dim=-1)
+        dt_bte = F.linear(dt_btr, self.dt_proj.weight).float() + self.dt_proj.bias.float()
+        dt_bte = F.softplus(dt_bte) * valid_bt1  # a step of no length leaves the state alone
+        A_en, x_bte = -self.A_log.float().exp(), x_bte.float()
+        decay_bten = torch.exp(dt_bte[..., None] * A_en)
+        input_bten = (dt_bte * x_bte)[..., None] * B_btn.float()[:, :, None]
+        state_ben, states = cache["ssm"], []
+        for t in range(u_btd.shape[1]):
+            state_ben = decay_bten[:, t] * state_ben + input_bten[:, t]
+            states.append(state_ben)
+        y_bte = torch.einsum("bten,btn->bte", torch.stack(states, dim=1), C_btn.float())
+        y_bte = (y_bte + self.D.float() * x_bte) * F.silu(z_bte.float())
+        out_btd = product(self.out_proj, y_bte).float()
+        return out_btd, {"conv": conv_state, "ssm": state_ben}
+
+
+class Recursion(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, hidden = config.hidden_size, config.recursion_expand * config.hidden_size
+        self.norm = RMSNorm(d, config.layer_norm_epsilon)
+        self.up = nn.Linear(d, hidden, bias=False)
+        self.down = nn.Linear(hidden, d, bias=False)
+        self.gate = nn.Linear(d, config.recursion_depth)
+
+    def forward(self, s_btd, read):
+        for weight_d, bias in zip(self.gate.weight.float(), self.gate.bias.float(), strict=True):
+            gate_bt = torch.sigmoid(normalise(s_btd, self.norm.eps) @ weight_d + bias)
+            change_btd = product(self.down, F.silu(product(self.up, self.norm(s_btd)))).float()
+            if read is not None:
+                change_btd = change_btd + read(s_btd)
+            s_btd = s_btd + gate_bt[..., None] * change_btd
+        return s_btd
+
+
+def rotate(x_bthp, number_bt):
+    half = x_bthp.shape[-1] // 2
+    frequency = ROPE_BASE ** (-torch.arange(half, device=x_bthp.device).float() / half)
+    angle = number_bt[..., None, None].float() * frequency
+    a, b = x_bthp[..., :half], x_bthp[..., half:]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    """At scale s a token reads the newest ``window`` complete blocks of s tokens: their means."""
+
+    def __init__(self, config):
+        super().__init__()
+        d, p = config.hidden_size, config.attention_head_size
+        self.shape = (d // p, p)
+        self.scales, self.window = config.attention_scales, config.attention_window
+        self.norm = RMSNorm(d, config.layer_norm_epsilon)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.query_norm = RMSNorm(p, config.layer_norm_epsilon)
+        self.key_norm = RMSNorm(p, config.layer_norm_epsilon)
+        self.scale_logits = nn.Parameter(torch.zeros(len(self.scales), self.shape[0]))
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def remember(self, x_btd, position_bt, cache):
+        """Returns per scale keys and values (b, c, h, p) and block numbers (b, c); the cache."""
+        weight = self.qkv.weight[x_btd.shape[-1] :]
+        kv_btd = F.linear(self.norm(x_btd).to(weight.dtype), weight).float()
+        kv_bjd = torch.cat([cache["kv"], kv_btd], dim=1)
+        n_tokens, t = kv_bjd.shape[1], x_btd.shape[1]
+        last_b = position_bt[:, -1]
+        memories = []
+        for scale in self.scales:
+            n_blocks = self.window + -(-t // scale)
+            done_b = torch.div(last_b + 1, scale, rounding_mode="floor")
+            number_bc = (done_b - n_blocks)[:, None] + torch.arange(n_blocks, device=x_btd.device)
+            token = number_bc[..., None] * scale + torch.arange(scale, device=x_btd.device)
+            index = (n_tokens - 1 - (last_b[:, None, None] - token)).clamp(min=0).flatten(1)
+            taken = kv_bjd.gather(1, index[..., None].expand(-1, -1, kv_bjd.shape[-1]))
+            pooled = taken.unflatten(1, (n_blocks, scale)).mean(2).unflatten(-1, (2, *self.shape))
+            k = rotate(self.key_norm(pooled[:, :, 0]), number_bc)
+            memories.append((k, pooled[:, :, 1], number_bc))
+        return memories, {"kv": kv_bjd[:, n_tokens - cache["kv"].shape[1] :]}
+
+    def read(self, x_btd, position_bt, memories):
+        weight = self.qkv.weight[: x_btd.shape[-1]]
+        q = F.linear(self.norm(x_btd).to(weight.dtype), weight).float().unflatten(-1, self.shape)
+        q = self.query_norm(q)
+        mix_sh = self.scale_logits.float().softmax(0) * len(self.scales)
+        y_bthp = torch.zeros_like(q)
+        for mix_h, scale, (k, v, number_bc) in zip(mix_sh, self.scales, memories, strict=True):
+            newest_bt = torch.div(position_bt + 1, scale, rounding_mode="floor") - 1
+            behind_btc = newest_bt[..., None] - number_bc[:, None]
+            seen = (behind_btc >= 0) & (behind_btc < self.window) & (number_bc[:, None] >= 0)
+            scores = torch.einsum("bthp,bchp->bhtc", rotate(q, newest_bt), k) * q.shape[-1] ** -0.5
+            scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+            weights = scores.softmax(-1) * seen[:, None]  # without a block: nothing
+            y_bthp = y_bthp + mix_h[:, None] * torch.einsum("bhtc,bchp->bthp", weights, v)
+        return product(self.o_proj, y_bthp.flatten(-2)).float()
+
+
+class Fusion(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.residual = config.fusion == "residual_norm"
+        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+    def forward(self, h_btd, m_btd, r_btd):
+        fused_btd = self.norm(product(self.proj, torch.cat([m_btd, r_btd], dim=-1)))
+        return h_btd + fused_btd if self.residual else fused_btd
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        recursive, attentive = config.recursion_depth > 0, bool(config.attention_scales)
+        self.reads_inside = recursive and attentive and config.recursion_reads_attention
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = Mixer(config)
+        self.recursion = Recursion(config) if recursive else None
+        self.attention = Attention(config) if attentive else None
+        self.fusion = Fusion(config) if config.fusion != "sum" else None
+
+    def forward(self, x_btd, valid_bt, position_bt, cache):
+        m_btd, new_cache = self.mixer(self.norm(x_btd), valid_bt, cache)
+        h_btd = s_btd = x_btd + m_btd
+
+        def reader(of_btd):
+            memories, remembered = self.attention.remember(of_btd, position_bt, cache)
+            new_cache.update(remembered)
+            return lambda at_btd: self.attention.read(at_btd, position_bt, memories)
+
+        read = reader(h_btd) if self.reads_inside else None
+        if self.recursion is not None:
+            s_btd = self.recursion(h_btd, read)
+        r_btd = s_btd - h_btd
+        if self.attention is not None and not self.reads_inside:
+            r_btd = r_btd + reader(s_btd)(s_btd)
+        if self.fusion is None:
+            return h_btd + r_btd, new_cache
+        return self.fusion(h_btd, m_btd, r_btd), new_cache
+
+
+class Backbone(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+@dataclasses.dataclass
+class HybridMambaOutput(ModelOutput):
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache_params: HybridMambaCache | None = None
+
+
+class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = HybridMambaConfig
+    base_model_prefix = "backbone"
+    _no_split_modules: typing.ClassVar = ["Layer"]
+    _is_stateful = True
+    _tied_weights_keys: typing.ClassVar = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls):
+        return False
+
+    def get_input_embeddings(self):
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, embeddings):
+        self.backbone.embeddings = embeddings
+
+    def prepare_inputs_for_generation(
+        self, input_ids, cache_params=None, attention_mask=None, use_cache=None, **kwargs
+    ):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
+        if cache_params is not None:
+            new = input_ids[:, cache_params.seen_tokens :]
+            inputs |= {"input_ids": new, "cache_params": cache_params}
+        return inputs
+
+    def _empty_cache(self, batch):
+        config, zeros = self.config, self.lm_head.weight.new_zeros
+        e, scales = config.intermediate_size, config.attention_scales
+        layer = {
+            "conv": zeros(batch, e, config.conv_kernel - 1),
+            "ssm": zeros(batch, e, config.state_size, dtype=torch.float32),
+        }
+        if scales:
+            # Of the oldest block that the next token may read, and of an incomplete one.
+            n_tokens = (config.attention_window + 1) * max(scales)
+            layer["kv"] = zeros(batch, n_tokens, 2 * config.hidden_size, dtype=torch.float32)
+        length_b = zeros(batch, dtype=torch.long)
+        return HybridMambaCache([dict(layer) for _ in self.backbone.layers], length_b)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        cache_params=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
+    ):
+        """attention_mask: of the new tokens or of all; 0 marks padding, at the left alone."""
+        batch, n_tokens = input_ids.shape
+        cache = self._empty_cache(batch) if cache_params is None else cache_params
+        valid_bt = torch.ones_like(input_ids, dtype=torch.bool)
+        if attention_mask is not None:
+            valid_bt = attention_mask[:, -n_tokens:].bool()
+        hidden = []
+        for ids_bt, piece_bt in zip(
+            input_ids.split(PIECE_TOKENS, 1), valid_bt.split(PIECE_TOKENS, 1), strict=True
+        ):
+            x_btd = self.backbone.embeddings(ids_bt).float()
+            position_bt = cache.length_b[:, None] + piece_bt.cumsum(1) - 1
+            layers = []
+            for layer, layer_cache in zip(self.backbone.layers, cache.layers, strict=True):
+                x_btd, layer_cache = layer(x_btd, piece_bt, position_bt, layer_cache)
+                layers.append(layer_cache)
+            cache.layers, cache.length_b = layers, position_bt[:, -1] + 1
+            hidden.append(self.backbone.norm_f(x_btd))
+        cache.seen_tokens += n_tokens
+        x_btd = torch.cat(hidden, dim=1)
+        if isinstance(logits_to_keep, int):
+            x_btd = x_btd[:, -logits_to_keep:] if logits_to_keep else x_btd
+        else:
+            x_btd = x_btd[:, logits_to_keep]
+        logits = product(self.lm_head, x_btd).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        output = HybridMambaOutput(
+            loss=loss, logits=logits, cache_params=cache if use_cache else None
+        )
+        return output if return_dict is not False else output.to_tuple()
