@@ -9,8 +9,11 @@ import sys
 
 from mamba_jax.errors import UserError, command
 
-FORMATS = ("hf", "safetensors")
-DTYPES = ("f32", "bf16", "f16")
+_DTYPES = {  # format → of the weights
+    "hf": ("f32", "bf16", "f16"),
+    "safetensors": ("f32", "bf16", "f16"),
+    "gguf": ("f32", "bf16", "f16", "q8_0"),
+}
 
 
 @command
@@ -34,52 +37,75 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--format",
         required=True,
-        choices=FORMATS,
-        help="hf: a folder for transformers and vLLM; safetensors: its weights alone",
+        choices=_DTYPES,
+        help="hf: a folder for transformers and vLLM; safetensors: its weights alone; gguf: for "
+        "llama.cpp and Ollama",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     parser.add_argument(
-        "--dtype", default="f32", choices=DTYPES, help="of the weights (default: %(default)s)"
+        "--dtype",
+        default="f32",
+        metavar="NAME",
+        help="of the weights: f32, bf16 or f16; gguf: q8_0 as well (default: %(default)s)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="load it with transformers and compare logits and greedy text (hf)",
+        help="load it with transformers (hf) or llama.cpp (gguf) and compare logits and greedy "
+        "text; what differs is not kept",
     )
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the checkpoint, writes the folder, verifies it, gives it its name."""
+    check(arguments)
     from mamba_jax.data.tokenizer import load_saved
-    from mamba_jax.exporting import hf, tensors, tokenizer_files
+    from mamba_jax.exporting import gguf_file, hf, tensors, tokenizer_files
     from mamba_jax.exporting.folder import new_folder
     from mamba_jax.training import checkpoint
 
-    if arguments.verify and arguments.format != "hf":
-        raise UserError("--verify needs --format hf: bare weights are no model to run")
+    form, dtype = arguments.format, arguments.dtype
     log = lambda line: print(line, file=sys.stderr)
     with new_folder(pathlib.Path(arguments.out)) as folder:
         path = checkpoint.resolve(arguments.checkpoint, log)
         metadata = checkpoint.read_metadata(path)
         model = metadata.config.model
+        if form == "gguf":
+            gguf_file.check(model)
         tokenizer = load_saved(path, metadata.config.data.tokenizer)
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
         table = tensors.to_hf(checkpoint.restore_params(path), model, n_ids)
-        hf.write_weights(folder / hf.WEIGHTS, table, arguments.dtype)
-        if arguments.format == "hf":
-            hf.write_companions(folder, metadata, tokenizer, arguments.dtype)
+        if form == "gguf":
+            gguf_file.write(folder, table, metadata, tokenizer, dtype)
+        else:
+            hf.write_weights(folder / hf.WEIGHTS, table, dtype)
+        if form == "hf":
+            hf.write_companions(folder, metadata, tokenizer, dtype)
         if arguments.verify:
-            from mamba_jax.exporting.verify import check_hf
+            from mamba_jax.exporting import verify
 
-            found = check_hf(folder, table, model, tokenizer, arguments.dtype)
-            print(
-                f"verified: largest difference of logits {found.largest_difference:.2e} "
-                f"(largest logit {found.largest_logit:.3g}), {found.same_greedy} of "
-                f"{found.n_greedy} greedy tokens the same; {arguments.dtype} moves logits by up "
-                f"to {found.drift:.2e}"
-            )
-    print(f"wrote {arguments.out}")
+            engine = verify.check_gguf if form == "gguf" else verify.check_hf
+            log(engine(folder, table, model, tokenizer, dtype).told(dtype))
+    log(f"wrote {arguments.out}")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses what no format offers, before anything is read.
+
+    Raises:
+      UserError: see its text.
+    """
+    form, dtype = arguments.format, arguments.dtype
+    if arguments.verify and form == "safetensors":
+        raise UserError("--verify needs --format hf or gguf: bare weights are no model to run")
+    if dtype not in _DTYPES[form]:
+        more = ""
+        if form == "gguf":
+            more = "; for others, K-quants among them, run llama.cpp's llama-quantize on the file"
+        raise UserError(
+            f"--dtype {dtype} is not one of {', '.join(_DTYPES[form])} for --format {form}{more}"
+        )
 
 
 if __name__ == "__main__":

@@ -5,13 +5,16 @@ from mamba_jax.training.checkpoint_folder import Metadata
 _FAMILIES = {"mamba": "Mamba", "hybrid": "Hybrid Recursive Mamba"}
 
 
-def model_card(metadata: Metadata, dtype: str, begins_with: str) -> str:
+def model_card(
+    metadata: Metadata, dtype: str, begins_with: str, library: str = "transformers"
+) -> str:
     """Returns README.md.
 
     Args:
       metadata: of the checkpoint.
       dtype: of the weights, in words.
       begins_with: the token that the tokenizer puts before every text.
+      library: that the files are of.
     """
     config, model = metadata.config, metadata.config.model
     measured = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata.metrics.items())]
@@ -20,7 +23,7 @@ def model_card(metadata: Metadata, dtype: str, begins_with: str) -> str:
     return "\n".join(
         [
             "---",
-            "library_name: transformers",
+            f"library_name: {library}",
             "pipeline_tag: text-generation",
             *custom,
             "---",

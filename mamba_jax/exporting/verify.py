@@ -1,9 +1,12 @@
-"""An exported folder against the model it came from: logits on real prompts, and greedy text."""
+"""An exported model in its engine against the one it came from: logits and greedy text."""
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
+import urllib.request
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError
-from mamba_jax.exporting.hf import round_to
+from mamba_jax.exporting import gguf_file, hf
 from mamba_jax.exporting.libraries import need
 from mamba_jax.exporting.tensors import EMBEDDING, from_hf
 from mamba_jax.models import build
@@ -24,27 +27,103 @@ PROMPTS = (
     "If 3 apples cost 12 coins, one apple costs",
 )
 GREEDY_TOKENS = 64
-TOLERANCE = 1e-4  # of the largest logit: float32 sums in another order
+# Of the largest logit. float32: sums in another order. llama.cpp rounds what it multiplies with
+# narrow weights to their dtype as well, so that texts may part where two tokens are equally likely.
+TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
+# Tokens whose log-probabilities llama.cpp is asked for, at each so many-th place of a greedy text.
+_TOP, _EVERY = 20, 8
 
 
 class Verdict(NamedTuple):
     """What was found."""
 
-    largest_difference: float  # of logits: the file in the other engine against the file in ours
-    largest_logit: float
-    drift: float  # of logits in ours: the file's weights against the checkpoint's
+    largest_difference: float  # the file in the other engine against the file in ours
+    largest_value: float  # logit, or log-probability, that this is a share of
+    drift: float  # in ours: the file's weights against the checkpoint's
     same_greedy: int  # tokens, of ``n_greedy``
     n_greedy: int
 
-
-def prompts_ids(tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Returns int32 ids of the prompts, each begun as training begins a document."""
-    return [np.r_[tokenizer.eot_id, tokenizer.encode(text)].astype(np.int32) for text in PROMPTS]
+    def told(self, dtype: str) -> str:
+        """Returns a line for the user."""
+        return (
+            f"verified: largest difference {self.largest_difference:.2e} (largest logit "
+            f"{self.largest_value:.3g}), {self.same_greedy} of {self.n_greedy} greedy tokens the "
+            f"same; {dtype} moves logits by up to {self.drift:.2e}"
+        )
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _run(params: Any, config: ModelConfig, ids_bt: jax.Array) -> jax.Array:
     return build.apply(params, config, ids_bt)[0]
+
+
+class _Ours:
+    """Our model in float32, of the file's weights and of the checkpoint's, asked the same."""
+
+    def __init__(
+        self,
+        exact: Mapping[str, np.ndarray],
+        rounded: Mapping[str, np.ndarray],
+        config: ModelConfig,
+    ):
+        n_ids = len(exact[EMBEDDING])
+        self._config = dataclasses.replace(config, vocab_size=n_ids, dtype="float32")
+        self._exact, self._rounded = from_hf(exact, self._config), from_hf(rounded, self._config)
+        self._difference = self._largest = self._drift = 0.0
+        self._same = self._total = 0
+
+    def logits(self, ids_t: np.ndarray) -> np.ndarray:
+        """Returns the logits (t, v) that the file's weights give."""
+        ids_bt = jnp.asarray(ids_t[None], jnp.int32)
+        ours_tv = np.asarray(_run(self._rounded, self._config, ids_bt))[0]
+        exact_tv = np.asarray(_run(self._exact, self._config, ids_bt))[0]
+        self._drift = max(self._drift, float(np.abs(ours_tv - exact_tv).max()))
+        return ours_tv
+
+    def compare(self, ours: np.ndarray, theirs: np.ndarray) -> None:
+        """Takes numbers of both sides in, of equal shapes."""
+        # fmax would drop a NaN.
+        self._difference = np.maximum(self._difference, np.abs(ours - theirs).max())
+        self._largest = max(self._largest, float(np.abs(ours).max()))
+
+    def compare_greedy(self, logits_tv: np.ndarray, chosen_t: np.ndarray, eot_id: int) -> None:
+        """Takes their greedy text in, in which ``eot_id`` was forbidden lest it end.
+
+        One full pass over their text tells at each place what ours would have said: equal choices
+        everywhere mean equal greedy texts.
+        """
+        allowed_tv = np.where(np.arange(logits_tv.shape[-1]) == eot_id, -np.inf, logits_tv)
+        self._same += int((allowed_tv.argmax(-1) == chosen_t).sum())
+        self._total += len(chosen_t)
+
+    def verdict(self, dtype: str, *, same_text: bool) -> Verdict:
+        """Judges.
+
+        Raises:
+          UserError: if the two differ by more than rounding explains.
+        """
+        found = Verdict(
+            float(self._difference), self._largest, self._drift, self._same, self._total
+        )
+        # "not <=": a NaN must not pass.
+        if not found.largest_value or not found.largest_difference <= TOLERANCE[dtype] * max(
+            found.largest_value, 1.0
+        ):
+            raise UserError(
+                f"verification failed: logits differ by {found.largest_difference:.2e} "
+                f"(largest logit {found.largest_value:.3g}); nothing was written"
+            )
+        if same_text and found.same_greedy != found.n_greedy:
+            raise UserError(
+                f"verification failed: {found.same_greedy} of {found.n_greedy} greedy tokens are "
+                "the same; nothing was written"
+            )
+        return found
+
+
+def prompts_ids(tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Returns int32 ids of the prompts, each begun as training begins a document."""
+    return [np.r_[tokenizer.eot_id, tokenizer.encode(text)].astype(np.int32) for text in PROMPTS]
 
 
 def check_hf(
@@ -72,50 +151,72 @@ def check_hf(
         folder, dtype=torch.float32, trust_remote_code=config.family == "hybrid"
     )
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    config = dataclasses.replace(config, vocab_size=len(tensors[EMBEDDING]), dtype="float32")
-    exact = from_hf(tensors, config)
-    rounded = from_hf(
-        {k: round_to(v, dtype).astype(np.float32) for k, v in tensors.items()}, config
-    )
-    difference = largest = drift = 0.0
-    same = total = 0
+    rounded = {k: hf.round_to(v, dtype).astype(np.float32) for k, v in tensors.items()}
+    ours = _Ours(tensors, rounded, config)
     for text, ids in zip(PROMPTS, prompts_ids(tokenizer), strict=True):
-        if their_tokenizer(text)["input_ids"] != ids.tolist():
-            raise UserError(f"verification failed: the tokenizers disagree on {text!r}")
+        _check_ids(text, their_tokenizer(text)["input_ids"], ids)
         with torch.no_grad():
             found = theirs.generate(
                 torch.tensor(ids[None].astype(np.int64)),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                 max_new_tokens=GREEDY_TOKENS,
-                min_new_tokens=GREEDY_TOKENS,
-                eos_token_id=None,
+                suppress_tokens=[tokenizer.eot_id],
                 do_sample=False,
             )[0]
             their_logits = theirs(found[None, :-1]).logits[0].numpy()
-        # One full pass over their text tells at each place what ours would have said: equal
-        # choices everywhere mean equal greedy texts.
-        ids_bt = jnp.asarray(found[None, :-1].numpy(), jnp.int32)
-        our_logits = np.asarray(_run(rounded, config, ids_bt))[0]
-        unrounded = np.asarray(_run(exact, config, ids_bt))[0]
-        difference = max(difference, float(np.abs(our_logits - their_logits).max()))
-        drift = max(drift, float(np.abs(our_logits - unrounded).max()))
-        largest = max(largest, float(np.abs(our_logits).max()))
-        chosen = our_logits[len(ids) - 1 :].argmax(-1)
-        same += int((chosen == found[len(ids) :].numpy()).sum())
-        total += len(chosen)
-    return _judge(Verdict(difference, largest, drift, same, total))
+        logits_tv = ours.logits(found[:-1].numpy())
+        ours.compare(logits_tv, their_logits)
+        ours.compare_greedy(logits_tv[len(ids) - 1 :], found[len(ids) :].numpy(), tokenizer.eot_id)
+    return ours.verdict("f32", same_text=True)
 
 
-def _judge(verdict: Verdict) -> Verdict:
-    # "not <=": a NaN must not pass.
-    if not verdict.largest_difference <= TOLERANCE * max(verdict.largest_logit, 1.0):
-        raise UserError(
-            f"verification failed: logits differ by {verdict.largest_difference:.2e} "
-            f"(largest logit {verdict.largest_logit:.3g}); nothing was written"
-        )
-    if verdict.same_greedy != verdict.n_greedy:
-        raise UserError(
-            f"verification failed: {verdict.same_greedy} of {verdict.n_greedy} greedy tokens are "
-            "the same; nothing was written"
-        )
-    return verdict
+def check_gguf(
+    folder: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: str,
+) -> Verdict:
+    """Loads a file with llama.cpp and compares its likeliest tokens' log-probabilities.
+
+    Arguments are as in ``check_hf``.
+
+    Raises:
+      UserError: if the two differ, or llama.cpp (the package xllamacpp) is not installed.
+    """
+    llama = need("xllamacpp", "llamacpp")
+    settings = llama.CommonParams()
+    settings.model.path = str(folder / gguf_file.FILE_NAME)
+    settings.n_ctx, settings.n_parallel, settings.verbosity = 256, 1, -1
+    settings.warmup = settings.fit_params = False
+    server = llama.Server(settings)
+    ours = _Ours(tensors, gguf_file.rounded(tensors, dtype), config)
+
+    def ask(path: str, **request: Any) -> Any:
+        url = f"{server.listening_address}{path}"
+        data, header = json.dumps(request).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, data, header)) as answer:
+            return json.load(answer)
+
+    n = GREEDY_TOKENS
+    greedy = {"temperature": 0, "top_k": 1, "return_tokens": True, "ignore_eos": True}
+    greedy |= {"cache_prompt": False, "post_sampling_probs": False}
+    for text, ids in zip(PROMPTS, prompts_ids(tokenizer), strict=True):
+        _check_ids(text, ask("/tokenize", content=text, add_special=True)["tokens"], ids)
+        chosen = np.array(ask("/completion", prompt=ids.tolist(), n_predict=n, **greedy)["tokens"])
+        logits_tv = ours.logits(np.r_[ids, chosen[:-1]])[len(ids) - 1 :]
+        ours.compare_greedy(logits_tv, chosen, tokenizer.eot_id)
+        for place in range(0, n, _EVERY):
+            prompt = np.r_[ids, chosen[:place]].tolist()
+            answer = ask("/completion", prompt=prompt, n_predict=1, n_probs=_TOP, **greedy)
+            # The server tells nothing of a token that leaves a character incomplete.
+            for step in answer.get("completion_probabilities", ()):
+                top = {one["id"]: one["logprob"] for one in step["top_logprobs"]}
+                log_v = logits_tv[place] - np.logaddexp.reduce(logits_tv[place])
+                ours.compare(log_v[list(top)], np.array(list(top.values())))
+    return ours.verdict(dtype, same_text=dtype == "f32")
+
+
+def _check_ids(text: str, theirs: list[int], ours: np.ndarray) -> None:
+    if theirs != ours.tolist():
+        raise UserError(f"verification failed: the tokenizers disagree on {text!r}")

@@ -109,7 +109,7 @@ def test_transformers_gives_the_same_logits_and_greedy_text(
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("torch", reason="needs torch")
     assert run(checkpoint_dir, tmp_path / "model", "--dtype", dtype, "--verify") == 0
-    assert "192 of 192 greedy tokens" in capsys.readouterr().out
+    assert "192 of 192 greedy tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", [name for name in tiny.VARIANTS if name.startswith("hybrid")])
@@ -119,7 +119,7 @@ def test_transformers_runs_hybrids_with_the_program_in_the_folder(tmp_path, caps
     model = dataclasses.replace(tiny.VARIANTS[variant], vocab_size=257, tie_embeddings=False)
     write_checkpoint(tmp_path, model, random_params(model))
     assert run(tmp_path, tmp_path / "model", "--verify") == 0
-    assert "192 of 192 greedy tokens" in capsys.readouterr().out
+    assert "192 of 192 greedy tokens" in capsys.readouterr().err
 
 
 def test_verify_fails_loudly_on_a_wrong_tensor_and_writes_nothing(
