@@ -22,6 +22,7 @@ from mamba_jax.data.plan import Plan, Settings, load_or_make
 from mamba_jax.data.sources import Source, open_source
 from mamba_jax.data.store import Store, cache_folder
 from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.task_rows import open_tasks
 from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mamba_jax.data.windows import DocumentWindows, Joined, PackedWindows, Windows
 from mamba_jax.errors import UserError
@@ -246,16 +247,20 @@ def tokenise(
 
 
 def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
-    """Finds the files, the dataset or both; whichever was named is read.
+    """Finds the files, and the dataset or tasks; whichever was named is read.
 
     Raises:
       UserError: if there is none.
     """
-    if not config.dataset:
+    if not config.dataset and not config.tasks:
         return open_source(config.data_dir, log)
-    if config.data_dir:
-        return open_source(config.data_dir, log).with_rows(open_dataset(config, log))
-    if os.path.exists("data"):
-        log("./data is not read beside a dataset; --data_dir data adds it")
-    rows = open_dataset(config, log)
-    return Source(rows.origin, (), Summary(rows.origin), rows)
+    if not config.data_dir and os.path.exists("data"):
+        what = "a dataset" if config.dataset else "tasks"
+        log(f"./data is not read beside {what}; --data_dir data adds it")
+    files = open_source(config.data_dir, log) if config.data_dir else None
+    rows = (
+        open_dataset(config, log)
+        if config.dataset
+        else open_tasks(config.tasks, config.task_examples)
+    )
+    return files.with_rows(rows) if files else Source(rows.origin, (), Summary(rows.origin), rows)
