@@ -162,7 +162,8 @@ def _check_source(data: "DataConfig") -> None:
     if data.dataset:
         if data.tasks:
             raise UserError(
-                f'data.tasks="{data.tasks}" beside data.dataset="{data.dataset}": make each a source of a mixture"
+                f'data.tasks="{data.tasks}" beside data.dataset="{data.dataset}": make each a '
+                "source of a mixture"
             )
         if not data.dataset_split:
             raise UserError("data.dataset_split must not be empty")
