@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from mamba_jax.data import pipeline
 from tests.data.conftest import words
 
 
@@ -132,6 +133,19 @@ def test_unigram_nll_equals_its_definition(corpus):
         for token in corpus.eval[i][1:].tolist()
     ]
     assert corpus.unigram_nll == pytest.approx(math.fsum(terms) / len(terms), rel=1e-12)
+
+
+def test_of_many_windows_an_even_choice_is_counted(corpus, monkeypatch):
+    monkeypatch.setattr(pipeline, "_COUNTED_TOKENS", 5 * len(corpus.eval[0]))
+    monkeypatch.setattr(pipeline, "_COUNTED_AT_ONCE", 2)
+    counts, n = np.ones(257), len(corpus.train)
+    for i in (0, n // 5, 2 * n // 5, 3 * n // 5, 4 * n // 5):
+        np.add.at(counts, corpus.train[i][1:], 1)
+    k = min(5, len(corpus.eval))
+    held = [corpus.eval[i * len(corpus.eval) // k][1:] for i in range(k)]
+    expected = -np.log(counts / counts.sum())[np.concatenate(held)].mean()
+    assert n > 10
+    assert corpus.unigram_nll == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_log_tells_the_tokens(corpus, make):
