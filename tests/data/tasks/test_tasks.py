@@ -114,6 +114,18 @@ def test_answers_are_right(name, difficulty):
     assert max(map(answers.count, set(answers))) < 0.4 * len(answers)
 
 
+def test_arithmetic_nests_on_both_sides():
+    prompts = [problem.prompt for problem in problems("arithmetic", 3, "train", 0, 200)]
+    shapes = {re.sub(r"\d+", "0", re.sub(r"[+*-]", "+", prompt)) for prompt in prompts}
+    assert shapes == {
+        "0 + (0 + (0 + 0)) =",
+        "0 + ((0 + 0) + 0) =",
+        "(0 + 0) + (0 + 0) =",
+        "(0 + (0 + 0)) + 0 =",
+        "((0 + 0) + 0) + 0 =",
+    }
+
+
 @every_task
 def test_the_hardest_can_be_made_and_is_of_bounded_length(name):
     (problem,) = problems(name, TASKS[name].HARDEST, "train", seed=0, count=1)
