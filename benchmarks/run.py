@@ -27,6 +27,7 @@ BENCHMARKS = {
     "decode": "generation and prefill against transformers' generate",
     "hybrid": "what each part of the hybrid costs, against plain Mamba",
     "startup": "import, --help, and compiling the training step without and with a cache",
+    "data": "batches against peers, tokenising and its memory, opening a large cache",
     "scaling": "whether time and memory grow in proportion to the length",
 }
 ALL_CORES = ("startup",)  # a user's start has all of them

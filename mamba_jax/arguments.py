@@ -48,6 +48,7 @@ _FIELDS = {  # flag → the field that it sets
     "--dataset_streaming": "data.dataset_streaming",
     "--text_column": "data.text_column",
     "--tokenizer": "data.tokenizer",
+    "--tasks": "data.tasks",
     "--output_dir": "output_dir",
     "--seed": "seed",
 }
@@ -336,6 +337,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="columns of a row's text, joined by a blank line; default text, where there is none "
         "as the columns suggest (the log says which)",
+    )
+    data.add_argument(
+        "--tasks",
+        metavar="NAME:N,…",
+        help="problems with exact answers, of difficulty N or M-N: arithmetic, list_operations, "
+        "multi_hop, recall, state_tracking",
     )
     data.add_argument(
         "--tokenizer",

@@ -113,7 +113,10 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of a mixture: files, a dataset, or both; fields as in ``DataConfig``."""
+    """One source of a mixture: files, a dataset or tasks, or files beside one of these.
+
+    Fields as in ``DataConfig``.
+    """
 
     data_dir: str = ""
     dataset: str = ""
@@ -121,6 +124,8 @@ class SourceConfig:
     dataset_split: str = "train"
     dataset_streaming: bool = False
     text_column: str = ""
+    tasks: str = ""
+    task_examples: int = 10_000
     weight: float = 1.0  # its share of the windows is this by the sum of all
 
 
@@ -143,6 +148,8 @@ class DataConfig:
     dataset_split: str = "train"  # or another, or a part of one: "train[:10%]"
     dataset_streaming: bool = False  # tokenise rows as they arrive, and keep no download
     text_column: str = ""  # "a,b": joined by a blank line; "": text, else as the columns suggest
+    tasks: str = ""  # problems to learn from, as "arithmetic:1-3,recall:4": task and difficulties
+    task_examples: int = 10_000  # of each task and difficulty
     # Several sources in place of one, each with a share of every stretch of the training.
     mixture: tuple[SourceConfig, ...] = ()
     curriculum: tuple[PhaseConfig, ...] = ()  # by step; (): the weights of the mixture throughout

@@ -133,12 +133,12 @@ def _check_data(data: "DataConfig") -> None:
             raise UserError("data.curriculum has no use without a data.mixture")
         _check_source(data)
         return
-    for name in ("data_dir", "dataset"):
+    for name in ("data_dir", "dataset", "tasks"):
         if value := getattr(data, name):
             raise UserError(f'data.{name}="{value}" beside a data.mixture: make it a source of it')
     for number, source in enumerate(data.mixture):
-        if not source.data_dir and not source.dataset:
-            raise UserError(f"data.mixture[{number}] needs a data_dir or a dataset")
+        if not source.data_dir and not source.dataset and not source.tasks:
+            raise UserError(f"data.mixture[{number}] needs a data_dir, a dataset or tasks")
     for one in data.sources:
         _check_source(one)
     _check_weights("data.mixture", [source.weight for source in data.mixture], len(data.mixture))
@@ -157,7 +157,14 @@ def _check_weights(name: str, weights: Sequence[float], count: int) -> None:
 
 
 def _check_source(data: "DataConfig") -> None:
+    if data.task_examples < 1:
+        raise UserError(f"data.task_examples={data.task_examples} must be at least 1")
     if data.dataset:
+        if data.tasks:
+            raise UserError(
+                f'data.tasks="{data.tasks}" beside data.dataset="{data.dataset}": make each a '
+                "source of a mixture"
+            )
         if not data.dataset_split:
             raise UserError("data.dataset_split must not be empty")
         return

@@ -47,7 +47,7 @@ def describe(arguments: Arguments) -> str:
     planned = plan_run(config, start)
     scan = resolve_scan(config.model, matmul_dtype(config.model))
     check_batch(planned.config.vram.batch_size, make_mesh(config.parallel))
-    data = _data(config.data)
+    data = [line for source in config.data.sources for line in _data(source)]
     config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
     parts = {
         "said": said,
@@ -103,15 +103,19 @@ def _training(config: RunConfig) -> list[str]:
 def _data(data: DataConfig) -> list[str]:
     from mamba_jax.data.hub_access import is_folder
     from mamba_jax.data.sources import open_source
+    from mamba_jax.data.task_rows import open_tasks
 
     lines: list[str] = []
-    if data.data_dir or not data.dataset:
+    if data.data_dir or not (data.dataset or data.tasks):
         source = open_source(data.data_dir, lines.append)
         lines.append(f"{source.origin}: {len(source.files):,} files")
     if data.dataset:
         where = "a folder here" if is_folder(data.dataset) else "on the Hugging Face Hub, not asked"
         columns = f"columns {data.text_column}" if data.text_column else "its columns with text"
         lines.append(f"dataset {data.dataset}, split {data.dataset_split}, {columns}: {where}")
+    if data.tasks:
+        rows = open_tasks(data.tasks, data.task_examples)
+        lines.append(f"{rows.origin}: {rows.examples:,} problems of each")
     return lines
 
 

@@ -242,7 +242,6 @@ def _make_plain(encoding: Any) -> None:
     encoding.encode_special_tokens = True
     encoding.no_truncation()
     encoding.no_padding()
-    encoding.post_processor = None  # it may also shorten the stretches of characters
 
 
 def _pieces(encoding: Any, record: dict[str, Any], special: set[int]) -> list[bytes]:

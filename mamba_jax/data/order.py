@@ -5,7 +5,6 @@ Shapes: k sources, p samples of a period.
 
 import bisect
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -27,18 +26,8 @@ class Order:
         phases: (first sample, weight of each source), the first at 0, rising.
         seed: of the orders, 0 or more.
         """
-        import grain  # takes a second: not before it is needed
-
-        # `.seed(s).shuffle()`, because with `.shuffle(seed=s)` epoch 1 is that of seed s + 1 at
-        # epoch 0, and runs with neighbouring seeds would see the same orders. Sources have seeds
-        # apart: two of one length would be shuffled alike.
         # One without windows has no weight, and is never asked.
-        shuffled = lambda length, k: (
-            grain.MapDataset.range(length).seed(_seed_of(seed, k)).shuffle()
-        )
-        self._orders: list[Any] = [
-            shuffled(length, k).repeat(None) if length else () for k, length in enumerate(lengths)
-        ]
+        self._orders = [_Epochs(length, _seed_of(seed, k)) for k, length in enumerate(lengths)]
         self._starts = [start for start, _ in phases]
         self._periods = [_Period(weights) for _, weights in phases]
         self._bases = [[0] * len(lengths)]
@@ -56,6 +45,23 @@ class Order:
         phase = max(bisect.bisect_left(self._starts, samples) - 1, 0)
         period = self._periods[phase]
         return _added(self._bases[phase], period.counts(samples - self._starts[phase]))
+
+
+class _Epochs:
+    """Shuffled epochs of one source without end, each a permutation that is computed, not kept."""
+
+    def __init__(self, length: int, seed: int):
+        from grain.experimental import index_shuffle  # takes a second: not before it is needed
+
+        self._permuted, self._length = index_shuffle, length
+        # What grain's ``.seed(s).shuffle()`` makes of a seed. An epoch's is its number beyond: with
+        # s itself epoch 1 would be that of seed s + 1 at epoch 0, and runs with neighbouring seeds
+        # would see the same orders.
+        self._seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
+
+    def __getitem__(self, number: int) -> int:
+        epoch, at = divmod(number, self._length)
+        return self._permuted(at, self._length - 1, (self._seed + epoch) % (1 << 32), 4)
 
 
 class _Period:
@@ -98,7 +104,8 @@ def _added(one: Sequence[int], other: Sequence[int]) -> list[int]:
 
 
 def _seed_of(seed: int, source: int) -> int:
-    """Returns the seed itself for the first source, for others one far from any neighbour's."""
+    """Returns the seed itself for the first source, for others one far from any neighbour's: two
+    sources of one length would be shuffled alike."""
     if not source:
         return seed
     words = np.random.SeedSequence([seed, source]).generate_state(2, np.uint32)

@@ -22,9 +22,13 @@ from mamba_jax.data.plan import Plan, Settings, load_or_make
 from mamba_jax.data.sources import Source, open_source
 from mamba_jax.data.store import Store, cache_folder
 from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.task_rows import open_tasks
 from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mamba_jax.data.windows import DocumentWindows, Joined, PackedWindows, Windows
 from mamba_jax.errors import UserError
+
+_COUNTED_TOKENS = 1 << 24  # of a side, for the distribution of its tokens
+_COUNTED_AT_ONCE = 256  # windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +129,22 @@ class Corpus:
     def unigram_nll(self) -> float:
         """Nats per held-out target under the add-one unigram distribution of the train targets.
 
-        A model that has learnt only how frequent tokens are scores this.
+        A model that has learnt only how frequent tokens are scores this. Of a side with more than
+        some ten million tokens as many count, in windows evenly spread: a start reads no more.
         """
-        vocab_size = self.tokenizer.vocab_size
-        train_v, eval_v = (
-            sum(
-                (np.bincount(chunk, minlength=vocab_size) for chunk in side.targets()),
-                start=np.zeros(vocab_size, np.int64),
-            )
-            for side in (self.train, self.eval)
-        )
-        log_p_v = np.log(train_v + 1) - np.log(train_v.sum() + vocab_size)
+        train_v, eval_v = self._counts(self.train), self._counts(self.eval)
+        log_p_v = np.log(train_v + 1) - np.log(train_v.sum() + len(train_v))
         return float(-(eval_v * log_p_v).sum() / eval_v.sum())
+
+    def _counts(self, side: Windows) -> np.ndarray:
+        """Returns int64 (v,), how often each id is a target that is learnt."""
+        counts_v = np.zeros(self.tokenizer.vocab_size, np.int64)
+        count = min(len(side), max(_COUNTED_TOKENS // len(self.eval[0]), 1))
+        for first in range(0, count, _COUNTED_AT_ONCE):
+            numbers = range(first, min(first + _COUNTED_AT_ONCE, count))
+            targets = np.concatenate([side[i * len(side) // count][1:] for i in numbers])
+            counts_v += np.bincount(targets[targets >= 0], minlength=len(counts_v))
+        return counts_v
 
 
 def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str], None]) -> Corpus:
@@ -172,7 +180,7 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     kind = DocumentWindows if config.window == "document" else PackedWindows
     windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, learn)
     train, evaluation = Joined([windows_of(side) for side in plan.train]), windows_of(plan.eval)
-    if learn is not None and not any(len(chunk) for chunk in evaluation.targets()):
+    if learn is not None and not any(np.any(window[1:] >= 0) for window in evaluation):
         raise UserError(
             "the held-out windows have no answer to be scored on: raise data.eval_fraction or "
             "model.max_seq_len"
@@ -246,16 +254,20 @@ def tokenise(
 
 
 def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
-    """Finds the files, the dataset or both; whichever was named is read.
+    """Finds the files, and the dataset or tasks; whichever was named is read.
 
     Raises:
       UserError: if there is none.
     """
-    if not config.dataset:
+    if not config.dataset and not config.tasks:
         return open_source(config.data_dir, log)
-    if config.data_dir:
-        return open_source(config.data_dir, log).with_rows(open_dataset(config, log))
-    if os.path.exists("data"):
-        log("./data is not read beside a dataset; --data_dir data adds it")
-    rows = open_dataset(config, log)
-    return Source(rows.origin, (), Summary(rows.origin), rows)
+    if not config.data_dir and os.path.exists("data"):
+        what = "a dataset" if config.dataset else "tasks"
+        log(f"./data is not read beside {what}; --data_dir data adds it")
+    files = open_source(config.data_dir, log) if config.data_dir else None
+    rows = (
+        open_dataset(config, log)
+        if config.dataset
+        else open_tasks(config.tasks, config.task_examples)
+    )
+    return files.with_rows(rows) if files else Source(rows.origin, (), Summary(rows.origin), rows)

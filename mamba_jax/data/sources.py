@@ -25,7 +25,7 @@ _NOT_STANDARD_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idl
 
 
 class Rows(Protocol):
-    """What else gives documents: ``data.hub``."""
+    """What else gives documents: ``data.hub`` and ``data.task_rows``."""
 
     @property
     def origin(self) -> str: ...

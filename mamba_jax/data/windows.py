@@ -5,15 +5,13 @@ first token of a window is no target anyway.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mamba_jax.data.split import stream_tokens
 from mamba_jax.data.store import Flat
-
-_CHUNK_TOKENS = 1 << 22
 
 
 class Windows(Protocol):
@@ -27,10 +25,6 @@ class Windows(Protocol):
         """Returns window ``index`` as int32 (seq_len + 1,)."""
         ...
 
-    def targets(self) -> Iterator[np.ndarray]:
-        """Yields the targets that are learnt, int32, in order, some millions at a time at most."""
-        ...
-
 
 class _Cache:
     """The cache's tokens, those that are no targets as ``~token``."""
@@ -42,11 +36,6 @@ class _Cache:
         out[:] = self._tokens[start:stop]
         if self._learn is not None:
             np.invert(out, out=out, where=self._learn[start:stop] == 0)
-
-    def forget(self) -> None:
-        self._tokens.forget()
-        if self._learn is not None:
-            self._learn.forget()
 
 
 class PackedWindows:
@@ -81,13 +70,6 @@ class PackedWindows:
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.seq_len
         return self._read(start, start + self.seq_len + 1)
-
-    def targets(self) -> Iterator[np.ndarray]:
-        stop = len(self) * self.seq_len + 1
-        for start in range(1, stop, _CHUNK_TOKENS):
-            chunk = self._read(start, min(start + _CHUNK_TOKENS, stop))
-            yield chunk[chunk >= 0]
-            self._cache.forget()
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Returns positions [start, stop) of the stream."""
@@ -141,14 +123,6 @@ class DocumentWindows:
             out[count] = self._eot_id
         return out
 
-    def targets(self) -> Iterator[np.ndarray]:
-        at_once = max(_CHUNK_TOKENS // self.seq_len, 1)
-        for start in range(0, len(self), at_once):
-            indices = range(start, min(start + at_once, len(self)))
-            chunk = np.concatenate([self[index][1:] for index in indices])
-            yield chunk[chunk >= 0]
-            self._cache.forget()
-
 
 class Joined:
     """The windows of several sources, one after another."""
@@ -166,7 +140,3 @@ class Joined:
             raise IndexError(f"window {index} of {len(self)}")
         source = bisect.bisect_right(self._firsts, index) - 1
         return self.sources[source][index - self._firsts[source]]
-
-    def targets(self) -> Iterator[np.ndarray]:
-        for source in self.sources:
-            yield from source.targets()

@@ -136,8 +136,17 @@ def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys
 
 SLOW_RUN = """
     import sys, time
+    import xxhash
     from mamba_jax import train
+    from mamba_jax.data.pipeline import Corpus
     from mamba_jax.training.monitor import Monitor
+    batches = Corpus.train_batches
+    def told(self, batch_size, seed, start=0):
+        for batch in batches(self, batch_size, seed, start):
+            print("batch", start, xxhash.xxh3_64_hexdigest(batch.tobytes()), flush=True)
+            yield batch
+            start += batch_size
+    Corpus.train_batches = told
     secs, record = float(sys.argv[1]), Monitor.step
     def step(self, at, **values):
         record(self, at, **values)
@@ -183,12 +192,16 @@ class Process:
 
 def test_a_process_stopped_by_signals_and_killed_equals_one_left_alone(place):
     whole, parts = place / "process-whole", place / "process-parts"
-    flags = ("--config.training.max_steps=60", "--config.training.save_steps=4")
+    (place / "few").mkdir()
+    text = (place / "texts" / "config.py").read_text()[:11_000]
+    (place / "few" / "a.py").write_text(text)  # 60 steps are more than two epochs
+    flags = ("--data_dir=few", "--config.training.max_steps=60", "--config.training.save_steps=4")
     alone = Process(place, *flags, f"--output_dir={whole}")
     assert alone.end() == 0
     assert not [line for line in alone.stderr.splitlines() if not line.startswith("step ")]
 
     flags = (*flags, f"--output_dir={parts}", "--resume", "auto")
+    lines: list[str] = []
     for number, at in (
         (signal.SIGINT, "recorded 3"),
         (signal.SIGTERM, "recorded 9"),
@@ -198,12 +211,20 @@ def test_a_process_stopped_by_signals_and_killed_equals_one_left_alone(place):
         process.wait_for(at)
         process.send(number)
         assert process.end() == (-9 if number == signal.SIGKILL else 75)
+        lines += process.lines
     assert not (parts / "final").exists()
     rest = Process(place, *flags)
     assert rest.end() == 0
     (start,) = [line for line in rest.lines if line.startswith("continuing from")]
     assert int(start.rpartition(" ")[2]) >= 16
     assert_same_run(whole, parts)
+
+    # Every batch that any of the processes read is the one that was read undisturbed.
+    batches = lambda lines: {line for line in lines if line.startswith("batch ")}
+    expected = batches(alone.lines)
+    assert batches([*lines, *rest.lines]) == expected and len(expected) >= 60
+    windows = next(line for line in alone.lines if line.startswith("held out")).split()[-1]
+    assert 60 * 16 > 2 * int(windows) > 500, windows
 
 
 # --- one finished run, looked at from many sides --------------------------------------------------

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from mamba_jax.config import DataConfig
+from mamba_jax.config import DataConfig, SourceConfig
 from mamba_jax.data import hub_access, hub_table
 from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.pipeline import prepare
@@ -404,3 +404,38 @@ def test_a_dataset_without_text_is_an_error(corpus_of):
     name = put("org/name", train=[{"text": " ", "n": 1}])
     with pytest.raises(UserError, match=r"no text in dataset org/name, .*1 × row without text.*"):
         corpus_of(dataset=name)
+
+
+def test_a_mixture_of_files_a_split_and_a_stream(place):
+    """However the rows are fetched: the same windows at the same samples, each once an epoch."""
+    put("org/one", train=ROWS)
+    put("org/two", train=[{"text": f"Second {i}. " * 9} for i in range(40)])
+    (place / "texts").mkdir()
+    for number in range(30):
+        (place / "texts" / f"{number}.txt").write_text(f"File {number}! " * 12)
+
+    def corpus_of(streaming: bool):
+        mixture = (
+            SourceConfig(data_dir="texts", weight=1.0),
+            SourceConfig(dataset="org/one", text_column="instruction,output", weight=2.0),
+            SourceConfig(dataset="org/two", dataset_streaming=streaming, weight=1.0),
+        )
+        config = DataConfig(mixture=mixture, tokenizer="bytes", cache_dir=f"cache{streaming}")
+        return prepare(config, seq_len=16, seed=0, log=lambda line: None)
+
+    loaded, streamed = corpus_of(False), corpus_of(True)
+    assert len(loaded.train) == len(streamed.train) > 300
+    pairs = zip(loaded.train_batches(7, 1), streamed.train_batches(7, 1), strict=False)
+    found = {mark: 0 for mark in (b"File", b"Say", b"Second")}
+    for _, (one, other) in zip(range(200), pairs, strict=False):
+        assert one.tobytes() == other.tobytes()
+    for source, mark in zip(streamed.train.sources, found, strict=True):
+        text = b" ".join(bytes(t for t in w.tolist() if t < 256) for w in source)
+        found[mark] = text.count(mark[:3])
+    assert min(found.values()) > 20
+    # One epoch of the smallest source, counted window by window.
+    order = streamed._order(1, 1)
+    smallest = min(range(3), key=lambda k: len(streamed.train.sources[k]))
+    mine = [i for k, i in (order[n] for n in range(40 * len(loaded.train))) if k == smallest]
+    length = len(streamed.train.sources[smallest])
+    assert sorted(mine[:length]) == sorted(mine[length : 2 * length]) == list(range(length))

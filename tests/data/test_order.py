@@ -51,3 +51,12 @@ def test_sources_of_one_length_are_shuffled_apart():
     places = [order[sample] for sample in range(80)]
     first, second = ([window for mine, window in places if mine == k] for k in (0, 1))
     assert sorted(first) == sorted(second) and first != second
+
+
+@pytest.mark.parametrize("seed", [0, 12_345])
+def test_the_order_is_that_of_a_shuffled_and_repeated_dataset(seed):
+    import grain
+
+    order = Order([53], [(0, (1.0,))], seed)
+    same = grain.MapDataset.range(53).seed(seed).shuffle().repeat(None)
+    assert [order[i] for i in range(1_000)] == [(0, same[i]) for i in range(1_000)]

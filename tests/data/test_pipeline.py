@@ -10,6 +10,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from mamba_jax.config import RunConfig
+from mamba_jax.data import pipeline
+from mamba_jax.training.checkpoint_folder import Metadata, read_metadata, write_metadata
 from tests.data.conftest import words
 
 
@@ -98,6 +101,17 @@ def test_no_thread_is_left_behind(corpus):
     assert threading.active_count() == before
 
 
+def test_a_checkpoints_json_holds_all_that_resuming_needs(corpus, tmp_path):
+    """The state of an iterator that JSON changes would skip a window after the round trip."""
+    whole = [batch.tobytes() for batch in islice(corpus.train_batches(5, 3), 40)]  # > 2 epochs
+    for done in range(40):
+        metadata = Metadata(RunConfig(), done, 5 * done, corpus.fingerprint)
+        write_metadata(tmp_path, metadata)
+        start = read_metadata(tmp_path).samples_seen
+        rest = islice(corpus.train_batches(5, 3, start), 40 - done)
+        assert [batch.tobytes() for batch in rest] == whole[done:]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_eval_batches_hold_every_window_once_padded_with_weight_0(corpus, batch_size):
     seen = []
@@ -132,6 +146,19 @@ def test_unigram_nll_equals_its_definition(corpus):
         for token in corpus.eval[i][1:].tolist()
     ]
     assert corpus.unigram_nll == pytest.approx(math.fsum(terms) / len(terms), rel=1e-12)
+
+
+def test_of_many_windows_an_even_choice_is_counted(corpus, monkeypatch):
+    monkeypatch.setattr(pipeline, "_COUNTED_TOKENS", 5 * len(corpus.eval[0]))
+    monkeypatch.setattr(pipeline, "_COUNTED_AT_ONCE", 2)
+    counts, n = np.ones(257), len(corpus.train)
+    for i in (0, n // 5, 2 * n // 5, 3 * n // 5, 4 * n // 5):
+        np.add.at(counts, corpus.train[i][1:], 1)
+    k = min(5, len(corpus.eval))
+    held = [corpus.eval[i * len(corpus.eval) // k][1:] for i in range(k)]
+    expected = -np.log(counts / counts.sum())[np.concatenate(held)].mean()
+    assert n > 10
+    assert corpus.unigram_nll == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_log_tells_the_tokens(corpus, make):

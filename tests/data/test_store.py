@@ -1,5 +1,6 @@
 """The token cache: made once, accepted only whole, safe under kill -9 and two builders."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import xxhash
 
 from mamba_jax.data import plan, shards, sources, store
 from mamba_jax.data.document import Piece
@@ -51,6 +53,13 @@ def age(folder, secs=10):
     past = time.time() - secs
     for file in folder.iterdir():
         os.utime(file, (past, past))
+
+
+def two_epochs(corpus):
+    """Hashes of batches that cover each window twice."""
+    steps = -(-2 * len(corpus.train) // 5)
+    batches = itertools.islice(corpus.train_batches(5, 3), steps)
+    return [xxhash.xxh3_64_hexdigest(batch.tobytes()) for batch in batches]
 
 
 def all_windows(corpus):
@@ -375,6 +384,7 @@ def test_killed_in_the_middle(make, many_files, tmp_path, patch, encoded, small_
     undisturbed = make(many_files, cache_dir=str(tmp_path / "other"))
     assert killed.fingerprint == undisturbed.fingerprint
     assert all_windows(killed) == all_windows(undisturbed)
+    assert two_epochs(killed) == two_epochs(undisturbed)
 
     # A fresh unfinished folder may be another run's; an old one is removed by the next build.
     assert leftovers(tmp_path) == [left]

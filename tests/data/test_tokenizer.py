@@ -113,6 +113,15 @@ def test_cuts_are_exact_on_any_text(oracle, parts):
         assert load_tokenizer("gpt2").encode(text).tolist() == oracle.encode_ordinary(text)
 
 
+def test_no_cut_is_inside_white_space(monkeypatch):
+    monkeypatch.setattr(module, "_PIECE_CHARACTERS", 64)
+    text = "".join("word" + run * 30 for run in (" ", " \n", "\n\t", "\n ")) + "end"
+    pieces = list(cut_text(text))
+    assert "".join(pieces) == text and len(pieces) > 3
+    for piece, after in itertools.pairwise(pieces):
+        assert not piece[-1].isspace() and after[0] in " \n"
+
+
 @pytest.mark.parametrize("unit", [" ", "\n", " \t\n"])
 @pytest.mark.parametrize("around", [("", "x"), ("a" * 12_345, "x y")])
 def test_a_million_white_spaces(unit, around):

@@ -159,6 +159,16 @@ def test_large_logits_stay_finite(op):
 
 
 @both
+def test_rows_beyond_the_ids_lose_against_the_least_of_logits(op):
+    """Two ids share all probability at logits of −10,000 each."""
+    weight_vd = jnp.array([[1e2], [1e2], [0.0], [0.0]])
+    arguments = jnp.full((3, 1), -1e2), weight_vd, jnp.array([0, 1, 0]), jnp.ones(3)
+    total = OPS[op](*arguments, chunk_tokens=2, dtype="float32", vocab_size=2)
+    # Each nll is the difference of numbers near 10,000, which float32 has in steps of 2^-10.
+    np.testing.assert_allclose(total, 3 * np.log(2), atol=3 * 2.0**-10)
+
+
+@both
 def test_logits_of_one_chunk_at_a_time(op):
     """Neither direction holds more than one chunk's logits, whatever the number of rows."""
     v, d, chunk_tokens = 4096, 16, 32

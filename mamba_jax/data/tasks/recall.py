@@ -1,0 +1,21 @@
+"""Associative recall: ``ba 3 ko 7 ze 1 ; ko ba =``; the difficulty is the number of pairs.
+
+After multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): half of the keys are
+asked for, in an order of their own.
+"""
+
+import numpy as np
+
+from mamba_jax.data.tasks.names import choose_names
+
+HARDEST = 100
+
+
+def make(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
+    """Returns pairs of a key and a digit, and keys; and the digits of these, in their order."""
+    keys = choose_names(rng, difficulty)
+    values = rng.integers(0, 10, difficulty).tolist()
+    pairs = " ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+    asked = rng.permutation(difficulty)[: -(-difficulty // 2)].tolist()
+    queries = " ".join(keys[index] for index in asked)
+    return f"{pairs} ; {queries} =", " ".join(str(values[index]) for index in asked)
