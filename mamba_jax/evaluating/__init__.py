@@ -1,1 +1,0 @@
-"""From checkpoints to measured quality: perplexity of documents, tasks of lm_eval."""
