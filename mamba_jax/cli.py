@@ -13,6 +13,10 @@ COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
     "prepare_data": ("mamba_jax.prepare_data", "tokenise a corpus ahead, and tell about it"),
     "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
+    "evaluate": (
+        "mamba_jax.evaluate",
+        "perplexity of text, and answers to tasks",
+    ),
     "export": ("mamba_jax.export", "write a trained model for transformers, vLLM, llama.cpp"),
     "import_hf": ("mamba_jax.import_hf", "make a checkpoint of a model of Hugging Face's"),
     "memory": ("mamba_jax.memory", "what a run needs of a device, and which layout fits it"),

@@ -1,0 +1,180 @@
+"""Tasks of lm_eval, answered by our models: the extra eval; torch is not needed.
+
+What a request asks of tokens follows lm_eval's own models: white space at the end of a context
+belongs to what continues it, and a text's first token is predicted from the marker that begins a
+document. A context is never cut: the recurrent state has room for any length.
+"""
+
+import importlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mamba_jax.errors import UserError
+from mamba_jax.evaluating.scorer import Scorer
+
+_MAX_NEW_TOKENS = 256  # where a task names no limit: lm_eval's own default
+Result = dict[str, Any]
+
+
+def on_tasks(
+    scorer: Scorer,
+    tasks: Sequence[str],
+    *,
+    task_dir: str | None,
+    limit: int | None,
+    num_fewshot: int | None,
+    n_samples: int,
+) -> tuple[list[Result], list[Result]]:
+    """Runs tasks; returns their metrics and some samples with the model's answers.
+
+    Raises:
+      UserError: if lm_eval is not installed, a task unknown, or its data out of reach.
+    """
+    try:
+        # By name: an optional library, which the type checker need not find.
+        lm_eval = importlib.import_module("lm_eval")
+        manager_class = importlib.import_module("lm_eval.tasks").TaskManager
+    except ImportError as error:
+        raise UserError("--tasks needs lm_eval: pip install 'mamba_jax[eval]'") from error
+    if task_dir is not None and not os.path.isdir(task_dir):
+        raise UserError(f"task_dir={task_dir} is no folder; give one with task files (.yaml)")
+    manager = manager_class(include_path=task_dir)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise UserError(f'unknown task "{task}"; lm_eval ls tasks lists those of lm_eval')
+    try:
+        results = lm_eval.simple_evaluate(
+            model=language_model(scorer),
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=True,
+        )
+    except (OSError, ValueError) as error:  # no network is a ConnectionError, no file an OSError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot run {','.join(tasks)}: {reason}") from error
+    assert results is not None
+    return _metrics(results), _samples(results["samples"], n_samples)
+
+
+def _metrics(results: Result) -> list[Result]:
+    """Returns each metric with its filter, few-shot count and normal 95% interval."""
+    metrics = []
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            name, _, used_filter = key.partition(",")
+            if not used_filter or name.endswith("_stderr"):
+                continue
+            error = values.get(f"{name}_stderr,{used_filter}")
+            known = isinstance(error, int | float)
+            shots = results["n-shot"].get(task, 0)
+            metrics.append(
+                {
+                    "of": task,
+                    "metric": name,
+                    "variant": f"lm_eval, version {results['versions'].get(task)}, "
+                    f"{shots}-shot, filter {used_filter}",
+                    "value": value,
+                    "low": value - 1.96 * error if known else None,
+                    "high": value + 1.96 * error if known else None,
+                }
+            )
+    return metrics
+
+
+def _samples(samples: dict[str, list[Result]], n_samples: int) -> list[Result]:
+    return [
+        {
+            "task": task,
+            "prompt": str(sample["arguments"][0][0]),
+            "answer": str(sample["filtered_resps"]),
+            "target": str(sample["target"]),
+        }
+        for task, of_task in samples.items()
+        for sample in of_task[:n_samples]
+    ]
+
+
+def language_model(scorer: Scorer) -> Any:
+    """Returns the ``lm_eval.api.model.LM`` that answers with the scorer's models."""
+    base: Any = importlib.import_module("lm_eval.api.model").LM
+
+    class OurModel(base):
+        """Each method takes lm_eval's requests and answers in their order."""
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+            return loglikelihoods(scorer, [request.args for request in requests])
+
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[float]:
+            texts = [request.args[0] for request in requests]
+            return [total for total, _ in loglikelihoods(scorer, [("", text) for text in texts])]
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            return generate(scorer, [request.args for request in requests])
+
+    return OurModel()
+
+
+def loglikelihoods(scorer: Scorer, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """Returns, of each (context, continuation), the continuation's ln probability, and whether
+    each of its tokens was the likeliest."""
+    sequences, starts = [], []
+    for context, continuation in pairs:
+        before, whole = encode_pair(scorer, context, continuation)
+        sequences.append(whole)
+        starts.append(before - 1)  # scores lack the first token
+    return [
+        (-float(scores.nlls[start:].sum()), bool(scores.greedy[start:].all()))
+        for scores, start in zip(scorer.scores(sequences), starts, strict=True)
+    ]
+
+
+def encode_pair(scorer: Scorer, context: str, continuation: str) -> tuple[int, np.ndarray]:
+    """Returns how many tokens come before the continuation, marker included, and all tokens."""
+    encode = scorer.tokenizer.encode
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    begin = np.array([scorer.tokenizer.eot_id], np.int32)
+    before = len(encode(stripped)) + 1
+    return before, np.concatenate([begin, encode(stripped + continuation)]).astype(np.int32)
+
+
+def generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Returns greedy continuations of (context, settings), each up to the first of its
+    ``settings["until"]``.
+
+    Raises:
+      UserError: if the task asks for randomness.
+    """
+    texts = [""] * len(requests)
+    # Requests of one task have one setting; those of several are answered one after another.
+    for settings in {repr(settings): settings for _, settings in requests}.values():
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            raise UserError("this task samples its answers; only greedy ones are made here")
+        until = settings.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        limit = int(settings.get("max_gen_toks", settings.get("max_tokens", _MAX_NEW_TOKENS)))
+        mine = [i for i, (_, other) in enumerate(requests) if other == settings]
+        found = continue_texts(scorer, [requests[i][0] for i in mine], limit, stops)
+        for i, text in zip(mine, found, strict=True):
+            texts[i] = text
+    return texts
+
+
+def continue_texts(
+    scorer: Scorer, contexts: Sequence[str], max_tokens: int, stops: Sequence[str]
+) -> list[str]:
+    """Returns the greedy continuation of each context, up to the first of the stops."""
+    decode = scorer.tokenizer.decode
+    begin = np.array([scorer.tokenizer.eot_id], np.int32)
+    sequences = [np.concatenate([begin, scorer.tokenizer.encode(text)]) for text in contexts]
+    stopped = lambda tokens: any(stop in decode(tokens) for stop in stops)
+    texts = map(decode, scorer.continuations(sequences, max_tokens, stopped))
+    cut = lambda text: text[: min((text.find(s) for s in stops if s in text), default=len(text))]
+    return [cut(text) for text in texts]

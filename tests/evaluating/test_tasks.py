@@ -1,0 +1,227 @@
+"""Greedy answers against the argmax of whole forwards, and what is counted of them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax import evaluate
+from mamba_jax.config import DataConfig, RunConfig
+from mamba_jax.data.tasks import problems
+from mamba_jax.errors import UserError
+from mamba_jax.evaluating import lm_eval_tasks
+from mamba_jax.evaluating.scorer import Scorer
+from mamba_jax.evaluating.tasks import on_problems, wilson
+from mamba_jax.generation import generate_text
+from mamba_jax.models import build
+from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
+
+from .tiny_models import CONFIGS, TOKENIZER, model_of
+
+PROMPTS = ["x = ", "", "def f(a, b):"]
+LENGTH = 32  # of all that is read whole: compiled once
+apply = jax.jit(build.apply, static_argnums=1)
+
+
+def scorer_of(*models, batch_size=2):
+    return Scorer(models, batch_size=batch_size, chunk_tokens=16)
+
+
+def greedily(models, prompt, n_tokens):
+    """The likeliest tokens under the mean of probabilities, each from a forward of all before."""
+    row = [TOKENIZER.eot_id, *TOKENIZER.encode(prompt).tolist()]
+    made = []
+    for _ in range(n_tokens):
+        padded = jnp.array([row + made + [0] * (LENGTH - len(row) - len(made))])
+        at = len(row) + len(made) - 1
+        mean = sum(
+            jax.nn.softmax(apply(m.params, m.config, padded)[0][0, at, : TOKENIZER.vocab_size])
+            for m in models
+        )
+        made.append(int(mean.argmax()))
+        if made[-1] == TOKENIZER.eot_id:
+            return made[:-1]
+    return made
+
+
+@pytest.mark.parametrize(
+    "names", [[("mamba", 0)], [("mamba", 0), ("hybrid", 1), ("mamba", 2)]], ids=str
+)
+def test_continuations_are_greedy_whatever_shares_their_batch(names):
+    models = [model_of(*name) for name in names]
+    sequences = [np.array([TOKENIZER.eot_id, *TOKENIZER.encode(p)], np.int32) for p in PROMPTS]
+    never = lambda tokens: False
+    made = scorer_of(*models).continuations(sequences, 12, never)
+    assert made == [greedily(models, prompt, 12) for prompt in PROMPTS]
+    assert len(set(map(tuple, made))) == 3
+    if len(models) == 1:
+        text = generate_text(
+            models[0].params, models[0].config, TOKENIZER, PROMPTS[:1],
+            max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+        )  # fmt: skip
+        assert text == [TOKENIZER.decode(made[0])]
+    two = lambda tokens: len(tokens) == 2
+    assert scorer_of(*models).continuations(sequences, 12, two) == [row[:2] for row in made]
+
+
+def test_texts_end_before_the_first_stop():
+    scorer = scorer_of(model_of("mamba"))
+    (free,) = lm_eval_tasks.continue_texts(scorer, ["x = "], 12, [])
+    stops = [free[5:7], free[3:6]]
+    (cut,) = lm_eval_tasks.continue_texts(scorer, ["x = "], 12, stops)
+    assert len(free) > 7 and cut == free[: min(free.find(stop) for stop in stops)]
+
+
+class Oracle:
+    """Answers every second problem rightly."""
+
+    tokenizer = TOKENIZER
+
+    def __init__(self):
+        self.asked = []
+
+    def continuations(self, sequences, max_tokens, is_complete):
+        made = []
+        for sequence in sequences:
+            prompt = TOKENIZER.decode(sequence[1:])
+            self.asked.append(prompt)
+            expression = prompt.removesuffix(" =")
+            right = len(self.asked) % 2
+            made.append(list(f" {eval(expression) + 1 - right}\nmore".encode()))
+            assert max_tokens >= len(str(eval(expression))) + 1
+        return made
+
+
+def test_problems_are_those_for_tests_and_counted_exactly():
+    scorer = Oracle()
+    (metric,), samples = on_problems(scorer, "arithmetic:2", 31, 2)
+    trained_on = {p.prompt for p in problems("arithmetic", 2, "train", 0, 2_000)}
+    assert len(set(scorer.asked)) == 31 and not trained_on & set(scorer.asked)
+    assert metric["value"] == 16 / 31 and metric["of"] == "arithmetic:2"
+    assert (metric["low"], metric["high"]) == wilson(16, 31)
+    assert [sample["prompt"] for sample in samples] == scorer.asked[:2]
+    assert samples[0]["answer"].strip() == samples[0]["target"]
+    assert samples[1]["answer"].strip() != samples[1]["target"]
+
+
+def test_wilson_is_where_the_score_test_turns():
+    """At an end of the interval the observed share is 1.96 standard errors of that end away."""
+    for successes, trials in ((0, 10), (3, 10), (50, 100), (99, 100), (7, 7)):
+        for end in wilson(successes, trials):
+            if 0 < end < 1:
+                distance = abs(successes / trials - end) / (end * (1 - end) / trials) ** 0.5
+                assert distance == pytest.approx(1.959964, rel=1e-6)
+    assert wilson(0, 10)[0] == 0 and wilson(7, 7)[1] == 1
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig(name="tiny", model=CONFIGS["mamba"], data=DataConfig(tokenizer="bytes"))
+    with CheckpointWriter(folder, keep_last=1, keep_every=0, log=print) as writer:
+        state = {"params": model_of("mamba").params, "step": jnp.int32(1)}
+        writer.save("final", state, Metadata(config, 1, 0, "none"))
+    return str(folder)
+
+
+def test_the_command_answers_tasks_alone_and_as_an_ensemble(run_dir, tmp_path, capsys):
+    flags = ["--tasks=recall:2,arithmetic:1", "--limit=6", "--samples=1", "--batch_size=4"]
+    results = []
+    for models in (["--checkpoint", run_dir], ["--ensemble", run_dir, run_dir]):
+        out = tmp_path / "result.json"
+        assert evaluate.main([*models, *flags, f"--json={out}"]) == 0
+        results.append(json.loads(out.read_text()))
+        shown = capsys.readouterr().out
+        assert "recall:2" in shown and "expected: " in shown and ">>> " in shown
+    one, two = results
+    assert one["metrics"] == two["metrics"] and one["samples"] == two["samples"]
+    assert two["combined"] == "mean of the probabilities of 2 models"
+    assert [metric["of"] for metric in one["metrics"]] == ["recall:2", "arithmetic:1"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "named"),
+    [("recall:0", "from 1 to 100"), ("recal:2", "did you mean"), ("recall", "give a difficulty")],
+)
+def test_mistakes_are_one_line(tasks, named, run_dir, capsys):
+    assert evaluate.main([f"--checkpoint={run_dir}", f"--tasks={tasks}"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and named in error
+
+
+# --- lm_eval
+
+
+def test_lm_eval_is_named_where_it_is_missing(run_dir, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    assert evaluate.main([f"--checkpoint={run_dir}", "--tasks=gsm8k"]) == 2
+    assert "pip install 'mamba_jax[eval]'" in capsys.readouterr().err
+
+
+def test_loglikelihoods_are_sums_over_the_continuation():
+    model = model_of("mamba")
+    pairs = [("x = ", "1"), ("", "ab"), ("a  ", " b"), ("f(a", ")")]
+    found = lm_eval_tasks.loglikelihoods(scorer_of(model), pairs)
+    for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
+        row = np.array([TOKENIZER.eot_id, *TOKENIZER.encode(context + continuation)])
+        n = len((context + continuation).encode()) - len(context.rstrip().encode())
+        padded = jnp.array([[*row, *[0] * (LENGTH - len(row))]])
+        logits = apply(model.params, model.config, padded)[0][0, : len(row)]
+        log_probs = np.asarray(jax.nn.log_softmax(logits[:, : TOKENIZER.vocab_size]), np.float64)
+        of_targets = log_probs[np.arange(len(row) - 1), row[1:]][-n:]
+        # White space at the context's end counts to what follows, as lm_eval's models do it.
+        assert total == pytest.approx(of_targets.sum(), rel=1e-5)
+        assert greedy == bool((log_probs.argmax(-1)[:-1] == row[1:])[-n:].all())
+
+
+def test_each_setting_of_requests_has_its_answers():
+    scorer = scorer_of(model_of("mamba"))
+    (text,) = lm_eval_tasks.continue_texts(scorer, ["x = "], 9, [])
+    requests = [
+        ("x = ", {"until": [text[4]], "max_gen_toks": 9}),
+        ("x = ", {"max_gen_toks": 3}),
+        ("x = ", {"until": text[4], "max_gen_toks": 9}),
+    ]
+    cut = text[: text.find(text[4])]
+    (short,) = lm_eval_tasks.continue_texts(scorer, ["x = "], 3, [])
+    assert short != text and lm_eval_tasks.generate(scorer, requests) == [cut, short, cut]
+    with pytest.raises(UserError, match="samples its answers"):
+        lm_eval_tasks.generate(scorer, [("x", {"do_sample": True})])
+
+
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+output_type: generate_until
+test_split: train
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["@"], max_gen_toks: 6}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_a_task_file_of_ones_own_through_lm_eval(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="needs lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    scorer = scorer_of(model_of("mamba"))
+    questions = ["x = ", "y(", "z z"]
+    answers = lm_eval_tasks.continue_texts(scorer, questions, 6, ["@"])
+    rows = zip(questions, [answers[0], "no", answers[2]], strict=True)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "sums.yaml").write_text(TASK.format(data=data))
+    settings = {"limit": None, "num_fewshot": None, "n_samples": 1}
+    metrics, samples = lm_eval_tasks.on_tasks(
+        scorer, ["sums"], task_dir=str(tmp_path / "tasks"), **settings
+    )
+    (metric,) = [m for m in metrics if m["metric"] == "exact_match"]
+    assert metric["value"] == pytest.approx(2 / 3) and "0-shot" in metric["variant"]
+    assert samples[0]["prompt"] == "x = "
+    with pytest.raises(UserError, match="unknown task"):
+        lm_eval_tasks.on_tasks(scorer, ["no_such"], task_dir=str(tmp_path / "tasks"), **settings)

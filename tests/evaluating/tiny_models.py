@@ -1,0 +1,26 @@
+"""Tiny models to evaluate, whose vocabulary is larger than the tokenizer's."""
+
+import dataclasses
+import functools
+
+import jax
+
+from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.evaluating.scorer import Model
+
+from ..models.tiny import HYBRID, MAMBA, params_of
+
+TOKENIZER = load_tokenizer("bytes")
+# Seven ids more than the tokenizer has, as a padded vocabulary would have.
+CONFIGS = {
+    config.family: dataclasses.replace(
+        config, vocab_size=TOKENIZER.vocab_size + 7, tie_embeddings=False
+    )
+    for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 4)))
+}
+
+
+@functools.cache
+def model_of(family, seed=0):
+    params = jax.jit(params_of, static_argnums=0)(CONFIGS[family], seed)
+    return Model(params, CONFIGS[family], TOKENIZER)
