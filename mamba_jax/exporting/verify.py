@@ -147,10 +147,9 @@ def check_hf(
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # the folder must be enough
     torch, transformers = need("torch", "bench"), need("transformers", "bench")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=config.family == "hybrid"
-    )
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    trust = {"trust_remote_code": config.family == "hybrid"}  # the program that we wrote there
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     rounded = {k: hf.round_to(v, dtype).astype(np.float32) for k, v in tensors.items()}
     ours = _Ours(tensors, rounded, config)
     for text, ids in zip(PROMPTS, prompts_ids(tokenizer), strict=True):
