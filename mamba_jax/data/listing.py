@@ -8,18 +8,39 @@ from mamba_jax.data import store
 from mamba_jax.data.pipeline import open_sources
 from mamba_jax.data.sources import FilePart, Source
 from mamba_jax.data.summary import Summary
+from mamba_jax.data.tokenizer import load_tokenizer
 
 
 def list_files(config: DataConfig, show: Callable[[str], None]) -> None:
     """Reads every file, without tokenising, and shows a line for each and the summary.
 
-    The rows of a dataset are not read.
+    The rows of a dataset are not read. Tokens and duplicates are told as far as the token cache
+    knows the files.
 
     Raises:
-      UserError: if there is nothing to read.
+      UserError: if there is nothing to read, or no such tokenizer.
     """
     for one in config.sources:
-        _list_source(open_sources(one, show), show)
+        source = open_sources(one, show)
+        _list_source(source, show)
+        if source.files:
+            cached = store.Store(config.cache_root, load_tokenizer(config.tokenizer), show)
+            show(_known(cached, source))
+
+
+def _known(cached: store.Store, source: Source) -> str:
+    count, documents = cached.known(map(FilePart, source.files))
+    if documents is None:
+        return (
+            "none of these files is in the token cache: tokens and duplicates are not known before "
+            "they are tokenised (mamba_jax.prepare_data)"
+        )
+    different = len(documents.without_duplicates().end_d)
+    return (
+        f"the token cache has {count:,} of {len(source.files):,} files: "
+        f"{documents.token_count:,} tokens, {len(documents.end_d) - different:,} exact duplicates "
+        "among them"
+    )
 
 
 def _list_source(source: Source, show: Callable[[str], None]) -> None:

@@ -286,6 +286,14 @@ class Store:
             found.append((self._places[key], entry))
         return found
 
+    def known(self, parts: Iterable[Part]) -> tuple[int, Documents | None]:
+        """Returns how many parts were tokenised before, and their documents; tokenises nothing."""
+        keys = ((self._key(part), part.name) for part in parts if self._places)
+        taken = [(key, name) for key, name in keys if key in self._places]
+        entries = self.entries(taken)
+        names = list(dict.fromkeys(name for name, _ in entries))
+        return len(taken), self.documents(entries, names) if taken else None
+
     def has(self, names: Sequence[str]) -> bool:
         """Says whether shards are there; what was tokenised again may lie in others."""
         return all(name in self._shards for name in names)

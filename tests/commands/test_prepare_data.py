@@ -55,6 +55,7 @@ def test_list_files_tells_of_each_and_tokenises_nothing(main, capsys, tmp_path):
     assert "texts/image.txt: skipped, binary" in out
     assert "texts/broken.json: skipped, broken JSON" in out
     assert "skipped 1 × binary: texts/image.txt" in out
+    assert out[-1].startswith("none of these files is in the token cache: tokens and duplicates")
     assert not (tmp_path / "cache").exists() and not (tmp_path / "checkpoints").exists()
 
 
@@ -73,6 +74,18 @@ def test_inspect_shows_the_windows_that_a_training_begins_with(capsys):
     assert capsys.readouterr().out.count("==> window") == 3
     assert prepare_data.main([*flags, "--inspect=0"]) == 2
     assert "--inspect=0: give a number of windows" in capsys.readouterr().err
+
+
+def test_list_files_tells_what_the_cache_knows(capsys, here):
+    assert prepare_data.main([*FLAGS, "--workers", "1"]) == 0
+    (here / "new.txt").write_text("not tokenised yet")
+    capsys.readouterr()
+    assert prepare_data.main([*FLAGS, "--list_files"]) == 0
+    texts = [(here / f"{i:02d}.txt").read_bytes() for i in (*range(20), 0)] + ["café".encode()]
+    tokens = sum(len(text) + 1 for text in texts)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"the token cache has 24 of 25 files: {tokens:,} tokens, 1 exact duplicates among them"
+    )
 
 
 def test_clear_cache_removes_the_tokens(capsys, tmp_path):
