@@ -96,15 +96,13 @@ def test_intervals_are_those_of_a_mean():
 
 
 @pytest.fixture(scope="module")
-def run_dirs(tmp_path_factory):
-    folders = []
-    for family in CONFIGS:
-        folders.append(tmp_path_factory.mktemp(family))
-        config = RunConfig(name=family, model=CONFIGS[family], data=DataConfig(tokenizer="bytes"))
-        with CheckpointWriter(folders[-1], keep_last=1, keep_every=0, log=print) as writer:
-            state = {"params": model_of(family).params, "step": jnp.int32(1)}
-            writer.save("final", state, Metadata(config, 1, 0, "none"))
-    return folders
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig(name="tiny", model=CONFIGS["mamba"], data=DataConfig(tokenizer="bytes"))
+    with CheckpointWriter(folder, keep_last=1, keep_every=0, log=print) as writer:
+        state = {"params": model_of("mamba").params, "step": jnp.int32(1)}
+        writer.save("final", state, Metadata(config, 1, 0, "none"))
+    return folder
 
 
 @pytest.fixture
@@ -115,10 +113,10 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def test_the_command(run_dirs, corpus, capsys):
+def test_the_command(run_dir, corpus, capsys):
     out = corpus / "result.out"
     flags = ["--batch_size=3", "--chunk_tokens=7", f"--json={out}", f"--data={corpus}"]
-    assert evaluate.main([f"--checkpoint={run_dirs[0]}", *flags]) == 0
+    assert evaluate.main([f"--checkpoint={run_dir}", *flags]) == 0
     nll = -sum(
         log_probs[np.arange(len(sequence) - 1), sequence[1:]].sum()
         for sequence, log_probs in zip(SEQUENCES, truth("mamba"), strict=True)
@@ -143,7 +141,7 @@ def test_the_command(run_dirs, corpus, capsys):
         (["--data=a.txt", "--batch_size=0"], "batch_size=0"),
     ],
 )
-def test_mistakes_are_one_line(flags, named, run_dirs, capsys):
-    assert evaluate.main([f"--checkpoint={run_dirs[0]}", *flags]) == 2
+def test_mistakes_are_one_line(flags, named, run_dir, capsys):
+    assert evaluate.main([f"--checkpoint={run_dir}", *flags]) == 2
     error = capsys.readouterr().err
     assert named in error and "Traceback" not in error
