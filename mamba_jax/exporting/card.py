@@ -50,7 +50,11 @@ def model_card(
 
 def _data(metadata: Metadata) -> str:
     parts = [
-        " and ".join(filter(None, (source.dataset, source.data_dir)))
+        " and ".join(
+            filter(
+                None, (source.dataset, source.data_dir, source.tasks and f"tasks {source.tasks}")
+            )
+        )
         for source in metadata.config.data.sources
     ]
     return ", ".join(filter(None, parts)) or "not recorded"
