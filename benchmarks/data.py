@@ -27,12 +27,7 @@ SEQ_LEN, BATCH = 2048, 32
 BATCH_TOKENS = SEQ_LEN * BATCH
 TOKENS_PER_CPU_SEC, BYTES_PER_SEC = 50e6, 8e6  # at least
 GROWTH_BYTES, FIRST_BATCH_SECS = 300e6, 1.0  # at most
-RATE, SPEED, GROWTH, FIRST = (
-    "tokens_per_cpu_sec",
-    "MB_per_cpu_sec",
-    "growth_bytes",
-    "in_process_secs",
-)
+RATE, SPEED, GROWTH = "tokens_per_cpu_sec", "MB_per_cpu_sec", "growth_bytes"
 _TOLD = "measured "
 
 

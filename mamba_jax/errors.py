@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -23,6 +24,14 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def shortly(error: BaseException) -> str:
     """Returns the first line of an error's message, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def reader_has_gone() -> None:
+    """Ends the output quietly: its reader, such as ``head``, has seen enough.
+
+    Python flushes stdout once more at exit; into the closed pipe it would complain.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[..., int]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from typing import TextIO
 
-from mamba_jax.errors import command
+from mamba_jax.errors import command, reader_has_gone
 
 _ABOUT = """\
 Reads what a run has recorded (metrics.jsonl in its output_dir), finished or still going, and says
@@ -45,9 +45,8 @@ def main(argv: list[str]) -> int:
         said = text.render(run, diagnosis, text.Page(width, _colours(sys.stdout)))
     try:
         print(said, flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        # Python flushes stdout once more at exit; into the closed pipe it would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        reader_has_gone()
     return 0
 
 

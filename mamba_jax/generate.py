@@ -5,11 +5,10 @@ python -m mamba_jax.generate --checkpoint DIR --prompt_file prompts.txt --batch_
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
-from mamba_jax.errors import UserError, command
+from mamba_jax.errors import UserError, command, reader_has_gone
 
 
 @command
@@ -22,9 +21,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(flush=True)
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        # Python flushes stdout once more at exit; into the closed pipe it would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        reader_has_gone()
     return 0
 
 

@@ -5,12 +5,13 @@ same command goes on where it stopped.
 """
 
 import argparse
+import itertools
 import os
 import sys
 
 from mamba_jax import arguments
 from mamba_jax.config import RunConfig
-from mamba_jax.errors import UserError, command
+from mamba_jax.errors import UserError, command, reader_has_gone
 
 _INSPECTED = 3
 
@@ -51,13 +52,13 @@ def inspect(config: RunConfig, count: int) -> None:
     if corpus.fill:
         names |= dict(zip(tokenizer.fim_ids, ("prefix", "suffix", "middle"), strict=True))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    batch = next(corpus.train_batches(count, config.seed))
-    for number, window in enumerate(batch, 1):
-        tokens = [int(token if token >= 0 else ~token) for token in window]
+    batches = corpus.train_batches(config.vram.effective_batch_size, config.seed)
+    windows = itertools.islice(itertools.chain.from_iterable(batches), count)
+    for number, window in enumerate(windows, 1):
         print(
             f"\n==> window {number} of a training: {len(window) - 1:,} targets, "
             f"{int((window[1:] < 0).sum()):,} of them not learnt; "
-            f"{tokens.count(tokenizer.eot_id):,} documents begin <=="
+            f"{int((window == tokenizer.eot_id).sum()):,} documents begin <=="
         )
         print(show_window(window, tokenizer, names, colour=colour))
 
@@ -119,6 +120,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        reader_has_gone()
     return 0
 
 
@@ -129,9 +132,9 @@ def _take_inspect(argv: list[str]) -> tuple[int, list[str]]:
       UserError: if it is no number from 1 up.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--inspect", nargs="?", const=str(_INSPECTED), default="")
+    parser.add_argument("--inspect", nargs="?", const=str(_INSPECTED), default=None)
     found, rest = parser.parse_known_args(argv)
-    if not found.inspect:
+    if found.inspect is None:
         return 0, rest
     if not found.inspect.isdecimal() or not int(found.inspect):
         raise UserError(f"--inspect={found.inspect}: give a number of windows from 1 up")

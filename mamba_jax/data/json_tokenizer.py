@@ -6,11 +6,12 @@ that a ``tokenizer_config.json`` beside the file names; the first of ``_USUAL_EN
 special tokens; else ``<|endoftext|>`` is added as the last id.
 """
 
-import codecs
 import hashlib
+import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ _WINDOW_CHARACTERS = 1 << 16
 # Characters around a cut within which the tokens on its sides must be settled. Tokens depend on
 # their word alone in most tokenizers, and few words are longer.
 _MARGIN_CHARACTERS = 1 << 10
+_BYTE_WORD = re.compile("<0x[0-9A-Fa-f]{2}>")
+_MOST_IDS_A_WORD = 100  # a file with more is damaged: the model would have a row for each
+_PREFIX_PROBES = 100  # words tried
 _PROBE = 'A probe: naïve café,\n\n  x = 日本語 ["🌍"]  <b>It\'s</b> 3.14!'
 
 
@@ -48,13 +52,18 @@ class _Json(Tokenizer):
         if encoding.token_to_id(end) is None:
             encoding.add_special_tokens([end])
         eot_id = encoding.token_to_id(end)
+        ids = list(encoding.get_vocab(with_added_tokens=True).values())
+        if ids.count(eot_id) > 1:
+            raise ValueError(f"its ids have gaps, and {end} would share one: add it to the file")
+        if max(ids) > _MOST_IDS_A_WORD * len(ids):
+            raise ValueError(f"it has {len(ids)} words, and ids up to {max(ids)}")
         record = json.loads(encoding.to_str())
         named = {word["content"]: word["id"] for word in record["added_tokens"] if word["special"]}
         special = {*named.values(), eot_id}
         # The unknown token stands for what the vocabulary lacks: it is no control token.
         model = record["model"]
         unknown = model.get("unk_id", encoding.token_to_id(model.get("unk_token") or ""))
-        self._forbidden = np.array(sorted(special - {unknown}))
+        self._forbidden = np.array(sorted(special - ({unknown} - {eot_id})))
         _make_plain(encoding)
         super().__init__(
             name,
@@ -68,13 +77,17 @@ class _Json(Tokenizer):
         if self.decode(self.encode(_PROBE)) != _PROBE:
             self.doubt = (
                 f"the tokenizer {name} does not give every text back as it was (it changes or "
-                "lacks characters); bytes per token and bits per byte count what it does give"
+                "lacks characters); bits per byte count what it does give"
             )
 
     def _found_prefix(self) -> str:
         """Returns what the tokenizer puts before every text: often a space."""
-        text = b"".join(self.pieces[token] for token in self.encode("a")).decode("utf-8", "replace")
-        return text[: -len("a")] if text.endswith("a") else ""
+        words = (piece.decode("utf-8", "replace").strip() for piece in self.pieces)
+        for word in itertools.islice(filter(str.isalnum, words), _PREFIX_PROBES):
+            text = b"".join(self.pieces[token] for token in self.encode(word)).decode("utf-8")
+            if text.endswith(word):
+                return text.removesuffix(word)
+        return ""
 
     def encode(self, text: str) -> np.ndarray:
         encoder = self.document_encoder()
@@ -90,12 +103,21 @@ class _Json(Tokenizer):
 
     def encode_whole(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids int32 (n,) and their stretches of characters int64 (n, 2)."""
-        encoding = self._encoding.encode(text, add_special_tokens=False)
+        encoding = self._encoded(text)
         ids_n = np.array(encoding.ids, np.int32)
         offsets_n2 = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         if np.isin(ids_n, self._forbidden).any():
             ids_n, offsets_n2 = self._spelt_out(text, ids_n, offsets_n2)
         return ids_n, offsets_n2
+
+    def _encoded(self, text: str) -> Any:
+        try:
+            return self._encoding.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(
+                f"the tokenizer {self.name} cannot encode what it does not know "
+                f"({shortly(error)}): give it an unknown token, or take another"
+            ) from error
 
     def _spelt_out(
         self, text: str, ids_n: np.ndarray, offsets_n2: np.ndarray
@@ -109,7 +131,7 @@ class _Json(Tokenizer):
                 offsets.append((start, end))
                 continue
             for place in range(start, end):
-                for one in self._encoding.encode(text[place], add_special_tokens=False).ids:
+                for one in self._encoded(text[place]).ids:
                     if one not in self._forbidden:
                         ids.append(one)
                         offsets.append((place, place + 1))
@@ -122,7 +144,8 @@ class _ContextEncoder(DocumentEncoder):
     A window's tokens are taken up to a place that lies far enough from its end not to hang on what
     follows; the next window begins far enough before that place for its tokens to be the same
     again. So the tokens are those of the whole text, unless a "word" exceeds the margin: then a
-    token may end at another place, and the text still comes back.
+    token may end at another place, and the text still comes back; but of a tokenizer that puts a
+    space before every text, one may come there too.
     """
 
     def __init__(self, tokenizer: _Json):
@@ -187,7 +210,7 @@ def load(name: str) -> Tokenizer:
     Raises:
       UserError: if it is not there, out of reach, or damaged.
     """
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(os.path.expanduser(name))
     if path.is_dir():
         path = path / FILE_NAME
         if not path.is_file():
@@ -213,23 +236,35 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
             f'data.tokenizer="{name}" needs the library tokenizers: pip install '
             "'mamba_jax[tokenizers]'"
         ) from error
+    end = _named_end(path.with_name(_CONFIG_NAME))
     try:
         source = path.read_bytes()
         encoding = tokenizers.Tokenizer.from_str(source.decode("utf-8"))
-    except Exception as error:  # the library raises Exception itself
+        return _Json(name, encoding, source, end)
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises Exception itself, and panics beside it
         raise UserError(
-            f'data.tokenizer="{name}": {path} is no tokenizer.json: {shortly(error)}'
+            f'data.tokenizer="{name}": {path} cannot be used: {shortly(error)}'
         ) from error
-    return _Json(name, encoding, source, _named_end(path.with_name(_CONFIG_NAME)))
 
 
 def _named_end(path: pathlib.Path) -> str | None:
-    """Returns the ``eos_token`` of a ``tokenizer_config.json``; None without one."""
+    """Returns the ``eos_token`` of a ``tokenizer_config.json``; None where neither is there.
+
+    Raises:
+      UserError: if it cannot be read: with another end of texts it would be another tokenizer.
+    """
     try:
-        end = json.loads(path.read_text("utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError):
+        end = json.loads(path.read_text("utf-8-sig")).get("eos_token")
+        end = end.get("content") if isinstance(end, dict) else end
+        if end is not None and not isinstance(end, str):
+            raise ValueError(f"eos_token is {end!r}")
+        return end or None
+    except FileNotFoundError:
         return None
-    return end.get("content") if isinstance(end, dict) else end
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {shortly(error)}; mend or remove it") from error
 
 
 def _usual_end(encoding: Any) -> str:
@@ -265,9 +300,10 @@ def _pieces(encoding: Any, record: dict[str, Any], special: set[int]) -> list[by
         else:
             pieces[token] = piece
     # After another token, since a decoder may treat the first one of a text in a way of its own.
-    first = encoding.encode("a", add_special_tokens=False).ids
-    prefix = encoding.decode(first)
-    texts = encoding.decode_batch([[*first, token] for token in unsure])
+    first = next((token for token in sorted(unsure) if encoding.decode([token]).strip()), None)
+    before = [] if first is None else [first]
+    prefix = encoding.decode(before)
+    texts = encoding.decode_batch([[*before, token] for token in unsure])
     for token, text in zip(unsure, texts, strict=True):
         pieces[token] = text.removeprefix(prefix).encode()
     return pieces
@@ -283,9 +319,7 @@ def _kinds(decoder: dict[str, Any] | None) -> Sequence[str]:
 
 def _byte_fallback(word: str) -> bytes | None:
     """``<0x0A>`` stands for a byte; all others for text."""
-    if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
-        return codecs.decode(word[3:5], "hex")
-    return None
+    return bytes([int(word[3:5], 16)]) if _BYTE_WORD.fullmatch(word) else None
 
 
 def _byte_level(word: str) -> bytes | None:

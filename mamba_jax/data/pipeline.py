@@ -246,6 +246,11 @@ def tokenise(
     summary = plan.summary
     if not summary.documents:
         raise sources[0].nothing(summary)
+    if summary.tokens == summary.documents:  # markers alone
+        raise UserError(
+            f'data.tokenizer="{config.tokenizer}" makes no token of any text in {summary.origin}; '
+            "take another"
+        )
     for line in summary.lines():
         log(line)
     if tokenizer.doubt:

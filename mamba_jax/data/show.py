@@ -31,7 +31,7 @@ def show_window(
     )
     shown, document = [], 0
     for kind, learnt, ids in _stretches(window, tokenizer.eot_id, names):
-        if kind == "document" and not learnt and len(ids) > 1:
+        if kind == "document" and not learnt:
             shown.append(paint(_DIM, f"⟦padding: {len(ids):,} tokens⟧"))
         elif kind == "document":
             document += len(ids)

@@ -67,8 +67,8 @@ def open_tasks(spec: str, examples: int) -> TaskRows:
 
     Args:
       spec: as of ``tasks.parse``.
-      examples: of each task and difficulty. Where they fill several parts, the few that two parts
-        share are left out as duplicates.
+      examples: of each task and difficulty, or as many as there are. Where they fill several parts,
+        those that two parts share are left out as duplicates.
 
     Raises:
       UserError: on an unknown task or difficulty.

@@ -112,9 +112,9 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
             for rank, piece in zip(words[::2], words[1::2], strict=True)
         }
         encoding = _encoding(name, record["pattern"], ranks, record["special_tokens"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _BytePair(name, _identity(data), encoding, {FILE_NAME: data})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the tokenizer's file {path} is damaged: {shortly(error)}") from error
-    return _BytePair(name, _identity(data), encoding, {FILE_NAME: data})
 
 
 def _identity(data: bytes) -> str:

@@ -160,7 +160,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     if name == tiktoken_encodings.GPT2:
         return tiktoken_encodings.packaged_gpt2()
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(os.path.expanduser(name))
     if os.path.sep in name or name.endswith(".json") or path.exists():
         from mamba_jax.data import json_tokenizer
 

@@ -20,11 +20,11 @@ def on_problems(
     Args:
       scorer: the models.
       spec: as of ``data.tasks.parse``.
-      count: problems of each.
+      count: problems of each, or as many as there are.
       n_samples: of each to return with their answers.
 
     Raises:
-      UserError: on an unknown task, or if it has fewer test problems.
+      UserError: on an unknown task or difficulty.
     """
     metrics, samples = [], []
     for name, difficulty in parse(spec):
@@ -39,7 +39,8 @@ def on_problems(
             {
                 "of": task,
                 "metric": "exact",
-                "variant": f"{count:,} test problems, no examples before them, greedy; 95% Wilson",
+                "variant": f"{len(asked):,} test problems, no examples before them, greedy; "
+                "95% Wilson",
                 "value": sum(solved) / len(solved),
                 "low": low,
                 "high": high,

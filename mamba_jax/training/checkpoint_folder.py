@@ -51,7 +51,7 @@ class Metadata:
     # What was chosen for the device where the config leaves it open: group → field → value.
     layout: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     device: str = ""  # that it was chosen for
-    tokenizer_identity: str = ""  # as in ``data.tokenizer.Tokenizer``; older checkpoints lack it
+    tokenizer_identity: str = ""  # as in ``data.tokenizer.Tokenizer``
 
     @property
     def laid_out(self) -> RunConfig:

@@ -36,8 +36,9 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, as loss and perplexity are not."""
-        return self.nll / (math.log(2) * self.bytes)
+        """Comparable between tokenizers, as loss and perplexity are not; NaN of targets without
+        text, as unknown tokens are."""
+        return self.nll / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     def measures(self) -> dict[str, float]:
         """Returns the measures by the names they are recorded under."""

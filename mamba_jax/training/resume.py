@@ -158,9 +158,8 @@ def check_same_tokenizer(start: Start, name: str, identity: str) -> None:
       UserError: if it differs from the checkpoint's.
     """
     saved = start.metadata
-    same_name = saved.config.data.tokenizer == name
-    known = saved.tokenizer_identity
-    if known != identity if known else not same_name:
+    if saved.tokenizer_identity != identity:
+        same_name = saved.config.data.tokenizer == name
         how = "has changed since" if same_name else f"there, {name} here"
         raise UserError(
             f"checkpoint {start.path} is of another model: data.tokenizer "

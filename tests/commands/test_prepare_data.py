@@ -72,8 +72,13 @@ def test_inspect_shows_the_windows_that_a_training_begins_with(capsys):
         assert f"{heading}{begun} documents begin <==\n{text}\n" in out
     assert prepare_data.main([*flags, "--inspect"]) == 0
     assert capsys.readouterr().out.count("==> window") == 3
-    assert prepare_data.main([*flags, "--inspect=0"]) == 2
-    assert "--inspect=0: give a number of windows" in capsys.readouterr().err
+    for count in ("0", "", "x"):
+        assert prepare_data.main([*flags, f"--inspect={count}"]) == 2
+        assert f"--inspect={count}: give a number of windows" in capsys.readouterr().err
+    window = "--config.data.window=document"
+    assert prepare_data.main([*flags, window, "--inspect=1"]) == 0
+    out = capsys.readouterr().out
+    assert "; 1 documents begin <==" in out or "; 2 documents begin <==" in out  # and its end
 
 
 def test_list_files_tells_what_the_cache_knows(capsys, here):

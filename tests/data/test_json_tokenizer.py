@@ -209,8 +209,8 @@ def test_errors_are_one_line(tmp_path, monkeypatch, files):
     (tmp_path / "noise.json").write_bytes(b"\xff\x00")
     for name, words in {
         str(tmp_path / "empty"): "the folder has no tokenizer.json",
-        str(tmp_path / "bad.json"): "is no tokenizer.json",
-        str(tmp_path / "noise.json"): "is no tokenizer.json",
+        str(tmp_path / "bad.json"): "cannot be used",
+        str(tmp_path / "noise.json"): "cannot be used",
         str(tmp_path / "gone.json"): "there is no such file or folder",
         "./gone/folder": "there is no such file or folder",
         "gtp2": 'did you mean "gpt2"',
@@ -218,6 +218,100 @@ def test_errors_are_one_line(tmp_path, monkeypatch, files):
         with pytest.raises(UserError, match=words) as caught:
             load_tokenizer(name)
         assert "\n" not in str(caught.value)
+
+
+def changed(kind, **fields):
+    """A file of a kind with other fields of its model."""
+    record = json.loads(KINDS[kind]().to_str())
+    record["model"] |= fields
+    return record
+
+
+def words_of(vocabulary, **fields):
+    """A file of whole words."""
+    added = [{"id": vocabulary[word], "content": word, "special": True, "single_word": False,
+              "lstrip": False, "rstrip": False, "normalized": False}
+             for word in vocabulary if word.startswith("[")]  # fmt: skip
+    record = changed("word_level", vocab=vocabulary, **fields)
+    return record | {"added_tokens": added}
+
+
+def write(tmp_path, record):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    return str(tmp_path / "tokenizer.json")
+
+
+def test_an_unknown_word_never_ends_a_text(tmp_path):
+    """Of a tokenizer whose unknown token is the one that ends texts."""
+    tokenizer = load_tokenizer(write(tmp_path, words_of({"[SEP]": 0, "b": 1}, unk_token="[SEP]")))
+    assert tokenizer.eot_id == 0 and tokenizer.encode("b zz b").tolist() == [1, 1]
+
+
+def test_a_tokenizer_that_cannot_be_used_is_told_in_one_line(tmp_path):
+    gaps = words_of({"a": 0, "b": 1, "[UNK]": 3, "q": 4}, unk_token="[UNK]")
+    records = {
+        "share one": gaps,
+        "ids up to 2000000000": words_of({"a": 0, "[SEP]": 1, "b": 2_000_000_000}),
+        "cannot encode what it does not know": words_of({"a": 0, "[SEP]": 1}, unk_token="[no]"),
+    }
+    for number, (words, record) in enumerate(records.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(UserError, match=words) as caught:
+            load_tokenizer(write(folder, record)).encode("a z")
+        assert "\n" not in str(caught.value)
+
+
+def test_pieces_of_scripts_without_an_a(tmp_path):
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "привет": 2, "мир": 3, "##ы": 4}
+    record = changed("word_piece", vocab=vocabulary)
+    record["added_tokens"] = words_of(vocabulary)["added_tokens"]
+    name = write(tmp_path, record)
+    ids = load_tokenizer(name).encode("привет миры")
+    assert ids.tolist() == [2, 3, 4]
+    assert load_tokenizer(name).decode(ids) == Tokenizer.from_file(name).decode(ids.tolist())
+
+
+@pytest.mark.parametrize("text", ['{"eos_token": 5}', '{"eos_token": {"content": 3}}', "{", "[]"])
+def test_a_broken_config_beside_it_is_not_passed_over(files, tmp_path, text):
+    (tmp_path / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"cannot be read: .*; mend or remove it"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_config_with_a_byte_order_mark_is_read(files, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
+    config = json.dumps({"eos_token": "<|pad|>"})
+    (tmp_path / "tokenizer_config.json").write_text(config, "utf-8-sig")
+    pad = library(files["byte_level"]).token_to_id("<|pad|>")
+    assert load_tokenizer(str(tmp_path)).eot_id == pad
+
+
+JUNK = st.sampled_from([None, -1, 0, 1, 10**6, "", "x", [], {}, True, 1.5, "[UNK]", ["a"]])
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(list(KINDS)), data=st.data())
+def test_damage_ends_in_one_line_or_in_a_tokenizer(files, tmp_path_factory, kind, data):
+    record = json.loads(files[kind].read_text())
+    place = record
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if key in ("vocab", "merges") or not isinstance(place[key], dict) or not place[key]:
+            break
+        place = place[key]
+    place[key] = data.draw(JUNK)
+    file = tmp_path_factory.mktemp("damaged") / "tokenizer.json"
+    file.write_text(json.dumps(record))
+    try:
+        tokenizer = json_tokenizer.from_file("damaged", file)
+        ids = tokenizer.encode("def f(self): </s> 日本")
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert tokenizer.eot_id not in ids
+        tokenizer.decode(ids)
 
 
 def test_the_hub_out_of_reach_is_told_at_once(monkeypatch, tmp_path):

@@ -57,3 +57,8 @@ def test_a_text_cannot_steer_the_terminal():
 def test_characters_cut_by_the_window_are_replaced():
     shown = show_window(window_of(ids("é")[1:], ids("a🌍")[:3]), BYTES, {}, colour=False)
     assert shown == "\ufffda\ufffd"
+
+
+def test_one_token_of_padding_is_padding():
+    shown = show_window(window_of(EOT, ids("ab"), EOT, ~EOT), BYTES, {}, colour=False)
+    assert shown == "⟦document⟧ab⟦document⟧⟦padding: 1 tokens⟧"

@@ -20,7 +20,7 @@ TASKS: dict[str, Task] = {
     "recall": recall,
     "state_tracking": state_tracking,
 }
-_WORD = re.compile(r"(?P<name>[^:]*)(:(?P<low>\d+)(-(?P<high>\d+))?)?")
+_WORD = re.compile(r"(?P<name>[^:]*)(:(?P<low>\d{1,4})(-(?P<high>\d{1,4}))?)?")
 
 
 def problems(
@@ -28,16 +28,19 @@ def problems(
 ) -> Iterator[Problem]:
     """Yields distinct problems, the same ones for the same arguments.
 
+    An easy task has few: where a split has fewer than ``count``, as many come as there are, but
+    maybe for a few.
+
     Args:
       name: of a task in ``TASKS``.
       difficulty: 1 up to the task's ``HARDEST``; its module says what it means.
       split: one of ``SPLITS``.
       seed: 0 or more.
-      count: how many.
+      count: how many at most.
       stream: of several with the same seed; they may share problems.
 
     Raises:
-      UserError: if there is no such task or difficulty, or the split has fewer problems.
+      UserError: if there is no such task or difficulty.
     """
     ((name, _),) = parse(f"{name}:{difficulty}")
     assert split in SPLITS, split

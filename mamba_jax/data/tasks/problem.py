@@ -7,8 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-from mamba_jax.errors import UserError
-
 SPLITS = ("train", "test")
 _TEST_SHARE = 10  # one problem in so many is for tests
 _MOST_DRAWS = 2_000  # in vain before a split counts as used up; a test takes ten for each
@@ -60,16 +58,15 @@ def draw(
 ) -> Iterator[Problem]:
     """Yields distinct problems of one split, the same ones for the same arguments.
 
+    Where the split has fewer than ``count``, it ends when new ones hardly come any more.
+
     Args:
       name: of the task.
       task: what makes them.
       difficulty: 1 to ``task.HARDEST``.
       split: one of ``SPLITS``.
       words: seeds of the randomness.
-      count: how many.
-
-    Raises:
-      UserError: if there are not so many.
+      count: how many at most.
     """
     rng = np.random.default_rng((*words, difficulty, *name.encode()))
     seen: set[str] = set()
@@ -79,11 +76,7 @@ def draw(
         if split_of(prompt) != split or prompt in seen:
             in_vain += 1
             if in_vain > _MOST_DRAWS:
-                raise UserError(
-                    f"task {name}:{difficulty} has hardly more than {len(seen):,} different "
-                    f"{split} problems, {count:,} are asked for; ask for fewer, or raise its "
-                    "difficulty"
-                )
+                return
             continue
         in_vain = 0
         seen.add(prompt)
