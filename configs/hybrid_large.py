@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/hybrid_large.py
 
-Parameters: 326,030,144 with the GPT-2 vocabulary, 274,566,976 of them outside the embedding;
+Parameters: 326,078,272 with the GPT-2 vocabulary, 274,566,976 of them outside the embedding;
 known as "550M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

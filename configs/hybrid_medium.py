@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/hybrid_medium.py
 
-Parameters: 154,694,100 with the GPT-2 vocabulary, 116,096,724 of them outside the embedding;
+Parameters: 154,730,196 with the GPT-2 vocabulary, 116,096,724 of them outside the embedding;
 known as "220M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

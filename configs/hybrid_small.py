@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/hybrid_small.py
 
-Parameters: 60,291,288 with the GPT-2 vocabulary, 34,559,704 of them outside the embedding;
+Parameters: 60,315,352 with the GPT-2 vocabulary, 34,559,704 of them outside the embedding;
 known as "75M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/hybrid_small_mini.py
 
-Parameters: 78,078,798 with the GPT-2 vocabulary, 49,130,766 of them outside the embedding;
+Parameters: 78,105,870 with the GPT-2 vocabulary, 49,130,766 of them outside the embedding;
 known as "100M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/hybrid_small_plus.py
 
-Parameters: 99,475,530 with the GPT-2 vocabulary, 67,311,050 of them outside the embedding;
+Parameters: 99,505,610 with the GPT-2 vocabulary, 67,311,050 of them outside the embedding;
 known as "125M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

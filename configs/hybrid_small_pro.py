@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/hybrid_small_pro.py
 
-Parameters: 124,880,844 with the GPT-2 vocabulary, 89,499,916 of them outside the embedding;
+Parameters: 124,913,932 with the GPT-2 vocabulary, 89,499,916 of them outside the embedding;
 known as "165M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

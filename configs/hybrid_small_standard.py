@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/hybrid_small_standard.py
 
-Parameters: 91,339,864 with the GPT-2 vocabulary, 60,783,608 of them outside the embedding;
+Parameters: 91,368,440 with the GPT-2 vocabulary, 60,783,608 of them outside the embedding;
 known as "112M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/large.py
 
-Parameters: 158,140,416 with the GPT-2 vocabulary, 106,677,248 of them outside the embedding;
+Parameters: 158,188,544 with the GPT-2 vocabulary, 106,677,248 of them outside the embedding;
 known as "500M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/large_lite.py
 
-Parameters: 116,669,952 with the GPT-2 vocabulary, 71,639,680 of them outside the embedding;
+Parameters: 116,712,064 with the GPT-2 vocabulary, 71,639,680 of them outside the embedding;
 known as "300M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

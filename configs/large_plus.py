@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/large_plus.py
 
-Parameters: 136,246,080 with the GPT-2 vocabulary, 87,999,360 of them outside the embedding;
+Parameters: 136,291,200 with the GPT-2 vocabulary, 87,999,360 of them outside the embedding;
 known as "400M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

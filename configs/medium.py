@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/medium.py
 
-Parameters: 83,857,920 with the GPT-2 vocabulary, 45,260,544 of them outside the embedding;
+Parameters: 83,894,016 with the GPT-2 vocabulary, 45,260,544 of them outside the embedding;
 known as "200M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

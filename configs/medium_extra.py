@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/medium_extra.py
 
-Parameters: 99,258,432 with the GPT-2 vocabulary, 57,444,608 of them outside the embedding;
+Parameters: 99,297,536 with the GPT-2 vocabulary, 57,444,608 of them outside the embedding;
 known as "250M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

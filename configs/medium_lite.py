@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/medium_lite.py
 
-Parameters: 39,293,952 with the GPT-2 vocabulary, 13,562,368 of them outside the embedding;
+Parameters: 39,318,016 with the GPT-2 vocabulary, 13,562,368 of them outside the embedding;
 known as "90M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

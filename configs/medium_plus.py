@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/medium_plus.py
 
-Parameters: 55,844,480 with the GPT-2 vocabulary, 23,680,000 of them outside the embedding;
+Parameters: 55,874,560 with the GPT-2 vocabulary, 23,680,000 of them outside the embedding;
 known as "120M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/medium_x.py
 
-Parameters: 67,139,072 with the GPT-2 vocabulary, 31,758,144 of them outside the embedding;
+Parameters: 67,172,160 with the GPT-2 vocabulary, 31,758,144 of them outside the embedding;
 known as "150M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

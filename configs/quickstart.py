@@ -2,7 +2,7 @@
 
     ./launch/quickstart.sh        or        python -m mamba_jax.train --config=configs/quickstart.py
 
-Parameters: 7,276,696 with the GPT-2 vocabulary, 843,800 of them outside the embedding.
+Parameters: 7,282,712 with the GPT-2 vocabulary, 843,800 of them outside the embedding.
 
 What to expect: a run of minutes on two CPU cores that ends with losses, a sample that looks like
 Python, a loss curve and the commands to try next. It shows that everything works; it is not a model

@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/small.py
 
-Parameters: 25,084,416 with the GPT-2 vocabulary, 5,785,728 of them outside the embedding;
+Parameters: 25,102,464 with the GPT-2 vocabulary, 5,785,728 of them outside the embedding;
 known as "50M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

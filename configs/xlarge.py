@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/xlarge.py
 
-Parameters: 271,971,840 with the GPT-2 vocabulary, 207,642,880 of them outside the embedding;
+Parameters: 272,032,000 with the GPT-2 vocabulary, 207,642,880 of them outside the embedding;
 known as "750M", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

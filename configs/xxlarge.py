@@ -2,7 +2,7 @@
 
     python -m mamba_jax.train --config=configs/xxlarge.py
 
-Parameters: 435,182,592 with the GPT-2 vocabulary, 357,987,840 of them outside the embedding;
+Parameters: 435,254,784 with the GPT-2 vocabulary, 357,987,840 of them outside the embedding;
 known as "1B", which is a label and not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and

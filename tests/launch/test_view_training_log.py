@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "launch" / "view_training_log.sh"
 LOG = """\
-2026-01-02 03:04:05 small: 25,084,416 parameters on 1 × cpu; selective scan: sequential; compiling …
+2026-01-02 03:04:05 small: 25,102,464 parameters on 1 × cpu; selective scan: sequential; compiling …
 2026-01-02 03:04:06 step 10/100  loss 4.2500  lr 0.0003  gradient norm 0.8  1,234 tokens/s  ETA 0:00:09
 2026-01-02 03:04:07 step 10: eval loss 4.5000, perplexity 90.02, 2.1000 bits per byte
 2026-01-02 03:04:07 saved out/step_10
