@@ -104,7 +104,7 @@ def test_without_a_record_of_the_run_its_checkpoint_tells(tmp_path):
     assert run.device == "1 × TPU" and run.tokens_at(40) == 40 * STEP_TOKENS
     assert run.config["model.d_model"] == 512 and run.config["vram.batch_size"] == 2
     # Counted by hand: d 512, 2 layers of the hybrid, by the README's figure for 8 of them.
-    assert run.parameters == 257 * 512 + 512 + (34_559_704 - 512) // 8 * 2
+    assert run.parameters == 320 * 512 + 512 + (34_559_704 - 512) // 8 * 2
     (tmp_path / "metrics.jsonl").unlink()
     run = read_run(tmp_path)
     assert run.last_step == 20 and run.state == "not finished" and "missing" in run.why
