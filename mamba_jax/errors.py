@@ -2,9 +2,11 @@
 
 import difflib
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -24,6 +26,20 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def shortly(error: BaseException) -> str:
     """Returns the first line of an error's message, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def need(name: str, extra: str) -> Any:
+    """Imports a module.
+
+    Raises:
+      UserError: if it is not installed, naming the extra of this package that brings it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{name.partition('.')[0]} is missing ({error}): pip install 'mamba_jax[{extra}]'"
+        ) from error
 
 
 def reader_has_gone() -> None:

@@ -2,13 +2,12 @@
 
 import argparse
 import json
-import os
 import pathlib
 import shutil
 import sys
-from typing import TextIO
 
 from mamba_jax.errors import command, reader_has_gone
+from mamba_jax.tables import has_colours
 
 _ABOUT = """\
 Reads what a run has recorded (metrics.jsonl in its output_dir), finished or still going, and says
@@ -42,18 +41,12 @@ def main(argv: list[str]) -> int:
     else:
         # Wider lines than these are hard to read.
         width = min(100, shutil.get_terminal_size().columns or 80)
-        said = text.render(run, diagnosis, text.Page(width, _colours(sys.stdout)))
+        said = text.render(run, diagnosis, text.Page(width, has_colours(sys.stdout)))
     try:
         print(said, flush=True)
     except BrokenPipeError:
         reader_has_gone()
     return 0
-
-
-def _colours(stream: TextIO) -> bool:
-    """Whether to write in colours: to a terminal that has them, unless the user wants none."""
-    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") != "dumb"
-    return wanted and stream.isatty()
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ same command goes on where it stopped.
 
 import argparse
 import itertools
-import os
 import sys
 
 from mamba_jax import arguments
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, command, reader_has_gone
+from mamba_jax.tables import has_colours
 
 _INSPECTED = 3
 
@@ -51,7 +51,7 @@ def inspect(config: RunConfig, count: int) -> None:
     names = {token: name for name, token in tokenizer.special_ids.items()}
     if corpus.fill:
         names |= dict(zip(tokenizer.fim_ids, ("prefix", "suffix", "middle"), strict=True))
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colour = has_colours(sys.stdout)
     batches = corpus.train_batches(config.vram.effective_batch_size, config.seed)
     windows = itertools.islice(itertools.chain.from_iterable(batches), count)
     for number, window in enumerate(windows, 1):

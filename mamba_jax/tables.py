@@ -1,4 +1,13 @@
-"""Tables on a terminal."""
+"""What commands share about terminals: tables, and whether there are colours."""
+
+import os
+from typing import TextIO
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether to write in colours: to a terminal that has them, unless the user wants none."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") != "dumb"
+    return wanted and stream.isatty()
 
 
 def print_table(header: list[str], rows: list[list[str]], n_text_columns: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from mamba_jax.data import hub_access
 from mamba_jax.data.text_cuts import well_formed
 from mamba_jax.data.tokenizer import DocumentEncoder, Tokenizer
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, need, shortly
 
 FILE_NAME = "tokenizer.json"
 _CONFIG_NAME = "tokenizer_config.json"
@@ -228,14 +228,8 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
     Raises:
       UserError: if it cannot be read, or the library that reads it is missing.
     """
-    try:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we have processes of our own
-        import tokenizers
-    except ImportError as error:
-        raise UserError(
-            f'data.tokenizer="{name}" needs the library tokenizers: pip install '
-            "'mamba_jax[tokenizers]'"
-        ) from error
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # we have processes of our own
+    tokenizers = need("tokenizers", "tokenizers")
     end = _named_end(path.with_name(_CONFIG_NAME))
     try:
         source = path.read_bytes()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.data.store import Documents, Flat
-from mamba_jax.errors import UserError
+from mamba_jax.errors import need
 
 _SIMILARITY = 0.8  # of the sets of shingles (Jaccard) from which on a document counts as a copy
 _SHINGLE_TOKENS = 5
@@ -21,15 +21,10 @@ def first_of_similar(tokens: Flat, documents: Documents) -> np.ndarray:
     Raises:
       UserError: if the library is not installed.
     """
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError as error:
-        raise UserError(
-            'data.deduplicate="near" needs the library datasketch: pip install "mamba_jax[dedup]"'
-        ) from error
-    seen = MinHashLSH(threshold=_SIMILARITY, num_perm=_PERMUTATIONS)
-    empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=lambda shingle: shingle)
-    signatures: dict[Any, MinHash] = {}  # by the number of their document
+    datasketch = need("datasketch", "dedup")
+    seen = datasketch.MinHashLSH(threshold=_SIMILARITY, num_perm=_PERMUTATIONS)
+    empty = datasketch.MinHash(num_perm=_PERMUTATIONS, hashfunc=lambda shingle: shingle)
+    signatures: dict[Any, Any] = {}  # by the number of their document
     kept = []
     for number, (start, end) in enumerate(zip(documents.start_d, documents.end_d, strict=True)):
         shingles = _shingles(tokens[int(start) + 1 : int(end)])

@@ -42,8 +42,8 @@ class Corpus:
       eval: windows held out; no document or block of one is on both sides.
       summary: what was read and what was skipped.
       origins: names of the sources.
-      fill: turns some documents of training windows around; None: none.
       phases: (step, weight of each source), the first at 0: which weights hold from which step on.
+      fill: turns some documents of training windows around; None: none.
     """
 
     tokenizer: Tokenizer
@@ -84,16 +84,13 @@ class Corpus:
     def _batches(
         self, order: Order, batch_size: int, seed: int, start: int
     ) -> Iterator[np.ndarray]:
-        sources, fill = self.train.sources, self.fill
+        def window_at(sample: int) -> np.ndarray:
+            source, index = order[sample]
+            window = self.train.sources[source][index]
+            return self.fill(window, seed, sample) if self.fill else window
+
         while True:
-            samples = range(start, start + batch_size)
-            windows = [sources[source][index] for source, index in map(order.__getitem__, samples)]
-            if fill:
-                windows = [
-                    fill(window, seed, sample)
-                    for window, sample in zip(windows, samples, strict=True)
-                ]
-            yield np.stack(windows)
+            yield np.stack([window_at(sample) for sample in range(start, start + batch_size)])
             start += batch_size
 
     def shares_text(self, samples: int, batch_size: int) -> str:

@@ -5,15 +5,14 @@ belongs to what continues it, and a text's first token is predicted from the mar
 document. A context is never cut: the recurrent state has room for any length.
 """
 
-import importlib
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mamba_jax.errors import UserError
-from mamba_jax.evaluating.scorer import Scorer
+from mamba_jax.errors import UserError, need
+from mamba_jax.evaluating.scorer import Scorer, continue_texts
 
 _MAX_NEW_TOKENS = 256  # where a task names no limit: lm_eval's own default
 Result = dict[str, Any]
@@ -33,12 +32,8 @@ def on_tasks(
     Raises:
       UserError: if lm_eval is not installed, a task unknown, or its data out of reach.
     """
-    try:
-        # By name: an optional library, which the type checker need not find.
-        lm_eval = importlib.import_module("lm_eval")
-        manager_class = importlib.import_module("lm_eval.tasks").TaskManager
-    except ImportError as error:
-        raise UserError("--tasks needs lm_eval: pip install 'mamba_jax[eval]'") from error
+    lm_eval = need("lm_eval", "eval")
+    manager_class = need("lm_eval.tasks", "eval").TaskManager
     if task_dir is not None and not os.path.isdir(task_dir):
         raise UserError(f"task_dir={task_dir} is no folder; give one with task files (.yaml)")
     manager = manager_class(include_path=task_dir)
@@ -101,7 +96,7 @@ def _samples(samples: dict[str, list[Result]], n_samples: int) -> list[Result]:
 
 def language_model(scorer: Scorer) -> Any:
     """Returns the ``lm_eval.api.model.LM`` that answers with the scorer's models."""
-    base: Any = importlib.import_module("lm_eval.api.model").LM
+    base: Any = need("lm_eval.api.model", "eval").LM
 
     class OurModel(base):
         """Each method takes lm_eval's requests and answers in their order."""
@@ -165,16 +160,3 @@ def generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> 
         for i, text in zip(mine, found, strict=True):
             texts[i] = text
     return texts
-
-
-def continue_texts(
-    scorer: Scorer, contexts: Sequence[str], max_tokens: int, stops: Sequence[str]
-) -> list[str]:
-    """Returns the greedy continuation of each context, up to the first of the stops."""
-    decode = scorer.tokenizer.decode
-    begin = np.array([scorer.tokenizer.eot_id], np.int32)
-    sequences = [np.concatenate([begin, scorer.tokenizer.encode(text)]) for text in contexts]
-    stopped = lambda tokens: any(stop in decode(tokens) for stop in stops)
-    texts = map(decode, scorer.continuations(sequences, max_tokens, stopped))
-    cut = lambda text: text[: min((text.find(s) for s in stops if s in text), default=len(text))]
-    return [cut(text) for text in texts]

@@ -169,6 +169,19 @@ class Scorer:
             yield Scores(nlls_bt[row, scored].astype(np.float64), greedy_bt[row, scored])
 
 
+def continue_texts(
+    scorer: Scorer, contexts: Sequence[str], max_tokens: int, stops: Sequence[str]
+) -> list[str]:
+    """Returns the greedy continuation of each context, up to the first of the stops."""
+    decode = scorer.tokenizer.decode
+    begin = np.array([scorer.tokenizer.eot_id], np.int32)
+    sequences = [np.concatenate([begin, scorer.tokenizer.encode(text)]) for text in contexts]
+    stopped = lambda tokens: any(stop in decode(tokens) for stop in stops)
+    texts = map(decode, scorer.continuations(sequences, max_tokens, stopped))
+    cut = lambda text: text[: min((text.find(s) for s in stops if s in text), default=len(text))]
+    return [cut(text) for text in texts]
+
+
 @functools.partial(jax.jit, static_argnames=("configs", "vocab_size"), donate_argnames=("caches",))
 def _score(
     params: tuple[build.Params, ...],

@@ -3,8 +3,7 @@
 from typing import Any
 
 from mamba_jax.data.tasks import parse, problems
-from mamba_jax.evaluating.lm_eval_tasks import continue_texts
-from mamba_jax.evaluating.scorer import Scorer
+from mamba_jax.evaluating.scorer import Scorer, continue_texts
 
 _SEED = 1  # of the problems asked; the split alone keeps them apart from those of training
 _SPARE_TOKENS = 8  # for an answer that is wrong and longer

@@ -8,10 +8,9 @@ import numpy as np
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
-from mamba_jax.errors import UserError
+from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import tensors, tokenizer_files
 from mamba_jax.exporting.card import model_card
-from mamba_jax.exporting.libraries import need
 from mamba_jax.training.checkpoint_folder import Metadata
 
 FILE_NAME = "model.gguf"

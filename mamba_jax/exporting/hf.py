@@ -10,9 +10,9 @@ import numpy as np
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.errors import need
 from mamba_jax.exporting import tokenizer_files
 from mamba_jax.exporting.card import model_card
-from mamba_jax.exporting.libraries import need
 from mamba_jax.training.checkpoint_folder import Metadata
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

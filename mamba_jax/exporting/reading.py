@@ -9,9 +9,8 @@ import numpy as np
 
 from mamba_jax.config import ModelConfig, from_dict
 from mamba_jax.data import hub_access
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, need, shortly
 from mamba_jax.exporting import hf, tensors, torch_file
-from mamba_jax.exporting.libraries import need
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
 _ORIGINAL_EMBEDDING = "backbone.embedding.weight"  # all other names are Hugging Face's

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba_jax.data.tokenizer import Tokenizer
-from mamba_jax.errors import UserError
-from mamba_jax.exporting.libraries import need
+from mamba_jax.errors import UserError, need
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 _TIKTOKEN_FILE = "tiktoken.json"

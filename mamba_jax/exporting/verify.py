@@ -15,9 +15,8 @@ import numpy as np
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
-from mamba_jax.errors import UserError
+from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import gguf_file, hf
-from mamba_jax.exporting.libraries import need
 from mamba_jax.exporting.tensors import EMBEDDING, from_hf
 from mamba_jax.models import build
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mamba_jax.errors import UserError
+from mamba_jax.errors import UserError, shortly
 from mamba_jax.models import build
 from mamba_jax.training.checkpoint_folder import (
     OPTIMIZER,
@@ -223,8 +223,7 @@ def _load_tree(path: pathlib.Path, abstract: Any) -> Any:
             return checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore(targets))
     except ValueError as error:
         raise UserError(
-            f"checkpoint {path.parent} does not hold the arrays of this model: "
-            f"{str(error).splitlines()[0]}"
+            f"checkpoint {path.parent} does not hold the arrays of this model: {shortly(error)}"
         ) from error
 
 

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 
 from mamba_jax import evaluate
-from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.evaluating import perplexity
 from mamba_jax.evaluating.scorer import Scorer, mean_probability
 from mamba_jax.models import build
-from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
 from .tiny_models import CONFIGS, TOKENIZER, model_of
 
@@ -93,16 +91,6 @@ def test_intervals_are_those_of_a_mean():
     half = 1.96 * nlls.std(ddof=1) / 20 / math.log(2)
     assert (bits["high"] - bits["low"]) / 2 == pytest.approx(half, rel=0.1)
     assert bits["low"] < bits["value"] < bits["high"]
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = RunConfig(name="tiny", model=CONFIGS["mamba"], data=DataConfig(tokenizer="bytes"))
-    with CheckpointWriter(folder, keep_last=1, keep_every=0, log=print) as writer:
-        state = {"params": model_of("mamba").params, "step": jnp.int32(1)}
-        writer.save("final", state, Metadata(config, 1, 0, "none"))
-    return folder
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mamba_jax import evaluate
-from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.data.tasks import problems
 from mamba_jax.errors import UserError
 from mamba_jax.evaluating import lm_eval_tasks
@@ -16,9 +15,8 @@ from mamba_jax.evaluating.scorer import Scorer
 from mamba_jax.evaluating.tasks import on_problems, wilson
 from mamba_jax.generation import generate_text
 from mamba_jax.models import build
-from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
-from .tiny_models import CONFIGS, TOKENIZER, model_of
+from .tiny_models import TOKENIZER, model_of
 
 PROMPTS = ["x = ", "", "def f(a, b):"]
 LENGTH = 32  # of all that is read whole: compiled once
@@ -112,16 +110,6 @@ def test_wilson_is_where_the_score_test_turns():
                 distance = abs(successes / trials - end) / (end * (1 - end) / trials) ** 0.5
                 assert distance == pytest.approx(1.959964, rel=1e-6)
     assert wilson(0, 10)[0] == 0 and wilson(7, 7)[1] == 1
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = RunConfig(name="tiny", model=CONFIGS["mamba"], data=DataConfig(tokenizer="bytes"))
-    with CheckpointWriter(folder, keep_last=1, keep_every=0, log=print) as writer:
-        state = {"params": model_of("mamba").params, "step": jnp.int32(1)}
-        writer.save("final", state, Metadata(config, 1, 0, "none"))
-    return str(folder)
 
 
 def test_the_command_answers_tasks_alone_and_as_an_ensemble(run_dir, tmp_path, capsys):

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from mamba_jax import export
-from mamba_jax.errors import UserError
+from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import hf, tensors
 from mamba_jax.exporting.card import model_card
 from mamba_jax.exporting.folder import new_folder
-from mamba_jax.exporting.libraries import need
 from mamba_jax.training.checkpoint import Metadata
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.models import tiny
