@@ -205,16 +205,14 @@ def _last_cut(offsets_n2: np.ndarray, limit: int) -> int:
 
 
 def load(name: str) -> Tokenizer:
-    """Makes the tokenizer of a file, of a folder with one, or of an id of the Hub.
+    """Makes the tokenizer of a file or of an id of the Hub.
 
     Raises:
       UserError: if it is not there, out of reach, or damaged.
     """
     path = pathlib.Path(os.path.expanduser(name))
     if path.is_dir():
-        path = path / FILE_NAME
-        if not path.is_file():
-            raise UserError(f'data.tokenizer="{name}": the folder has no {FILE_NAME}')
+        raise UserError(f'data.tokenizer="{name}": the folder has no {FILE_NAME}')
     if path.is_file():
         return from_file(name, path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith(".json"):

@@ -161,6 +161,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == tiktoken_encodings.GPT2:
         return tiktoken_encodings.packaged_gpt2()
     path = pathlib.Path(os.path.expanduser(name))
+    if path.is_dir() and (found := _in_folder(path, name)):  # a checkpoint's folder as well
+        return found
     if os.path.sep in name or name.endswith(".json") or path.exists():
         from mamba_jax.data import json_tokenizer
 
@@ -185,12 +187,16 @@ def load_saved(folder: pathlib.Path, name: str) -> Tokenizer:
     Raises:
       UserError: as in ``load_tokenizer``.
     """
+    return _in_folder(folder, name) or load_tokenizer(name)
+
+
+def _in_folder(folder: pathlib.Path, name: str) -> Tokenizer | None:
     from mamba_jax.data import json_tokenizer, tiktoken_encodings
 
     for module in (json_tokenizer, tiktoken_encodings):
         if (folder / module.FILE_NAME).is_file():
             return module.from_file(name, folder / module.FILE_NAME)
-    return load_tokenizer(name)
+    return None
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:

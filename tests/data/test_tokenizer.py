@@ -215,6 +215,7 @@ def test_a_checkpoint_carries_an_encoding(r50k, monkeypatch, tmp_path):
     carried = load_saved(tmp_path, "r50k_base")
     assert (carried.identity, carried.pieces) == (r50k.identity, r50k.pieces)
     assert carried.eot_id == r50k.eot_id
+    assert load_tokenizer(str(tmp_path)).identity == r50k.identity  # its folder names it too
     for text in TEXTS:
         assert carried.encode(text).tolist() == r50k.encode(text).tolist()
     (tmp_path / tiktoken_encodings.FILE_NAME).write_bytes(b'{"ranks": "0 IQ== 1"}')
