@@ -39,6 +39,7 @@ ALLOWED = {
     "training": {"models", "ops", "parallel", "config"},
     "generation": {"models", "training", "config", "data"},
     "evaluating": {"generation", "models", "config", "data"},
+    "serving": {"generation", "models", "config", "data"},
     "exporting": {"models", "training", "config", "data"},
     "estimator": {"models", "training", "parallel", "ops", "data", "config", "presets"},
     "arguments": {"config", "presets", "training"},
