@@ -28,7 +28,7 @@ from mamba_jax.models import build
 from mamba_jax.serving import rows as device
 from mamba_jax.serving.prefix_cache import PrefixCache
 from mamba_jax.serving.row_sampling import Choosing
-from mamba_jax.serving.sequence import Asked, Event, Failed, Scored, Sequence, Told
+from mamba_jax.serving.sequence import Asked, End, Event, Failed, Scored, Sequence, Told
 
 # Lengths of the pieces of prompts: any prompt is a few of them, and each is compiled.
 _PIECES = (256, 64, 16, 4, 1)
@@ -54,7 +54,7 @@ class Observer:
     def next_token(self, secs: float) -> None:
         """A further token came ``secs`` after the one before it."""
 
-    def ended(self, sequence: Sequence, event: Event) -> None:
+    def ended(self, sequence: Sequence, event: End | Failed) -> None:
         """A request ended."""
 
     def round(self, waiting: int, reading: int, decoding: int, snapshot_bytes: int) -> None:

@@ -24,6 +24,7 @@ class Asked:
       stops: texts that end the text and are not part of it.
       logprobs: tell those of each token.
       score_prompt: tell those of the prompt's tokens as well.
+      marked: the first token is the marker alone, which the prompt itself does not have.
     """
 
     tokens: np.ndarray
@@ -35,6 +36,7 @@ class Asked:
     stops: tuple[str, ...] = ()
     logprobs: bool = False
     score_prompt: bool = False
+    marked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class End:
     reason: Literal["stop", "length"]
     prompt_tokens: int
     cached_tokens: int  # of the prompt, whose state was there already
-    new_tokens: int
+    new_tokens: int  # the one that ends a document included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Sequence:
         self,
         asked: Asked,
         deliver: Callable[[Event], None],
-        on_end: Callable[["Sequence", Event], None],
+        on_end: Callable[["Sequence", End | Failed], None],
         tokenizer: Tokenizer,
         timeout_secs: float,
     ):
@@ -120,12 +122,12 @@ class Sequence:
 
     def take(self, told: Told) -> None:
         """Takes the next token in, which may be the last."""
-        if told.token == self._eot_id:
-            self._finish("stop")
-            return
         self.n_new += 1
         if self.asked.logprobs:
             self._held.append((self._n_bytes, told))
+        if told.token == self._eot_id:
+            self._finish("stop")
+            return
         self._n_bytes += len(self._pieces[told.token])
         self._show(self._stops.push(self._decoder.push(told.token)))
         if self._stops.found is not None:
@@ -154,8 +156,7 @@ class Sequence:
     def _show(self, text: str, everything: bool = False) -> None:
         """Tells text, with the tokens that begin in it."""
         self._shown_bytes += len(text.encode("utf-8", "surrogatepass"))
-        limit = self._n_bytes if everything else self._shown_bytes
-        shown = tuple(told for at, told in self._held if at < limit)
+        shown = tuple(told for at, told in self._held if everything or at < self._shown_bytes)
         self._held = self._held[len(shown) :]
         if text or shown:
             self.tell(Text(text, shown))
