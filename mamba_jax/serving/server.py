@@ -14,6 +14,7 @@ from mamba_jax.serving.engine import Engine
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.protocol import Limits, Translator
 from mamba_jax.training import checkpoint
+from mamba_jax.training.hardware import cache_compilations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
         model = with_scan(model, settings.scan)
     resolve_scan(model, matmul_dtype(model))  # before a large checkpoint is read
     tokenizer = load_saved(path, metadata.config.data.tokenizer)
+    cache_compilations(metadata.config.data.cache_root)
     limits = Limits(settings.max_prompt_tokens, settings.max_tokens)
     metrics = Metrics()
     engine = Engine(
