@@ -267,10 +267,10 @@ class Engine:
         """Reads prompts in turns, up to the budget of a round, and lets those read join."""
         budget = PIECE_TOKENS
         while self._reading and budget > 0:
-            sequence = self._reading.popleft()
+            sequence = self._reading[0]  # until all has gone well: a failure must find it here
             budget -= self._read_piece(sequence)
             if sequence.n_read < len(sequence.asked.tokens):
-                self._reading.append(sequence)
+                self._reading.rotate(-1)
                 continue
             if sequence.scored:
                 sequence.tell(Scored(tuple(sequence.scored)))
@@ -278,6 +278,7 @@ class Engine:
                 self._join(sequence)
             else:
                 sequence.finish_unasked()
+            self._reading.popleft()
 
     def _read_piece(self, sequence: Sequence) -> int:
         """Reads the next piece of a prompt; returns its tokens."""

@@ -146,13 +146,14 @@ def test_closing_lets_requests_end_and_takes_no_more():
         engine.submit([asked_of("c")], listener)
 
 
-def test_a_failing_step_fails_its_requests_alone(engine, monkeypatch):
+@pytest.mark.parametrize("part", ["read", "put", "step"])
+def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engines.device, "step", fail)
-        ((_, end),) = answers(engine, asked_of("a"))
+        patch.setattr(engines.device, part, fail)
+        ((_, end),) = answers(engine, asked_of(f"a new prompt that {part}s"))
         assert end == Failed("error", "the step failed: RESOURCE_EXHAUSTED: out of memory")
     assert answers(engine, asked_of("a"))[0][0] == offline("mamba", "a")
 
