@@ -25,7 +25,8 @@ from benchmarks.report import bars
 
 BASELINE = "mamba_jax"
 ALONE, UNREAD = "one client after another", "nothing shared"
-CLIENTS, NEW_TOKENS, PROMPT_TOKENS, REQUESTS = 16, 48, 2_000, 2_000
+CLIENTS, NEW_TOKENS, PROMPT_TOKENS = 16, 48, 2_000
+REQUESTS, FEW_TOKENS = 2_000, 8  # of the endurance
 SPEED_UP, HIT_SPEED_UP, LEAK_BYTES = 5.0, 10.0, 50e6
 RATE = "tokens_per_sec"
 _WORDS = (
@@ -52,7 +53,7 @@ def cases(context: Context) -> list[dict[str, Any]]:
     return [
         {"task": "throughput", "size": f"{CLIENTS} clients, {NEW_TOKENS} tokens each"},
         {"task": "first token", "size": f"prompt of {PROMPT_TOKENS:,} tokens"},
-        {"task": "endurance", "size": f"{requests:,} requests"},
+        {"task": "endurance", "size": f"{requests:,} requests, {FEW_TOKENS} tokens each"},
     ]
 
 
@@ -112,7 +113,7 @@ class Server:
         )
         self.port = self._wait_for_port()
         atexit.register(self.close)
-        self._known: dict[str, str] = {}
+        self._known: dict[tuple[str, int], str] = {}
 
     def _wait_for_port(self) -> int:
         assert self.process.stderr is not None
@@ -151,8 +152,8 @@ class Server:
                 "seed": 0,
             }
             model = self._params, self._model, self._tokenizer
-            (self._known[prompt],) = generate_text(*model, [prompt], **how)
-        return self._known[prompt]
+            (self._known[prompt, max_tokens],) = generate_text(*model, [prompt], **how)
+        return self._known[prompt, max_tokens]
 
     def rss_bytes(self) -> float:
         """What the process holds now."""
@@ -296,7 +297,8 @@ def endurance(server: Server, count: int) -> Prepared:
             warm = count // 4
             for part in (warm, count - warm):
                 mine = [asked[(done + i) % len(asked)] for i in range(part)]
-                check(server, mine, list(pool.map(functools.partial(ask, server), mine)))
+                few = functools.partial(ask, server, max_tokens=FEW_TOKENS)
+                check(server, mine, list(pool.map(few, mine)), FEW_TOKENS)
                 done += part
                 if done == warm:
                     metrics["growth_bytes"] = -server.rss_bytes()
@@ -308,10 +310,15 @@ def endurance(server: Server, count: int) -> Prepared:
     return Prepared(run)
 
 
-def check(server: Server, asked: list[str], answers: list[tuple[str, list[float]]]) -> None:
+def check(
+    server: Server,
+    asked: list[str],
+    answers: list[tuple[str, list[float]]],
+    max_tokens: int = NEW_TOKENS,
+) -> None:
     """Holds every answer against offline generation."""
     for prompt, (text, _) in zip(asked, answers, strict=True):
-        if text != server.expected(prompt):
+        if text != server.expected(prompt, max_tokens):
             raise harness.NotMeasured(f"a wrong answer to {prompt!r}: {text!r}"[:160])
 
 
