@@ -55,8 +55,8 @@ def tokens_of(
 ):
     """Ids, row by row; by default nothing ends a row."""
     steps = generate.generate_tokens(
-        build.prepare_for_decoding(params or params_for(family), CONFIGS[family]),
-        CONFIGS[family],
+        (build.prepare_for_decoding(params or params_for(family), CONFIGS[family]),),
+        (CONFIGS[family],),
         [sequence_of(prompt) for prompt in prompts],
         range(len(prompts)),
         n_rows=3,
