@@ -85,8 +85,8 @@ def generate_text(
     sampling = check_settings(max_tokens, temperature, top_k, top_p, seed, batch_size, head)
     if not prompts:
         return []
-    models = (Model(params, model_config, tokenizer), *others)
-    prepared, configs = prepare(models, head)
+    prepared, configs = prepare((Model(params, model_config, tokenizer), *others), head)
+    del params  # of which prepared ones have taken the place, in memory too
     before = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
     after = np.zeros(0, np.int32)
     if suffix is not None:
