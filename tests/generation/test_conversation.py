@@ -11,6 +11,7 @@ from mamba_jax.generation.conversation import Conversation, exact_pieces
 from mamba_jax.generation.ensemble import Model
 
 from ..models.tiny import assert_close
+from ..training.tiny_run import quick_compiles  # noqa: F401
 from .test_generate import CONFIGS, GREEDY_SAMPLING, TOKENIZER, params_for, whole_logits
 
 SAMPLING = Sampling(temperature=1.0, top_k=0, top_p=0.95)
