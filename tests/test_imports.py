@@ -21,6 +21,7 @@ COMMANDS = {
     "export",
     "import_hf",
     "report",
+    "serve",
     "cli",
     "__main__",
 }
@@ -39,6 +40,7 @@ ALLOWED = {
     "training": {"models", "ops", "parallel", "config"},
     "generation": {"models", "training", "config", "data"},
     "evaluating": {"generation", "models", "config", "data"},
+    "serving": {"generation", "models", "modules", "training", "config", "data"},
     "exporting": {"models", "training", "config", "data"},
     "estimator": {"models", "training", "parallel", "ops", "data", "config", "presets"},
     "arguments": {"config", "presets", "training"},
