@@ -20,7 +20,7 @@ from mamba_jax.errors import UserError, command, reader_has_gone
 if TYPE_CHECKING:
     from mamba_jax.config import ModelConfig
     from mamba_jax.data.tokenizer import Tokenizer
-    from mamba_jax.generation.conversation import Conversation
+    from mamba_jax.generation import Conversation
 
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
@@ -164,9 +164,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Loads the models and prints prompts and texts, or holds a conversation."""
-    from mamba_jax.generation import check_settings, generate_text
-    from mamba_jax.generation.conversation import Conversation
-    from mamba_jax.generation.ensemble import Model
+    from mamba_jax.generation import Conversation, Model, check_settings, generate_text
     from mamba_jax.training.checkpoint import restore_params
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "head")
