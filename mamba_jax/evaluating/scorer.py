@@ -15,22 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError
+from mamba_jax.generation.ensemble import Model, mean_probability, same_tokenizer
 from mamba_jax.generation.generate import pad_left, piece_lengths
 from mamba_jax.models import build
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A checkpoint in memory."""
-
-    params: build.Params
-    config: ModelConfig
-    tokenizer: Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +49,7 @@ class Scorer:
         for name, value in (("batch_size", batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        self.tokenizer = models[0].tokenizer
-        for model in models[1:]:
-            if model.tokenizer.identity != self.tokenizer.identity:
-                raise UserError(
-                    "the models of an ensemble need the same tokenizer, these have "
-                    f"{self.tokenizer.name} and {model.tokenizer.name}"
-                )
+        self.tokenizer = same_tokenizer([model.tokenizer for model in models])
         self._params = tuple(jax.device_put(model.params) for model in models)
         self._configs = tuple(model.config for model in models)
         self._batch_size = batch_size
@@ -221,10 +206,3 @@ def _likeliest(
         each_mbv.append(jax.nn.log_softmax(logits_bv[:, :vocab_size]))
         new_caches.append(cache)
     return mean_probability(each_mbv).argmax(-1).astype(jnp.int32), tuple(new_caches)
-
-
-def mean_probability(log_probs: list[Float[Array, "*n v"]]) -> Float[Array, "*n v"]:
-    """Returns ln of the mean over models of exp(log_probs), float32, safe from underflow."""
-    if len(log_probs) == 1:
-        return log_probs[0]
-    return jax.nn.logsumexp(jnp.stack(log_probs), axis=0) - math.log(len(log_probs))

@@ -15,6 +15,7 @@ class StopFinder:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.found: str | None = None  # the stop that ended the text
+        self.beyond = ""  # what the piece that completed it said after it
 
     def push(self, text: str) -> str:
         """Returns what is certain by now to come before any stop; "" once one was found."""
@@ -25,7 +26,7 @@ class StopFinder:
         ends = [(text.find(s) + len(s), -len(s), s) for s in self._stops if s in text]
         if ends:
             end, _, self.found = min(ends)
-            self._held = ""
+            self._held, self.beyond = "", text[end:]
             return text[: end - len(self.found)]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]

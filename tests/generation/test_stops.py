@@ -38,7 +38,7 @@ def test_nothing_is_held_back_that_cannot_be_a_stop():
         "",
         "",
     ]
-    assert finder.found == "\n\nuser:"
+    assert finder.found == "\n\nuser:" and finder.beyond == " no"
 
 
 def test_a_prompt_is_the_beginning_of_what_training_saw():
