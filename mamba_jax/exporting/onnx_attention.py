@@ -1,4 +1,4 @@
-"""Attention over pooled blocks at several scales as nodes of an ONNX graph, in memory linear in time.
+"""Attention over pooled blocks at several scales as nodes of an ONNX graph; memory linear in time.
 
 The maths is that of ``modules.hierarchical_attention``. A row is one document, so that its blocks
 lie alike in every row: what depends on places alone is made once for all layers.
@@ -15,7 +15,7 @@ import numpy as np
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.exporting.onnx_graph import Graph
-from mamba_jax.exporting.onnx_layers import END, F, at, norm
+from mamba_jax.exporting.onnx_layers import F, at, norm
 
 ROPE_BASE = 10_000.0
 _FAR = F(-1e30)  # a stand-in for -inf, which would make NaN where nothing is seen
@@ -27,8 +27,8 @@ class _Angle(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    keys: str  # (b, …, h, p, n)
-    values: str  # (b, …, h, n, p)
+    keys: str  # (b, …, h, n, p)
+    values: str
 
 
 class Attention(abc.ABC):
@@ -36,6 +36,8 @@ class Attention(abc.ABC):
 
     Queries are (b, …, h, q, p): of chunks for a row, (b, h, 1, p) for a token.
     """
+
+    swap: tuple[int, ...]  # a permutation: keys' last two axes
 
     def __init__(self, g: Graph, config: ModelConfig):
         self.config = config
@@ -88,13 +90,16 @@ class Attention(abc.ABC):
         q = self._chunked(g, g("MatMul", x, g.factor(f"{part}qkv.weight", slice(0, d))))
         q = norm(g, q, f"{part}query_norm.weight", eps)
         q = g("Mul", q, F(self.config.head_size**-0.5))
-        total = None
+        parts = []
         for (scale, memory), mix in zip(memories.items(), mixes, strict=True):
-            scores = g("MatMul", rotate(g, q, self._angles[scale]), memory.keys)
+            # Next to the product, which a runtime can then let read keys as they lie.
+            keys = g("Transpose", memory.keys, perm=self.swap)
+            scores = g("MatMul", rotate(g, q, self._angles[scale]), keys)
             weights = g("Softmax", g("Add", scores, self._far[scale]), axis=-1)
-            y = g("Mul", g("MatMul", weights, memory.values), g("Mul", mix, self._any[scale]))
-            total = y if total is None else g("Add", total, y)
-        return g("MatMul", self._joined(g, total), g.factor(f"{part}o_proj.weight"))
+            y = g("MatMul", weights, memory.values)
+            parts.append(g("Mul", y, g("Mul", mix, self._any[scale])))
+        y = self._joined(g, g("Sum", *parts))
+        return g("MatMul", y, g.factor(f"{part}o_proj.weight"))
 
     def _angle(self, g: Graph, number: str, *axes: int) -> _Angle:
         """Turns block numbers into angles, with further axes of size 1 and a last one of p / 2."""
@@ -111,6 +116,8 @@ class Attention(abc.ABC):
 
 class RowAttention(Attention):
     """Of a whole row that nothing precedes: a chunk of queries reads one band of keys."""
+
+    swap = (0, 1, 2, 4, 3)
 
     def __init__(self, g: Graph, config: ModelConfig, ids: str):
         super().__init__(g, config)
@@ -182,8 +189,7 @@ class RowAttention(Attention):
             ring = g("Mul", g("Gather", x, index, axis=1), there)
             present[f"{name}_{scale}"] = g("Transpose", ring, perm=[0, 2, 1, 3])
         bands = [g("Gather", x, self._bands[scale], axis=1) for x in (k, v)]  # (b, u, n, h, p)
-        keys = g("Transpose", bands[0], perm=[0, 1, 3, 4, 2])
-        return _Memory(keys, g("Transpose", bands[1], perm=[0, 1, 3, 2, 4])), present
+        return _Memory(*(g("Transpose", x, perm=[0, 1, 3, 2, 4]) for x in bands)), present
 
     def _chunked(self, g: Graph, x: str) -> str:
         x = g("Reshape", x, at(0, 0, self.config.n_heads, self.config.head_size))
@@ -191,27 +197,34 @@ class RowAttention(Attention):
 
     def _joined(self, g: Graph, x: str) -> str:
         x = g("Transpose", x, perm=[0, 1, 3, 2, 4])  # (b, u, q, h, p)
-        rows = g("Concat", at(0, -1, self.config.d_model), axis=0)
-        x = g("Reshape", x, rows)
+        x = g("Reshape", x, at(0, -1, self.config.d_model))
         return g("Slice", x, at(0), self._length, at(1))
 
 
 class TokenAttention(Attention):
     """Of one token per row, after ``length`` (b) others: it reads the rings."""
 
+    swap = (0, 1, 3, 2)
+
     def __init__(self, g: Graph, config: ModelConfig, length: str):
         super().__init__(g, config)
         slot_w = np.arange(config.attention_window)
-        self._done: dict[int, str] = {}  # (b, 1, 1, 1) bool, the token completes a block
-        self._here: dict[int, str] = {}  # (b, 1, w, 1) bool, in this slot
+        self._done: dict[int, str] = {}  # (b, 1, 1) bool, the token completes a block
+        self._slots: dict[int, str] = {}  # (b, h, 3) row, head and slot of that block in its ring
+        batch = g("Shape", length)
+        row_b = g("Range", np.int64(0), g("Squeeze", batch), np.int64(1))
+        head_h = np.arange(config.n_heads)[:, None]
+        shape = g("Concat", batch, at(config.n_heads, 1), axis=0)
         for scale in config.attention_scales:
             newest_b = newest_block(g, length, scale)
-            after = g("Add", length, np.int64(1))
-            done_b = g("Equal", g("Mod", after, np.int64(scale)), np.int64(0))
-            self._done[scale] = g("Unsqueeze", done_b, at(1, 2, 3))
+            after_b = g("Add", length, np.int64(1))
+            done_b = g("Equal", g("Mod", after_b, np.int64(scale)), np.int64(0))
+            self._done[scale] = g("Unsqueeze", done_b, at(1, 2))
+            slot_b = g("Mod", newest_b, np.int64(len(slot_w)))
+            place = [g("Unsqueeze", x, at(1, 2)) for x in (row_b, slot_b)]
+            place = [g("Expand", x, shape) for x in (place[0], head_h, place[1])]
+            self._slots[scale] = g("Concat", *place, axis=2)
             newest_b1 = g("Unsqueeze", newest_b, at(1))
-            slot_bw = g("Equal", g("Mod", newest_b1, np.int64(len(slot_w))), slot_w)
-            self._here[scale] = g("And", g("Unsqueeze", slot_bw, at(1, 3)), self._done[scale])
             self._angles[scale] = self._angle(g, newest_b, 1, 2)
             number_bw = ring_numbers(g, newest_b1, slot_w)
             seen_bw = g("GreaterOrEqual", number_bw, np.int64(0))
@@ -225,17 +238,23 @@ class TokenAttention(Attention):
         present = {}
         if scale > 1:
             kv = g("Add", kv, past[f"partial_{scale}"])
-            present[f"partial_{scale}"] = g("Where", self._done[scale], F(0), kv)
+            done = g("Unsqueeze", self._done[scale], at(3))
+            present[f"partial_{scale}"] = g("Where", done, F(0), kv)
             kv = g("Div", kv, F(scale))
         k, v = g("Split", kv, outs=2, axis=1, num_outputs=2)
         k = norm(g, k, f"{part}key_norm.weight", self.config.norm_eps)
         k = rotate(g, k, self._angles[scale])
         for name, x in (("keys", k), ("values", v)):
-            x = g("Reshape", x, at(0, h, 1, p))
             name = f"{name}_{scale}"
-            present[name] = g("Where", self._here[scale], x, past[name])
-        keys = g("Transpose", present[f"keys_{scale}"], perm=[0, 1, 3, 2])
-        return _Memory(keys, present[f"values_{scale}"]), present
+            slot = self._slots[scale]
+            x = g(
+                "Where",
+                self._done[scale],
+                g("Reshape", x, at(0, h, p)),
+                g("GatherND", past[name], slot),
+            )
+            present[name] = g("ScatterND", past[name], slot, x)
+        return _Memory(present[f"keys_{scale}"], present[f"values_{scale}"]), present
 
     def _chunked(self, g: Graph, x: str) -> str:
         return g("Reshape", x, at(0, self.config.n_heads, 1, self.config.head_size))

@@ -5,7 +5,7 @@ Legend: i a factor's inputs, o its outputs.
 
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Graph:
         self.outputs: list[Any] = []
         self.weights: dict[str, np.ndarray] = {} if around is None else around.weights
         self.constants: dict[str, Any] = {} if around is None else around.constants
+        self._names: dict[str, str] = {}
         self._numbers: itertools.count = itertools.count() if around is None else around._numbers
 
     def __call__(self, op: str, *inputs: Value, outs: int = 1, **attributes: Any) -> Any:
@@ -68,48 +69,55 @@ class Graph:
         return name
 
     def output(self, name: str, value: str, dtype: type, *shape: int | str) -> None:
-        """Declares a value an output."""
-        self.nodes.append(self.onnx.helper.make_node("Identity", [value], [name], name))
+        """Declares what a node gives an output, under this name once ``name_outputs`` is called."""
+        self._names[value] = name  # a node that only names it would copy it
         self.outputs.append(self._info(name, dtype, shape))
+
+    def name_outputs(self) -> None:
+        """Gives the outputs their names, in every node that makes or reads one."""
+
+        def rename(nodes: Iterable[Any]) -> None:
+            for node in nodes:
+                for names in (node.input, node.output):
+                    names[:] = [self._names.get(name, name) for name in names]
+                for attribute in node.attribute:
+                    rename(attribute.g.node)
+
+        rename(self.nodes)
 
     def scan(
         self,
-        step: "Callable[[Graph, str, Sequence[str]], tuple[str, str | None]]",
+        step: "Callable[[Graph, str, list[str]], tuple[str, ...]]",
         state: str,
         items: Sequence[str],
         axis: int,
-    ) -> tuple[str, str | None]:
+    ) -> list[str]:
         """Loops over an axis of ``items``, however long it is; all of float32.
 
         Args:
           step: adds to a graph what makes of a state and the items' slices, which lack the axis,
-            the next state and an output, or None.
+            the next state and any outputs.
           state: the first.
           items: what is sliced.
           axis: of the items, and of the stacked outputs.
 
         Returns:
-          The last state, and the outputs stacked; None if ``step`` gives none.
+          The last state, and the outputs stacked.
         """
         body = Graph(self.table, around=self)
         number = next(self._numbers)
         begins = [body.input(f"loop_{number}_{i}", np.float32) for i in range(1 + len(items))]
-        ends = [name for name in step(body, begins[0], begins[1:]) if name is not None]
-        for i, name in enumerate(ends):
-            body.output(f"loop_{number}_end_{i}", name, np.float32)
-        graph = self.onnx.helper.make_graph(body.nodes, "step", body.inputs, body.outputs)
-        axes = {"scan_input_axes": [axis] * len(items)}
-        if len(ends) == 2:
-            axes["scan_output_axes"] = [axis]
-        found = self(
-            "Scan",
-            *(state, *items),
-            outs=len(ends),
-            body=graph,
-            num_scan_inputs=len(items),
-            **axes,
-        )
-        return tuple(found) if len(ends) == 2 else (found, None)
+        ends = step(body, begins[0], begins[1:])
+        for name in ends:
+            body.output(name, name, np.float32)
+        self("Scan", state, *items, outs=len(ends), num_scan_inputs=len(items))
+        node, helper = self.nodes[-1], self.onnx.helper
+        graph = helper.make_graph(body.nodes, "step", body.inputs, body.outputs)
+        attributes = {"body": graph, "scan_input_axes": [axis] * len(items)}
+        if len(ends) > 1:
+            attributes["scan_output_axes"] = [axis] * (len(ends) - 1)
+        node.attribute.extend(helper.make_attribute(*pair) for pair in attributes.items())
+        return list(node.output)
 
     def _constant(self, value: np.ndarray | np.generic) -> str:
         array = np.asarray(value, order="C")  # not ascontiguousarray: it makes scalars vectors
@@ -139,6 +147,7 @@ class WeightsFile:
     def save(self, graph: Graph, path: pathlib.Path, description: str) -> None:
         """Writes and checks a model of this graph; ``path`` lies beside the weights' file."""
         onnx = graph.onnx
+        graph.name_outputs()
         weights = [self._placed(onnx, name, array) for name, array in graph.weights.items()]
         proto = onnx.helper.make_graph(
             graph.nodes,

@@ -97,7 +97,7 @@ def mixer(
 def recursion(
     g: Graph, config: ModelConfig, layer: str, h: str, read: Callable[[Graph, str], str] | None
 ) -> str:
-    """Runs the recursion's steps from h (b, t, d); a loop, so that the weights are read in one place.
+    """Runs the recursion's steps from h (b, t, d), in a loop over one body.
 
     Args:
       g: to add to.
@@ -108,7 +108,7 @@ def recursion(
     """
     part, eps = f"{layer}recursion.", config.norm_eps
 
-    def step(g: Graph, s: str, gate: list[str]) -> tuple[str, None]:
+    def step(g: Graph, s: str, gate: list[str]) -> tuple[str]:
         weight, bias = gate
         unit = normalise(g, s, eps)
         opened = g("MatMul", unit, g("Unsqueeze", weight, at(1)))
@@ -118,10 +118,11 @@ def recursion(
         change = g("MatMul", hidden, g.factor(f"{part}down.weight"))
         if read is not None:
             change = g("Add", change, read(g, s))
-        return g("Add", s, g("Mul", opened, change)), None
+        return (g("Add", s, g("Mul", opened, change)),)
 
     gates = [g.weight(f"{part}gate.{name}") for name in ("weight", "bias")]
-    return g.scan(step, h, gates, axis=0)[0]
+    (s,) = g.scan(step, h, gates, axis=0)
+    return s
 
 
 def fusion(g: Graph, config: ModelConfig, layer: str, h: str, m: str, r: str) -> str:

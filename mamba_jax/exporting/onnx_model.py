@@ -13,7 +13,7 @@ from mamba_jax.exporting.onnx_graph import Graph
 from mamba_jax.exporting.onnx_layers import at, fusion, mixer, norm, recursion
 from mamba_jax.exporting.tensors import EMBEDDING, HEAD, NORM
 
-BATCH, LENGTH = "batch", "length"  # the free axes
+BATCH, LENGTH = "batch", "sequence"  # the free axes
 
 
 def cache_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
