@@ -11,6 +11,7 @@ import abc
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from mamba_jax.config import ModelConfig
@@ -42,7 +43,8 @@ class Attention(abc.ABC):
     def __init__(self, g: Graph, config: ModelConfig):
         self.config = config
         half = config.head_size // 2
-        self._frequency = F(ROPE_BASE) ** (-np.arange(half, dtype=F) / F(half))
+        # By JAX: in a power of its own rounding angles would part from ours as numbers grow.
+        self._frequency = np.asarray(ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half))
         self._angles: dict[int, _Angle] = {}  # of queries, to multiply (…, 1, q, p / 2)
         self._far: dict[int, str] = {}  # (…, 1, q, n) 0 where a key is seen, else _FAR
         self._any: dict[int, str] = {}  # (…, 1, q, 1) 1 where any key is seen, else 0
