@@ -42,8 +42,9 @@ BETWEEN = [
     for name, model in tiny.VARIANTS.items()
 ]
 IDS = np.random.default_rng(0).integers(0, 64, (3, 29))
-# Of the largest number: float32 sums in another order, through two layers.
-TOLERANCE = 1e-5
+# Of the largest number. float32 sums in another order; the layers enlarge what rounding leaves (up
+# to 1.2e-5 was seen).
+TOLERANCE = 5e-5
 
 
 class Graphs(NamedTuple):
@@ -71,8 +72,8 @@ def ask(session, ids_bt, cache=None):
 @functools.cache
 def params_of(model):
     """So large that a greedy text does not repeat one token."""
-    enlarge = lambda path, leaf: 2 * leaf + np.float32(path[-1].key == "scale")
-    return jax.tree_util.tree_map_with_path(enlarge, random_params(model))
+    enlarge = lambda path, leaf: np.float32(1.5) * leaf + np.float32(path[-1].key == "scale")
+    return jax.tree_util.tree_map_with_path(enlarge, random_params(model, seed=1))
 
 
 @functools.cache
@@ -179,13 +180,14 @@ def test_rows_of_unequal_lengths_go_on_in_one_batch_and_from_zeros(exported):
 
 
 def greedy(model, params, n):
-    """64 tokens after each row of IDS, by JAX."""
+    """n tokens after each row of IDS, by JAX."""
     cache, chosen = build.init_cache(model, len(IDS)), []
-    logits_bv = None
     for t in range(IDS.shape[1] + n - 1):
         ids_b = IDS[:, t] if t < IDS.shape[1] else chosen[-1]
         logits_bv, cache = step_of(model)(params, jnp.asarray(ids_b, jnp.int32), cache)
         if t >= IDS.shape[1] - 1:
+            second_b, first_b = np.sort(logits_bv)[:, -2:].T
+            assert (first_b - second_b > 1e-3).all()  # or rounding may choose another
             chosen.append(np.asarray(logits_bv).argmax(-1))
     return np.stack(chosen, axis=1)
 
