@@ -284,14 +284,15 @@ def test_verify_tells_the_largest_difference(exported, tmp_path, capsys, monkeyp
     assert export.main([*arguments, "--out", str(tmp_path / "out"), "--verify"]) == 0
     assert "64 of 64 greedy tokens" in capsys.readouterr().err
     right = onnx_model.make
+    for broken in (False, True):  # the graph of a row, or of a token
 
-    def wrong(table, model, *, one_token):
-        name = "backbone.layers.1.mixer.D"
-        return right(table | {name: table[name] * np.float32(1.1)}, model, one_token=one_token)
+        def make(table, model, *, one_token, broken=broken):
+            off = {"norm_eps": 0.1} if one_token == broken else {}
+            return right(table, dataclasses.replace(model, **off), one_token=one_token)
 
-    monkeypatch.setattr(onnx_model, "make", wrong)
-    assert export.main([*arguments, "--out", str(tmp_path / "wrong"), "--verify"]) == 2
-    assert "verification failed: logits differ" in capsys.readouterr().err
+        monkeypatch.setattr(onnx_model, "make", make)
+        assert export.main([*arguments, "--out", str(tmp_path / "wrong"), "--verify"]) == 2
+        assert "verification failed: logits differ" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
