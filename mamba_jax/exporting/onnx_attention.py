@@ -247,15 +247,10 @@ class TokenAttention(Attention):
         k = norm(g, k, f"{part}key_norm.weight", self.config.norm_eps)
         k = rotate(g, k, self._angles[scale])
         for name, x in (("keys", k), ("values", v)):
-            name = f"{name}_{scale}"
-            slot = self._slots[scale]
-            x = g(
-                "Where",
-                self._done[scale],
-                g("Reshape", x, at(0, h, p)),
-                g("GatherND", past[name], slot),
-            )
-            present[name] = g("ScatterND", past[name], slot, x)
+            ring, slot = past[f"{name}_{scale}"], self._slots[scale]
+            x = g("Reshape", x, at(0, h, p))
+            x = g("Where", self._done[scale], x, g("GatherND", ring, slot))
+            present[f"{name}_{scale}"] = g("ScatterND", ring, slot, x)
         return _Memory(present[f"keys_{scale}"], present[f"values_{scale}"]), present
 
     def _chunked(self, g: Graph, x: str) -> str:

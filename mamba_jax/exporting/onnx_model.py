@@ -47,15 +47,16 @@ def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: boo
       UserError: if onnx is not installed.
     """
     g = Graph(table)
-    ids = g.input("input_ids", np.int64, BATCH, 1 if one_token else LENGTH)
+    length = 1 if one_token else LENGTH
+    ids = g.input("input_ids", np.int64, BATCH, length)
     shapes = cache_shapes(config)
     attends = config.family == "hybrid" and bool(config.attention_scales)
     attention, present_length = None, None
     batch = g("Shape", ids, start=0, end=1)
     if attends and one_token:
-        length = g.input("past.length", np.int64, BATCH)
-        attention = TokenAttention(g, config, length)
-        present_length = g("Add", length, np.int64(1))
+        past_length = g.input("past.length", np.int64, BATCH)
+        attention = TokenAttention(g, config, past_length)
+        present_length = g("Add", past_length, np.int64(1))
     elif attends:
         attention = RowAttention(g, config, ids)
         present_length = g("Expand", g("Shape", ids, start=1, end=2), batch)
@@ -78,12 +79,17 @@ def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: boo
     if present_length is not None:
         g.output("present.length", present_length, np.int64, BATCH)
     x = norm(g, x, NORM, config.norm_eps)
-    head = EMBEDDING if config.tie_embeddings else HEAD
-    logits = g("MatMul", x, g.factor(head))
-    shape = (BATCH, 1 if one_token else LENGTH, len(table[EMBEDDING]))
-    g.output("logits", logits, np.float32, *shape)
-    g.outputs.insert(0, g.outputs.pop())
+    logits = _head(g, x, ids, EMBEDDING if config.tie_embeddings else HEAD)
+    g.output("logits", logits, np.float32, BATCH, length, len(table[EMBEDDING]))
+    g.outputs.insert(0, g.outputs.pop())  # where one looks first
     return g
+
+
+def _head(g: Graph, x: str, ids: str, name: str) -> str:
+    """Logits, by a product that reads the table (v, d) as it lies: embeddings need no other."""
+    n_ids, d = g.table[name].shape
+    logits = g("Gemm", g("Reshape", x, at(-1, d)), g.weight(name), transB=1)
+    return g("Reshape", logits, g("Concat", g("Shape", ids), at(n_ids), axis=0))
 
 
 def _layer(

@@ -223,19 +223,20 @@ def test_loops_are_real_and_axes_free(exported):
         assert {axes(value)[0] for value in read.graph.output} == {"batch"}
 
 
-def test_one_file_holds_each_weight_once(exported):
-    model, folder, _ = exported
+@pytest.mark.parametrize("model", [UNTIED, VARIANTS["no recursion"]], ids=["untied", "tied"])
+def test_one_file_holds_each_weight_once(tmp_path, model):
+    write(tmp_path, model)
     places = {}
     for name in (onnx_file.ROW, onnx_file.STEP):
-        assert (folder / name).stat().st_size < 60_000
-        for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer:
+        assert (tmp_path / name).stat().st_size < 60_000
+        for tensor in onnx.load(tmp_path / name, load_external_data=False).graph.initializer:
             if tensor.external_data:
                 place = {pair.key: pair.value for pair in tensor.external_data}
                 assert place["location"] == onnx_file.WEIGHTS
                 assert places.setdefault(tensor.name, place) == place
     ends = sorted((int(p["offset"]), int(p["offset"]) + int(p["length"])) for p in places.values())
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
-    assert (folder / onnx_file.WEIGHTS).stat().st_size == ends[-1][1]
+    assert (tmp_path / onnx_file.WEIGHTS).stat().st_size == ends[-1][1]
     assert sum(end - begin for begin, end in ends) == sum(
         x.nbytes for x in table_of(model).values()
     )
