@@ -5,7 +5,6 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +17,7 @@ from mamba_jax.serving.answers import Answer, error
 from mamba_jax.serving.engine import Closed, Engine, QueueFull
 from mamba_jax.serving.guard import Guard
 from mamba_jax.serving.metrics import Metrics
+from mamba_jax.serving.page import load_page
 from mamba_jax.serving.protocol import (
     BadRequest,
     ChatRequest,
@@ -70,12 +70,12 @@ def make_app(
     app = FastAPI(title="mamba_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics)
     started = int(time.time())
-    page = resources.files("mamba_jax.serving").joinpath("assets/chat.html").read_text("utf-8")
+    page = load_page()
     _answer_errors(app)
 
-    @app.get("/", response_class=HTMLResponse)
-    async def chat_page() -> str:
-        return page
+    @app.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(page.text, headers=page.headers)
 
     @app.get("/health")
     async def health() -> Response:

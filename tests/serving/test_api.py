@@ -1,83 +1,24 @@
 """The server as clients see it, over real connections."""
 
-import contextlib
 import http.client
 import json
 import socket
-import threading
-import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import uvicorn
 
 from mamba_jax.models import build
-from mamba_jax.serving.api import make_app
-from mamba_jax.serving.engine import Engine
-from mamba_jax.serving.metrics import Metrics
-from mamba_jax.serving.protocol import Limits, Translator
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
 from .conftest import offline, tokens_of
-
-_LIMITS = Limits(prompt_tokens=400, max_tokens=100_000)
-
-
-@contextlib.contextmanager
-def serving(*, max_queue=40, **settings):
-    """Serves the tiny Mamba; gives the port."""
-    model, metrics = model_of("mamba"), Metrics()
-    engine = Engine(
-        model.params,
-        model.config,
-        TOKENIZER,
-        max_batch=4,
-        max_queue=max_queue,
-        observer=metrics,
-    )
-    engine.start(warm_up=False)
-    app = make_app(
-        engine,
-        Translator(TOKENIZER, _LIMITS, fills_in=False),
-        metrics,
-        model_name="tiny",
-        on_stop=engine.close,
-        **settings,
-    )
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not (server.started and engine.ready.is_set()):
-        time.sleep(0.01)
-    yield listening.getsockname()[1]
-    server.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
+from .served import metric, post, request, serving, until
 
 
 @pytest.fixture(scope="module")
 def port():
     with serving(max_body_bytes=20_000) as port:
         yield port
-
-
-def request(port, method, path, body=None, headers=()):
-    """Returns status, headers, body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    if body is not None and not isinstance(body, bytes):
-        body = json.dumps(body).encode()
-    connection.request(method, path, body, {"Content-Type": "application/json"} | dict(headers))
-    answer = connection.getresponse()
-    content = answer.read()
-    connection.close()
-    return answer.status, answer.headers, content
-
-
-def post(port, path, body, **more):
-    status, _, content = request(port, "POST", path, body, **more)
-    return status, json.loads(content)
 
 
 def streamed(port, path, body):
@@ -209,12 +150,6 @@ def test_models_health_and_readiness(port):
     assert b"<!doctype html>" in page
 
 
-def metric(port, name):
-    _, _, content = request(port, "GET", "/metrics")
-    (line,) = [x for x in content.decode().splitlines() if x.startswith(name + " ")]
-    return float(line.split()[1])
-
-
 def test_metrics_count(port):
     names = [
         "mamba_jax_generated_tokens_total",
@@ -323,13 +258,6 @@ def raw(port, body):
     head += "Content-Type: application/json\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 ENDLESS = {"prompt": "to be or not", "max_tokens": 100_000, "temperature": 1.0, "seed": 1}
