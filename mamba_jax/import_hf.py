@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 
-from mamba_jax.errors import command
+from mamba_jax.errors import UserError, command
 
 # The tokenizer of all of state-spaces' models, whose original folders hold none.
 ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
@@ -17,8 +17,11 @@ ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the command."""
-    run(parse(argv))
+    """Runs the command; 130 after Ctrl-C."""
+    try:
+        run(parse(argv))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -63,7 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     from mamba_jax.training.checkpoint_folder import step_name
     from mamba_jax.training.state import state_of
 
-    name = pathlib.Path(arguments.model).name
+    if arguments.max_seq_len < 1:
+        raise UserError(f"max_seq_len={arguments.max_seq_len} must be at least 1")
+    name = pathlib.Path(arguments.model).expanduser().resolve().name
     out = pathlib.Path(arguments.out or f"checkpoints/{name}")
     log = lambda line: print(line, file=sys.stderr)
     with new_folder(out) as folder:
