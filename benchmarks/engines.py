@@ -65,6 +65,7 @@ def compare(checkpoint: pathlib.Path, form: str, dtype: str, out: pathlib.Path) 
     try:
         export.run(export.parse([*asked, "--out", str(out)]))
         metadata = checkpoints.read_metadata(checkpoint)
+        assert metadata.step == STEPS, metadata.step
         tokenizer = load_saved(checkpoint, metadata.config.data.tokenizer)
         model, params = metadata.config.model, checkpoints.restore_params(checkpoint)
         table = tensors.to_hf(params, model, tokenizer.vocab_size)
