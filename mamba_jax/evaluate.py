@@ -210,7 +210,9 @@ def find_tasks(arguments: argparse.Namespace) -> list[Answer]:
     from mamba_jax.data.tasks import TASKS, parse
     from mamba_jax.evaluating import lm_eval_tasks, tasks
 
-    names = [name.strip() for name in arguments.tasks.split(",")]
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f'--tasks "{arguments.tasks}" names none, such as recall:2 or gsm8k')
     builtin = [name for name in names if ":" in name or name in TASKS]
     others = [name for name in names if name not in builtin]
     answers: list[Answer] = []
