@@ -11,15 +11,17 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mamba_jax.errors import UserError, command
+from mamba_jax.errors import UserError, command, reader_has_gone
 from mamba_jax.tables import print_table
 
 if TYPE_CHECKING:
     from mamba_jax.evaluating.scorer import Model, Scorer
 
 Result = dict[str, Any]
+Answer = Callable[["Scorer"], tuple[list[Result], list[Result]]]
 _PROBLEMS = 200
 
 
@@ -31,6 +33,8 @@ def main(argv: list[str]) -> int:
         run(arguments)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        reader_has_gone()
     return 0
 
 
@@ -67,7 +71,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--task_dir", metavar="DIR", help="with task files (.yaml) of your own")
     for name, type_, default, about in (
         ("--limit", int, None, "documents, or problems of each task, at most; built-in: 200"),
-        ("--num_fewshot", int, None, "solved examples before a problem; default: the task's"),
+        ("--num_fewshot", int, None, "solved examples before a problem of lm_eval's; default: the "
+         "task's"),
         ("--batch_size", int, 8, "sequences at a time"),
         ("--chunk_tokens", int, 256, "read at a time; the state carries over, so only speed and "
          "memory depend on it"),
@@ -86,25 +91,70 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: if nothing was asked, or something cannot be had.
     """
-    if not (arguments.data or arguments.tasks):
-        raise UserError("nothing to measure: give --data PATH or --tasks NAME")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UserError(f"limit={arguments.limit} must be at least 1")
+    check(arguments)
     from mamba_jax.evaluating.scorer import Scorer
 
+    answers = find_tasks(arguments) if arguments.tasks else []
     log = lambda line: print(line, file=sys.stderr)
     folders = arguments.ensemble or [arguments.checkpoint]
     models, names = zip(*(load(folder, log) for folder in folders), strict=True)
     scorer = Scorer(models, batch_size=arguments.batch_size, chunk_tokens=arguments.chunk_tokens)
     result: Result = {"checkpoints": names, "combined": _combined(len(names)), "metrics": []}
+    result["samples"] = []
     if arguments.data:
         result["metrics"] += on_text(scorer, arguments, log)
-    if arguments.tasks:
-        metrics, result["samples"] = on_tasks(scorer, arguments)
+    for answer in answers:
+        metrics, samples = answer(scorer)
         result["metrics"] += metrics
+        result["samples"] += samples
+    try:
+        if arguments.json:
+            write(arguments.json, result)
+    finally:  # a full disk shall not take away what was measured
+        show(result)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot work before anything slow is begun.
+
+    Raises:
+      UserError: see its text.
+      OSError: if the JSON file cannot be written.
+    """
+    if not (arguments.data or arguments.tasks):
+        raise UserError("nothing to measure: give --data PATH or --tasks NAME")
+    for name, least in (("limit", 1), ("num_fewshot", 0), ("seed", 0), ("samples", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
     if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    show(result)
+        file = pathlib.Path(arguments.json)
+        is_new = not file.exists()
+        with open(file, "a"):  # changes nothing
+            pass
+        if is_new:
+            file.unlink()
+
+
+def write(file: str, result: Result) -> None:
+    """Writes JSON; what is no number becomes null, for which JSON has no other word.
+
+    Raises:
+      UserError: if the disk is full.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    text = json.dumps(plain(result), indent=2, allow_nan=False) + "\n"
+    try:
+        pathlib.Path(file).write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
 
 
 def load(folder: str, log: Any) -> tuple["Model", str]:
@@ -127,8 +177,6 @@ def on_text(scorer: "Scorer", arguments: argparse.Namespace, log: Any) -> list[R
     texts = perplexity.documents(arguments.data, arguments.split, log)
     texts = itertools.islice(texts, arguments.limit)
     measured = perplexity.measure(scorer, texts, arguments.batch_size)
-    if not math.isfinite(measured.nlls.sum()):
-        raise UserError("the model's probabilities are not finite: its training diverged")
     n = {"documents": len(measured.nlls), "tokens": int(measured.tokens.sum())}
     n["text_bytes"] = int(measured.text_bytes.sum())
     log(f"{n['documents']:,} documents, {n['tokens']:,} tokens, {n['text_bytes']:,} bytes")
@@ -150,34 +198,46 @@ def on_text(scorer: "Scorer", arguments: argparse.Namespace, log: Any) -> list[R
     ]
 
 
-def on_tasks(scorer: "Scorer", arguments: argparse.Namespace) -> tuple[list[Result], list[Result]]:
-    """Answers built-in tasks, named with a difficulty, and those of lm_eval."""
+def find_tasks(arguments: argparse.Namespace) -> list[Answer]:
+    """Looks for built-in tasks, named with a difficulty, and those of lm_eval.
+
+    Returns:
+      Functions that answer them and return metrics and samples.
+
+    Raises:
+      UserError: if there is no such task, or lm_eval is needed and not installed.
+    """
     from mamba_jax.data.tasks import TASKS, parse
     from mamba_jax.evaluating import lm_eval_tasks, tasks
 
-    names = [name.strip() for name in arguments.tasks.split(",")]
+    names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f'--tasks "{arguments.tasks}" names none, such as recall:2 or gsm8k')
     builtin = [name for name in names if ":" in name or name in TASKS]
-    metrics, samples = [], []
+    others = [name for name in names if name not in builtin]
+    answers: list[Answer] = []
     if builtin:
-        parse(spec := ",".join(builtin))  # before anything slow
+        parse(spec := ",".join(builtin))
         count = arguments.limit or _PROBLEMS
-        metrics, samples = tasks.on_problems(scorer, spec, count, arguments.samples)
-    if others := [name for name in names if name not in builtin]:
-        more_metrics, more_samples = lm_eval_tasks.on_tasks(
-            scorer,
-            others,
-            task_dir=arguments.task_dir,
-            limit=arguments.limit,
-            num_fewshot=arguments.num_fewshot,
-            n_samples=arguments.samples,
+        answers.append(lambda scorer: tasks.on_problems(scorer, spec, count, arguments.samples))
+    if others:
+        manager = lm_eval_tasks.find(others, arguments.task_dir)
+        answers.append(
+            lambda scorer: lm_eval_tasks.on_tasks(
+                scorer,
+                others,
+                manager,
+                limit=arguments.limit,
+                num_fewshot=arguments.num_fewshot,
+                n_samples=arguments.samples,
+            )
         )
-        metrics, samples = metrics + more_metrics, samples + more_samples
-    return metrics, samples
+    return answers
 
 
 def show(result: Result) -> None:
     """Prints samples, then the table."""
-    for sample in result.get("samples", []):
+    for sample in result["samples"]:
         print(f"--- {sample['task']}\n{sample['prompt']}\n>>> {sample['answer'].strip()}")
         print(f"    expected: {sample['target']}\n")
     rows = []

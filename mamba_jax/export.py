@@ -19,8 +19,11 @@ _DTYPES = {  # format → of the weights
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the command."""
-    run(parse(argv))
+    """Runs the command; 130 after Ctrl-C."""
+    try:
+        run(parse(argv))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 
-from mamba_jax.errors import command
+from mamba_jax.errors import UserError, command
 
 # The tokenizer of all of state-spaces' models, whose original folders hold none.
 ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
@@ -17,8 +17,11 @@ ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the command."""
-    run(parse(argv))
+    """Runs the command; 130 after Ctrl-C."""
+    try:
+        run(parse(argv))
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -55,15 +58,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Reads the model, writes ``step_0`` and a config to train it on with."""
+    import jax
+
     from mamba_jax.config import DataConfig, RunConfig
     from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
     from mamba_jax.exporting import reading
-    from mamba_jax.exporting.folder import new_folder
+    from mamba_jax.exporting.folder import check_room, new_folder
     from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
     from mamba_jax.training.checkpoint_folder import step_name
     from mamba_jax.training.state import state_of
 
-    name = pathlib.Path(arguments.model).name
+    if arguments.max_seq_len < 1:
+        raise UserError(f"max_seq_len={arguments.max_seq_len} must be at least 1")
+    name = pathlib.Path(arguments.model).expanduser().resolve().name
     out = pathlib.Path(arguments.out or f"checkpoints/{name}")
     log = lambda line: print(line, file=sys.stderr)
     with new_folder(out) as folder:
@@ -76,11 +83,14 @@ def run(arguments: argparse.Namespace) -> None:
         model = dataclasses.replace(model, max_seq_len=arguments.max_seq_len)
         config = RunConfig(name=name, model=model, data=DataConfig(tokenizer=tokenizer.name))
         config = with_vocabulary(config, tokenizer)  # refuses one with more ids than rows
+        state = state_of(params, config)
+        # The moments of step 0 are zeros, which are stored in next to nothing.
+        check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
         metadata = Metadata(config, 0, 0, "", tokenizer_identity=tokenizer.identity)
         with CheckpointWriter(
             folder, keep_last=1, keep_every=0, log=lambda line: None, files=tokenizer.files
         ) as writer:
-            writer.save(step_name(0), state_of(params, config), metadata)
+            writer.save(step_name(0), state, metadata)
         # The tokenizer's file lies in the checkpoint, and stays when the source goes.
         own = str(out / step_name(0)) if tokenizer.files else tokenizer.name
         fields = {"model": dataclasses.asdict(config.model), "data": {"tokenizer": own}}

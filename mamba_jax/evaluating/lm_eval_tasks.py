@@ -6,40 +6,56 @@ document. A context is never cut: the recurrent state has room for any length.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mamba_jax.errors import UserError, need
+from mamba_jax.errors import UserError, did_you_mean, need, shortly
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 
 _MAX_NEW_TOKENS = 256  # where a task names no limit: lm_eval's own default
 Result = dict[str, Any]
 
 
-def on_tasks(
-    scorer: Scorer,
-    tasks: Sequence[str],
-    *,
-    task_dir: str | None,
-    limit: int | None,
-    num_fewshot: int | None,
-    n_samples: int,
-) -> tuple[list[Result], list[Result]]:
-    """Runs tasks; returns their metrics and some samples with the model's answers.
+def find(tasks: Sequence[str], task_dir: str | None) -> Any:
+    """Returns a ``lm_eval.tasks.TaskManager`` that knows the tasks.
+
+    Args:
+      tasks: names, of groups and patterns as well.
+      task_dir: with task files of one's own.
 
     Raises:
-      UserError: if lm_eval is not installed, a task unknown, or its data out of reach.
+      UserError: if lm_eval is not installed, a task unknown, or the folder not there.
     """
-    lm_eval = need("lm_eval", "eval")
     manager_class = need("lm_eval.tasks", "eval").TaskManager
     if task_dir is not None and not os.path.isdir(task_dir):
         raise UserError(f"task_dir={task_dir} is no folder; give one with task files (.yaml)")
     manager = manager_class(include_path=task_dir)
     for task in tasks:
         if not manager.match_tasks([task]):
-            raise UserError(f'unknown task "{task}"; lm_eval ls tasks lists those of lm_eval')
+            near = did_you_mean(task, manager.all_tasks)
+            raise UserError(
+                f'unknown task "{task}"{near} (lm_eval ls tasks lists those of lm_eval)'
+            )
+    return manager
+
+
+def on_tasks(
+    scorer: Scorer,
+    tasks: Sequence[str],
+    manager: Any,
+    *,
+    limit: int | None,
+    num_fewshot: int | None,
+    n_samples: int,
+) -> tuple[list[Result], list[Result]]:
+    """Runs tasks of ``find``; returns their metrics and some samples with the model's answers.
+
+    Raises:
+      UserError: if the data of a task is out of reach, or its file wrong.
+    """
+    lm_eval = need("lm_eval", "eval")
     try:
         results = lm_eval.simple_evaluate(
             model=language_model(scorer),
@@ -50,8 +66,7 @@ def on_tasks(
             log_samples=True,
         )
     except (OSError, ValueError) as error:  # no network is a ConnectionError, no file an OSError
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot run {','.join(tasks)}: {reason}") from error
+        raise UserError(f"cannot run {','.join(tasks)}: {shortly(error)}") from error
     assert results is not None
     return _metrics(results), _samples(results["samples"], n_samples)
 
@@ -62,20 +77,21 @@ def _metrics(results: Result) -> list[Result]:
     for task, values in results["results"].items():
         for key, value in values.items():
             name, _, used_filter = key.partition(",")
-            if not used_filter or name.endswith("_stderr"):
+            is_number = isinstance(value, int | float | np.number)
+            if not used_filter or name.endswith("_stderr") or not is_number:
                 continue
             error = values.get(f"{name}_stderr,{used_filter}")
-            known = isinstance(error, int | float)
+            known = isinstance(error, int | float)  # else "N/A"
             shots = results["n-shot"].get(task, 0)
             metrics.append(
                 {
                     "of": task,
                     "metric": name,
                     "variant": f"lm_eval, version {results['versions'].get(task)}, "
-                    f"{shots}-shot, filter {used_filter}",
-                    "value": value,
-                    "low": value - 1.96 * error if known else None,
-                    "high": value + 1.96 * error if known else None,
+                    f"{shots}-shot, filter {used_filter}; 95% normal, of its standard error",
+                    "value": float(value),
+                    "low": float(value - 1.96 * error) if known else None,
+                    "high": float(value + 1.96 * error) if known else None,
                 }
             )
     return metrics
@@ -102,7 +118,7 @@ def language_model(scorer: Scorer) -> Any:
         """Each method takes lm_eval's requests and answers in their order."""
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            return loglikelihoods(scorer, [request.args for request in requests])
+            return by_task(requests, lambda pairs: loglikelihoods(scorer, pairs))
 
         def loglikelihood_rolling(
             self, requests: list[Any], disable_tqdm: bool = False
@@ -111,9 +127,20 @@ def language_model(scorer: Scorer) -> Any:
             return [total for total, _ in loglikelihoods(scorer, [("", text) for text in texts])]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return generate(scorer, [request.args for request in requests])
+            return by_task(requests, lambda asked: generate(scorer, asked))
 
     return OurModel()
+
+
+def by_task(requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """Answers requests in their order, those of each task together: they begin alike, with the same
+    words and maybe the same solved examples, which the scorer then reads once."""
+    answers: list[Any] = [None] * len(requests)
+    for task in dict.fromkeys(request.task_name for request in requests):
+        mine = [i for i, request in enumerate(requests) if request.task_name == task]
+        for i, found in zip(mine, answer([requests[i].args for i in mine]), strict=True):
+            answers[i] = found
+    return answers
 
 
 def loglikelihoods(scorer: Scorer, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -123,21 +150,26 @@ def loglikelihoods(scorer: Scorer, pairs: Iterable[tuple[str, str]]) -> list[tup
     for context, continuation in pairs:
         before, whole = encode_pair(scorer, context, continuation)
         sequences.append(whole)
-        starts.append(before - 1)  # scores lack the first token
+        starts.append(before)
     return [
-        (-float(scores.nlls[start:].sum()), bool(scores.greedy[start:].all()))
-        for scores, start in zip(scorer.scores(sequences), starts, strict=True)
+        (-float(scores.nlls.sum()), bool(scores.greedy.all()))
+        for scores in scorer.scores(sequences, starts)
     ]
 
 
 def encode_pair(scorer: Scorer, context: str, continuation: str) -> tuple[int, np.ndarray]:
-    """Returns how many tokens come before the continuation, marker included, and all tokens."""
+    """Returns how many tokens come before the continuation, marker included, and all tokens.
+
+    Where a token spans the border it belongs to the context, as in lm_eval's own models; but the
+    last token is the continuation's.
+    """
     encode = scorer.tokenizer.encode
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     begin = np.array([scorer.tokenizer.eot_id], np.int32)
-    before = len(encode(stripped)) + 1
-    return before, np.concatenate([begin, encode(stripped + continuation)]).astype(np.int32)
+    whole = np.concatenate([begin, encode(stripped + continuation)]).astype(np.int32)
+    at_most = len(whole) - 1 if continuation else len(whole)
+    return max(1, min(len(encode(stripped)) + 1, at_most)), whole
 
 
 def generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:

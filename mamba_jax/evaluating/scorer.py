@@ -1,36 +1,40 @@
-"""Log-probabilities of token sequences of any length under one model, or several averaged.
+"""Log-probabilities and greedy continuations of token sequences, by one model or several averaged.
 
-A sequence is read in chunks of fixed length, each beginning with the recurrent state that the last
-one left: every token sees all that came before it, however long the sequence, and nothing is read
-twice. Rows of a batch are padded on the right, where padding cannot reach what comes before.
+A sequence is read in chunks, each beginning with the recurrent state that the last one left: every
+token sees all that came before it, however long the sequence. What sequences begin with in common
+is read once: its state is copied for each of them, as only a recurrent model allows at a price that
+does not depend on the length.
 
 Legend: b batch, t time, v vocabulary, m models.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model, mean_probability, same_tokenizer
-from mamba_jax.generation.generate import pad_left, piece_lengths
 from mamba_jax.models import build
+
+_SHORTEST_CHUNK = 16  # of what is scored; shorter ones would save less than compiling them costs
+_STEP = 4  # from one length of chunks to the next: few lengths to compile, few calls
+Caches = tuple[build.Cache, ...]  # of each model
+_NOT_FINITE = "the model's probabilities are not finite: its training diverged"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of the tokens of a sequence after its first.
+    """Of the scored tokens of a sequence.
 
     Attributes:
-      nlls: float64 (t - 1,), -ln of each token's probability.
-      greedy: bool (t - 1,), whether each was the likeliest.
+      nlls: float64 (t,), -ln of each token's probability.
+      greedy: bool (t,), whether each was the likeliest.
     """
 
     nlls: np.ndarray
@@ -38,7 +42,12 @@ class Scores:
 
 
 class Scorer:
-    """Scores sequences under the mean of the models' probabilities."""
+    """Reads sequences under the mean of the models' probabilities.
+
+    Attributes:
+      tokenizer: of all the models.
+      tokens_read: by each model so far, padding not counted.
+    """
 
     def __init__(self, models: Sequence[Model], *, batch_size: int, chunk_tokens: int):
         """Takes the models, with ``batch_size`` sequences of ``chunk_tokens`` tokens a call.
@@ -50,20 +59,48 @@ class Scorer:
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         self.tokenizer = same_tokenizer([model.tokenizer for model in models])
-        self._params = tuple(jax.device_put(model.params) for model in models)
+        self.tokens_read = 0
+        self._params = tuple(
+            build.prepare_for_decoding(jax.device_put(model.params), model.config)
+            for model in models
+        )
         self._configs = tuple(model.config for model in models)
         self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
 
-    def scores(self, sequences: Sequence[np.ndarray]) -> list[Scores]:
-        """Scores each sequence: int32 (t,), t ≥ 1. The order and the others have no say."""
-        longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    def scores(
+        self, sequences: Sequence[np.ndarray], starts: Sequence[int] | None = None
+    ) -> list[Scores]:
+        """Scores each sequence from its start on. Their order and the others have no say.
+
+        What precedes a start is read once for all sequences that share it, and so is what all of
+        them begin with.
+
+        Args:
+          sequences: int32 (t,), t ≥ 1.
+          starts: of each, its first token to be scored, ≥ 1; None: 1.
+
+        Raises:
+          UserError: if a probability is not a number.
+        """
+        starts = [1] * len(sequences) if starts is None else starts
+        # The last token before a start is read with what follows it, which it predicts.
+        of_context: dict[bytes, list[int]] = {}
+        for i, start in enumerate(starts):
+            of_context.setdefault(sequences[i][: start - 1].tobytes(), []).append(i)
+        groups = list(of_context.values())
+        contexts = [sequences[i][: starts[i] - 1] for i, *_ in groups]
         result: list[Scores | None] = [None] * len(sequences)
-        for first in range(0, len(sequences), self._batch_size):
-            indices = longest_first[first : first + self._batch_size]
-            batch = self._batch([sequences[index] for index in indices])
-            for index, scores in zip(indices, batch, strict=True):
-                result[index] = scores
+        for rows, caches in self._read_in_batches(contexts, generating=False):
+            places = [(row, i) for row, context in enumerate(rows) for i in groups[context]]
+            rest = lambda place: sequences[place[1]][starts[place[1]] - 1 :]
+            places.sort(key=lambda place: -len(rest(place)))
+            for first in range(0, len(places), self._batch_size):
+                batch = places[first : first + self._batch_size]
+                copied = self._copied(caches, [row for row, _ in batch])
+                scored = self._score([rest(place) for place in batch], copied)
+                for (_, i), scores in zip(batch, scored, strict=True):
+                    result[i] = scores
         return [scores for scores in result if scores is not None]
 
     def continuations(
@@ -75,83 +112,128 @@ class Scorer:
         """Continues each sequence with the likeliest token again and again.
 
         Args:
-          sequences: int32 (t,), t ≥ 1.
+          sequences: int32 (t,), t ≥ 1; what all begin with is read once.
           max_tokens: new tokens of each at most.
           is_complete: asked of each one's new tokens after every token.
 
         Returns:
           The new tokens of each, without the end-of-text token.
+
+        Raises:
+          UserError: if a probability is not a number.
         """
-        shortest_first = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         result: list[list[int]] = [[] for _ in sequences]
-        for first in range(0, len(sequences), self._batch_size):
-            indices = shortest_first[first : first + self._batch_size]
-            made = self._continue([sequences[index] for index in indices], max_tokens, is_complete)
-            for index, tokens in zip(indices, made, strict=True):
-                result[index] = tokens
+        contexts = [sequence[:-1] for sequence in sequences]
+        for rows, caches in self._read_in_batches(contexts, generating=True):
+            last_tokens = [int(sequences[i][-1]) for i in rows]
+            made = self._continue(last_tokens, caches, max_tokens, is_complete)
+            for i, tokens in zip(rows, made, strict=True):
+                result[i] = tokens
         return result
 
-    def _continue(
-        self,
-        sequences: list[np.ndarray],
-        max_tokens: int,
-        is_complete: Callable[[list[int]], bool],
-    ) -> list[list[int]]:
-        idle = [np.zeros(0, np.int32)] * (self._batch_size - len(sequences))
-        tokens_bt, segments_bt = pad_left([*sequences, *idle])
-        caches = tuple(build.init_cache(config, self._batch_size) for config in self._configs)
-        how = {"configs": self._configs, "vocab_size": self.tokenizer.vocab_size}
-        start, token_b = 0, None
-        for length in piece_lengths(tokens_bt.shape[1]):
-            piece = slice(start, start + length)
-            token_b, caches = _likeliest(
-                self._params, tokens_bt[:, piece], segments_bt[:, piece], caches, **how
-            )
-            start += length
-        made: list[list[int]] = [[] for _ in sequences]
-        going = set(range(len(sequences)))
-        ones_b1 = np.ones((self._batch_size, 1), np.int32)
-        for step in range(max_tokens):
-            for row in sorted(going):
-                token = int(np.asarray(token_b)[row])
-                if token == self.tokenizer.eot_id:
-                    going.discard(row)
-                    continue
-                made[row].append(token)
-                if is_complete(made[row]):
-                    going.discard(row)
-            if not going or step == max_tokens - 1:
-                break
-            token_b, caches = _likeliest(
-                self._params, np.asarray(token_b)[:, None], ones_b1, caches, **how
-            )
-        return made
+    def _read_in_batches(
+        self, contexts: list[np.ndarray], *, generating: bool
+    ) -> Iterator[tuple[list[int], Caches]]:
+        """Yields indices of ``batch_size`` contexts at most, and the caches after them."""
+        n_common = _common_length(contexts)
+        common = [contexts[0][:n_common]] if contexts else []
+        empty = _empty_caches(self._configs, self._batch_size)
+        after_common = self._read(empty, common, generating)
+        by_length = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+        for first in range(0, len(contexts), self._batch_size):
+            rows = by_length[first : first + self._batch_size]
+            caches = self._copied(after_common, [0] * len(rows))
+            yield rows, self._read(caches, [contexts[i][n_common:] for i in rows], generating)
 
-    def _batch(self, sequences: list[np.ndarray]) -> Iterator[Scores]:
-        n_targets = max(len(sequence) for sequence in sequences) - 1
-        n_chunks = math.ceil(n_targets / self._chunk_tokens)
-        tokens_bt = np.zeros((self._batch_size, n_chunks * self._chunk_tokens + 1), np.int32)
+    def _read(self, caches: Caches, sequences: list[np.ndarray], generating: bool) -> Caches:
+        """Reads a sequence (t,), t ≥ 0, into each row; the caches are used up.
+
+        A row takes part in as many chunks of each length as fit into what is left of it, and its
+        caches stay as they are while others read: padding would change them.
+        """
+        lengths_b = np.array([len(sequence) for sequence in sequences])
+        done_b = np.zeros_like(lengths_b)
+        for length in _lengths(self._chunk_tokens):
+            while (reads_b := lengths_b - done_b >= length).any():
+                tokens_bt = np.zeros((self._batch_size, length), np.int32)
+                for row in np.flatnonzero(reads_b):
+                    tokens_bt[row] = sequences[row][done_b[row] :][:length]
+                mask_b = np.pad(reads_b, (0, self._batch_size - len(sequences)))
+                how = {"configs": self._configs, "generating": generating}
+                caches = _advance(self._params, tokens_bt, mask_b, caches, **how)
+                done_b += length * reads_b
+        self.tokens_read += int(lengths_b.sum())
+        return caches
+
+    def _score(self, sequences: list[np.ndarray], caches: Caches) -> Iterator[Scores]:
+        """Reads sequences, longest first, and scores all but their first tokens.
+
+        Padding at their ends cannot reach what comes before it; the caches are used up.
+        """
+        n_targets = len(sequences[0]) - 1
+        lengths = [self._chunk_tokens] * (n_targets // self._chunk_tokens)
+        if rest := n_targets % self._chunk_tokens:
+            fitting = [n for n in _lengths(self._chunk_tokens) if n >= max(rest, _SHORTEST_CHUNK)]
+            lengths.append(min(fitting, default=self._chunk_tokens))
+        tokens_bt = np.zeros((self._batch_size, sum(lengths) + 1), np.int32)
         for row, sequence in enumerate(sequences):
             tokens_bt[row, : len(sequence)] = sequence
-        caches = tuple(build.init_cache(config, self._batch_size) for config in self._configs)
-        under_way = []
-        for start in range(0, n_chunks * self._chunk_tokens, self._chunk_tokens):
-            stop = start + self._chunk_tokens
-            nlls_bt, greedy_bt, caches = _score(
+        start, under_way = 0, []
+        for length in lengths:
+            *found, caches = _score(
                 self._params,
-                tokens_bt[:, start:stop],
-                tokens_bt[:, start + 1 : stop + 1],
+                tokens_bt[:, start : start + length],
+                tokens_bt[:, start + 1 : start + length + 1],
                 caches,
                 configs=self._configs,
                 vocab_size=self.tokenizer.vocab_size,
             )
-            under_way.append((nlls_bt, greedy_bt))
-        empty = (np.zeros((self._batch_size, 0)), np.zeros((self._batch_size, 0), bool))
-        read = [(np.asarray(nlls), np.asarray(greedy)) for nlls, greedy in under_way] or [empty]
+            under_way.append(found)
+            start += length
+        empty = [np.zeros((self._batch_size, 0)), np.zeros((self._batch_size, 0), bool)]
+        read = [[np.asarray(part) for part in found] for found in under_way] or [empty]
         nlls_bt, greedy_bt = (np.concatenate(part, axis=1) for part in zip(*read, strict=True))
         for row, sequence in enumerate(sequences):
-            scored = slice(0, len(sequence) - 1)
-            yield Scores(nlls_bt[row, scored].astype(np.float64), greedy_bt[row, scored])
+            nlls_t = nlls_bt[row, : len(sequence) - 1].astype(np.float64)
+            if not np.isfinite(nlls_t).all():
+                raise UserError(_NOT_FINITE)
+            self.tokens_read += len(nlls_t)
+            yield Scores(nlls_t, greedy_bt[row, : len(nlls_t)])
+
+    def _continue(
+        self,
+        last_tokens: list[int],
+        caches: Caches,
+        max_tokens: int,
+        is_complete: Callable[[list[int]], bool],
+    ) -> list[list[int]]:
+        token_b = np.pad(np.array(last_tokens, np.int32), (0, self._batch_size - len(last_tokens)))
+        made: list[list[int]] = [[] for _ in last_tokens]
+        going = set(range(len(last_tokens)))
+        for _ in range(max_tokens):
+            self.tokens_read += len(going)
+            token_b, caches = _likeliest(
+                self._params,
+                token_b,
+                caches,
+                configs=self._configs,
+                vocab_size=self.tokenizer.vocab_size,
+            )
+            tokens = np.asarray(token_b).tolist()
+            for row in sorted(going):
+                if tokens[row] < 0:
+                    raise UserError(_NOT_FINITE)
+                if tokens[row] != self.tokenizer.eot_id:
+                    made[row].append(tokens[row])
+                if tokens[row] == self.tokenizer.eot_id or is_complete(made[row]):
+                    going.discard(row)
+            if not going:
+                break
+        return made
+
+    def _copied(self, caches: Caches, rows: list[int]) -> Caches:
+        """Returns caches whose first rows are copies of these, and the others of some."""
+        return _rows_of(caches, np.pad(np.array(rows), (0, self._batch_size - len(rows))))
 
 
 def continue_texts(
@@ -167,16 +249,61 @@ def continue_texts(
     return [cut(text) for text in texts]
 
 
+def _common_length(sequences: list[np.ndarray]) -> int:
+    """Returns how many tokens all of the sequences begin with."""
+    n = min(map(len, sequences), default=0)
+    for sequence in sequences:
+        differs_t = sequence[:n] != sequences[0][:n]
+        n = int(differs_t.argmax()) if differs_t.any() else n
+    return n
+
+
+def _lengths(chunk_tokens: int) -> list[int]:
+    """Returns the lengths that sequences are cut into: ``chunk_tokens``, and shorter ones to 1."""
+    shorter = [_STEP**i for i in range(chunk_tokens.bit_length()) if _STEP**i < chunk_tokens]
+    return [chunk_tokens, *reversed(shorter)]
+
+
+@functools.partial(jax.jit, static_argnames=("configs", "batch_size"))
+def _empty_caches(configs: tuple[ModelConfig, ...], batch_size: int) -> Caches:
+    empty = lambda config: build.unstack_cache(build.init_cache(config, batch_size), config)
+    return tuple(empty(config) for config in configs)
+
+
+@jax.jit
+def _rows_of(caches: Caches, rows_b: Int[Array, " b"]) -> Caches:
+    return jax.tree.map(lambda leaf: leaf[rows_b], caches)
+
+
+@functools.partial(jax.jit, static_argnames=("configs", "generating"), donate_argnames=("caches",))
+def _advance(
+    params: tuple[build.Params, ...],
+    tokens_bt: Int[Array, "b t"],
+    reads_b: Bool[Array, " b"],
+    caches: Caches,
+    *,
+    configs: tuple[ModelConfig, ...],
+    generating: bool,
+) -> Caches:
+    """Returns the caches after the tokens, in the rows that read them."""
+    new_caches = tuple(
+        build.forward(of_model, config, tokens_bt, initial_cache=cache, generating=generating)[2]
+        for of_model, config, cache in zip(params, configs, caches, strict=True)
+    )
+    kept = lambda new, old: jnp.where(jnp.expand_dims(reads_b, range(1, new.ndim)), new, old)
+    return jax.tree.map(kept, new_caches, caches)
+
+
 @functools.partial(jax.jit, static_argnames=("configs", "vocab_size"), donate_argnames=("caches",))
 def _score(
     params: tuple[build.Params, ...],
     tokens_bt: Int[Array, "b t"],
     targets_bt: Int[Array, "b t"],
-    caches: tuple[build.Cache, ...],
+    caches: Caches,
     *,
     configs: tuple[ModelConfig, ...],
     vocab_size: int,
-) -> tuple[jax.Array, jax.Array, tuple[build.Cache, ...]]:
+) -> tuple[jax.Array, jax.Array, Caches]:
     """Returns float32 nlls_bt, bool greedy_bt, and the caches after the chunk."""
     each_mbtv, new_caches = [], []
     for of_model, config, cache in zip(params, configs, caches, strict=True):
@@ -192,17 +319,18 @@ def _score(
 @functools.partial(jax.jit, static_argnames=("configs", "vocab_size"), donate_argnames=("caches",))
 def _likeliest(
     params: tuple[build.Params, ...],
-    tokens_bt: Int[Array, "b t"],
-    segments_bt: Int[Array, "b t"],
-    caches: tuple[build.Cache, ...],
+    token_b: Int[Array, " b"],
+    caches: Caches,
     *,
     configs: tuple[ModelConfig, ...],
     vocab_size: int,
-) -> tuple[Int[Array, " b"], tuple[build.Cache, ...]]:
-    """Returns the likeliest token after each row, and the caches after it."""
+) -> tuple[Int[Array, " b"], Caches]:
+    """Returns the likeliest token after each row, -1 where there is no number, and the caches."""
     each_mbv, new_caches = [], []
     for of_model, config, cache in zip(params, configs, caches, strict=True):
-        logits_bv, cache = build.prefill(of_model, config, tokens_bt, cache, segments_bt)
+        logits_bv, cache = build.decode_step(of_model, config, token_b, cache)
         each_mbv.append(jax.nn.log_softmax(logits_bv[:, :vocab_size]))
         new_caches.append(cache)
-    return mean_probability(each_mbv).argmax(-1).astype(jnp.int32), tuple(new_caches)
+    log_probs_bv = mean_probability(each_mbv)
+    likeliest_b = log_probs_bv.argmax(-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(log_probs_bv.max(-1)), likeliest_b, -1), tuple(new_caches)

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mamba_jax import config_checks
 from mamba_jax.config import ModelConfig, from_dict
 from mamba_jax.data import hub_access
 from mamba_jax.errors import UserError, need, shortly
 from mamba_jax.exporting import hf, tensors, torch_file
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
+_TOO_LARGE = 1 << 31  # for any size or count; arithmetic with it would fail in odd ways
 _ORIGINAL_EMBEDDING = "backbone.embedding.weight"  # all other names are Hugging Face's
 
 
@@ -101,7 +103,12 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
             raise UserError(f'a model of type "{kind}" cannot be imported; "mamba" can')
     except KeyError as error:
         raise UserError(f"config.json lacks {error}") from error
-    return from_dict({"model": fields | {"vocab_size": n_ids}}).model  # checks the types
+    for name, value in fields.items():
+        if isinstance(value, int) and value >= _TOO_LARGE:
+            raise UserError(f"config.json: {name}={value} is no size of a model")
+    run = from_dict({"model": fields | {"vocab_size": n_ids}})  # checks the types
+    config_checks.check(run)
+    return run.model
 
 
 def _hugging_face(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +130,8 @@ def _hugging_face(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _original(record: Mapping[str, Any]) -> dict[str, Any]:
     ssm = record.get("ssm_cfg") or {}
+    if not isinstance(ssm, dict):
+        raise UserError(f"config.json: ssm_cfg={ssm} is no table of fields")
     unlike = {
         "ssm_cfg.layer": ssm.get("layer", "Mamba1") != "Mamba1",
         "rms_norm": not record.get("rms_norm", True),
@@ -149,7 +158,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     for name in (_SAFE, _TORCH):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(_json(index).get("weight_map", {}).values()))
+            shards = _shards(index)
         elif (folder / name).is_file():
             shards = [name]
         else:
@@ -159,6 +168,13 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
             table |= _load(folder / shard)
         return table
     raise UserError(f"{folder} holds neither {_SAFE} nor {_TORCH}")
+
+
+def _shards(index: pathlib.Path) -> list[str]:
+    files = _json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(f"{index} is damaged: its weight_map does not name a file for each tensor")
+    return sorted(set(files.values()))
 
 
 def _load(file: pathlib.Path) -> dict[str, np.ndarray]:

@@ -88,6 +88,9 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     Raises:
       UserError: if a tensor is missing, or one is left over, or of another shape.
     """
+    last = f"backbone.layers.{config.n_layers - 1}.{LAYER[0].theirs}"
+    if last not in tensors:  # before names are made of layers that nobody has
+        raise UserError(f"tensor {last} is missing")
     abstract = build.abstract_params(config)
     rows = _rows(abstract["layers"])
     names = {EMBEDDING, NORM} | (set() if config.tie_embeddings else {HEAD})
@@ -99,7 +102,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     layers: dict[str, Any] = {}
     for row in rows:
         own_shape = _leaf(abstract["layers"], row.ours).shape[1:]
-        shape = row.out(np.empty(own_shape)).shape
+        shape = row.out(np.broadcast_to(np.float32(0), own_shape)).shape  # takes no memory
         each = []
         for i in range(config.n_layers):
             name = f"backbone.layers.{i}.{row.theirs}"

@@ -36,7 +36,11 @@ def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
             (index,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
             reader = _Reader(archive, index.removesuffix("data.pkl"), path)
             found = reader.load()
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a pickle's damage can become any error at all
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise UserError(
             f"{path} is no file of tensors that torch ≥ 1.6 saved, or is damaged "
             f"({shortly(error)}); a model.safetensors beside it would be read in its place"

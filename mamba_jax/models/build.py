@@ -247,7 +247,8 @@ def prepare_for_decoding(params: Params, config: ModelConfig, *, int8_head: bool
         0.7% of a typical one. Only the head: the layers are a fifth of what is read.
 
     Returns:
-      Parameters for the two with a cache from ``unstack_cache``; for nothing else.
+      Parameters for the two, ``forward`` and ``apply``, with a cache from ``unstack_cache``; for
+      nothing else.
     """
     dtype = matmul_dtype(config)
 

@@ -127,9 +127,30 @@ def test_the_command(run_dir, corpus, capsys):
         ([], "nothing to measure"),
         (["--data=a.txt", "--limit=0"], "limit=0"),
         (["--data=a.txt", "--batch_size=0"], "batch_size=0"),
+        (["--data=a.txt", "--num_fewshot=-1"], "num_fewshot=-1 must be at least 0"),
     ],
 )
 def test_mistakes_are_one_line(flags, named, run_dir, capsys):
     assert evaluate.main([f"--checkpoint={run_dir}", *flags]) == 2
     error = capsys.readouterr().err
     assert named in error and "Traceback" not in error
+
+
+def test_where_the_json_goes_is_tried_before_anything_is_read(tmp_path, capsys):
+    wrong, kept, new = tmp_path / "no" / "r.json", tmp_path / "kept.json", tmp_path / "new.json"
+    kept.write_text("mine")
+    ask = lambda file: evaluate.main(["--checkpoint=nowhere", "--data=x", f"--json={file}"])
+    for file in (wrong, tmp_path):
+        assert ask(file) == 2 and str(file) in capsys.readouterr().err
+    for file in (kept, new):
+        assert ask(file) == 2 and "nowhere" in capsys.readouterr().err
+    assert kept.read_text() == "mine" and not new.exists()
+
+
+def test_json_has_no_word_for_infinity(tmp_path, capsys):
+    metrics = [{"value": math.inf, "ends": (math.nan, 1.5)}, {"n": 3, "text": "Infinity"}]
+    evaluate.write(str(tmp_path / "r.json"), {"metrics": metrics})
+    refuse = lambda word: pytest.fail(f"{word} is no JSON")
+    read = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
+    expected = [{"value": None, "ends": [None, 1.5]}, {"n": 3, "text": "Infinity"}]
+    assert read["metrics"] == expected

@@ -1,5 +1,6 @@
 """Greedy answers against the argmax of whole forwards, and what is counted of them."""
 
+import ast
 import json
 
 import jax
@@ -24,7 +25,7 @@ apply = jax.jit(build.apply, static_argnums=1)
 
 
 def scorer_of(*models, batch_size=2):
-    return Scorer(models, batch_size=batch_size, chunk_tokens=16)
+    return Scorer(models, batch_size=batch_size, chunk_tokens=4)
 
 
 def greedily(models, prompt, n_tokens):
@@ -131,8 +132,8 @@ def test_the_command_answers_tasks_alone_and_as_an_ensemble(run_dir, tmp_path, c
     ("tasks", "named"),
     [("recall:0", "from 1 to 100"), ("recal:2", "did you mean"), ("recall", "give a difficulty")],
 )
-def test_mistakes_are_one_line(tasks, named, run_dir, capsys):
-    assert evaluate.main([f"--checkpoint={run_dir}", f"--tasks={tasks}"]) == 2
+def test_mistakes_are_one_line_before_a_model_is_read(tasks, named, capsys):
+    assert evaluate.main(["--checkpoint=nowhere", f"--tasks={tasks}"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and named in error
 
@@ -140,9 +141,9 @@ def test_mistakes_are_one_line(tasks, named, run_dir, capsys):
 # --- lm_eval
 
 
-def test_lm_eval_is_named_where_it_is_missing(run_dir, capsys, monkeypatch):
+def test_lm_eval_is_named_where_it_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    assert evaluate.main([f"--checkpoint={run_dir}", "--tasks=gsm8k"]) == 2
+    assert evaluate.main(["--checkpoint=nowhere", "--tasks=recall:2,gsm8k"]) == 2
     assert "pip install 'mamba_jax[eval]'" in capsys.readouterr().err
 
 
@@ -177,11 +178,10 @@ def test_each_setting_of_requests_has_its_answers():
         lm_eval_tasks.generate(scorer, [("x", {"do_sample": True})])
 
 
-TASK = """
+GENERATING = """
 task: sums
 dataset_path: json
-dataset_kwargs:
-  data_files: {data}
+dataset_kwargs: {{data_files: {data}}}
 output_type: generate_until
 test_split: train
 doc_to_text: "{{{{question}}}}"
@@ -189,9 +189,35 @@ doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: ["@"], max_gen_toks: 6}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
+# Two solved examples, always the same, before each question.
+CHOOSING = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+output_type: multiple_choice
+test_split: train
+fewshot_split: train
+num_fewshot: 2
+fewshot_config: {{sampler: first_n}}
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["7", "8", "99"]
+doc_to_target: 1
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+READING = """
+task: reading
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+output_type: loglikelihood_rolling
+test_split: train
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}}]
+"""
 
 
-def test_a_task_file_of_ones_own_through_lm_eval(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_task_files_of_ones_own_through_lm_eval(run_dir, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="needs lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     scorer = scorer_of(model_of("mamba"))
@@ -201,13 +227,36 @@ def test_a_task_file_of_ones_own_through_lm_eval(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "sums.yaml").write_text(TASK.format(data=data))
-    settings = {"limit": None, "num_fewshot": None, "n_samples": 1}
-    metrics, samples = lm_eval_tasks.on_tasks(
-        scorer, ["sums"], task_dir=str(tmp_path / "tasks"), **settings
-    )
-    (metric,) = [m for m in metrics if m["metric"] == "exact_match"]
-    assert metric["value"] == pytest.approx(2 / 3) and "0-shot" in metric["variant"]
-    assert samples[0]["prompt"] == "x = "
-    with pytest.raises(UserError, match="unknown task"):
-        lm_eval_tasks.on_tasks(scorer, ["no_such"], task_dir=str(tmp_path / "tasks"), **settings)
+    for name, text in (("sums", GENERATING), ("choices", CHOOSING), ("reading", READING)):
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(text.format(data=data))
+
+    def run(tasks):
+        flags = [f"--task_dir={tmp_path / 'tasks'}", "--samples=1", "--batch_size=2"]
+        flags += ["--chunk_tokens=4", f"--json={tmp_path / 'r.json'}"]
+        assert evaluate.main([f"--checkpoint={run_dir}", f"--tasks={tasks}", *flags]) == 0
+        return json.loads((tmp_path / "r.json").read_text())
+
+    result = run("sums,choices,reading,recall:1")
+    by_name = {(metric["of"], metric["metric"]): metric for metric in result["metrics"]}
+    sums = by_name["sums", "exact_match"]
+    assert sums["value"] == pytest.approx(2 / 3) and "0-shot" in sums["variant"]
+    # The standard error of a mean of three: lm_eval's.
+    half = 1.96 * np.std([1, 0, 1], ddof=1) / 3**0.5
+    assert (sums["high"] - sums["low"]) / 2 == pytest.approx(half, rel=1e-3)
+    shown = capsys.readouterr().out
+    assert "exact_match" in shown and "bits_per_byte" in shown and "recall:1" in shown
+    assert {s["task"] for s in result["samples"]} == {"sums", "choices", "reading", "recall:1"}
+
+    # What lm_eval makes of our likelihoods, by whole forwards.
+    pairs = [("", question) for question in questions]
+    of_texts = lm_eval_tasks.loglikelihoods(scorer, pairs)
+    n_bytes = sum(map(len, questions))
+    bits = -sum(total for total, _ in of_texts) / n_bytes / np.log(2)
+    assert by_name["reading", "bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-5)
+    assert "2-shot" in by_name["choices", "acc"]["variant"]
+    (sample,) = [sample for sample in result["samples"] if sample["task"] == "choices"]
+    assert sample["prompt"] == "y( 8\n\nz z 8\n\nx = "
+    choices = [(sample["prompt"], f" {choice}") for choice in (7, 8, 99)]
+    expected = lm_eval_tasks.loglikelihoods(scorer_of(model_of("mamba"), batch_size=1), choices)
+    for (total, _), (theirs, _) in zip(expected, ast.literal_eval(sample["answer"]), strict=True):
+        assert theirs == pytest.approx(total, rel=1e-5)

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 
-import jax
-
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.evaluating.scorer import Model
 
-from ..models.tiny import HYBRID, MAMBA, params_of
+from ..exporting.made import random_params
+from ..models.tiny import HYBRID, MAMBA
 
 TOKENIZER = load_tokenizer("bytes")
 # Seven ids more than the tokenizer has, as a padded vocabulary would have.
@@ -22,5 +21,4 @@ CONFIGS = {
 
 @functools.cache
 def model_of(family, seed=0):
-    params = jax.jit(params_of, static_argnums=0)(CONFIGS[family], seed)
-    return Model(params, CONFIGS[family], TOKENIZER)
+    return Model(random_params(CONFIGS[family], seed), CONFIGS[family], TOKENIZER)

@@ -142,6 +142,23 @@ def test_damaged_files_are_refused(tmp_path):
         file.write_bytes(data)
         with pytest.raises(UserError, match="is no file of tensors"):
             torch_file.load_file(file)
+    # Bytes of the index that are wrong lead to errors of every class.
+    with zipfile.ZipFile(GOLDEN) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (index,) = (name for name in members if name.endswith("data.pkl"))
+    rng, n_refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        wrong = bytearray(members[index])
+        for place in rng.integers(len(wrong), size=3):
+            wrong[place] = rng.integers(256)
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, data in (members | {index: bytes(wrong)}).items():
+                archive.writestr(name, data)
+        try:
+            torch_file.load_file(file)
+        except UserError:
+            n_refused += 1
+    assert n_refused > 100
 
 
 @pytest.mark.parametrize(
@@ -154,6 +171,9 @@ def test_damaged_files_are_refused(tmp_path):
         (ORIGINAL | {"ssm_cfg": {"layer": "Mamba2"}}, r"this ssm_cfg\.layer cannot"),
         (ORIGINAL | {"rms_norm": False}, "this rms_norm cannot"),
         (ORIGINAL | {"attn_layer_idx": [1]}, "this attn_layer_idx cannot"),
+        (ORIGINAL | {"ssm_cfg": 3}, "ssm_cfg=3 is no table"),
+        (ORIGINAL | {"ssm_cfg": {"d_state": 10**30}}, "d_state=1000.* is no size"),
+        (ORIGINAL | {"n_layer": 0}, r"n_layers=0 must be greater"),
     ],
 )
 def test_other_structures_are_refused(record, words):
@@ -174,6 +194,33 @@ def test_incomplete_folders_are_refused(tmp_path, capsys):
     assert not out.exists() and not list(tmp_path.glob(".tmp*"))
 
 
+def test_what_a_config_tells_too_much_of_takes_no_time_and_no_memory(tmp_path):
+    table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
+    too_deep = dataclasses.replace(UNTIED, n_layers=10**9)
+    with pytest.raises(UserError, match=r"layers\.999999999\.norm\.weight is missing"):
+        tensors.from_hf(table, too_deep)
+    with pytest.raises(UserError, match=r"is of shape .*, not .*1000000032"):
+        tensors.from_hf(table, dataclasses.replace(UNTIED, d_state=10**9 // 2 + 15))
+
+
+def test_an_import_that_cannot_end_does_not_begin(tmp_path, capsys, monkeypatch):
+    shutil.copy(GOLDEN, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
+    small_word_level(tmp_path / "tokenizer.json")
+    run = lambda *more: import_hf.main(
+        ["--model", str(tmp_path), "--out", str(tmp_path / "out"), *more]
+    )
+    assert run("--max_seq_len=0") == 2 and "max_seq_len=0" in capsys.readouterr().err
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: usage)
+        assert run() == 2 and "0 MB are free" in capsys.readouterr().err
+    interrupted = lambda folder: (_ for _ in ()).throw(KeyboardInterrupt)
+    monkeypatch.setattr(reading, "read", interrupted)
+    assert run() == 130
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
+
+
 def test_shards_are_put_together(tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
@@ -188,6 +235,10 @@ def test_shards_are_put_together(tmp_path):
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(UserError, match=r"b\.safetensors is missing"):
         reading.read(tmp_path)
+    for wrong in (3, ["a.safetensors"], {"a": None}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(UserError, match=r"index\.json is damaged: its weight_map"):
+            reading.read(tmp_path)
 
 
 def test_an_id_is_looked_up_in_the_cache_of_the_hub(tmp_path, monkeypatch):
