@@ -65,22 +65,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Reads the checkpoint, writes the folder, verifies it, gives it its name."""
     check(arguments)
-    from mamba_jax.data.tokenizer import load_saved
     from mamba_jax.exporting import gguf_file, hf, onnx_file, tensors, tokenizer_files
     from mamba_jax.exporting.folder import new_folder
-    from mamba_jax.training import checkpoint
+    from mamba_jax.generation.checkpoints import find
+    from mamba_jax.training.checkpoint import restore_params
 
     form, dtype = arguments.format, arguments.dtype
     log = lambda line: print(line, file=sys.stderr)
     with new_folder(pathlib.Path(arguments.out)) as folder:
-        path = checkpoint.resolve(arguments.checkpoint, log)
-        metadata = checkpoint.read_metadata(path)
+        found = find(arguments.checkpoint, log)
+        metadata, tokenizer = found.metadata, found.tokenizer
         model = metadata.config.model
         if form == "gguf":
             gguf_file.check(model)
-        tokenizer = load_saved(path, metadata.config.data.tokenizer)
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
-        table = tensors.to_hf(checkpoint.restore_params(path), model, n_ids)
+        table = tensors.to_hf(restore_params(found.path), model, n_ids)
         if form == "gguf":
             gguf_file.write(folder, table, metadata, tokenizer, dtype)
         elif form == "onnx":

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 from mamba_jax.errors import UserError, command, reader_has_gone
 
 if TYPE_CHECKING:
-    from mamba_jax.config import ModelConfig
-    from mamba_jax.data.tokenizer import Tokenizer
     from mamba_jax.generation import Conversation
+    from mamba_jax.generation.checkpoints import Found
 
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
@@ -164,23 +163,24 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Loads the models and prints prompts and texts, or holds a conversation."""
-    from mamba_jax.generation import Conversation, Model, check_settings, generate_text
+    from mamba_jax.generation import Conversation, check_settings, generate_text
     from mamba_jax.training.checkpoint import restore_params
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "head")
     settings = {name: getattr(arguments, name) for name in names}
     sampling = check_settings(**settings)  # before a large checkpoint is read
-    (path, config, tokenizer), *rest = find(arguments)
-    others = [Model(restore_params(each[0]), each[1], each[2]) for each in rest]
+    first, *rest = find_all(arguments)
+    others = [found.load(arguments.scan) for found in rest]
+    config, tokenizer = first.runnable(arguments.scan), first.tokenizer
     more = {"stops": arguments.stop, "others": others}
     # The parameters get no name here: they are freed once they are laid out for decoding.
     if arguments.chat:
         settings = {name: settings[name] for name in ("max_tokens", "seed", "head")}
         settings |= {"sampling": sampling, "system": arguments.system}
-        chat(Conversation(restore_params(path), config, tokenizer, **settings, **more))
+        chat(Conversation(restore_params(first.path), config, tokenizer, **settings, **more))
     else:
         generate_text(
-            restore_params(path),
+            restore_params(first.path),
             config,
             tokenizer,
             prompts,
@@ -191,39 +191,28 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
         )
 
 
-def find(
-    arguments: argparse.Namespace,
-) -> list[tuple[pathlib.Path, "ModelConfig", "Tokenizer"]]:
+def find_all(arguments: argparse.Namespace) -> list["Found"]:
     """Finds the checkpoints that the arguments name, and checks all but their weights.
 
     Raises:
       UserError: if one cannot be read or used, or their tokenizers differ.
     """
-    from mamba_jax.config import with_scan
-    from mamba_jax.data.tokenizer import load_saved
+    from mamba_jax.generation.checkpoints import find
     from mamba_jax.generation.ensemble import same_tokenizer
-    from mamba_jax.models.language_model import matmul_dtype
-    from mamba_jax.modules.mamba import resolve_scan
-    from mamba_jax.training import checkpoint
 
     log = lambda line: print(line, file=sys.stderr)
-    found = []
+    all_found = []
     for folder in arguments.ensemble or [arguments.checkpoint]:
-        path = checkpoint.resolve(folder, log)
-        metadata = checkpoint.read_metadata(path)
-        log(f"{path}: {metadata.config.name}, step {metadata.step}")
-        if arguments.suffix is not None and not metadata.config.data.fim_rate:
+        found = find(folder, log)
+        if arguments.suffix is not None and not found.metadata.config.data.fim_rate:
             raise UserError(
-                f"--suffix: {path} was trained without data.fim_rate and cannot fill in the "
+                f"--suffix: {found.path} was trained without data.fim_rate and cannot fill in the "
                 "middle; leave --suffix out"
             )
-        model = metadata.config.model
-        if arguments.scan is not None:
-            model = with_scan(model, arguments.scan)
-        resolve_scan(model, matmul_dtype(model))
-        found.append((path, model, load_saved(path, metadata.config.data.tokenizer)))
-    same_tokenizer([tokenizer for _, _, tokenizer in found])
-    return found
+        found.runnable(arguments.scan)
+        all_found.append(found)
+    same_tokenizer([found.tokenizer for found in all_found])
+    return all_found
 
 
 def chat(conversation: "Conversation") -> None:

@@ -21,9 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError, shortly
+from mamba_jax.generation.ensemble import Model
 from mamba_jax.models import build
 from mamba_jax.serving import rows as device
 from mamba_jax.serving.prefix_cache import PrefixCache
@@ -66,9 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        params: build.Params,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
+        model: Model,
         *,
         max_batch: int = 16,
         max_queue: int = 256,
@@ -79,9 +76,7 @@ class Engine:
         """Takes a model; ``start`` begins to serve.
 
         Args:
-          params: of ``models.build``.
-          config: the structure they were made with.
-          tokenizer: of the model.
+          model: in memory.
           max_batch: sequences that are read or decoded at a time.
           max_queue: requests that may wait besides.
           prefix_cache_bytes: for snapshots of states; 0: none.
@@ -100,11 +95,14 @@ class Engine:
                 raise UserError(f"{name}={value} must be at least {least}")
         if not timeout_secs > 0:
             raise UserError(f"timeout_secs={timeout_secs} must be above 0")
-        self.tokenizer = tokenizer
+        self.tokenizer = model.tokenizer
         self.max_batch = max_batch
         self.ready = threading.Event()
-        self._params = build.prepare_for_decoding(jax.device_put(params), config)
-        self._how: dict[str, Any] = {"config": config, "vocab_size": tokenizer.vocab_size}
+        self._params = build.prepare_for_decoding(jax.device_put(model.params), model.config)
+        self._how: dict[str, Any] = {
+            "config": model.config,
+            "vocab_size": model.tokenizer.vocab_size,
+        }
         self._max_queue = max_queue
         self._timeout_secs = timeout_secs
         self._observer = observer or Observer()

@@ -5,15 +5,11 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 
-from mamba_jax.config import with_scan
-from mamba_jax.data.tokenizer import load_saved
-from mamba_jax.models.language_model import matmul_dtype
-from mamba_jax.modules.mamba import resolve_scan
+from mamba_jax.generation.checkpoints import find
 from mamba_jax.serving.api import make_app
 from mamba_jax.serving.engine import Engine
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.protocol import Limits, Translator
-from mamba_jax.training import checkpoint
 from mamba_jax.training.hardware import cache_compilations
 
 
@@ -54,21 +50,13 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
     Raises:
       UserError: if there is no such checkpoint, or a setting cannot work.
     """
-    path = checkpoint.resolve(settings.checkpoint, log)
-    metadata = checkpoint.read_metadata(path)
-    log(f"{path}: {metadata.config.name}, step {metadata.step}")
-    model = metadata.config.model
-    if settings.scan is not None:
-        model = with_scan(model, settings.scan)
-    resolve_scan(model, matmul_dtype(model))  # before a large checkpoint is read
-    tokenizer = load_saved(path, metadata.config.data.tokenizer)
-    cache_compilations(metadata.config.data.cache_root)
+    found = find(settings.checkpoint, log)
+    run = found.metadata.config
+    cache_compilations(run.data.cache_root)
     limits = Limits(settings.max_prompt_tokens, settings.max_tokens)
     metrics = Metrics()
     engine = Engine(
-        checkpoint.restore_params(path),
-        model,
-        tokenizer,
+        found.load(settings.scan),
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,
@@ -78,9 +66,9 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
     engine.start()
     return make_app(
         engine,
-        Translator(tokenizer, limits, metadata.config.data.fim_rate > 0),
+        Translator(found.tokenizer, limits, run.data.fim_rate > 0),
         metrics,
-        model_name=settings.model_name or metadata.config.name,
+        model_name=settings.model_name or run.name,
         api_key=settings.api_key,
         on_stop=lambda: engine.close(settings.drain_secs),
     )

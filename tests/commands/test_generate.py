@@ -170,7 +170,7 @@ def test_a_model_twice_is_an_ensemble_that_says_what_it_says(run_dir, expected, 
 
 def test_an_ensemble_needs_one_tokenizer(run_dir, capsys, monkeypatch):
     tokenizers = iter([load_tokenizer("bytes"), load_tokenizer("gpt2")])
-    monkeypatch.setattr("mamba_jax.data.tokenizer.load_saved", lambda *_: next(tokenizers))
+    monkeypatch.setattr("mamba_jax.generation.checkpoints.load_saved", lambda *_: next(tokenizers))
     ensemble = ["--ensemble", str(run_dir), str(run_dir / "step_2")]
     assert generate.main([*ensemble, "--prompt=def "]) == 2
     assert "error: the models of an ensemble need the same tokenizer" in capsys.readouterr().err

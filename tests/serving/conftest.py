@@ -59,9 +59,7 @@ def offline(family, prompt, max_tokens=12):
 
 def engine_of(family, **settings):
     model = model_of(family)
-    made = engines.Engine(
-        model.params, model.config, TOKENIZER, **{"max_batch": 4, "max_queue": 40} | settings
-    )
+    made = engines.Engine(model, **{"max_batch": 4, "max_queue": 40} | settings)
     made.start(warm_up=False)
     return made
 

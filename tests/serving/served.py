@@ -40,9 +40,7 @@ def serving(*, max_queue=40, **settings):
     """Serves the tiny Mamba; gives the port."""
     model, metrics = model_of("mamba"), Metrics()
     engine = Engine(
-        model.params,
-        model.config,
-        TOKENIZER,
+        model,
         max_batch=4,
         max_queue=max_queue,
         observer=metrics,

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -130,7 +131,9 @@ def test_an_echo_scores_the_prompt(port):
     assert told["tokens"] == ["a", "b", "c", "d"]
     assert told["text_offset"] == [0, 1, 2, 3]
     model, tokens = model_of("mamba"), tokens_of("abcd")
-    logits_tv = np.asarray(build.apply(model.params, model.config, jnp.array(tokens[None]))[0][0])
+    logits_tv = np.asarray(
+        build.apply(jax.device_put(model.params), model.config, jnp.array(tokens[None]))[0][0]
+    )
     logits_tv = logits_tv[:, : TOKENIZER.vocab_size]
     truth_tv = logits_tv - np.logaddexp.reduce(logits_tv, axis=-1, keepdims=True)
     expected = truth_tv[np.arange(4), tokens[1:]]

@@ -2,6 +2,7 @@
 
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_logprobs_are_those_of_a_whole_pass(engine):
     tokens = [told.token for told in (*scored, *made)]
     assert tokens[: len(scored)] == tokens_of("def ").tolist()
     model = model_of("mamba")
-    logits_tv = build.apply(model.params, model.config, jnp.array([tokens]))[0][0]
+    logits_tv = build.apply(jax.device_put(model.params), model.config, jnp.array([tokens]))[0][0]
     logits_tv = np.asarray(logits_tv, np.float64)[:, : TOKENIZER.vocab_size]
     truth_tv = logits_tv - np.log(np.exp(logits_tv).sum(-1, keepdims=True))
     assert scored[0].logprob is None
@@ -161,9 +162,7 @@ def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
 def test_warming_up_compiles_everything():
     """Afterwards no request compiles, whatever its length and its company."""
     engine = engine_of("mamba", max_batch=3)
-    other = engines.Engine(
-        model_of("mamba").params, model_of("mamba").config, TOKENIZER, max_batch=3, max_queue=99
-    )
+    other = engines.Engine(model_of("mamba"), max_batch=3, max_queue=99)
     engine.close()
     other.start()
     assert other.ready.wait(240)
