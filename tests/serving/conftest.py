@@ -10,6 +10,7 @@ from mamba_jax.serving import engine as engines
 from mamba_jax.serving.sequence import Asked, End, Failed, Text
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
+from ..training.tiny_run import quick_compiles  # noqa: F401
 
 
 def tokens_of(prompt):
