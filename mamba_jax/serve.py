@@ -10,20 +10,32 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mamba_jax.errors import UserError, command, need
 
-_KEY_VARIABLE = "MAMBA_JAX_API_KEY"
+if TYPE_CHECKING:
+    from mamba_jax.serving.server import Settings
+
+KEY_VARIABLE = "MAMBA_JAX_API_KEY"
 
 
 @command
 def main(argv: list[str]) -> int:
     """Runs the command; 130 after Ctrl-C."""
     arguments = parse(argv)
+    need_packages()
+    return run(arguments)
+
+
+def need_packages() -> None:
+    """Checks what a server is made of.
+
+    Raises:
+      UserError: if something of it is not installed.
+    """
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         need(module, "serve")
-    return run(arguments)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -33,6 +45,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Serve a trained model over HTTP: /generate, OpenAI's /v1/completions and "
         "/v1/chat/completions, and a page to chat on at /.",
     )
+    add_arguments(parser)
+    parser.add_argument(
+        "--max_connections", type=int, default=1_024, help="at a time; more get 503 (default: 1024)"
+    )
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds where to listen, and all of ``serving.server.Settings``."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -50,14 +71,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ("--max_tokens", int, 4_096, "that a request may ask for"),
         ("--timeout_secs", float, 600.0, "from a request's arrival to its end"),
         ("--drain_secs", float, 30.0, "that requests under way are given at SIGTERM"),
-        ("--max_connections", int, 1_024, "at a time; more get 503"),
     ):
         about += "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, type=type_, default=default, help=about)
     parser.add_argument(
         "--api_key",
         metavar="KEY",
-        help=f"that clients must send as 'Authorization: Bearer KEY' (default: ${_KEY_VARIABLE}, "
+        help=f"that clients must send as 'Authorization: Bearer KEY' (default: ${KEY_VARIABLE}, "
         "which other users of the machine cannot see; none: everybody may ask)",
     )
     parser.add_argument(
@@ -66,22 +86,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="of the implementation of the selective scan: auto, sequential, chunked, … "
         "(default: the checkpoint's)",
     )
-    return parser.parse_args(argv)
+
+
+def settings_of(arguments: argparse.Namespace) -> "Settings":
+    """Returns the settings that arguments give, with the key of the environment."""
+    from mamba_jax.serving.server import Settings
+
+    values: dict[str, Any] = vars(arguments)
+    given = {name: values[name] for name in Settings.__dataclass_fields__}
+    given["api_key"] = given["api_key"] or os.environ.get(KEY_VARIABLE) or None
+    return Settings(**given)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal comes."""
     import uvicorn
 
-    from mamba_jax.serving.server import Settings, open_app
+    from mamba_jax.serving.server import open_app
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     log = lambda line: print(line, file=sys.stderr, flush=True)
     listening = _listen(arguments.host, arguments.port)  # before a large checkpoint is read
-    values: dict[str, Any] = vars(arguments)
-    settings = {name: values[name] for name in Settings.__dataclass_fields__}
-    settings["api_key"] = settings["api_key"] or os.environ.get(_KEY_VARIABLE) or None
-    app = open_app(Settings(**settings), log)
+    app = open_app(settings_of(arguments), log)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

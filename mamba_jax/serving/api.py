@@ -50,7 +50,7 @@ def make_app(
     max_body_bytes: int = 8 << 20,
     on_stop: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """Makes the application.
+    """Makes the application; its ``state`` holds the engine.
 
     Args:
       engine: started by whoever calls.
@@ -69,6 +69,7 @@ def make_app(
 
     app = FastAPI(title="mamba_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics)
+    app.state.engine = engine
     started = int(time.time())
     page = load_page()
     _answer_errors(app)

@@ -1,0 +1,44 @@
+"""The server for uvicorn's own command, or any other that runs ASGI applications:
+
+    cd launch && uvicorn api:app --host 0.0.0.0 --port 8000 --workers 4
+
+MAMBA_JAX_CHECKPOINT names the checkpoint: a step_N or final folder, or a run's output_dir (without
+it: checkpoints/final, here or in the project's folder). MAMBA_JAX_API_KEY is the key that clients
+must send. ``python -m mamba_jax.serve`` has more settings. Each worker holds a model of its own and
+batches its own requests: on a GPU or TPU one worker is what there is room for.
+"""
+
+import os
+import pathlib
+import sys
+
+from mamba_jax import serve
+from mamba_jax.errors import UserError
+
+_VARIABLE = "MAMBA_JAX_CHECKPOINT"
+_DEFAULT = pathlib.Path("checkpoints/final")
+_STARTUP_FAILURE = 3  # by which uvicorn knows that a worker is not worth starting again
+
+
+def _checkpoint() -> str:
+    if named := os.environ.get(_VARIABLE):
+        return named
+    for folder in (pathlib.Path.cwd(), pathlib.Path(__file__).parents[1]):
+        if (folder / _DEFAULT).is_dir():
+            return str(folder / _DEFAULT)
+    raise UserError(f"there is no {_DEFAULT}; name a checkpoint: {_VARIABLE}=DIR uvicorn api:app …")
+
+
+def _open():
+    serve.need_packages()
+    from mamba_jax.serving.server import Settings, open_app
+
+    settings = Settings(_checkpoint(), api_key=os.environ.get(serve.KEY_VARIABLE) or None)
+    return open_app(settings, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+try:
+    app = _open()
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(_STARTUP_FAILURE)
