@@ -181,6 +181,35 @@ def test_other_structures_are_refused(record, words):
         reading.model_config(record, 8)
 
 
+def test_numbers_of_the_original_that_are_not_its_defaults():
+    record = ORIGINAL | {"ssm_cfg": {"d_state": 4, "d_conv": 3, "expand": 1, "dt_rank": 5}}
+    model = reading.model_config(record | {"tie_embeddings": False}, 8)
+    assert (model.d_state, model.d_conv, model.expand_factor, model.dt_rank) == (4, 3, 1, 5)
+    assert (model.d_model, model.n_layers, model.vocab_size) == (16, 1, 8)
+    assert not model.tie_embeddings
+    for ssm in ({"conv_bias": False}, {"bias": True}):
+        with pytest.raises(UserError, match=f"this ssm_cfg.{next(iter(ssm))} cannot"):
+            reading.model_config(ORIGINAL | {"ssm_cfg": ssm}, 8)
+
+
+def test_a_head_that_should_be_tied_and_is_not_is_refused(tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
+    save_file(table, tmp_path / "model.safetensors")
+    record = hf.model_config(dataclasses.replace(UNTIED, tie_embeddings=True), 257, "f32")
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"lm_head\.weight is another matrix"):
+        reading.read(tmp_path)
+
+
+def test_a_tensor_outside_its_storage_is_refused():
+    storage = np.arange(6, dtype=np.float32)
+    np.testing.assert_array_equal(torch_file._tensor(storage, 1, (2, 2), (1, 2)), [[1, 3], [2, 4]])
+    for offset, shape, strides in ((1, (2, 3), (3, 1)), (-1, (1,), (1,)), (0, (2,), (-1,))):
+        with pytest.raises(ValueError, match="outside its storage"):
+            torch_file._tensor(storage, offset, shape, strides)
+
+
 def test_incomplete_folders_are_refused(tmp_path, capsys):
     out = tmp_path / "out"
     run = lambda: import_hf.main(
