@@ -40,7 +40,11 @@ def log_probs_of(model, row):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_continuations_of_one_context_score_as_whole_sequences(family):
     model = model_of(family)
-    scorer = scorer_of(model)
+    # Which generation alone heeds.
+    skips = {"gate_skip_threshold": 0.9} if family == "hybrid" else {}
+    scorer = scorer_of(
+        dataclasses.replace(model, config=dataclasses.replace(model.config, **skips))
+    )
     # Out of order, lest order help.
     pairs = [PAIRS[i] for i in np.random.default_rng(0).permutation(len(PAIRS))]
     found = lm_eval_tasks.loglikelihoods(scorer, pairs)

@@ -88,6 +88,7 @@ def test_training_goes_on_from_it(tmp_path):
     apply_overrides(asked, {"output_dir": str(tmp_path / "new")})
     config = freeze(asked)
     assert config.model.max_seq_len == 64
+    assert pathlib.Path(config.data.tokenizer) == out / "step_0"  # not the file that is gone
     start = resume.find_start(config, str(out), print)
     assert start is not None and start.metadata.step == start.metadata.samples_seen == 0
     from mamba_jax.data.tokenizer import load_tokenizer
