@@ -221,7 +221,7 @@ def test_incomplete_folders_are_refused(tmp_path, capsys):
     assert run() == 2 and "holds neither model.safetensors nor" in capsys.readouterr().err
     shutil.copy(GOLDEN, tmp_path / "pytorch_model.bin")
     assert run() == 2 and "below the 257 ids" in capsys.readouterr().err
-    assert not out.exists() and not list(tmp_path.glob(".tmp*"))
+    assert not out.exists() and not list(tmp_path.glob(".part*"))
 
 
 def test_what_a_config_tells_too_much_of_takes_no_time_and_no_memory(tmp_path):
@@ -248,7 +248,7 @@ def test_an_import_that_cannot_end_does_not_begin(tmp_path, capsys, monkeypatch)
     interrupted = lambda folder: (_ for _ in ()).throw(KeyboardInterrupt)
     monkeypatch.setattr(reading, "read", interrupted)
     assert run() == 130
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".part*"))
 
 
 def test_shards_are_put_together(tmp_path):
