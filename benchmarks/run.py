@@ -28,9 +28,10 @@ BENCHMARKS = {
     "hybrid": "what each part of the hybrid costs, against plain Mamba",
     "startup": "import, --help, and compiling the training step without and with a cache",
     "data": "batches against peers, tokenising and its memory, opening a large cache",
+    "serving": "the server under load: many clients, a shared prompt, endurance",
     "scaling": "whether time and memory grow in proportion to the length",
 }
-ALL_CORES = ("startup",)  # a user's start has all of them
+ALL_CORES = ("startup", "serving")  # as a user has them
 
 
 @command

@@ -97,8 +97,8 @@ def prepare_generation(
     def secs(max_tokens: int) -> float:
         begin = time.perf_counter()
         made = generate.generate_tokens(
-            params,
-            model,
+            (params,),
+            (model,),
             prompts,
             range(batch),
             n_rows=batch,

@@ -10,4 +10,5 @@ set_up dev
 ruff check .
 ruff format --check .
 pyright
-exec pytest --numprocesses 2 "$@"
+# worksteal: half of the files each, so that both do not compile for the same ones.
+exec pytest --numprocesses 2 --dist worksteal "$@"

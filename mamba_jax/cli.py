@@ -19,6 +19,7 @@ COMMANDS = {  # name → (module, what it does)
     ),
     "export": ("mamba_jax.export", "write a trained model for transformers, vLLM, llama.cpp"),
     "import_hf": ("mamba_jax.import_hf", "make a checkpoint of a model of Hugging Face's"),
+    "serve": ("mamba_jax.serve", "serve a trained model over HTTP"),
     "memory": ("mamba_jax.memory", "what a run needs of a device, and which layout fits it"),
     "report": (
         "mamba_jax.report",

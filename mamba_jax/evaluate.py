@@ -18,7 +18,7 @@ from mamba_jax.errors import UserError, command, reader_has_gone
 from mamba_jax.tables import print_table
 
 if TYPE_CHECKING:
-    from mamba_jax.evaluating.scorer import Model, Scorer
+    from mamba_jax.evaluating.scorer import Scorer
 
 Result = dict[str, Any]
 Answer = Callable[["Scorer"], tuple[list[Result], list[Result]]]
@@ -93,11 +93,13 @@ def run(arguments: argparse.Namespace) -> None:
     """
     check(arguments)
     from mamba_jax.evaluating.scorer import Scorer
+    from mamba_jax.generation.checkpoints import find
 
     answers = find_tasks(arguments) if arguments.tasks else []
     log = lambda line: print(line, file=sys.stderr)
-    folders = arguments.ensemble or [arguments.checkpoint]
-    models, names = zip(*(load(folder, log) for folder in folders), strict=True)
+    found = [find(folder, log) for folder in arguments.ensemble or [arguments.checkpoint]]
+    names = [str(each.path) for each in found]
+    models = [each.load() for each in found]
     scorer = Scorer(models, batch_size=arguments.batch_size, chunk_tokens=arguments.chunk_tokens)
     result: Result = {"checkpoints": names, "combined": _combined(len(names)), "metrics": []}
     result["samples"] = []
@@ -155,19 +157,6 @@ def write(file: str, result: Result) -> None:
         pathlib.Path(file).write_text(text, "utf-8")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
-
-
-def load(folder: str, log: Any) -> tuple["Model", str]:
-    """Reads a checkpoint; returns it and what to call it."""
-    from mamba_jax.data.tokenizer import load_saved
-    from mamba_jax.evaluating.scorer import Model
-    from mamba_jax.training import checkpoint
-
-    path = checkpoint.resolve(folder, log)
-    metadata = checkpoint.read_metadata(path)
-    log(f"{path}: {metadata.config.name}, step {metadata.step}")
-    tokenizer = load_saved(path, metadata.config.data.tokenizer)
-    return Model(checkpoint.restore_params(path), metadata.config.model, tokenizer), str(path)
 
 
 def on_text(scorer: "Scorer", arguments: argparse.Namespace, log: Any) -> list[Result]:

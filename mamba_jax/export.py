@@ -13,6 +13,7 @@ _DTYPES = {  # format → of the weights
     "hf": ("f32", "bf16", "f16"),
     "safetensors": ("f32", "bf16", "f16"),
     "gguf": ("f32", "bf16", "f16", "q8_0"),
+    "onnx": ("f32",),
 }
 
 
@@ -42,20 +43,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         required=True,
         choices=_DTYPES,
         help="hf: a folder for transformers and vLLM; safetensors: its weights alone; gguf: for "
-        "llama.cpp and Ollama",
+        "llama.cpp and Ollama; onnx: two graphs for onnxruntime",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     parser.add_argument(
         "--dtype",
         default="f32",
         metavar="NAME",
-        help="of the weights: f32, bf16 or f16; gguf: q8_0 as well (default: %(default)s)",
+        help="of the weights: f32, bf16 or f16; gguf: q8_0 as well; onnx: f32 alone "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="load it with transformers (hf) or llama.cpp (gguf) and compare logits and greedy "
-        "text; what differs is not kept",
+        help="load it with transformers (hf), llama.cpp (gguf) or onnxruntime (onnx) and compare "
+        "logits and greedy text; what differs is not kept",
     )
     return parser.parse_args(argv)
 
@@ -63,24 +65,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Reads the checkpoint, writes the folder, verifies it, gives it its name."""
     check(arguments)
-    from mamba_jax.data.tokenizer import load_saved
-    from mamba_jax.exporting import gguf_file, hf, tensors, tokenizer_files
+    from mamba_jax.exporting import gguf_file, hf, onnx_file, tensors, tokenizer_files
     from mamba_jax.exporting.folder import new_folder
-    from mamba_jax.training import checkpoint
+    from mamba_jax.generation.checkpoints import find
+    from mamba_jax.training.checkpoint import restore_params
 
     form, dtype = arguments.format, arguments.dtype
     log = lambda line: print(line, file=sys.stderr)
     with new_folder(pathlib.Path(arguments.out)) as folder:
-        path = checkpoint.resolve(arguments.checkpoint, log)
-        metadata = checkpoint.read_metadata(path)
+        found = find(arguments.checkpoint, log)
+        metadata, tokenizer = found.metadata, found.tokenizer
         model = metadata.config.model
         if form == "gguf":
             gguf_file.check(model)
-        tokenizer = load_saved(path, metadata.config.data.tokenizer)
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
-        table = tensors.to_hf(checkpoint.restore_params(path), model, n_ids)
+        table = tensors.to_hf(restore_params(found.path), model, n_ids)
         if form == "gguf":
             gguf_file.write(folder, table, metadata, tokenizer, dtype)
+        elif form == "onnx":
+            onnx_file.write(folder, table, metadata, tokenizer)
         else:
             hf.write_weights(folder / hf.WEIGHTS, table, dtype)
         if form == "hf":
@@ -88,8 +91,12 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.verify:
             from mamba_jax.exporting import verify
 
-            engine = verify.check_gguf if form == "gguf" else verify.check_hf
-            log(engine(folder, table, model, tokenizer, dtype).told(dtype))
+            engines = {
+                "hf": verify.check_hf,
+                "gguf": verify.check_gguf,
+                "onnx": verify.check_onnx,
+            }
+            log(engines[form](folder, table, model, tokenizer, dtype).told(dtype))
     log(f"wrote {arguments.out}")
 
 
@@ -101,11 +108,13 @@ def check(arguments: argparse.Namespace) -> None:
     """
     form, dtype = arguments.format, arguments.dtype
     if arguments.verify and form == "safetensors":
-        raise UserError("--verify needs --format hf or gguf: bare weights are no model to run")
+        raise UserError("--verify needs --format hf, gguf or onnx: bare weights do not run")
     if dtype not in _DTYPES[form]:
         more = ""
         if form == "gguf":
             more = "; for others, K-quants among them, run llama.cpp's llama-quantize on the file"
+        if form == "onnx":
+            more = ": the graphs compute in float32"
         raise UserError(
             f"--dtype {dtype} is not one of {', '.join(_DTYPES[form])} for --format {form}{more}"
         )

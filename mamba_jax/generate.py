@@ -2,20 +2,34 @@
 
 python -m mamba_jax.generate --checkpoint checkpoints/quickstart --prompt "def "
 python -m mamba_jax.generate --checkpoint DIR --prompt_file prompts.txt --batch_size 8
+python -m mamba_jax.generate --ensemble DIR DIR DIR --prompt "Question: " --stop "\\n\\n"
+python -m mamba_jax.generate --checkpoint DIR --chat
 """
 
 import argparse
+import contextlib
 import pathlib
+import re
+import signal
 import sys
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from mamba_jax.errors import UserError, command, reader_has_gone
+
+if TYPE_CHECKING:
+    from mamba_jax.generation import Conversation
+    from mamba_jax.generation.checkpoints import Found
+
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 @command
 def main(argv: list[str]) -> int:
     """Runs the command; 130 after Ctrl-C."""
     arguments = parse(argv)
-    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+    check_together(arguments)
+    prompts = [] if arguments.chat else read_prompts(arguments.prompt, arguments.prompt_file)
     try:
         run(arguments, prompts)
     except KeyboardInterrupt:
@@ -32,11 +46,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="mamba-jax generate",
         description="Continue prompts with a trained model.",
     )
-    parser.add_argument(
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument(
         "--checkpoint",
-        required=True,
         metavar="DIR",
         help="a step_N or final folder, or a run's output_dir: its newest intact checkpoint",
+    )
+    models.add_argument(
+        "--ensemble",
+        nargs="+",
+        metavar="DIR",
+        help="several such, with one tokenizer: the mean of their probabilities chooses the tokens",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='the text to continue; "" starts a document')
@@ -52,8 +72,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="write what lies between each prompt and this text; for a model trained with "
         "data.fim_rate",
     )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        type=unescaped,
+        metavar="TEXT",
+        help="end before this text; may be given several times; \\n, \\r, \\t and \\\\ stand for a "
+        "line feed, a carriage return, a tab and a backslash",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="a conversation, a line a turn: /reset begins anew, /exit or Ctrl-D ends, Ctrl-C ends "
+        "an answer; for a model trained on chats",
+    )
+    parser.add_argument(
+        "--system", default="", metavar="TEXT", help="with --chat: what it begins with"
+    )
     for name, type_, default, about in (
-        ("--max_tokens", int, 200, "new tokens per prompt"),
+        ("--max_tokens", int, 200, "new tokens per prompt, or per answer of a chat"),
         ("--temperature", float, 0.8, "0: no randomness"),
         ("--top_k", int, 50, "choose among so many of the likeliest tokens; 0: all"),
         ("--top_p", float, 0.95, "and among the fewest that hold this probability; 1: all"),
@@ -76,6 +114,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "(default: the checkpoint's)",
     )
     return parser.parse_args(argv)
+
+
+def unescaped(text: str) -> str:
+    """Returns the text that an argument with escapes stands for."""
+    return re.sub(r"\\([nrt\\])", lambda match: _ESCAPES[match[1]], text)
+
+
+def check_together(arguments: argparse.Namespace) -> None:
+    """Checks flags that exclude or need each other.
+
+    Raises:
+      UserError: at the first that cannot be heeded.
+    """
+    if "" in arguments.stop:
+        raise UserError('--stop "" would end every text at once: give a text, or leave it out')
+    if arguments.system and not arguments.chat:
+        raise UserError("--system begins a chat: give --chat as well, or leave --system out")
+    for name in ("prompt", "prompt_file", "suffix"):
+        if arguments.chat and getattr(arguments, name) is not None:
+            raise UserError(f"--chat reads its turns as you type them: leave --{name} out")
 
 
 def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -104,39 +162,120 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 
 
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
-    """Loads the checkpoint and prints prompts and texts."""
-    from mamba_jax.config import with_scan
-    from mamba_jax.data.tokenizer import load_saved
-    from mamba_jax.generation import check_settings, generate_text
-    from mamba_jax.models.language_model import matmul_dtype
-    from mamba_jax.modules.mamba import resolve_scan
-    from mamba_jax.training import checkpoint
+    """Loads the models and prints prompts and texts, or holds a conversation."""
+    from mamba_jax.generation import Conversation, check_settings, generate_text
+    from mamba_jax.training.checkpoint import restore_params
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "head")
     settings = {name: getattr(arguments, name) for name in names}
-    check_settings(**settings)  # before a large checkpoint is read
-    log = lambda line: print(line, file=sys.stderr)
-    path = checkpoint.resolve(arguments.checkpoint, log)
-    metadata = checkpoint.read_metadata(path)
-    log(f"{path}: {metadata.config.name}, step {metadata.step}")
-    if arguments.suffix is not None and not metadata.config.data.fim_rate:
-        raise UserError(
-            f"--suffix: {path} was trained without data.fim_rate and cannot fill in the middle; "
-            "leave --suffix out"
+    sampling = check_settings(**settings)  # before a large checkpoint is read
+    first, *rest = find_all(arguments)
+    others = [found.load(arguments.scan) for found in rest]
+    config, tokenizer = first.runnable(arguments.scan), first.tokenizer
+    more = {"stops": arguments.stop, "others": others}
+    # The parameters get no name here: they are freed once they are laid out for decoding.
+    if arguments.chat:
+        settings = {name: settings[name] for name in ("max_tokens", "seed", "head")}
+        settings |= {"sampling": sampling, "system": arguments.system}
+        chat(Conversation(restore_params(first.path), config, tokenizer, **settings, **more))
+    else:
+        generate_text(
+            restore_params(first.path),
+            config,
+            tokenizer,
+            prompts,
+            suffix=arguments.suffix,
+            on_text=InOrder(prompts, arguments.suffix or ""),
+            **settings,
+            **more,
         )
-    model = metadata.config.model
-    if arguments.scan is not None:
-        model = with_scan(model, arguments.scan)
-    resolve_scan(model, matmul_dtype(model))  # before a large checkpoint is read
-    generate_text(
-        checkpoint.restore_params(path),
-        model,
-        load_saved(path, metadata.config.data.tokenizer),
-        prompts,
-        suffix=arguments.suffix,
-        on_text=InOrder(prompts, arguments.suffix or ""),
-        **settings,
-    )
+
+
+def find_all(arguments: argparse.Namespace) -> list["Found"]:
+    """Finds the checkpoints that the arguments name, and checks all but their weights.
+
+    Raises:
+      UserError: if one cannot be read or used, or their tokenizers differ.
+    """
+    from mamba_jax.generation.checkpoints import find
+    from mamba_jax.generation.ensemble import same_tokenizer
+
+    log = lambda line: print(line, file=sys.stderr)
+    all_found = []
+    for folder in arguments.ensemble or [arguments.checkpoint]:
+        found = find(folder, log)
+        if arguments.suffix is not None and not found.metadata.config.data.fim_rate:
+            raise UserError(
+                f"--suffix: {found.path} was trained without data.fim_rate and cannot fill in the "
+                "middle; leave --suffix out"
+            )
+        found.runnable(arguments.scan)
+        all_found.append(found)
+    same_tokenizer([found.tokenizer for found in all_found])
+    return all_found
+
+
+def chat(conversation: "Conversation") -> None:
+    """Answers line by line, until the input ends or asks for it."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # input() then edits lines and remembers them
+    while (line := read_turn()) not in (None, "/exit"):
+        if line == "/reset":
+            conversation.reset()
+        elif line:
+            _label("assistant: ")
+            with CtrlC() as ctrl_c:
+                for piece in conversation.say(line):
+                    print(piece, end="", flush=True)
+                    if ctrl_c.pressed:
+                        break
+            print(flush=True)
+
+
+def read_turn() -> str | None:
+    """Returns the next line of the input without white space at its ends; None: there is none.
+
+    Raises:
+      UserError: if it is not text.
+    """
+    try:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            return input("user: ").strip()
+        _label("user: ")
+        line = sys.stdin.readline()
+    except EOFError:
+        line = ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} text: {error.reason}") from error
+    if not line:
+        _label("\n")  # of the shell's prompt
+    return line.strip() if line else None
+
+
+def _label(text: str) -> None:
+    """Says whose turn it is, where somebody types; piped input gets the answers alone."""
+    if sys.stdin.isatty():
+        print(text, end="", file=sys.stderr, flush=True)
+
+
+class CtrlC:
+    """Notes the first Ctrl-C, so that it stops nothing half done; the second is as ever.
+
+    A context manager for the main thread.
+    """
+
+    def __enter__(self) -> "CtrlC":
+        self.pressed = False
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
 
 
 class InOrder:

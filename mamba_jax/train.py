@@ -1,7 +1,6 @@
 """``python -m mamba_jax.train``: trains a model, told by ``run`` from top to bottom."""
 
 import contextlib
-import os
 import pathlib
 import sys
 
@@ -73,7 +72,7 @@ def _run(
     )
     from mamba_jax.training.elastic import ElasticStep
     from mamba_jax.training.evaluation import Evaluation, evaluate
-    from mamba_jax.training.hardware import find_hardware
+    from mamba_jax.training.hardware import cache_compilations, find_hardware
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
     from mamba_jax.training.monitor import Monitor
     from mamba_jax.training.profile import Profile, traced_steps
@@ -102,7 +101,7 @@ def _run(
         config = planned.config
         monitor.say(planned.text())
         scan = resolve_scan(config.model, matmul_dtype(config.model))
-        _cache_compilations(config)
+        cache_compilations(config.data.cache_root)
         mesh = make_mesh(config.parallel)
         check_batch(config.vram.batch_size, mesh)
         monitor.open()
@@ -274,17 +273,6 @@ def _run(
         )
         monitor.attempt("the summary", lambda: summary_file.write_text(block))
     return 0
-
-
-def _cache_compilations(config: RunConfig) -> None:
-    """Keeps compiled programs on the disk, unless the environment says where or whether."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(config.data.cache_root / "compiled"))
-    # Else a program for several GPUs is never found again: the scan's part of it, which is made
-    # when it is divided, has an address in it. Its name tells such parts apart.
-    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
 @command

@@ -135,6 +135,11 @@ def _add(parts: Parts, text: str, learn: bool) -> None:
     parts.append((text, learn))
 
 
+def chat_text(turns: list[Any]) -> str:
+    """Returns a chat as it is rendered for training; "" if these are no turns, or empty ones."""
+    return "".join(text for text, _ in _chat(turns) or ())
+
+
 def _chat(value: Any) -> Parts | None:
     """Returns a rendered chat; None if this is none."""
     if not (isinstance(value, list) and value and all(map(_is_turn, value))):

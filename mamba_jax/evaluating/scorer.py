@@ -10,32 +10,22 @@ Legend: b batch, t time, v vocabulary, m models.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError
+from mamba_jax.generation.ensemble import Model, mean_probability, same_tokenizer
 from mamba_jax.models import build
 
 _SHORTEST_CHUNK = 16  # of what is scored; shorter ones would save less than compiling them costs
 _STEP = 4  # from one length of chunks to the next: few lengths to compile, few calls
 Caches = tuple[build.Cache, ...]  # of each model
 _NOT_FINITE = "the model's probabilities are not finite: its training diverged"
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A checkpoint in memory."""
-
-    params: build.Params
-    config: ModelConfig
-    tokenizer: Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +58,7 @@ class Scorer:
         for name, value in (("batch_size", batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        self.tokenizer = models[0].tokenizer
-        for model in models[1:]:
-            if model.tokenizer.identity != self.tokenizer.identity:
-                raise UserError(
-                    "the models of an ensemble need the same tokenizer, these have "
-                    f"{self.tokenizer.name} and {model.tokenizer.name}"
-                )
+        self.tokenizer = same_tokenizer([model.tokenizer for model in models])
         self.tokens_read = 0
         self._params = tuple(
             build.prepare_for_decoding(jax.device_put(model.params), model.config)
@@ -350,10 +334,3 @@ def _likeliest(
     log_probs_bv = mean_probability(each_mbv)
     likeliest_b = log_probs_bv.argmax(-1).astype(jnp.int32)
     return jnp.where(jnp.isfinite(log_probs_bv.max(-1)), likeliest_b, -1), tuple(new_caches)
-
-
-def mean_probability(log_probs: list[Float[Array, "*n v"]]) -> Float[Array, "*n v"]:
-    """Returns ln of the mean over models of exp(log_probs), float32, safe from underflow."""
-    if len(log_probs) == 1:
-        return log_probs[0]
-    return jax.nn.logsumexp(jnp.stack(log_probs), axis=0) - math.log(len(log_probs))

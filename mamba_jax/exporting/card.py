@@ -19,7 +19,8 @@ def model_card(
     config, model = metadata.config, metadata.config.model
     measured = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata.metrics.items())]
     table = ["| metric | value |", "|---|---|", *measured]
-    custom = ["tags: [mamba, custom_code]"] if model.family == "hybrid" else ["tags: [mamba]"]
+    runs_code = model.family == "hybrid" and library == "transformers"
+    custom = ["tags: [mamba, custom_code]"] if runs_code else ["tags: [mamba]"]
     return "\n".join(
         [
             "---",

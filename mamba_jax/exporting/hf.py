@@ -58,21 +58,31 @@ def write_companions(
     """
     fills_in = metadata.config.data.fim_rate > 0
     n_ids = tokenizer_files.id_count(tokenizer, fills_in)
-    end = {f"{name}_token_id": tokenizer.eot_id for name in ("bos", "eos", "pad")}
+    end = end_ids(tokenizer)
     config = model_config(metadata.config.model, n_ids, dtype)
     contents: dict[str, dict[str, Any]] = {
         "config.json": config | end,
         "generation_config.json": end | {"use_cache": True},
         **tokenizer_files.files(tokenizer, fills_in),
     }
-    for name, content in contents.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, "utf-8")
+    write_json(folder, contents)
     card = model_card(metadata, DTYPES[dtype], tokenizer_files.end_name(tokenizer))
     (folder / "README.md").write_text(card, "utf-8")
     if metadata.config.model.family == "hybrid":
         source = importlib.resources.files("mamba_jax.exporting").joinpath("assets", MODELING)
         (folder / MODELING).write_bytes(source.read_bytes())
+
+
+def end_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids that begin, end and pad a text: one and the same."""
+    return {f"{name}_token_id": tokenizer.eot_id for name in ("bos", "eos", "pad")}
+
+
+def write_json(folder: pathlib.Path, contents: dict[str, dict[str, Any]]) -> None:
+    """Writes files by name."""
+    for name, content in contents.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, "utf-8")
 
 
 def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:

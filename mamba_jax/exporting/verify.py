@@ -16,7 +16,7 @@ import numpy as np
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError, need
-from mamba_jax.exporting import gguf_file, hf
+from mamba_jax.exporting import gguf_file, hf, onnx_file, tokenizer_files
 from mamba_jax.exporting.tensors import EMBEDDING, from_hf
 from mamba_jax.models import build
 
@@ -213,6 +213,55 @@ def check_gguf(
                 log_v = logits_tv[place] - np.logaddexp.reduce(logits_tv[place])
                 ours.compare(log_v[list(top)], np.array(list(top.values())))
     return ours.verdict(dtype, same_text=dtype == "f32")
+
+
+def check_onnx(
+    folder: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: str,
+) -> Verdict:
+    """Runs both graphs with onnxruntime: prompts as rows, texts step by step and as rows.
+
+    Arguments are as in ``check_hf``.
+
+    Raises:
+      UserError: if the two differ, or onnxruntime is not installed.
+    """
+    runtime = need("onnxruntime", "onnx")
+    row, step = (
+        runtime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        for name in (onnx_file.ROW, onnx_file.STEP)
+    )
+    record = folder / tokenizer_files.FILE_NAME
+    their_tokenizer = need("tokenizers", "export").Tokenizer.from_file(str(record))
+    ours = _Ours(tensors, tensors, config)
+
+    def run(session: Any, ids_t: np.ndarray, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        values = session.run(None, {"input_ids": ids_t[None].astype(np.int64), **past})
+        found = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
+        logits_tv = found.pop("logits")[0]
+        return logits_tv, {name.replace("present", "past", 1): x for name, x in found.items()}
+
+    for text, ids in zip(PROMPTS, prompts_ids(tokenizer), strict=True):
+        _check_ids(text, their_tokenizer.encode(text).ids, ids)
+        logits_tv, cache = run(row, ids, {})
+        theirs, chosen = [logits_tv], np.array([], np.int32)
+        while True:
+            allowed_v = logits_tv[-1].copy()
+            allowed_v[tokenizer.eot_id] = -np.inf
+            chosen = np.append(chosen, allowed_v.argmax())
+            if len(chosen) == GREEDY_TOKENS:
+                break
+            logits_tv, cache = run(step, chosen[-1:], cache)
+            theirs.append(logits_tv)
+        read = np.r_[ids, chosen[:-1]]
+        logits_tv = ours.logits(read)
+        ours.compare(logits_tv, np.concatenate(theirs))
+        ours.compare(logits_tv, run(row, read, {})[0])
+        ours.compare_greedy(logits_tv[len(ids) - 1 :], chosen, tokenizer.eot_id)
+    return ours.verdict(dtype, same_text=True)
 
 
 def _check_ids(text: str, theirs: list[int], ours: np.ndarray) -> None:

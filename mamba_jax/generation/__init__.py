@@ -1,6 +1,8 @@
-"""From a prompt to text: sampling, prefill in pieces, and a compiled decoding loop."""
+"""From a prompt to text: sampling, prefill in pieces, a compiled decoding loop, conversations."""
 
+from mamba_jax.generation.conversation import Conversation
+from mamba_jax.generation.ensemble import Model
 from mamba_jax.generation.generate import check_settings, generate_text
 from mamba_jax.generation.sampling import Sampling, sample
 
-__all__ = ["Sampling", "check_settings", "generate_text", "sample"]
+__all__ = ["Conversation", "Model", "Sampling", "check_settings", "generate_text", "sample"]

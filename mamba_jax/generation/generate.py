@@ -4,7 +4,9 @@ Rows of a batch are padded on the left, which the models treat as packing: paddi
 its own (segment 0), and the change to the prompt's segment (1) resets every state. A row therefore
 says the same whatever else is in its batch. Time and memory per token do not grow with the text.
 
-Legend: b batch, t time, v vocabulary, s steps of one dispatch.
+Of several models each has its own cache, and the mean of their probabilities chooses the token.
+
+Legend: b batch, t time, v vocabulary, s steps of one dispatch, m models.
 """
 
 import functools
@@ -19,7 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mamba_jax.errors import UserError
+from mamba_jax.generation.ensemble import Model, mean_logits, same_tokenizer
 from mamba_jax.generation.sampling import Sampling, sample
+from mamba_jax.generation.stops import StopFinder
 from mamba_jax.models import build
 
 PREFILL_TOKENS = 1024  # of one piece: bounds memory, and lengths are compiled for up to here only
@@ -43,12 +47,14 @@ def generate_text(
     batch_size: int | None = None,
     head: str = "exact",
     suffix: str | None = None,
+    stops: Sequence[str] = (),
+    others: Sequence[Model] = (),
     on_text: Callable[[int, str | None], None] | None = None,
 ) -> list[str]:
     """Continues each prompt until the model ends its document or ``max_tokens`` are made.
 
-    A text is a function of (params, prompt, its index, seed and the sampling settings): the other
-    prompts and ``batch_size`` have no say in it, up to the rounding of a batched matmul.
+    A text is a function of (params, prompt, its index, seed, stops and the sampling settings): the
+    other prompts and ``batch_size`` have no say in it, up to the rounding of a batched matmul.
 
     Args:
       params: of ``models.build``.
@@ -63,6 +69,9 @@ def generate_text(
         on a CPU and changes the logits slightly.
       suffix: the text to write up to, by a model that was trained with ``data.fim_rate``; None:
         open end.
+      stops: a text ends before the first of them; empty ones are none.
+      others: further models of an ensemble: tokens are chosen by the mean of the probabilities of
+        all, the first's included.
       on_text: told (index of the prompt, new text) as it comes, in whole characters, and at last
         (index, None): that text is complete.
 
@@ -70,13 +79,14 @@ def generate_text(
       The new text of each prompt, without the prompt; all that ``on_text`` was told, joined.
 
     Raises:
-      UserError: if a number is out of range, or the head unknown or not for this device.
+      UserError: if a number is out of range, the head unknown or not for this device, or the
+        models' tokenizers differ.
     """
     sampling = check_settings(max_tokens, temperature, top_k, top_p, seed, batch_size, head)
     if not prompts:
         return []
-    params = jax.device_put(params)  # once, not at every dispatch
-    params = build.prepare_for_decoding(params, model_config, int8_head=head == "int8")
+    prepared, configs = prepare((Model(params, model_config, tokenizer), *others), head)
+    del params  # of which prepared ones have taken the place, in memory too
     before = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
     after = np.zeros(0, np.int32)
     if suffix is not None:
@@ -86,22 +96,31 @@ def generate_text(
     sequences = [np.concatenate([before, tokenizer.encode(each), after]) for each in prompts]
     batch_size = min(batch_size or len(prompts), len(prompts))
     texts = [""] * len(prompts)
+    # Of those that have not ended.
     decoders = {index: StreamDecoder(tokenizer) for index in range(len(prompts))}
+    finders = [StopFinder(stops) for _ in prompts]
+    whole = on_text is None and not any(stops)  # otherwise somebody watches the texts grow
 
     def tell(index: int, text: str | None) -> None:
         texts[index] += text or ""
         if on_text is not None and text != "":
             on_text(index, text)
 
+    def grow(index: int, token: int) -> None:
+        if token != tokenizer.eot_id:
+            tell(index, finders[index].push(decoders[index].push(token)))
+        if token == tokenizer.eot_id or finders[index].found is not None:
+            end(index)
+
     def end(index: int) -> None:
-        tell(index, decoders.pop(index).flush())
+        tell(index, finders[index].push(decoders.pop(index).flush()) + finders[index].flush())
         tell(index, None)
 
     for first in range(0, len(prompts), batch_size):
         indices = range(first, min(first + batch_size, len(prompts)))
         tokens = generate_tokens(
-            params,
-            model_config,
+            prepared,
+            configs,
             [sequences[index] for index in indices],
             indices,
             n_rows=batch_size,
@@ -110,18 +129,42 @@ def generate_text(
             seed=seed,
             vocab_size=tokenizer.vocab_size,
             eot_id=tokenizer.eot_id,
-            dispatch_tokens=WHOLE_TOKENS if on_text is None else STREAM_TOKENS,
+            dispatch_tokens=WHOLE_TOKENS if whole else STREAM_TOKENS,
         )
         for step_tokens in tokens:
             for index, token in zip(indices, step_tokens, strict=True):
-                if index in decoders and token == tokenizer.eot_id:
-                    end(index)
-                elif index in decoders:
-                    tell(index, decoders[index].push(token))
+                if index in decoders:
+                    grow(index, token)
+            if decoders.keys().isdisjoint(indices):
+                break  # the device has not seen the stops and would go on
         for index in indices:
             if index in decoders:
                 end(index)
     return texts
+
+
+def prepare(
+    models: Sequence[Model], head: str = "exact"
+) -> tuple[tuple[build.Params, ...], tuple[ModelConfig, ...]]:
+    """Puts models on the device, laid out for decoding; do it once, not at every dispatch.
+
+    Args:
+      models: one, or the members of an ensemble.
+      head: one of ``HEADS``.
+
+    Returns:
+      By ``models.build.prepare_for_decoding``, and the structures.
+
+    Raises:
+      UserError: if the models' tokenizers differ.
+    """
+    same_tokenizer([model.tokenizer for model in models])
+    return tuple(
+        build.prepare_for_decoding(
+            jax.device_put(model.params), model.config, int8_head=head == "int8"
+        )
+        for model in models
+    ), tuple(model.config for model in models)
 
 
 def check_settings(
@@ -153,8 +196,8 @@ def check_settings(
 
 
 def generate_tokens(
-    params: build.Params,
-    config: ModelConfig,
+    params: tuple[build.Params, ...],
+    configs: tuple[ModelConfig, ...],
     sequences: Sequence[np.ndarray],
     row_ids: Sequence[int],
     *,
@@ -169,8 +212,8 @@ def generate_tokens(
     """Continues token sequences, step by step.
 
     Args:
-      params: by ``models.build.prepare_for_decoding``, on the device.
-      config: of the model.
+      params: by ``prepare``, of one model or of several.
+      configs: of the same models.
       sequences: int32 (t,) each, with at least one token.
       row_ids: one per sequence; with ``seed`` they decide its randomness.
       n_rows: of the compiled batch, ≥ ``len(sequences)``; the rest idles, so that a last batch
@@ -189,19 +232,25 @@ def generate_tokens(
     tokens_bt, segments_bt = pad_left([*sequences, *[np.zeros(0, np.int32)] * n_idle])
     row_ids_b = np.array([*row_ids, *[0] * n_idle], np.uint32)
     ended_b = np.arange(n_rows) >= len(sequences)
-    logits_bv, cache = prefill_in_pieces(params, config, tokens_bt, segments_bt)
+    logits_mbv, caches = zip(
+        *(
+            prefill_in_pieces(of_model, config, tokens_bt, segments_bt)
+            for of_model, config in zip(params, configs, strict=True)
+        ),
+        strict=True,
+    )
     keys_b = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_ids_b)
     under_way = None
     for step in range(0, max_tokens, dispatch_tokens):
-        tokens_bs, logits_bv, cache, ended_b, n_made = _decode(
+        tokens_bs, logits_mbv, caches, ended_b, n_made = _decode(
             params,
-            cache,
-            logits_bv,
+            caches,
+            logits_mbv,
             ended_b,
             keys_b,
             step,
             min(dispatch_tokens, max_tokens - step),
-            config=config,
+            configs=configs,
             sampling=sampling,
             vocab_size=vocab_size,
             eot_id=eot_id,
@@ -263,11 +312,11 @@ def prefill_in_pieces(
     Returns:
       What ``models.build.prefill`` does.
     """
-    cache = _empty_cache(config, len(tokens_bt))
+    cache = empty_cache(config, len(tokens_bt))
     logits_bv, start = None, 0
     for length in piece_lengths(tokens_bt.shape[1]):
         piece = slice(start, start + length)
-        logits_bv, cache = _prefill(
+        logits_bv, cache = prefill(
             params, config, tokens_bt[:, piece], cache, segments_bt[:, piece]
         )
         start += length
@@ -276,28 +325,29 @@ def prefill_in_pieces(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "n_rows"))
-def _empty_cache(config: ModelConfig, n_rows: int) -> build.Cache:
+def empty_cache(config: ModelConfig, n_rows: int) -> build.Cache:
+    """Makes the cache of rows that hold nothing yet, for prepared parameters."""
     return build.unstack_cache(build.init_cache(config, n_rows), config)
 
 
-_prefill = jax.jit(build.prefill, static_argnames="config", donate_argnames="cache")
+prefill = jax.jit(build.prefill, static_argnames="config", donate_argnames="cache")
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "vocab_size", "eot_id", "dispatch_tokens"),
-    donate_argnames=("cache", "logits_bv"),
+    static_argnames=("configs", "sampling", "vocab_size", "eot_id", "dispatch_tokens"),
+    donate_argnames=("caches", "logits_mbv"),
 )
 def _decode(
-    params: build.Params,
-    cache: build.Cache,
-    logits_bv: Float[Array, "b v"],
+    params: tuple[build.Params, ...],
+    caches: tuple[build.Cache, ...],
+    logits_mbv: tuple[Float[Array, "b v"], ...],
     ended_b: Bool[Array, " b"],
     keys_b: PRNGKeyArray,
     first_step: Int[Array, ""],
     n_steps: Int[Array, ""],
     *,
-    config: ModelConfig,
+    configs: tuple[ModelConfig, ...],
     sampling: Sampling,
     vocab_size: int,
     eot_id: int,
@@ -306,7 +356,7 @@ def _decode(
     """Decodes up to ``n_steps`` tokens, fewer when all rows have ended.
 
     Returns:
-      tokens_bs int32 (b, dispatch_tokens), then the next logits, cache and ended_b, and how many
+      tokens_bs int32 (b, dispatch_tokens), then the next logits, caches and ended_b, and how many
       columns of tokens_bs were made.
     """
 
@@ -315,17 +365,23 @@ def _decode(
         return (made < n_steps) & ~jnp.all(ended_b)
 
     def one_token(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        made, tokens_bs, logits_bv, cache, ended_b = carry
+        made, tokens_bs, logits_mbv, caches, ended_b = carry
         # By step, not by splitting: a row's randomness then needs no state.
         step_keys_b = jax.vmap(jax.random.fold_in, (0, None))(keys_b, first_step + made)
-        token_b = sample(logits_bv[:, :vocab_size], step_keys_b, sampling)
+        token_b = sample(mean_logits(logits_mbv, vocab_size), step_keys_b, sampling)
         token_b = jnp.where(ended_b, eot_id, token_b)
         tokens_bs = tokens_bs.at[:, made].set(token_b)
-        logits_bv, cache = build.decode_step(params, config, token_b, cache)
-        return made + 1, tokens_bs, logits_bv, cache, ended_b | (token_b == eot_id)
+        logits_mbv, caches = zip(
+            *(
+                build.decode_step(of_model, config, token_b, cache)
+                for of_model, config, cache in zip(params, configs, caches, strict=True)
+            ),
+            strict=True,
+        )
+        return made + 1, tokens_bs, logits_mbv, caches, ended_b | (token_b == eot_id)
 
     tokens_bs = jnp.full((len(ended_b), dispatch_tokens), eot_id, jnp.int32)
-    made, tokens_bs, logits_bv, cache, ended_b = jax.lax.while_loop(
-        going_on, one_token, (jnp.int32(0), tokens_bs, logits_bv, cache, ended_b)
+    made, tokens_bs, logits_mbv, caches, ended_b = jax.lax.while_loop(
+        going_on, one_token, (jnp.int32(0), tokens_bs, logits_mbv, caches, ended_b)
     )
-    return tokens_bs, logits_bv, cache, ended_b, made
+    return tokens_bs, logits_mbv, caches, ended_b, made

@@ -1,6 +1,8 @@
 """What a run trains on: devices, what a token costs there, memory in use."""
 
 import dataclasses
+import os
+import pathlib
 import resource
 import sys
 
@@ -49,3 +51,12 @@ def device_memory_bytes() -> int:
         return int(stats["peak_bytes_in_use"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def cache_compilations(cache_root: pathlib.Path) -> None:
+    """Keeps compiled programs on the disk, unless the environment says where or whether."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root / "compiled"))
+    # Else a program for several GPUs is never found again: the scan's part of it, which is made
+    # when it is divided, has an address in it. Its name tells such parts apart.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import pathlib
+import runpy
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.data import json_tokenizer
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.generation import generate_text
+from mamba_jax.generation.chat import STOP
 from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
 from ..data.small_tokenizers import byte_level
@@ -46,9 +50,9 @@ def run_dir(params, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(params):
-    def text_of(*prompts):
+    def text_of(*prompts, **more):
         tokenizer = load_tokenizer("bytes")
-        return generate_text(params, CONFIG.model, tokenizer, prompts, **SETTINGS)
+        return generate_text(params, CONFIG.model, tokenizer, prompts, **SETTINGS, **more)
 
     return text_of
 
@@ -156,6 +160,118 @@ def test_ctrl_c_keeps_what_was_printed(run_dir, capsys, monkeypatch):
     assert output.out == "def some text\n" and "Traceback" not in output.err
 
 
+def test_a_model_twice_is_an_ensemble_that_says_what_it_says(run_dir, expected, capsys):
+    ensemble = ["--ensemble", str(run_dir), str(run_dir / "step_2")]
+    assert generate.main([*ensemble, "--prompt=def ", *FLAGS]) == 0
+    output = capsys.readouterr()
+    assert output.out == "def " + expected("def ")[0] + "\n"
+    assert output.err.count("tiny, step 2") == 2
+
+
+def test_an_ensemble_needs_one_tokenizer(run_dir, capsys, monkeypatch):
+    tokenizers = iter([load_tokenizer("bytes"), load_tokenizer("gpt2")])
+    monkeypatch.setattr("mamba_jax.generation.checkpoints.load_saved", lambda *_: next(tokenizers))
+    ensemble = ["--ensemble", str(run_dir), str(run_dir / "step_2")]
+    assert generate.main([*ensemble, "--prompt=def "]) == 2
+    assert "error: the models of an ensemble need the same tokenizer" in capsys.readouterr().err
+
+
+def test_the_text_ends_before_a_stop(run_dir, expected, capsys):
+    (free,) = expected("def ")
+    stops = [f"--stop={free[5:7]}", f"--stop={free[4:6]}"]
+    assert generate.main([f"--checkpoint={run_dir}", "--prompt=def ", *stops, *FLAGS]) == 0
+    end = min(free.find(free[5:7]), free.find(free[4:6]))
+    assert capsys.readouterr().out == f"def {free[:end]}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [(r"\n\nuser:", "\n\nuser:"), (r"a\tb\r", "a\tb\r"), (r"\\n \d é", "\\n \\d é")],
+)
+def test_escapes_in_a_stop(given, meant):
+    assert generate.parse(["--checkpoint=a", f"--stop={given}"]).stop == [meant]
+
+
+def test_the_guides_name_for_it(run_dir, expected, capsys, monkeypatch):
+    arguments = ["inference.py", f"--checkpoint={run_dir}", "--prompt=def ", *FLAGS]
+    monkeypatch.setattr("sys.argv", arguments)
+    script = pathlib.Path(__file__).parents[2] / "launch/inference.py"
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == "def " + expected("def ")[0] + "\n"
+
+
+# --- --chat ---------------------------------------------------------------------------------------
+
+
+class Speaker:
+    """A conversation of fixed pieces; a Ctrl-C comes where one says so."""
+
+    def __init__(self, *pieces):
+        self._pieces = pieces
+        self.heard = []
+
+    def say(self, text):
+        self.heard.append(text)
+        for piece in self._pieces:
+            if piece == "^C":
+                signal.raise_signal(signal.SIGINT)
+            else:
+                yield piece
+
+    def reset(self):
+        self.heard.append(None)
+
+
+def test_a_chat_over_a_pipe(run_dir, expected, capsys, monkeypatch):
+    lines = "hi\n\n  \n/reset\n hi \n/exit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert generate.main([f"--checkpoint={run_dir}", "--chat", *FLAGS]) == 0
+    (text,) = expected("user: hi\n\nassistant:", stops=[STOP])
+    output = capsys.readouterr()
+    assert output.out == f"{text.removeprefix(' ')}\n" * 2
+    assert "user: " not in output.err
+
+
+def test_a_chat_ends_with_its_input_and_asks_a_terminal(capsys, monkeypatch):
+    terminal = io.StringIO("one\n/reset\n/path is text\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    generate.chat(speaker := Speaker("It is", " 2."))
+    assert speaker.heard == ["one", None, "/path is text"]
+    output = capsys.readouterr()
+    assert output.out == "It is 2.\nIt is 2.\n"
+    assert output.err == "user: assistant: user: user: assistant: user: \n"
+
+
+def test_ctrl_c_ends_an_answer_and_a_second_one_the_chat(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    generate.chat(speaker := Speaker("one ", "^C", "two ", "three"))
+    assert speaker.heard == ["a", "b"]
+    assert capsys.readouterr().out == "one two \none two \n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
+    with pytest.raises(KeyboardInterrupt):
+        generate.chat(Speaker("one ", "^C", "^C", "two"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_at_the_prompt_ends_with_130(run_dir, monkeypatch):
+    class Interrupted(io.StringIO):
+        def readline(self, *_):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert generate.main([f"--checkpoint={run_dir}", "--chat"]) == 130
+
+
+def test_a_chat_in_another_encoding_is_one_line(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    assert generate.main([f"--checkpoint={run_dir}", "--chat"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "standard input is not utf-8 text: invalid start byte\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -167,6 +283,11 @@ def test_ctrl_c_keeps_what_was_printed(run_dir, capsys, monkeypatch):
         (["--prompt=a", "--max_tokens=0"], "max_tokens=0"),
         (["--prompt=a", "--batch_size=0"], "batch_size=0"),
         (["--prompt=a", "--head=int4"], "unknown head=int4: choose one of exact, int8"),
+        (["--prompt=a", "--stop="], '--stop "" would end'),
+        (["--prompt=a", "--system=b"], "--system begins a chat"),
+        (["--chat", "--prompt=a"], "leave --prompt out"),
+        (["--chat", "--prompt_file=-"], "leave --prompt_file out"),
+        (["--chat", "--suffix=a"], "leave --suffix out"),
         (["--prompt_file=missing.txt"], "prompt file missing.txt: No such file"),
         (["--prompt_file=EMPTY"], "holds no prompt: write one a line"),
         (["--prompt_file=BINARY"], "not UTF-8"),

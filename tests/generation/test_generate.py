@@ -11,6 +11,7 @@ import pytest
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.generation import Sampling, generate, generate_text
+from mamba_jax.generation.ensemble import Model, mean_logits
 from mamba_jax.models import build
 
 from ..models.tiny import HYBRID, MAMBA, assert_close, params_of
@@ -51,12 +52,22 @@ def text_of(family, prompts=PROMPTS, settings=SAMPLED, **more):
 
 
 def tokens_of(
-    family, prompts, n_tokens, *, eot_id=-1, sampling=GREEDY_SAMPLING, params=None, **more
+    family,
+    prompts,
+    n_tokens,
+    *,
+    eot_id=-1,
+    sampling=GREEDY_SAMPLING,
+    params=None,
+    others=(),
+    **more,
 ):
     """Ids, row by row; by default nothing ends a row."""
+    models = [
+        Model(params or params_for(each), CONFIGS[each], TOKENIZER) for each in (family, *others)
+    ]
     steps = generate.generate_tokens(
-        build.prepare_for_decoding(params or params_for(family), CONFIGS[family]),
-        CONFIGS[family],
+        *generate.prepare(models),
         [sequence_of(prompt) for prompt in prompts],
         range(len(prompts)),
         n_rows=3,
@@ -101,6 +112,52 @@ def test_greedy_is_the_argmax_of_the_whole_forward(family):
     best = np.asarray(logits)[..., : TOKENIZER.vocab_size].argmax(-1)
     for row, tokens, best_row in zip(rows, generated, best, strict=True):
         assert tokens.tolist() == best_row[len(row) - 21 : len(row) - 1].tolist()
+
+
+def test_an_ensemble_draws_from_the_mean_of_probabilities():
+    """Mamba and hybrid together, against the mean of two softmaxes of whole forwards."""
+    sampling = Sampling(temperature=0.7)
+    drawn = tokens_of("mamba", PROMPTS[:3], 20, sampling=sampling, others=["hybrid"])
+    rows = [[*sequence_of(prompt), *tokens] for prompt, tokens in zip(PROMPTS, drawn, strict=False)]
+    longest = max(map(len, rows))
+    padded = jnp.array([row + [0] * (longest - len(row)) for row in rows])
+    mean = np.zeros((3, longest, TOKENIZER.vocab_size))
+    for family, config in CONFIGS.items():
+        logits = whole_logits(params_for(family), config, padded)
+        odds = np.exp(np.asarray(logits, np.float64)[..., : TOKENIZER.vocab_size])
+        mean += odds / odds.sum(-1, keepdims=True) / 2
+    for index, (row, tokens) in enumerate(zip(rows, drawn, strict=True)):
+        key = jax.random.fold_in(jax.random.key(0), index)
+        for step, token in enumerate(tokens):
+            at = len(row) - 20 + step - 1
+            logits = jnp.float32(np.log(mean[index, at]) / 0.7)
+            assert token == jax.random.categorical(jax.random.fold_in(key, step), logits)
+
+
+def test_vocabularies_padded_differently_have_one_mean():
+    each = np.random.default_rng(0).normal(size=(2, 3, 9)).astype(np.float32)
+    odds = np.exp(each[..., :6].astype(np.float64))
+    truth = np.log((odds / odds.sum(-1, keepdims=True)).mean(0))
+    mean = mean_logits([each[0], each[1, :, :7]], 6)
+    np.testing.assert_allclose(mean, truth, rtol=1e-5)  # float32, sums of six
+    np.testing.assert_array_equal(mean_logits([each[0]], 6), each[0, :, :6])
+
+
+def test_texts_end_before_a_stop_and_the_batch_soon_after_its_last_row(monkeypatch):
+    free = text_of("hybrid")
+    stops = [text[2:4] for text in free]
+    expected = [text[: min(text.find(s) for s in stops if s in text)] for text in free]
+    assert max(map(len, expected)) <= 2 and len(set(expected)) > 1
+    calls, events, decode = [], [], generate._decode
+    monkeypatch.setattr(generate, "_decode", lambda *a, **k: calls.append(0) or decode(*a, **k))
+    tell = lambda *event: events.append(event)
+    assert text_of("hybrid", stops=stops, max_tokens=1000) == expected
+    # Two batches; eight tokens a call end every row, and one more call is under way by then.
+    assert len(calls) == 2 * 2
+    assert text_of("hybrid", stops=stops, max_tokens=1000, on_text=tell) == expected
+    for index, text in enumerate(expected):
+        *mine, last = [piece for row, piece in events if row == index]
+        assert "".join(mine) == text and last is None
 
 
 def test_the_middle_is_written_between_prompt_and_suffix():

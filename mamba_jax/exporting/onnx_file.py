@@ -1,0 +1,60 @@
+"""A folder of two ONNX graphs over one file of weights, with all that generating text needs."""
+
+import importlib.resources
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.exporting import hf, onnx_model, tensors, tokenizer_files
+from mamba_jax.exporting.card import model_card
+from mamba_jax.exporting.onnx_graph import WeightsFile
+from mamba_jax.training.checkpoint_folder import Metadata
+
+ROW, STEP, WEIGHTS = "model.onnx", "step.onnx", "model.onnx.data"
+EXAMPLE = "generate_onnx.py"
+_FILES = f"""
+## Files
+
+- `{ROW}`: `input_ids` int64 (batch, sequence) → `logits` float32 (batch, sequence, ids) and the
+  cache after the last token, `present.…`. Nothing precedes a row, and rows are not padded.
+- `{STEP}`: one token per row, `input_ids` (batch, 1), and the cache before it, `past.…`, whose size
+  does not grow → `logits` (batch, 1, ids) and `present.…`. Caches' first axis is the batch, and
+  zeros are the cache of a row that holds nothing yet.
+- `{WEIGHTS}`: the weights of both; it must lie beside them.
+- `{EXAMPLE}`: writes text with onnxruntime, numpy and tokenizers.
+"""
+
+
+def write(
+    folder: pathlib.Path,
+    table: Mapping[str, np.ndarray],
+    metadata: Metadata,
+    tokenizer: Tokenizer,
+) -> None:
+    """Writes graphs, weights (float32), tokenizer, ``config.json``, model card and example.
+
+    Args:
+      folder: to write into.
+      table: what ``tensors.to_hf`` gave.
+      metadata: of the checkpoint.
+      tokenizer: of the model.
+
+    Raises:
+      UserError: if the library onnx is missing, or as in ``tokenizer_files.files``.
+    """
+    config = metadata.config.model
+    weights = WeightsFile(folder / WEIGHTS)
+    for name, one_token in ((ROW, False), (STEP, True)):
+        graph = onnx_model.make(table, config, one_token=one_token)
+        weights.save(graph, folder / name, f"{metadata.config.name}, trained with mamba_jax")
+    described = hf.model_config(config, len(table[tensors.EMBEDDING]), "f32")
+    described.pop("auto_map", None)  # of transformers: its program is not here
+    fills_in = metadata.config.data.fim_rate > 0
+    files = tokenizer_files.files(tokenizer, fills_in)
+    hf.write_json(folder, {"config.json": described | hf.end_ids(tokenizer), **files})
+    card = model_card(metadata, "float32", tokenizer_files.end_name(tokenizer), library="onnx")
+    (folder / "README.md").write_text(card + _FILES, "utf-8")
+    example = importlib.resources.files("mamba_jax.exporting").joinpath("assets", EXAMPLE)
+    (folder / EXAMPLE).write_bytes(example.read_bytes())

@@ -1,0 +1,121 @@
+"""The two graphs of a model: a whole row, and one token after what is cached.
+
+Legend: b batch, t time, v ids, l layers; a cache's axes are told in ``models.build.init_cache``.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mamba_jax.config import ModelConfig
+from mamba_jax.exporting.onnx_attention import RowAttention, TokenAttention
+from mamba_jax.exporting.onnx_graph import Graph
+from mamba_jax.exporting.onnx_layers import at, fusion, mixer, norm, recursion
+from mamba_jax.exporting.tensors import EMBEDDING, HEAD, NORM
+
+BATCH, LENGTH = "batch", "sequence"  # the free axes
+
+
+def cache_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns name → shape without the batch axis of what a layer leaves behind; all float32."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv_state": (config.d_conv - 1, config.d_inner),
+        "ssm_state": (config.d_inner, config.d_state),
+    }
+    for scale in config.attention_scales if config.family == "hybrid" else ():
+        heads, size = config.n_heads, config.head_size
+        for name in ("keys", "values"):
+            shapes[f"{name}_{scale}"] = (heads, config.attention_window, size)
+        if scale > 1:
+            shapes[f"partial_{scale}"] = (2, heads, size)
+    return shapes
+
+
+def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: bool) -> Graph:
+    """Makes a graph: ``input_ids`` int64 in, ``logits`` float32 (b, t, v) and a cache out.
+
+    The cache is ``present.i.NAME`` for layer i and each name of ``cache_shapes``, and, if there is
+    attention, ``present.length`` (b) int64, the tokens read.
+
+    Args:
+      table: what ``tensors.to_hf`` gave.
+      config: of the model.
+      one_token: ids are (b, 1) and ``past.…`` is the cache before them; else (b, t), and nothing
+        precedes them.
+
+    Raises:
+      UserError: if onnx is not installed.
+    """
+    g = Graph(table)
+    length = 1 if one_token else LENGTH
+    ids = g.input("input_ids", np.int64, BATCH, length)
+    shapes = cache_shapes(config)
+    attends = config.family == "hybrid" and bool(config.attention_scales)
+    attention, present_length = None, None
+    batch = g("Shape", ids, start=0, end=1)
+    if attends and one_token:
+        past_length = g.input("past.length", np.int64, BATCH)
+        attention = TokenAttention(g, config, past_length)
+        present_length = g("Add", past_length, np.int64(1))
+    elif attends:
+        attention = RowAttention(g, config, ids)
+        present_length = g("Expand", g("Shape", ids, start=1, end=2), batch)
+
+    x = g("Gather", g.weight(EMBEDDING), ids)
+    for i in range(config.n_layers):
+        if one_token:
+            past = {
+                name: g.input(f"past.{i}.{name}", np.float32, BATCH, *shape)
+                for name, shape in shapes.items()
+            }
+        else:
+            past = {
+                name: g("Expand", np.float32(0), g("Concat", batch, at(*shapes[name]), axis=0))
+                for name in ("conv_state", "ssm_state")
+            }
+        x, present = _layer(g, config, f"backbone.layers.{i}.", x, past, attention, one_token)
+        for name, shape in shapes.items():
+            g.output(f"present.{i}.{name}", present[name], np.float32, BATCH, *shape)
+    if present_length is not None:
+        g.output("present.length", present_length, np.int64, BATCH)
+    x = norm(g, x, NORM, config.norm_eps)
+    logits = _head(g, x, ids, EMBEDDING if config.tie_embeddings else HEAD)
+    g.output("logits", logits, np.float32, BATCH, length, len(table[EMBEDDING]))
+    g.outputs.insert(0, g.outputs.pop())  # where one looks first
+    return g
+
+
+def _head(g: Graph, x: str, ids: str, name: str) -> str:
+    """Logits, by a product that reads the table (v, d) as it lies: embeddings need no other."""
+    n_ids, d = g.table[name].shape
+    logits = g("Gemm", g("Reshape", x, at(-1, d)), g.weight(name), transB=1)
+    return g("Reshape", logits, g("Concat", g("Shape", ids), at(n_ids), axis=0))
+
+
+def _layer(
+    g: Graph,
+    config: ModelConfig,
+    layer: str,
+    x: str,
+    past: dict[str, str],
+    attention: RowAttention | TokenAttention | None,
+    one_token: bool,
+) -> tuple[str, dict[str, str]]:
+    """One layer of either family: see ``modules.block``."""
+    m, present = mixer(g, config, layer, x, past, one_token)
+    h = s = g("Add", x, m)
+    if config.family == "mamba":
+        return h, present
+    recursive = config.recursion_depth > 0
+    read = None
+    if attention is not None and recursive and config.recursion_reads_attention:
+        read, remembered = attention.reader(g, layer, h, past)
+        present |= remembered
+    if recursive:
+        s = recursion(g, config, layer, h, read)
+    r = g("Sub", s, h)
+    if attention is not None and read is None:
+        read_after, remembered = attention.reader(g, layer, s, past)
+        present |= remembered
+        r = g("Add", r, read_after(g, s))
+    return fusion(g, config, layer, h, m, r), present

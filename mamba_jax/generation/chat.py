@@ -1,0 +1,30 @@
+"""Conversations as the text that models are trained on (``data.records``).
+
+user: How much is 1 + 1?
+
+assistant: It is 2.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mamba_jax.data.records import chat_text
+from mamba_jax.errors import UserError
+
+ANSWER = "assistant:"  # what the model goes on from, with a space and its answer
+STOP = "\n\nuser:"  # where the model begins to speak for the user, its answer has ended
+
+
+def prompt_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a conversation up to where the next answer begins.
+
+    Args:
+      messages: each with ``role`` and ``content``, the latter a text or a list of text parts.
+
+    Raises:
+      UserError: if there is no text in them.
+    """
+    text = chat_text(list(messages))
+    if not text:
+        raise UserError("messages hold no text: give at least one with a role and content")
+    return f"{text}\n\n{ANSWER}"

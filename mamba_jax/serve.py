@@ -1,0 +1,125 @@
+"""Serves a trained model over HTTP: text, OpenAI's API, and a page to chat on.
+
+python -m mamba_jax.serve --checkpoint checkpoints/quickstart --port 8000
+curl localhost:8000/generate -H "Content-Type: application/json" -d '{"prompt": "import os"}'
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from mamba_jax.errors import UserError, command, need
+
+_KEY_VARIABLE = "MAMBA_JAX_API_KEY"
+
+
+@command
+def main(argv: list[str]) -> int:
+    """Runs the command; 130 after Ctrl-C."""
+    arguments = parse(argv)
+    for module in ("fastapi", "prometheus_client", "uvicorn"):
+        need(module, "serve")
+    return run(arguments)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog="mamba-jax serve",
+        description="Serve a trained model over HTTP: /generate, OpenAI's /v1/completions and "
+        "/v1/chat/completions, and a page to chat on at /.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a step_N or final folder, or a run's output_dir: its newest intact checkpoint",
+    )
+    for name, type_, default, about in (
+        ("--host", str, "127.0.0.1", "this machine alone; 0.0.0.0: every network"),
+        ("--port", int, 8000, "0: any free one"),
+        ("--model_name", str, None, "what clients call the model; default: its config's name"),
+        ("--max_batch", int, 16, "sequences at a time"),
+        ("--max_queue", int, 256, "requests that may wait besides; more get 429"),
+        ("--prefix_cache_mb", int, 256, "for states at the beginnings of prompts; 0: none"),
+        ("--max_prompt_tokens", int, 32_768, "of a request"),
+        ("--max_tokens", int, 4_096, "that a request may ask for"),
+        ("--timeout_secs", float, 600.0, "from a request's arrival to its end"),
+        ("--drain_secs", float, 30.0, "that requests under way are given at SIGTERM"),
+        ("--max_connections", int, 1_024, "at a time; more get 503"),
+    ):
+        about += "" if default is None else " (default: %(default)s)"
+        parser.add_argument(name, type=type_, default=default, help=about)
+    parser.add_argument(
+        "--api_key",
+        metavar="KEY",
+        help=f"that clients must send as 'Authorization: Bearer KEY' (default: ${_KEY_VARIABLE}, "
+        "which other users of the machine cannot see; none: everybody may ask)",
+    )
+    parser.add_argument(
+        "--scan",
+        metavar="NAME",
+        help="of the implementation of the selective scan: auto, sequential, chunked, … "
+        "(default: the checkpoint's)",
+    )
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal comes."""
+    import uvicorn
+
+    from mamba_jax.serving.server import Settings, open_app
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    log = lambda line: print(line, file=sys.stderr, flush=True)
+    listening = _listen(arguments.host, arguments.port)  # before a large checkpoint is read
+    values: dict[str, Any] = vars(arguments)
+    settings = {name: values[name] for name in Settings.__dataclass_fields__}
+    settings["api_key"] = settings["api_key"] or os.environ.get(_KEY_VARIABLE) or None
+    app = open_app(Settings(**settings), log)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            limit_concurrency=arguments.max_connections,
+            timeout_graceful_shutdown=max(1, round(arguments.drain_secs)),
+            server_header=False,
+        )
+    )
+    host, port = listening.getsockname()[:2]
+    log(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
+    # uvicorn raises the signal that stopped it once more when all is done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens.
+
+    Raises:
+      UserError: if that is not possible.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"cannot listen on --host {host} --port {port}: {reason}; give others"
+        ) from error
+    return listening
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""A server of one model: continuous batching over recurrent states of fixed size."""

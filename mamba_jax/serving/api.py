@@ -1,0 +1,277 @@
+"""The server's paths: the guide's ``/generate``, OpenAI's ``/v1/…``, and those that watch it."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from mamba_jax.errors import UserError
+from mamba_jax.serving.answers import Answer, error
+from mamba_jax.serving.engine import Closed, Engine, QueueFull
+from mamba_jax.serving.guard import Guard
+from mamba_jax.serving.metrics import Metrics
+from mamba_jax.serving.page import load_page
+from mamba_jax.serving.protocol import (
+    BadRequest,
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    Translator,
+)
+from mamba_jax.serving.sequence import Asked, End, Event, Failed, Text
+
+_FAILED = {"timeout": 504, "cancelled": 499, "error": 500}
+_RETRY_SECS = 1
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies: pass it on at once
+
+
+class Unserved(Exception):
+    """A request that the engine did not serve."""
+
+    def __init__(self, failed: Failed):
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+def make_app(
+    engine: Engine,
+    translator: Translator,
+    metrics: Metrics,
+    *,
+    model_name: str,
+    api_key: str | None = None,
+    max_body_bytes: int = 8 << 20,
+    on_stop: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """Makes the application.
+
+    Args:
+      engine: started by whoever calls.
+      translator: of the engine's model.
+      metrics: the engine's observer.
+      model_name: what clients call the model.
+      api_key: that clients must send; None: none.
+      max_body_bytes: of a request.
+      on_stop: is called when the server has stopped.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        on_stop()
+
+    app = FastAPI(title="mamba_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics)
+    started = int(time.time())
+    page = load_page()
+    _answer_errors(app)
+
+    @app.get("/")
+    async def chat_page() -> Response:
+        return HTMLResponse(page.text, headers=page.headers)
+
+    @app.get("/health")
+    async def health() -> Response:
+        alive = engine.alive
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 500)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        is_ready = engine.ready.is_set() and engine.alive
+        return JSONResponse(
+            {"status": "ready" if is_ready else "starting"}, 200 if is_ready else 503
+        )
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(model_name, started)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(name, model_name)
+        return _model(model_name, started)
+
+    @app.post("/generate")
+    async def generate(body: GenerateRequest, request: Request) -> dict[str, str]:
+        asked = await asyncio.to_thread(translator.generate, body)
+        events = await _all(engine, asked, request)
+        return {"response": "".join(event.text for event in events[0] if isinstance(event, Text))}
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        _check_model(body.model, model_name)
+        asked = await asyncio.to_thread(translator.completion, body)
+        answer = Answer(
+            "completion",
+            model_name,
+            engine.tokenizer,
+            asked,
+            top_logprobs=body.logprobs or 0,
+            echo=bool(body.echo),
+        )
+        return await _respond(engine, asked, answer, request, bool(body.stream), body.with_usage)
+
+    @app.post("/v1/chat/completions")
+    async def chats(body: ChatRequest, request: Request) -> Response:
+        _check_model(body.model, model_name)
+        asked = await asyncio.to_thread(translator.chat, body)
+        answer = Answer(
+            "chat", model_name, engine.tokenizer, asked, top_logprobs=body.top_logprobs or 0
+        )
+        return await _respond(engine, asked, answer, request, bool(body.stream), body.with_usage)
+
+    return app
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "mamba_jax"}
+
+
+def _check_model(asked: str | None, name: str) -> None:
+    if asked is not None and asked != name:
+        raise BadRequest(
+            f"there is no model {asked!r} here; this is {name!r}", "model", "model_not_found", 404
+        )
+
+
+async def _respond(
+    engine: Engine, asked: list[Asked], answer: Answer, request: Request, stream: bool, usage: bool
+) -> Response:
+    if not stream:
+        return _json(answer.whole(await _all(engine, asked, request)))
+    # Before the response begins: a full queue must still become a status.
+    events = _submit(engine, asked, request)
+
+    async def lines() -> AsyncIterator[bytes]:
+        for chunk in answer.first():
+            yield _line(chunk)
+        async with contextlib.aclosing(events):
+            async for choice, event in events:
+                if isinstance(event, Failed):
+                    yield _line(error(event.message, "server_error", code=event.reason))
+                    return
+                for chunk in answer.chunks(choice, event):
+                    yield _line(chunk)
+        if usage:
+            yield _line(answer.usage_chunk())
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=_HEADERS)
+
+
+async def _all(engine: Engine, asked: list[Asked], request: Request) -> list[list[Event]]:
+    """Returns all events of each request.
+
+    Raises:
+      Unserved: if one of them failed.
+    """
+    collected: list[list[Event]] = [[] for _ in asked]
+    async with contextlib.aclosing(_submit(engine, asked, request)) as events:
+        async for place, event in events:
+            if isinstance(event, Failed):
+                raise Unserved(event)
+            collected[place].append(event)
+    return collected
+
+
+def _submit(
+    engine: Engine, asked: list[Asked], request: Request
+) -> AsyncGenerator[tuple[int, Event]]:
+    """Submits requests; returns their events as they come. Whoever stops listening, or whose
+    client goes, ends them.
+
+    Raises:
+      QueueFull, Closed: as of ``Engine.submit``.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def deliver(place: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(queue.put_nowait, (place, event))
+
+    sequences = engine.submit(asked, deliver)
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        engine.cancel(sequences)
+
+    watching = asyncio.create_task(watch())  # now: the events may never be asked for
+
+    async def events() -> AsyncGenerator[tuple[int, Event]]:
+        try:
+            n_open = len(sequences)
+            while n_open:
+                place, event = await queue.get()
+                n_open -= isinstance(event, End | Failed)
+                yield place, event
+        finally:
+            watching.cancel()
+            engine.cancel(sequences)
+
+    return events()
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Gives every error OpenAI's form."""
+
+    def handle(of: type[Exception] | int, answer: Callable[[Any], Response]) -> None:
+        async def handler(_: Request, exception: Exception) -> Response:
+            return answer(exception)
+
+        app.add_exception_handler(of, handler)
+
+    handle(BadRequest, lambda e: _json(error(str(e), field=e.field, code=e.code), e.status))
+    handle(UserError, lambda e: _json(error(str(e)), 400))
+    handle(RequestValidationError, _invalid)
+    handle(HTTPException, lambda e: _json(error(str(e.detail)), e.status_code))
+    handle(404, lambda e: _json(error("there is no such path"), 404))
+    handle(405, lambda e: _json(error("this path does not take this method"), 405))
+    handle(QueueFull, lambda _: _later(429, "as many requests wait as may", "queue_full"))
+    handle(Closed, lambda _: _later(503, "the server is stopping", "stopping"))
+    handle(
+        Unserved,
+        lambda e: _json(
+            error(str(e), "server_error", code=e.failed.reason), _FAILED[e.failed.reason]
+        ),
+    )
+
+
+def _invalid(exception: RequestValidationError) -> Response:
+    first = exception.errors()[0]
+    if first["type"] == "json_invalid":
+        return _json(error(f"the body is not valid JSON: {first['ctx']['error']}"), 400)
+    where = [str(part) for part in first["loc"] if part != "body"]
+    field = where[0] if where else None
+    message = first["msg"].removeprefix("Value error, ")
+    if field is None and first["type"] != "value_error":
+        message = (
+            f"the body must be a JSON object, sent as Content-Type: application/json ({message})"
+        )
+    return _json(error(f"{field}: {message}" if field else message, field=field), 400)
+
+
+def _later(status: int, message: str, code: str) -> Response:
+    headers = {"Retry-After": str(_RETRY_SECS)}
+    return _json(error(f"{message}; try again later", "server_error", code=code), status, headers)
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    # Escapes: a prompt may hold lone surrogates, which UTF-8 has no bytes for.
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def _line(content: Any) -> bytes:
+    return f"data: {json.dumps(content)}\n\n".encode()

@@ -1,0 +1,93 @@
+"""What every request passes first: the key, and a body that is whole, small enough and in time."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mamba_jax.serving.answers import error
+from mamba_jax.serving.metrics import Metrics
+
+App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
+_OPEN = ("/", "/health", "/ready")  # without a key: the page asks its reader for one
+_BODY_SECS = 30.0
+
+
+class Guard:
+    """ASGI middleware."""
+
+    def __init__(self, app: App, *, api_key: str | None, max_body_bytes: int, metrics: Metrics):
+        """Wraps an application; without a key everybody may ask."""
+        self._app = app
+        self._api_key = api_key
+        self._max_body_bytes = max_body_bytes
+        self._metrics = metrics
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answers a request, or passes it on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counting(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")  # of the router; unknown paths must not become labels
+                path = getattr(route, "path", "other")
+                self._metrics.responses.labels(path, message["status"]).inc()
+            await send(message)
+
+        headers = dict(scope["headers"])
+        if not self._may_pass(scope["path"], headers):
+            refusal = error(
+                "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key"
+            )
+            await _answer(counting, 401, refusal, (b"www-authenticate", b"Bearer"))
+            return
+        try:
+            body = await asyncio.wait_for(self._body(receive, headers), _BODY_SECS)
+        except TimeoutError:
+            await _answer(counting, 408, error(f"the body did not come within {_BODY_SECS:.0f} s"))
+            return
+        if body is None:
+            limit = self._max_body_bytes
+            await _answer(counting, 413, error(f"the body is above {limit:,} bytes"))
+            return
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> dict[str, Any]:
+            return whole.pop() if whole else await receive()
+
+        await self._app(scope, replay, counting)
+
+    def _may_pass(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._api_key is None or path in _OPEN:
+            return True
+        given = headers.get(b"authorization", b"")
+        return hmac.compare_digest(given, b"Bearer " + self._api_key.encode())
+
+    async def _body(self, receive: Any, headers: dict[bytes, bytes]) -> bytes | None:
+        """Returns the body, whatever pieces it comes in; None if it is too large."""
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            return None
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                return None
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+async def _answer(send: Any, status: int, content: Any, *headers: tuple[bytes, bytes]) -> None:
+    body = json.dumps(content).encode()
+    headers = (
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),  # what is left of the body is not read
+        *headers,
+    )
+    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+    await send({"type": "http.response.body", "body": body})

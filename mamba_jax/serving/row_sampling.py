@@ -1,0 +1,93 @@
+"""The next token of each row, each with settings of its own, in one compiled step.
+
+The rule is that of ``generation.sampling``; here temperature, ``top_k`` and ``top_p`` are arrays.
+Nothing is sorted: what a row keeps is what reaches a threshold, found bit by bit among the ordered
+integers that float32 are. Equally likely tokens are therefore kept or left out together.
+
+Legend: b rows, v vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+
+class Choosing(NamedTuple):
+    """How each row chooses its next token."""
+
+    temperature_b: Float[Array, " b"]  # 0: always the likeliest
+    top_k_b: Int[Array, " b"]  # 0: no limit
+    top_p_b: Float[Array, " b"]  # 1: no limit
+    seed_b: UInt[Array, " b"]
+    position_b: Int[Array, " b"]  # tokens drawn so far; with the seed all randomness
+
+
+def sample_rows(logits_bv: Float[Array, "b v"], choosing: Choosing) -> Int[Array, " b"]:
+    """Draws one token per row, int32. The other rows have no say in it."""
+    greedy_b = jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
+
+    def draw() -> Int[Array, " b"]:
+        keys_b = jax.vmap(
+            lambda seed, position: jax.random.fold_in(jax.random.key(seed), position)
+        )(choosing.seed_b, choosing.position_b)
+        # Greedy rows are divided by something harmless. The largest becomes 0 first: a tiny
+        # temperature then cannot overflow to infinity.
+        temperature_b = jnp.where(choosing.temperature_b > 0, choosing.temperature_b, 1.0)
+        scaled_bv = (logits_bv - logits_bv.max(-1, keepdims=True)) / temperature_b[:, None]
+        scaled_bv = _where_any(choosing.top_k_b > 0, _keep_top_k, scaled_bv, choosing.top_k_b)
+        scaled_bv = _where_any(choosing.top_p_b < 1, _keep_top_p, scaled_bv, choosing.top_p_b)
+        return jax.vmap(jax.random.categorical)(keys_b, scaled_bv).astype(jnp.int32)
+
+    drawn_b = jax.lax.cond(jnp.any(choosing.temperature_b > 0), draw, lambda: greedy_b)
+    return jnp.where(choosing.temperature_b > 0, drawn_b, greedy_b)
+
+
+def _where_any(
+    limited_b: Bool[Array, " b"], keep: Callable, scaled_bv: Float[Array, "b v"], limit_b: Array
+) -> Float[Array, "b v"]:
+    """Applies ``keep`` to the rows that are limited; costs nothing where none is."""
+    limited = lambda: jnp.where(limited_b[:, None], keep(scaled_bv, limit_b), scaled_bv)
+    return jax.lax.cond(jnp.any(limited_b), limited, lambda: scaled_bv)
+
+
+def _keep_top_k(scaled_bv: Float[Array, "b v"], top_k_b: Int[Array, " b"]) -> Float[Array, "b v"]:
+    order_bv = _order(scaled_bv)
+    reached = lambda least_b: (order_bv >= least_b[:, None]).sum(-1) >= top_k_b
+    # Where k exceeds the vocabulary nothing is ever reached: the threshold stays 0.
+    return jnp.where(order_bv >= _largest(reached, len(top_k_b))[:, None], scaled_bv, -jnp.inf)
+
+
+def _keep_top_p(scaled_bv: Float[Array, "b v"], top_p_b: Float[Array, " b"]) -> Float[Array, "b v"]:
+    order_bv = _order(scaled_bv)
+    probability_bv = jax.nn.softmax(scaled_bv)
+
+    def reached(limit_b: UInt[Array, " b"]) -> Bool[Array, " b"]:
+        likelier_bv = order_bv > limit_b[:, None]
+        return jnp.where(likelier_bv, probability_bv, 0.0).sum(-1) >= top_p_b
+
+    # A token stays if those likelier than it hold less than top_p. Rounding may leave the sum of
+    # all below top_p: the limit is then 0, and all stay.
+    limit_b = _largest(reached, len(top_p_b))
+    return jnp.where(order_bv > limit_b[:, None], scaled_bv, -jnp.inf)
+
+
+def _order(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Returns uint32 in the order of float32, above 0."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(reached: Callable, n_rows: int) -> UInt[Array, " b"]:
+    """Returns the largest uint32 of each row for which ``reached`` holds; 0 if there is none.
+
+    ``reached`` must hold for all smaller ones as well.
+    """
+
+    def with_bit(i: Int[Array, ""], found_b: UInt[Array, " b"]) -> UInt[Array, " b"]:
+        larger_b = found_b | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(reached(larger_b), larger_b, found_b)
+
+    return jax.lax.fori_loop(0, 32, with_bit, jnp.zeros(n_rows, jnp.uint32))

@@ -1,0 +1,165 @@
+"""One request under way: what was asked, what it has been given, and how its text comes about."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
+from mamba_jax.generation.stops import StopFinder
+from mamba_jax.serving.rows import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request.
+
+    Attributes:
+      tokens: int32 (t,), t ≥ 1: the prompt, begun as training begins a document.
+      max_tokens: new ones, ≥ 0.
+      temperature: as in ``generation.Sampling``, likewise ``top_k`` and ``top_p``.
+      seed: 0 … 2³² - 1; a text depends on its prompt, its settings and this alone.
+      stops: texts that end the text and are not part of it.
+      logprobs: tell those of each token.
+      score_prompt: tell those of the prompt's tokens as well.
+      marked: the first token is the marker alone, which the prompt itself does not have.
+    """
+
+    tokens: np.ndarray
+    max_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stops: tuple[str, ...] = ()
+    logprobs: bool = False
+    score_prompt: bool = False
+    marked: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A token and its ln probability; ``top``: those of the likeliest tokens, likeliest first."""
+
+    token: int
+    logprob: float | None  # None: of a prompt's first token, which nothing predicts
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Event: the prompt's tokens, the first included."""
+
+    tokens: tuple[Told, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Event: more text, and the tokens that made it if log-probabilities were asked for."""
+
+    text: str
+    tokens: tuple[Told, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """Event: the last one of a request that was served."""
+
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, whose state was there already
+    new_tokens: int  # the one that ends a document included
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """Event: the last one of a request that was not."""
+
+    reason: Literal["timeout", "cancelled", "error"]
+    message: str
+
+
+Event = Scored | Text | End | Failed
+
+
+class Sequence:
+    """A request between its arrival and its end. The engine's thread alone changes it, but for
+    ``cancelled``."""
+
+    def __init__(
+        self,
+        asked: Asked,
+        deliver: Callable[[Event], None],
+        on_end: Callable[["Sequence", End | Failed], None],
+        tokenizer: Tokenizer,
+        timeout_secs: float,
+    ):
+        """Takes what was asked, who is told of it, and who is told of its end besides."""
+        self.asked = asked
+        self.arrived = time.monotonic()
+        self.deadline = self.arrived + timeout_secs
+        self.cancelled = False
+        self.ended = False
+        self.row: Rows | None = None  # while the prompt is read
+        self.n_read = 0
+        self.n_cached = 0
+        self.cut = 0  # keep a snapshot there as well
+        self.scored: list[Told] = []
+        self.n_chosen = 0  # on the device, told or not
+        self.n_new = 0
+        self.last_time = 0.0  # of the last token told
+        self.tell = deliver
+        self._on_end = on_end
+        self._eot_id = tokenizer.eot_id
+        self._pieces = tokenizer.pieces
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops = StopFinder(asked.stops)
+        self._held: list[tuple[int, Told]] = []  # tokens, by where their text begins
+        self._n_bytes = 0
+        self._shown_bytes = 0
+
+    def take(self, told: Told) -> None:
+        """Takes the next token in, which may be the last."""
+        self.n_new += 1
+        if self.asked.logprobs:
+            self._held.append((self._n_bytes, told))
+        if told.token == self._eot_id:
+            self._finish("stop")
+            return
+        self._n_bytes += len(self._pieces[told.token])
+        self._show(self._stops.push(self._decoder.push(told.token)))
+        if self._stops.found is not None:
+            self.end(End("stop", *self._counts()))
+        elif self.n_new == self.asked.max_tokens:
+            self._finish("length")
+
+    def finish_unasked(self) -> None:
+        """Ends a request for no token."""
+        self._finish("length")
+
+    def end(self, event: End | Failed) -> None:
+        """Tells the last event."""
+        self.ended = True
+        self.row = None
+        self.tell(event)
+        self._on_end(self, event)
+
+    def _finish(self, reason: Literal["stop", "length"]) -> None:
+        rest = self._stops.push(self._decoder.flush())
+        if self._stops.found is not None:
+            reason = "stop"
+        self._show(rest + self._stops.flush(), everything=True)
+        self.end(End(reason, *self._counts()))
+
+    def _show(self, text: str, everything: bool = False) -> None:
+        """Tells text, with the tokens that begin in it."""
+        self._shown_bytes += len(text.encode("utf-8", "surrogatepass"))
+        shown = tuple(told for at, told in self._held if everything or at < self._shown_bytes)
+        self._held = self._held[len(shown) :]
+        if text or shown:
+            self.tell(Text(text, shown))
+
+    def _counts(self) -> tuple[int, int, int]:
+        return len(self.asked.tokens), self.n_cached, self.n_new

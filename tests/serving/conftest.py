@@ -1,0 +1,71 @@
+"""Engines over tiny models, and a way to wait for what they say."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from mamba_jax.generation import generate_text
+from mamba_jax.serving import engine as engines
+from mamba_jax.serving.sequence import Asked, End, Failed, Text
+
+from ..evaluating.tiny_models import TOKENIZER, model_of
+
+
+def tokens_of(prompt):
+    return np.concatenate([[TOKENIZER.eot_id], TOKENIZER.encode(prompt)]).astype(np.int32)
+
+
+def asked_of(prompt, max_tokens=12, **more):
+    return Asked(tokens_of(prompt), max_tokens, **more)
+
+
+class Listener:
+    """Collects the events of several requests."""
+
+    def __init__(self, count):
+        self.events = [[] for _ in range(count)]
+        self._open = count
+        self._done = threading.Event()
+
+    def __call__(self, place, event):
+        self.events[place].append(event)
+        if isinstance(event, End | Failed):
+            self._open -= 1
+            if not self._open:
+                self._done.set()
+
+    def wait(self):
+        assert self._done.wait(120), "the engine does not answer"
+        return self.events
+
+
+def answers(engine, *asked):
+    """Submits requests together; returns (text, last event) of each."""
+    listener = Listener(len(asked))
+    engine.submit(list(asked), listener)
+    return [
+        ("".join(event.text for event in events if isinstance(event, Text)), events[-1])
+        for events in listener.wait()
+    ]
+
+
+def offline(family, prompt, max_tokens=12):
+    """What the generate command says, greedily."""
+    model = model_of(family)
+    settings = {"max_tokens": max_tokens, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    return generate_text(model.params, model.config, TOKENIZER, [prompt], **settings)[0]
+
+
+def engine_of(family, **settings):
+    model = model_of(family)
+    made = engines.Engine(model, **{"max_batch": 4, "max_queue": 40} | settings)
+    made.start(warm_up=False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine():
+    made = engine_of("mamba")
+    yield made
+    made.close()

@@ -1,0 +1,321 @@
+"""The server as clients see it, over real connections."""
+
+import http.client
+import json
+import socket
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax.models import build
+
+from ..evaluating.tiny_models import TOKENIZER, model_of
+from .conftest import offline, tokens_of
+from .served import metric, post, request, serving, until
+
+
+@pytest.fixture(scope="module")
+def port():
+    with serving(max_body_bytes=20_000) as port:
+        yield port
+
+
+def streamed(port, path, body):
+    """Returns the chunks of a stream, whose last line is [DONE]."""
+    status, headers, content = request(port, "POST", path, body | {"stream": True})
+    assert (status, headers["content-type"].split(";")[0]) == (200, "text/event-stream")
+    *lines, last, end = content.decode().split("\n\n")
+    assert (last, end) == ("data: [DONE]", "")
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+GREEDY = {"prompt": "def main(", "max_tokens": 12, "temperature": 0}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "temperature": 0}
+CHAT_TEXT = "user: Hi\n\nassistant:"
+
+
+def test_generate_is_the_guides(port):
+    assert post(port, "/generate", GREEDY) == (200, {"response": offline("mamba", "def main(")})
+    status, answer = post(port, "/generate", {"prompt": ""})
+    assert status == 200
+    assert list(answer) == ["response"]
+
+
+def test_a_completion(port):
+    status, answer = post(port, "/v1/completions", GREEDY | {"model": "tiny"})
+    assert status == 200
+    (choice,) = answer["choices"]
+    assert choice["text"] == offline("mamba", "def main(")
+    assert answer["object"] == "text_completion"
+    n_prompt = len(tokens_of("def main("))
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == n_prompt
+    assert usage["total_tokens"] == n_prompt + usage["completion_tokens"]
+    # Without the end, twelve tokens; with it, as many as there are.
+    assert (choice["finish_reason"] == "length") == (usage["completion_tokens"] == 12)
+
+
+def test_several_prompts_and_choices_are_in_order(port):
+    prompts = ["a", "to be", "x = "]
+    for form in (prompts, [list(p.encode()) for p in prompts]):
+        _, answer = post(port, "/v1/completions", GREEDY | {"prompt": form, "n": 2})
+        texts = [choice["text"] for choice in answer["choices"]]
+        assert texts == [offline("mamba", p) for p in prompts for _ in range(2)]
+        assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+        assert answer["usage"]["prompt_tokens"] == sum(len(tokens_of(p)) for p in prompts)
+
+
+def test_a_seed_repeats_and_choices_differ(port):
+    sampled = GREEDY | {"temperature": 1.0, "top_p": 0.9, "seed": 3, "n": 2, "max_tokens": 20}
+    texts = [
+        [choice["text"] for choice in post(port, "/v1/completions", body)[1]["choices"]]
+        for body in (sampled, sampled, sampled | {"seed": 4})
+    ]
+    assert texts[0] == texts[1]
+    assert texts[0][0] != texts[0][1]
+    assert texts[2][0] == texts[0][1]  # the second choice is drawn with the next seed
+
+
+def test_a_stream_says_what_a_whole_answer_says(port):
+    body = GREEDY | {"n": 2, "logprobs": 3, "echo": True, "prompt": "aé"}
+    _, whole = post(port, "/v1/completions", body)
+    chunks = streamed(port, "/v1/completions", body | {"stream_options": {"include_usage": True}})
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    for i, choice in enumerate(whole["choices"]):
+        mine = [chunk["choices"][0] for chunk in chunks[:-1] if chunk["choices"][0]["index"] == i]
+        assert "".join(each["text"] for each in mine) == choice["text"]
+        assert mine[-1]["finish_reason"] == choice["finish_reason"]
+        assert all(each["finish_reason"] is None for each in mine[:-1])
+        for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            told = [x for each in mine if each["logprobs"] for x in each["logprobs"][key]]
+            assert told == choice["logprobs"][key], key
+
+
+def test_a_chat_goes_on_from_its_rendering(port):
+    text = offline("mamba", CHAT_TEXT).partition("\n\nuser:")[0].removeprefix(" ")
+    status, answer = post(port, "/v1/chat/completions", CHAT)
+    assert status == 200
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+    }
+    chunks = streamed(port, "/v1/chat/completions", CHAT)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert deltas[-1] == {}
+    assert "".join(delta["content"] for delta in deltas[:-1]) == text
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    _, told = post(port, "/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 2})
+    content = told["choices"][0]["logprobs"]["content"]
+    assert (
+        b"".join(bytes(each["bytes"]) for each in content)
+        .decode("utf-8", "replace")
+        .removeprefix(" ")
+        == text
+    )
+    assert all(len(each["top_logprobs"]) == 2 for each in content)
+
+
+def test_an_echo_scores_the_prompt(port):
+    """What loglikelihoods of lm_eval's client are made of."""
+    body = {"prompt": "abcd", "max_tokens": 0, "echo": True, "logprobs": 1}
+    _, answer = post(port, "/v1/completions", body)
+    (choice,) = answer["choices"]
+    assert choice["text"] == "abcd"
+    told = choice["logprobs"]
+    assert told["tokens"] == ["a", "b", "c", "d"]
+    assert told["text_offset"] == [0, 1, 2, 3]
+    model, tokens = model_of("mamba"), tokens_of("abcd")
+    logits_tv = np.asarray(
+        build.apply(jax.device_put(model.params), model.config, jnp.array(tokens[None]))[0][0]
+    )
+    logits_tv = logits_tv[:, : TOKENIZER.vocab_size]
+    truth_tv = logits_tv - np.logaddexp.reduce(logits_tv, axis=-1, keepdims=True)
+    expected = truth_tv[np.arange(4), tokens[1:]]
+    np.testing.assert_allclose(told["token_logprobs"], expected, atol=1e-4)  # float32
+    best = [max(top.values()) for top in told["top_logprobs"]]
+    np.testing.assert_allclose(best, truth_tv[:4].max(-1), atol=1e-4)
+
+
+def test_models_health_and_readiness(port):
+    _, _, content = request(port, "GET", "/v1/models")
+    assert [model["id"] for model in json.loads(content)["data"]] == ["tiny"]
+    assert request(port, "GET", "/v1/models/tiny")[0] == 200
+    assert request(port, "GET", "/health")[0] == 200
+    assert request(port, "GET", "/ready")[0] == 200
+    status, headers, page = request(port, "GET", "/")
+    assert (status, headers["content-type"].split(";")[0]) == (200, "text/html")
+    assert b"<!doctype html>" in page
+
+
+def test_metrics_count(port):
+    names = [
+        "mamba_jax_generated_tokens_total",
+        "mamba_jax_prompt_tokens_total",
+        'mamba_jax_generations_total{reason="length"}',
+        "mamba_jax_first_token_seconds_count",
+    ]
+    post(port, "/v1/completions", GREEDY)
+    before = [metric(port, name) for name in names]
+    body = GREEDY | {"prompt": "z", "max_tokens": 1}
+    assert post(port, "/v1/completions", body)[1]["choices"][0]["finish_reason"] == "length"
+    after = [metric(port, name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 2, 1, 1]
+
+
+BAD = {
+    "malformed JSON": (b'{"prompt": "a"', 400, "not valid JSON"),
+    "invalid UTF-8": (b'{"prompt": "\xff\xfe"}', 400, "parsing the body"),
+    "no object": (b'"a"', 400, "JSON object"),
+    "a wrong type": ({"prompt": 5}, 400, "prompt: "),
+    "a wrong type of a number": ({"prompt": "a", "max_tokens": "many"}, 400, "max_tokens: "),
+    "huge max_tokens": ({"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens"),
+    "max_tokens above the limit": ({"prompt": "a", "max_tokens": 100_001}, 400, "above 100000"),
+    "no max_tokens": ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens: "),
+    "a temperature that is none": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature: "),
+    "a negative temperature": ({"prompt": "a", "temperature": -1}, 400, "temperature: "),
+    "an empty list": ({"prompt": []}, 400, "empty list"),
+    "a prompt beyond the limit": ({"prompt": "a" * 400}, 400, "at most 400 tokens"),
+    "a prompt far beyond it": ({"prompt": "a" * 9_000}, 400, "at most 400 tokens"),
+    "an id beyond the vocabulary": ({"prompt": [1, 257]}, 400, "token id 257"),
+    "an unknown model": ({"prompt": "a", "model": "gpt-5"}, 404, "there is no model 'gpt-5'"),
+    "a body beyond the limit": ({"prompt": "a" * 20_001}, 413, "above 20,000 bytes"),
+    "too many choices": ({"prompt": ["a", "b"], "n": 100}, 400, "above 128"),
+    "a penalty": ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not offered"),
+    "a suffix": ({"prompt": "a", "suffix": "b"}, 400, "not trained to fill in"),
+    "a nest": (b'{"prompt": ' + b"[" * 9_000 + b"]" * 9_000 + b"}", 400, ""),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_harms_nobody(case, port):
+    body, expected, message = BAD[case]
+    status, answer = post(port, "/v1/completions", body)
+    assert status == expected, answer
+    assert message in answer["error"]["message"]
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert post(port, "/v1/completions", GREEDY)[1]["choices"][0]["text"] == offline(
+        "mamba", "def main("
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"messages": []}, "messages hold no text"),
+        ({"messages": [{"content": "Hi"}]}, '"role"'),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
+        (CHAT | {"tools": [{}]}, "tools are not offered"),
+        (CHAT | {"response_format": {"type": "json_object"}}, "response_format is not offered"),
+    ],
+)
+def test_chats_refuse_what_they_do_not_offer(body, message, port):
+    status, answer = post(port, "/v1/chat/completions", body)
+    assert status == 400
+    assert message in answer["error"]["message"]
+
+
+def test_an_empty_prompt_begins_a_document(port):
+    _, answer = post(port, "/v1/completions", GREEDY | {"prompt": ""})
+    assert answer["choices"][0]["text"] == offline("mamba", "")
+
+
+def test_lone_surrogates_become_replacement_characters(port):
+    _, answer = post(port, "/v1/completions", GREEDY | {"prompt": "\ud800", "echo": True})
+    assert answer["choices"][0]["text"].startswith("\ufffd")
+
+
+def test_unknown_paths_and_methods(port):
+    for method, path, expected in (("GET", "/v2", 404), ("GET", "/generate", 405)):
+        status, _, content = request(port, method, path)
+        assert status == expected
+        assert json.loads(content)["error"]["message"]
+
+
+def test_a_key_is_asked_for():
+    with serving(api_key="secret") as port:
+        status, answer = post(port, "/v1/completions", GREEDY)
+        assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
+        for path, expected in (
+            ("/health", 200),
+            ("/", 200),
+            ("/metrics", 401),
+            ("/v1/models", 401),
+        ):
+            assert request(port, "GET", path)[0] == expected, path
+        for key, expected in (("wrong", 401), ("secret", 200)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert post(port, "/v1/completions", GREEDY, headers=headers)[0] == expected
+
+
+def raw(port, body):
+    """Sends a request without reading the answer; returns the socket."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+ENDLESS = {"prompt": "to be or not", "max_tokens": 100_000, "temperature": 1.0, "seed": 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_frees_its_row(port, stream):
+    """Sampled with the end-of-text token ever so often, hence eight at once."""
+    cancelled = 'mamba_jax_generations_total{reason="cancelled"}'
+    before = metric(port, "mamba_jax_generated_tokens_total")
+    connection = raw(port, ENDLESS | {"n": 8, "stream": stream})
+    until(lambda: metric(port, "mamba_jax_generations_decoding") > 0)
+    connection.close()
+    until(lambda: metric(port, "mamba_jax_generations_decoding") == 0)
+    assert metric(port, cancelled) > 0
+    assert metric(port, "mamba_jax_generated_tokens_total") - before < 8 * 100_000
+
+
+def test_a_slow_client_keeps_nobody_waiting(port):
+    """One sends its body byte by byte and one never reads its stream; others are served."""
+    slow_sender = socket.create_connection(("127.0.0.1", port))
+    slow_sender.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    slow_reader = raw(port, ENDLESS | {"stream": True, "n": 2})
+    _, answer = post(port, "/v1/completions", GREEDY)
+    assert answer["choices"][0]["text"] == offline("mamba", "def main(")
+    slow_sender.close()
+    slow_reader.close()
+    until(lambda: metric(port, "mamba_jax_generations_decoding") == 0)
+
+
+def test_a_full_queue_says_when_to_come_again():
+    with serving(max_queue=1) as port:
+        hanging = raw(port, ENDLESS | {"n": 5})
+        until(lambda: metric(port, "mamba_jax_generations_decoding") > 0)
+        status, headers, content = request(port, "POST", "/v1/completions", GREEDY | {"n": 6})
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert json.loads(content)["error"]["code"] == "queue_full"
+        hanging.close()
+        until(lambda: post(port, "/v1/completions", GREEDY)[0] == 200)
+
+
+def test_two_hundred_connections_at_once(port):
+    """Four rows, forty places to wait: each is answered rightly or told to come again."""
+    body = GREEDY | {"max_tokens": 3}
+    expected = offline("mamba", "def main(", 3)
+    connections = [raw(port, body) for _ in range(200)]
+    statuses = []
+    for connection in connections:
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        content = json.loads(answer.read())
+        statuses.append(answer.status)
+        if answer.status == 200:
+            assert content["choices"][0]["text"] == expected
+        connection.close()
+    assert set(statuses) <= {200, 429}
+    assert statuses.count(200) >= 44
+    assert post(port, "/v1/completions", GREEDY)[0] == 200

@@ -1,0 +1,176 @@
+"""The engine says what offline generation says, whoever joins and leaves meanwhile."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamba_jax.models import build
+from mamba_jax.serving import engine as engines
+from mamba_jax.serving.sequence import End, Failed, Scored, Text
+
+from ..evaluating.tiny_models import TOKENIZER, model_of
+from .conftest import Listener, answers, asked_of, engine_of, offline, tokens_of
+
+PROMPTS = ["def main(", "", "é", "x = 1\n" * 8, "a", "def main(", "def main():", "to be or not"]
+
+
+@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+def test_answers_are_those_of_offline_generation_whatever_joins_the_batch(family):
+    engine = engine_of(family, max_batch=3)
+    listener = Listener(len(PROMPTS))
+    for i, prompt in enumerate(PROMPTS):  # each arrives while others are under way
+        engine.submit(
+            [asked_of(prompt, max_tokens=5 + i)], lambda _, event, i=i: listener(i, event)
+        )
+        time.sleep(0.002 * i)
+    for i, (prompt, events) in enumerate(zip(PROMPTS, listener.wait(), strict=True)):
+        text = "".join(event.text for event in events if isinstance(event, Text))
+        assert text == offline(family, prompt, 5 + i), prompt
+        assert isinstance(events[-1], End)
+    engine.close()
+
+
+def test_a_seeded_answer_does_not_depend_on_its_company(engine):
+    sampled = asked_of("def ", temperature=1.0, top_k=40, top_p=0.9, seed=7)
+    others = [asked_of(p, temperature=t, seed=7) for p, t in (("a", 1.5), ("", 0.0), ("b", 0.7))]
+    ((alone, _),) = answers(engine, sampled)
+    assert answers(engine, *others, sampled)[-1][0] == alone
+    assert answers(engine, sampled, sampled) == [answers(engine, sampled)[0]] * 2
+    other_seed = asked_of("def ", temperature=1.0, top_k=40, top_p=0.9, seed=8)
+    assert answers(engine, other_seed)[0][0] != alone
+
+
+def test_a_long_prompt_does_not_stall_the_others(engine):
+    listener = Listener(2)
+    n_pieces = 12
+    (other,) = engine.submit([asked_of("to be or not", max_tokens=200)], listener)
+    long = asked_of("z" * (n_pieces * engines.PIECE_TOKENS - 1), max_tokens=1)
+    n_before = []
+    engine.submit([long], lambda _, event: (n_before.append(other.n_new), listener(1, event)))
+    assert all(isinstance(events[-1], End) for events in listener.wait())
+    assert other.n_new == 200
+    # A token of the other between two pieces, less the one that the device is ahead.
+    assert n_before[0] >= n_pieces - 2
+
+
+def test_prompts_that_begin_alike_go_on_from_a_snapshot():
+    engine = engine_of("hybrid")
+    shared = "The same beginning of three prompts. "
+    prompts = [shared + end for end in ("One?", "Two?", "Six and ten?", "One?")]
+    results = [answers(engine, asked_of(prompt))[0] for prompt in prompts]
+    n_shared = len(tokens_of(shared))
+    cached = [end.cached_tokens for _, end in results]
+    # The second finds out where they part; the fourth is the first one whole.
+    assert cached == [0, 0, n_shared, len(tokens_of(prompts[0]))]
+    assert [text for text, _ in results] == [offline("hybrid", prompt) for prompt in prompts]
+    assert all(
+        end.prompt_tokens == len(tokens_of(p)) for (_, end), p in zip(results, prompts, strict=True)
+    )
+    engine.close()
+
+
+def test_logprobs_are_those_of_a_whole_pass(engine):
+    listener = Listener(1)
+    engine.submit([asked_of("def ", logprobs=True, score_prompt=True)], listener)
+    (events,) = listener.wait()
+    scored = next(event for event in events if isinstance(event, Scored)).tokens
+    made = [told for event in events if isinstance(event, Text) for told in event.tokens]
+    tokens = [told.token for told in (*scored, *made)]
+    assert tokens[: len(scored)] == tokens_of("def ").tolist()
+    model = model_of("mamba")
+    logits_tv = build.apply(jax.device_put(model.params), model.config, jnp.array([tokens]))[0][0]
+    logits_tv = np.asarray(logits_tv, np.float64)[:, : TOKENIZER.vocab_size]
+    truth_tv = logits_tv - np.log(np.exp(logits_tv).sum(-1, keepdims=True))
+    assert scored[0].logprob is None
+    for at, told in enumerate((*scored, *made)[1:]):
+        # float32 sums in another order.
+        assert told.logprob == pytest.approx(truth_tv[at, told.token], abs=1e-4)
+        ids, logprobs = zip(*told.top, strict=True)
+        best = np.sort(truth_tv[at])[::-1][: len(ids)]
+        np.testing.assert_allclose(logprobs, best, atol=1e-4)
+        np.testing.assert_allclose(truth_tv[at, list(ids)], best, atol=1e-4)
+
+
+def test_a_stop_ends_the_text_before_it(engine):
+    whole = offline("mamba", "def ", 12)
+    stop = whole[4:6]
+    ((text, end),) = answers(engine, asked_of("def ", stops=(stop,)))
+    assert text == whole[: whole.index(stop)]
+    assert end.reason == "stop"
+    assert end.new_tokens < 12
+
+
+def test_no_token_may_be_asked_for(engine):
+    ((text, end),) = answers(engine, asked_of("def ", max_tokens=0))
+    assert (text, end.reason, end.new_tokens) == ("", "length", 0)
+
+
+def test_a_cancelled_request_frees_its_row():
+    engine = engine_of("mamba", max_batch=1)
+    listener = Listener(2)
+    hanging = engine.submit([asked_of("a", max_tokens=10**6)], listener)
+    engine.submit([asked_of("def ")], lambda _, event: listener(1, event))
+    while not listener.events[0]:
+        time.sleep(0.001)
+    assert not listener.events[1]
+    engine.cancel(hanging)
+    first, second = listener.wait()
+    assert first[-1] == Failed("cancelled", "the client has gone")
+    assert isinstance(second[-1], End)
+    engine.close()
+
+
+def test_a_full_queue_refuses_all_or_none_and_lateness_ends():
+    engine = engine_of("mamba", max_batch=1, max_queue=2, timeout_secs=0.5)
+    listener = Listener(3)
+    endless = asked_of("a", max_tokens=10**6)
+    engine.submit([endless] * 3, listener)
+    with pytest.raises(engines.QueueFull):
+        engine.submit([asked_of("b")] * 2, listener)
+    assert [events[-1].reason for events in listener.wait()] == ["timeout"] * 3
+    ((_, end),) = answers(engine, asked_of("c", max_tokens=1))
+    assert isinstance(end, End)
+    engine.close()
+
+
+def test_closing_lets_requests_end_and_takes_no_more():
+    engine = engine_of("mamba")
+    listener = Listener(2)
+    engine.submit([asked_of("a", max_tokens=30), asked_of("b", max_tokens=40)], listener)
+    engine.close(drain_secs=60)
+    assert [type(events[-1]) for events in listener.wait()] == [End, End]
+    assert not engine.alive
+    with pytest.raises(engines.Closed):
+        engine.submit([asked_of("c")], listener)
+
+
+@pytest.mark.parametrize("part", ["read", "put", "step"])
+def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.device, part, fail)
+        ((_, end),) = answers(engine, asked_of(f"a new prompt that {part}s"))
+        assert end == Failed("error", "the step failed: RESOURCE_EXHAUSTED: out of memory")
+    assert answers(engine, asked_of("a"))[0][0] == offline("mamba", "a")
+
+
+def test_warming_up_compiles_everything():
+    """Afterwards no request compiles, whatever its length and its company."""
+    engine = engine_of("mamba", max_batch=3)
+    other = engines.Engine(model_of("mamba"), max_batch=3, max_queue=99)
+    engine.close()
+    other.start()
+    assert other.ready.wait(240)
+    sizes = lambda: [
+        getattr(engines.device, name)._cache_size() for name in ("read", "step", "put", "take")
+    ]
+    before = sizes()
+    asked = [asked_of("b" * n, max_tokens=1 + n % 7) for n in range(0, 300, 11)]
+    assert all(isinstance(end, End) for _, end in answers(other, *asked))
+    assert sizes() == before
+    other.close()
