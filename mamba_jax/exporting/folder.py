@@ -22,7 +22,8 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if target.exists():
         raise UserError(f"--out {target} exists; give a folder that does not, or remove it")
-    aside = target.with_name(f".tmp-{target.name}")
+    # Not as checkpoints are called while they are written: a run removes such ones of its own.
+    aside = target.with_name(f".part-{target.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)  # what a killed export left
         aside.mkdir(parents=True)

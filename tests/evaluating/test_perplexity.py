@@ -119,6 +119,9 @@ def test_the_command(run_dir, corpus, capsys):
     assert bits == pytest.approx(nll / n_tokens / math.log(2), rel=1e-5)
     shown = by_name["perplexity"]["value"]
     assert f"{shown:.4f}" in capsys.readouterr().out
+    assert evaluate.main([f"--checkpoint={run_dir}", *flags, "--limit=1"]) == 0
+    perplexity_of_one, _ = json.loads(out.read_text())["metrics"]
+    assert perplexity_of_one["documents"] == 1 and perplexity_of_one["low"] is None
 
 
 @pytest.mark.parametrize(

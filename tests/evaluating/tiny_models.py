@@ -21,4 +21,6 @@ CONFIGS = {
 
 @functools.cache
 def model_of(family, seed=0):
-    return Model(random_params(CONFIGS[family], seed), CONFIGS[family], TOKENIZER)
+    params = random_params(CONFIGS[family], seed)
+    params["lm_head"]["kernel"][TOKENIZER.vocab_size :] *= 10  # ids that would often be chosen
+    return Model(params, CONFIGS[family], TOKENIZER)

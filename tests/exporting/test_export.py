@@ -51,6 +51,9 @@ def test_the_written_folder(checkpoint_dir, tmp_path, dtype):
     assert [config[name] for name in sizes] == [257, 32, 64, 16, 2]
     assert config["architectures"] == ["MambaForCausalLM"] and not config["tie_word_embeddings"]
     assert config["eos_token_id"] == 256 and config["dtype"] == hf.DTYPES[dtype]
+    assert config["layer_norm_epsilon"] == 3e-4
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [256] * 3
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -8,7 +8,7 @@ import pytest
 from mamba_jax import export
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
-from mamba_jax.exporting import gguf_file, tensors
+from mamba_jax.exporting import gguf_file, tensors, tokenizer_files
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.exporting.test_tokenizer_files import json_file, other_encoding
 from tests.models import tiny
@@ -75,7 +75,11 @@ def test_the_tensors_in_the_file(dtype, error, tmp_path):
     assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 256
     assert len(fields["tokenizer.ggml.tokens"]) == 257
     assert fields["tokenizer.ggml.token_type"] == [1] * 256 + [3]
-    assert "FROM ./model.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["mamba.attention.layer_norm_rms_epsilon"] == np.float32(3e-4)
+    assert fields["general.file_type"] == {"f32": 0, "f16": 1, "bf16": 32}[dtype]
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    assert "FROM ./model.gguf" in modelfile and 'stop "<|endoftext|>"' in modelfile
 
 
 def test_q8_0_and_what_verification_takes_for_it(tmp_path):
@@ -108,6 +112,18 @@ def test_other_dtypes_are_refused(capsys):
     )
     assert run("gguf", "q4_k_m") == 2 and "llama-quantize" in capsys.readouterr().err
     assert run("hf", "q8_0") == 2 and "not one of f32, bf16, f16" in capsys.readouterr().err
+
+
+def test_a_token_that_no_merge_makes_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("gguf", reason="needs gguf")
+    tokenizer = load_tokenizer("bytes")
+    files = tokenizer_files.files(tokenizer, False)
+    files["tokenizer.json"]["model"]["vocab"]["nowhere"] = 257
+    monkeypatch.setattr(tokenizer_files, "files", lambda tokenizer, fills_in: files)
+    model = dataclasses.replace(tiny.MAMBA, vocab_size=258)
+    table = tensors.to_hf(random_params(model), model, 258)
+    with pytest.raises(UserError, match="bytes cannot be written as GGUF"):
+        gguf_file.write(tmp_path, table, metadata_of(model), tokenizer, "f32")
 
 
 def test_tokenizers(tmp_path):

@@ -88,6 +88,7 @@ def test_training_goes_on_from_it(tmp_path):
     apply_overrides(asked, {"output_dir": str(tmp_path / "new")})
     config = freeze(asked)
     assert config.model.max_seq_len == 64
+    assert pathlib.Path(config.data.tokenizer) == out / "step_0"  # not the file that is gone
     start = resume.find_start(config, str(out), print)
     assert start is not None and start.metadata.step == start.metadata.samples_seen == 0
     from mamba_jax.data.tokenizer import load_tokenizer
@@ -181,6 +182,35 @@ def test_other_structures_are_refused(record, words):
         reading.model_config(record, 8)
 
 
+def test_numbers_of_the_original_that_are_not_its_defaults():
+    record = ORIGINAL | {"ssm_cfg": {"d_state": 4, "d_conv": 3, "expand": 1, "dt_rank": 5}}
+    model = reading.model_config(record | {"tie_embeddings": False}, 8)
+    assert (model.d_state, model.d_conv, model.expand_factor, model.dt_rank) == (4, 3, 1, 5)
+    assert (model.d_model, model.n_layers, model.vocab_size) == (16, 1, 8)
+    assert not model.tie_embeddings
+    for ssm in ({"conv_bias": False}, {"bias": True}):
+        with pytest.raises(UserError, match=f"this ssm_cfg.{next(iter(ssm))} cannot"):
+            reading.model_config(ORIGINAL | {"ssm_cfg": ssm}, 8)
+
+
+def test_a_head_that_should_be_tied_and_is_not_is_refused(tmp_path):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
+    save_file(table, tmp_path / "model.safetensors")
+    record = hf.model_config(dataclasses.replace(UNTIED, tie_embeddings=True), 257, "f32")
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"lm_head\.weight is another matrix"):
+        reading.read(tmp_path)
+
+
+def test_a_tensor_outside_its_storage_is_refused():
+    storage = np.arange(6, dtype=np.float32)
+    np.testing.assert_array_equal(torch_file._tensor(storage, 1, (2, 2), (1, 2)), [[1, 3], [2, 4]])
+    for offset, shape, strides in ((1, (2, 3), (3, 1)), (-1, (1,), (1,)), (0, (2,), (-1,))):
+        with pytest.raises(ValueError, match="outside its storage"):
+            torch_file._tensor(storage, offset, shape, strides)
+
+
 def test_incomplete_folders_are_refused(tmp_path, capsys):
     out = tmp_path / "out"
     run = lambda: import_hf.main(
@@ -191,7 +221,7 @@ def test_incomplete_folders_are_refused(tmp_path, capsys):
     assert run() == 2 and "holds neither model.safetensors nor" in capsys.readouterr().err
     shutil.copy(GOLDEN, tmp_path / "pytorch_model.bin")
     assert run() == 2 and "below the 257 ids" in capsys.readouterr().err
-    assert not out.exists() and not list(tmp_path.glob(".tmp*"))
+    assert not out.exists() and not list(tmp_path.glob(".part*"))
 
 
 def test_what_a_config_tells_too_much_of_takes_no_time_and_no_memory(tmp_path):
@@ -218,7 +248,7 @@ def test_an_import_that_cannot_end_does_not_begin(tmp_path, capsys, monkeypatch)
     interrupted = lambda folder: (_ for _ in ()).throw(KeyboardInterrupt)
     monkeypatch.setattr(reading, "read", interrupted)
     assert run() == 130
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp*"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".part*"))
 
 
 def test_shards_are_put_together(tmp_path):
