@@ -21,6 +21,7 @@ from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
 from ..data.small_tokenizers import byte_level
 from ..models.tiny import MAMBA, params_of
+from ..training.tiny_run import quick_compiles  # noqa: F401
 
 CONFIG = RunConfig(
     name="tiny",

@@ -6,6 +6,7 @@ import pytest
 from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
+from ..training.tiny_run import quick_compiles  # noqa: F401
 from .tiny_models import CONFIGS, model_of
 
 

@@ -15,6 +15,7 @@ from mamba_jax.exporting.folder import new_folder
 from mamba_jax.training.checkpoint import Metadata
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.models import tiny
+from tests.training.tiny_run import quick_compiles  # noqa: F401
 
 HF_FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "README.md"),

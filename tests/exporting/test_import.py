@@ -26,6 +26,7 @@ from tests.exporting.made import UNTIED, metadata_of, random_params
 from tests.exporting.test_tensors import assert_same
 from tests.exporting.test_tokenizer_files import json_file
 from tests.models import tiny
+from tests.training.tiny_run import quick_compiles  # noqa: F401
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "original.bin"
 ORIGINAL = {
