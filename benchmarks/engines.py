@@ -1,6 +1,6 @@
 """Exported models in their engines against our own logits: the README's table.
 
-    pip install -e '.[gguf,llamacpp,bench]'
+    pip install -e '.[gguf,llamacpp,onnx,bench]'
     python -m benchmarks.engines
 
 Trains a tiny Mamba and a tiny hybrid on bytes of Python's own library, exports each in every format
