@@ -117,6 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
             server_header=False,
         )
     )
+    listening.listen(128)  # whoever reads the next line and connects at once is served
     host, port = listening.getsockname()[:2]
     log(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
     # uvicorn raises the signal that stopped it once more when all is done.
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens.
+    """Returns a socket to listen on; until it does, who connects is refused.
 
     Raises:
       UserError: if that is not possible.

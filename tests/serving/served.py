@@ -81,8 +81,8 @@ def metric(port, name):
     return float(line.split()[1])
 
 
-def until(condition):
-    deadline = time.monotonic() + 60
+def until(condition, secs=60):
+    deadline = time.monotonic() + secs
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
