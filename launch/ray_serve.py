@@ -17,7 +17,7 @@ import signal
 import sys
 
 from mamba_jax import serve
-from mamba_jax.errors import UserError, command, need, shortly
+from mamba_jax.errors import UserError, command, need
 
 _NAME = "mamba_jax"
 _WATCHING = 16  # requests besides those for texts: /health, /metrics
@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         status = 130
     except RuntimeError as error:
-        raise UserError(f"Ray does not serve: {shortly(error)}; see its logs") from error
+        reason = str(error).strip().splitlines()[-1]  # above it is the trace of another process
+        raise UserError(f"Ray does not serve: {reason}; see its logs above") from error
     finally:
         ray_serve.delete(_NAME)  # not Ray Serve itself: others may serve on the same cluster
         ray.shutdown()

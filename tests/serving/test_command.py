@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import runpy
 import signal
 import socket
 import subprocess
@@ -47,6 +48,7 @@ def started(folder, *command, cwd=ROOT, **environment):
         **os.environ,
         "XDG_CACHE_HOME": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of compilation, which most of the time goes to
         "PYTHONPATH": str(ROOT),
         **environment,
     }
@@ -80,7 +82,7 @@ def _free_port():
 
 
 def test_the_command_serves_and_sigterm_lets_requests_end(folder):
-    command = ("-m", "mamba_jax.serve", f"--checkpoint={folder}", "--port=0", "--max_batch=2")
+    command = ("-m", "mamba_jax.serve", f"--checkpoint={folder}", "--port=0", "--max_batch=1")
     with started(folder, *command) as (process, said):
         port = _port(process, said)
         until(lambda: request(port, "GET", "/ready")[0] == 200, secs=300)
@@ -165,6 +167,21 @@ def test_mistakes_are_one_line(folder, flags, message, capsys):
     assert serve.main([f"--checkpoint={folder}", "--port=0", *flags]) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--replicas=0"], "--replicas=0 must be at least 1"),
+        (["--min_replicas=1"], "give --replicas alone, or --min_replicas and --max_replicas"),
+        (["--replicas=1", "--min_replicas=1", "--max_replicas=2"], "give --replicas alone"),
+        (["--min_replicas=3", "--max_replicas=2"], "--min_replicas=3 --max_replicas=2: "),
+    ],
+)
+def test_numbers_of_replicas_go_together(flags, message, capsys):
+    main = runpy.run_path(str(ROOT / "launch/ray_serve.py"))["main"]
+    assert main(["--checkpoint=none", *flags]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 @pytest.mark.slow
