@@ -139,11 +139,11 @@ class Server:
         self.process.wait(60)
         self._folder.cleanup()
 
-    def expected(self, prompt: str) -> str:
+    def expected(self, prompt: str, max_tokens: int) -> str:
         """What offline generation says, each prompt asked once."""
         from mamba_jax.generation import generate_text
 
-        if prompt not in self._known:
+        if (prompt, max_tokens) not in self._known:
             how = {
                 "max_tokens": NEW_TOKENS,
                 "temperature": 0.0,

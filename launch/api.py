@@ -1,6 +1,7 @@
 """The server for uvicorn's own command, or any other that runs ASGI applications:
 
-    cd launch && uvicorn api:app --host 0.0.0.0 --port 8000 --workers 4
+    cd launch && uvicorn api:app --host 0.0.0.0 --port 8000 --workers 4 \\
+        --timeout-graceful-shutdown 30     # seconds for answers under way at SIGTERM
 
 MAMBA_JAX_CHECKPOINT names the checkpoint: a step_N or final folder, or a run's output_dir (without
 it: checkpoints/final, here or in the project's folder). MAMBA_JAX_API_KEY is the key that clients

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     options, more = parser.parse_known_args(argv)
     out = options.out or f"{pathlib.Path(options.checkpoint).resolve().name}-onnx"
     return export.main(
-        ["--checkpoint", options.checkpoint, "--format", "onnx", "--out", out, *more]
+        ["--checkpoint", options.checkpoint, "--out", out, *more, "--format", "onnx"]
     )
 
 

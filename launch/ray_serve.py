@@ -7,7 +7,8 @@
 
 It joins the cluster that RAY_ADDRESS names or that ``ray start`` began on this machine, else it
 starts one here that ends with it. Every machine needs this project and the checkpoint, at the same
-paths. Each replica has its own rows, snapshots of prompts and counters: /metrics answers for one.
+paths. Where Ray Serve runs already, its own address holds. Each replica has its own rows, snapshots
+of prompts and counters: /metrics answers for one.
 """
 
 import argparse
@@ -91,7 +92,9 @@ def deployment(settings, arguments: argparse.Namespace):
         from mamba_jax.serving.server import open_app
 
         app = open_app(settings, print)
-        app.state.engine.ready.wait()  # no requests until all programs are compiled
+        while not app.state.engine.ready.wait(1):  # no requests until all programs are compiled
+            if not app.state.engine.alive:
+                raise RuntimeError("the engine has stopped")
         return app
 
     @ray_serve.ingress(build)

@@ -106,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     log = lambda line: print(line, file=sys.stderr, flush=True)
+    if arguments.max_connections < 1:
+        raise UserError(f"max_connections={arguments.max_connections} must be at least 1")
     listening = _listen(arguments.host, arguments.port)  # before a large checkpoint is read
     app = open_app(settings_of(arguments), log)
     server = uvicorn.Server(
@@ -117,15 +119,17 @@ def run(arguments: argparse.Namespace) -> int:
             server_header=False,
         )
     )
-    listening.listen(128)  # whoever reads the next line and connects at once is served
-    host, port = listening.getsockname()[:2]
-    log(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
-    # uvicorn raises the signal that stopped it once more when all is done.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
+        # uvicorn raises the signal that stopped it once more when all is done.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        listening.listen(128)  # whoever reads the next line and connects at once is served
+        host, port = listening.getsockname()[:2]
+        log(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
         server.run(sockets=[listening])
     except KeyboardInterrupt:
         return 130
+    finally:
+        app.state.engine.close()  # if a signal came before uvicorn listened to signals
     return 0
 
 

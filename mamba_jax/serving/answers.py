@@ -31,14 +31,12 @@ class Answer:
         tokenizer: Tokenizer,
         asked: Sequence[Asked],
         *,
-        top_logprobs: int = 0,
         echo: bool = False,
     ):
         """Takes the kind of request, what it became, and how its answer is to look."""
         self._kind = kind
         self._tokenizer = tokenizer
         self._asked = asked
-        self._top_logprobs = top_logprobs
         self._echo = echo
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         self._id = f"{prefix}-{secrets.token_hex(12)}"
@@ -89,15 +87,19 @@ class Answer:
 
     def usage(self) -> Json:
         """Returns the counts of tokens; a prompt with several choices counts once."""
-        prompts = {id(self._asked[i].tokens): end for i, end in self._ends.items()}
-        n_prompt = sum(end.prompt_tokens for end in prompts.values())
+        prompts: dict[int, list[End]] = {}
+        for i, end in self._ends.items():
+            prompts.setdefault(id(self._asked[i].tokens), []).append(end)
+        n_prompt = sum(of_prompt[0].prompt_tokens for of_prompt in prompts.values())
         n_new = sum(end.new_tokens for end in self._ends.values())
         return {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_new,
             "total_tokens": n_prompt + n_new,
             "prompt_tokens_details": {
-                "cached_tokens": sum(end.cached_tokens for end in prompts.values())
+                "cached_tokens": sum(  # the first choice may have read what the others found
+                    min(end.cached_tokens for end in of_prompt) for of_prompt in prompts.values()
+                )
             },
         }
 
@@ -159,7 +161,7 @@ class Answer:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _logprobs(self, choice: int, told: Sequence[Told]) -> Json | None:
-        if not self._asked[choice].logprobs:
+        if self._asked[choice].logprobs is None:
             return None
         if self._kind == "chat":
             return {"content": [self._chat_token(each) for each in told], "refusal": None}
@@ -178,7 +180,7 @@ class Answer:
         if told.logprob is None:
             return None
         top: Json = {}
-        for token, logprob in told.top[: self._top_logprobs]:
+        for token, logprob in told.top:
             top.setdefault(self._name(token), logprob)  # likeliest first
         top.setdefault(self._name(told.token), told.logprob)
         return top
@@ -189,7 +191,7 @@ class Answer:
             "logprob": logprob,
             "bytes": list(self._tokenizer.pieces[token]),
         }
-        top = [entry(token, logprob) for token, logprob in told.top[: self._top_logprobs]]
+        top = [entry(token, logprob) for token, logprob in told.top]
         return entry(told.token, told.logprob) | {"top_logprobs": top}
 
     def _name(self, token: int) -> str:

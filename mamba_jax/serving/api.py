@@ -27,7 +27,7 @@ from mamba_jax.serving.protocol import (
 )
 from mamba_jax.serving.sequence import Asked, End, Event, Failed, Text
 
-_FAILED = {"timeout": 504, "cancelled": 499, "error": 500}
+_FAILED = {"timeout": 504, "cancelled": 499, "stopping": 503, "error": 500}
 _RETRY_SECS = 1
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies: pass it on at once
 
@@ -47,7 +47,7 @@ def make_app(
     *,
     model_name: str,
     api_key: str | None = None,
-    max_body_bytes: int = 8 << 20,
+    max_body_bytes: int = 4 << 20,
     on_stop: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Makes the application; its ``state`` holds the engine.
@@ -118,7 +118,6 @@ def make_app(
             model_name,
             engine.tokenizer,
             asked,
-            top_logprobs=body.logprobs or 0,
             echo=bool(body.echo),
         )
         return await _respond(engine, asked, answer, request, bool(body.stream), body.with_usage)
@@ -127,9 +126,7 @@ def make_app(
     async def chats(body: ChatRequest, request: Request) -> Response:
         _check_model(body.model, model_name)
         asked = await asyncio.to_thread(translator.chat, body)
-        answer = Answer(
-            "chat", model_name, engine.tokenizer, asked, top_logprobs=body.top_logprobs or 0
-        )
+        answer = Answer("chat", model_name, engine.tokenizer, asked)
         return await _respond(engine, asked, answer, request, bool(body.stream), body.with_usage)
 
     return app
@@ -150,7 +147,9 @@ async def _respond(
     engine: Engine, asked: list[Asked], answer: Answer, request: Request, stream: bool, usage: bool
 ) -> Response:
     if not stream:
-        return _json(answer.whole(await _all(engine, asked, request)))
+        events = await _all(engine, asked, request)
+        # Not on the loop: with the log-probabilities of a long prompt it is megabytes.
+        return await asyncio.to_thread(lambda: _json(answer.whole(events)))
     # Before the response begins: a full queue must still become a status.
     events = _submit(engine, asked, request)
 

@@ -32,7 +32,6 @@ from mamba_jax.serving.sequence import Asked, End, Event, Failed, Scored, Sequen
 # Lengths of the pieces of prompts: any prompt is a few of them, and each is compiled.
 _PIECES = (256, 64, 16, 4, 1)
 PIECE_TOKENS = _PIECES[0]  # at most read of all prompts between two decoding steps
-_IDLE_SECS = 0.5  # between looks at deadlines while nothing happens
 _log = logging.getLogger(__name__)
 
 
@@ -138,9 +137,15 @@ class Engine:
           What ``cancel`` takes.
 
         Raises:
-          QueueFull: if there is no room; try again later.
+          UserError: if there is never room for so many.
+          QueueFull: if there is none now; try again later.
           Closed: after ``close``.
         """
+        most = self.max_batch + self._max_queue
+        if len(asked) > most:
+            raise UserError(
+                f"{len(asked)} texts at once are above the {most} that fit; ask for fewer"
+            )
         made = [
             Sequence(
                 each,
@@ -196,19 +201,26 @@ class Engine:
             _log.exception("the engine has stopped")
             with self._changed:
                 self._closing = True
-            self._fail_all(f"the engine has stopped: {shortly(error)}")
+                waiting = [*self._waiting]
+                self._waiting.clear()
+            self._fail_all(f"the engine has stopped: {shortly(error)}", waiting)
 
     def _compile_all(self) -> None:
         """Runs every program once: each number of rows, each length of a piece."""
         row = device.empty(**self._how, n_rows=1)
         for length in _PIECES:
             tokens_bt = np.zeros((1, length), np.int32)
+            device.read_and_score(self._params, row, tokens_bt, **self._how)
             row = device.read(self._params, row, tokens_bt, **self._how)
+            if self._closing:
+                return
         counts = _row_counts(self.max_batch)
         for n_rows in counts:
             self._resize(n_rows)
             self._rows = device.put(self._rows, row, np.int32(0))
             self._step(warming=True)
+            if self._closing:
+                return
         for n_rows in reversed(counts[:-1]):
             self._resize(n_rows)
         jax.block_until_ready(self._rows)
@@ -219,7 +231,7 @@ class Engine:
             while not (self._waiting or self._busy()):
                 if self._closing:
                     return False
-                self._changed.wait(_IDLE_SECS)
+                self._changed.wait()
             for sequence in [s for s in self._waiting if self._is_over(s)]:
                 self._waiting.remove(sequence)
             while self._waiting and len(self._reading) + self._n_decoding() < self.max_batch:
@@ -249,7 +261,9 @@ class Engine:
             return True
         if sequence.cancelled:
             sequence.end(Failed("cancelled", "the client has gone"))
-        elif time.monotonic() > min(sequence.deadline, self._drain_until):
+        elif time.monotonic() > self._drain_until:
+            sequence.end(Failed("stopping", "the server is stopping"))
+        elif time.monotonic() > sequence.deadline:
             sequence.end(Failed("timeout", "the request took longer than the server allows"))
         return sequence.ended
 
@@ -266,7 +280,14 @@ class Engine:
         budget = PIECE_TOKENS
         while self._reading and budget > 0:
             sequence = self._reading[0]  # until all has gone well: a failure must find it here
-            budget -= self._read_piece(sequence)
+            if sequence.row is None and any(
+                other.row is not None and other.asked.tokens is sequence.asked.tokens
+                for other in self._reading
+            ):
+                # Another choice of the same prompt, whose snapshot will do for this one.
+                self._reading.rotate(-1)
+                continue
+            budget -= self._read_piece(sequence, budget)
             if sequence.n_read < len(sequence.asked.tokens):
                 self._reading.rotate(-1)
                 continue
@@ -278,8 +299,8 @@ class Engine:
                 sequence.finish_unasked()
             self._reading.popleft()
 
-    def _read_piece(self, sequence: Sequence) -> int:
-        """Reads the next piece of a prompt; returns its tokens."""
+    def _read_piece(self, sequence: Sequence, budget: int) -> int:
+        """Reads the next piece of a prompt, of up to ``budget`` tokens; returns how many."""
         asked = sequence.asked
         row = sequence.row
         if row is None:
@@ -293,13 +314,15 @@ class Engine:
         stop = sequence.cut if sequence.cut > start else len(asked.tokens)
         if stop == start:  # the whole prompt was there
             return 0
-        length = next(length for length in _PIECES if length <= stop - start)
+        length = next(length for length in _PIECES if length <= min(stop - start, budget))
         tokens_bt = asked.tokens[None, start : start + length]
         if asked.score_prompt:
             row, told = device.read_and_score(self._params, row, tokens_bt, **self._how)
             told = jax.tree.map(np.asarray, told)
             sequence.scored += [
-                _told(told, i, int(token)) if start + i else Told(int(token), None)
+                _told(told, i, int(token), asked.logprobs or 0)
+                if start + i
+                else Told(int(token), None)
                 for i, token in enumerate(tokens_bt[0])
             ]
         else:
@@ -366,12 +389,12 @@ class Engine:
         )
 
     def _tells(self) -> Any:
-        return np.bool_(any(s is not None and s.asked.logprobs for s in self._places))
+        return np.bool_(any(s is not None and s.asked.logprobs is not None for s in self._places))
 
     def _tell(self, places: list[Sequence | None], token_b: jax.Array, told: Any) -> None:
         """Gives each sequence its token of a step, and frees the places of those that ended."""
         tokens = np.asarray(token_b).tolist()
-        wanted = any(s is not None and s.asked.logprobs for s in places)
+        wanted = any(s is not None and s.asked.logprobs is not None for s in places)
         told = jax.tree.map(np.asarray, told) if wanted else None
         now = time.monotonic()
         for place, sequence in enumerate(places):
@@ -383,21 +406,18 @@ class Engine:
                 self._observer.next_token(now - sequence.last_time)
             sequence.last_time = now
             token = tokens[place]
-            sequence.take(
-                _told(told, place, token) if sequence.asked.logprobs else Told(token, None)
-            )
+            n_top = sequence.asked.logprobs
+            sequence.take(Told(token, None) if n_top is None else _told(told, place, token, n_top))
             if sequence.ended and sequence in self._places:
                 self._places[self._places.index(sequence)] = None
 
-    def _fail_all(self, why: str) -> None:
-        """Ends every request under way; nothing of the device's state is trusted any more."""
-        with self._changed:
-            under_way = [*self._waiting] if self._closing else []
-            if self._closing:
-                self._waiting.clear()
-        under_way += [*self._reading, *filter(None, self._places)]
+    def _fail_all(self, why: str, waiting: list[Sequence] | None = None) -> None:
+        """Ends every request under way, and those ``waiting``; nothing of the device's state is
+        trusted any more."""
+        under_way = [*(waiting or ()), *self._reading, *filter(None, self._places)]
         under_way += filter(None, self._under_way[0] if self._under_way else [])
         self._reading.clear()
+        self._prefixes.clear()
         self._places, self._under_way = [None], None
         for sequence in dict.fromkeys(under_way):
             if not sequence.ended:
@@ -405,8 +425,8 @@ class Engine:
         self._rows = device.empty(**self._how, n_rows=1)
 
 
-def _told(told: Any, row: int, token: int) -> Told:
-    top = zip(told.top_ids_bm[row].tolist(), told.top_bm[row].tolist(), strict=True)
+def _told(told: Any, row: int, token: int, n_top: int) -> Told:
+    top = zip(told.top_ids_bm[row, :n_top].tolist(), told.top_bm[row, :n_top].tolist(), strict=True)
     return Told(token, float(told.chosen_b[row]), tuple(top))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ from mamba_jax.serving.metrics import Metrics
 
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 _OPEN = ("/", "/health", "/ready")  # without a key: the page asks its reader for one
-_BODY_SECS = 30.0
+_BODY_SECS = 30.0  # for a request's body to come
+_SEND_SECS = 60.0  # for a client to take a piece of its answer
+_log = logging.getLogger(__name__)
 
 
 class Guard:
@@ -35,8 +38,11 @@ class Guard:
                 route = scope.get("route")  # of the router; unknown paths must not become labels
                 path = getattr(route, "path", "other")
                 self._metrics.responses.labels(path, message["status"]).inc()
-            await send(message)
+                begun.append(True)
+            async with asyncio.timeout(_SEND_SECS):
+                await send(message)
 
+        begun: list[bool] = []
         headers = dict(scope["headers"])
         if not self._may_pass(scope["path"], headers):
             refusal = error(
@@ -58,7 +64,14 @@ class Guard:
         async def replay() -> dict[str, Any]:
             return whole.pop() if whole else await receive()
 
-        await self._app(scope, replay, counting)
+        try:
+            await self._app(scope, replay, counting)
+        except TimeoutError:
+            _log.warning("a client took nothing for %.0f s", _SEND_SECS)
+        except Exception:
+            _log.exception("a request failed")
+            if not begun:
+                await _answer(counting, 500, error("the server failed", "server_error"))
 
     def _may_pass(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._api_key is None or path in _OPEN:

@@ -13,6 +13,7 @@ import numpy as np
 from mamba_jax.serving.rows import Rows, row_bytes
 
 _SHORTEST = 16  # tokens: shorter beginnings are read sooner than looked up
+_MAX_ROWS = 1024  # a prompt is compared with each
 
 
 class PrefixCache:
@@ -59,9 +60,14 @@ class PrefixCache:
             return
         self._rows[key] = row
         self.bytes += size
-        while self.bytes > self._max_bytes:
+        while self.bytes > self._max_bytes or len(self._rows) > _MAX_ROWS:
             old_key, old = self._rows.popitem(last=False)
             self.bytes -= row_bytes(old) + len(old_key)
+
+    def clear(self) -> None:
+        """Lets all go."""
+        self._rows.clear()
+        self.bytes = 0
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:

@@ -9,7 +9,16 @@ import secrets
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    FailFast,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.generation import chat
@@ -50,6 +59,12 @@ class Limits:
     max_tokens: int
 
 
+def _all_are(values: Any, of: type) -> bool:
+    """Whether this is a list of values of one type. Pydantic itself would name every element of a
+    long list that is wrong, once for each form that is allowed."""
+    return isinstance(values, list) and all(type(value) is of for value in values)
+
+
 class GenerateRequest(BaseModel):
     """The guide's."""
 
@@ -69,25 +84,34 @@ class _Common(BaseModel):
 
     model: StrictStr | None = None
     temperature: _Temperature | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None  # not OpenAI's; -1: all
     n: Annotated[StrictInt, Field(ge=1, le=_MAX_CHOICES)] | None = None
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: str | list[str] | None = None
     seed: _Seed | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Any = None
 
     @model_validator(mode="after")
     def _offered(self) -> "_Common":
         for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not offered here; leave it out")
-        if isinstance(self.stop, list) and len(self.stop) > _MAX_STOPS:
-            raise ValueError(f"stop has {len(self.stop)} texts, at most {_MAX_STOPS} may be given")
         return self
+
+    @field_validator("stop", mode="plain")
+    @classmethod
+    def _few_texts(cls, stop: Any) -> Any:
+        if (
+            stop is None
+            or isinstance(stop, str)
+            or (_all_are(stop, str) and len(stop) <= _MAX_STOPS)
+        ):
+            return stop
+        raise ValueError(f"must be a text or a list of up to {_MAX_STOPS} texts")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -101,30 +125,41 @@ class _Common(BaseModel):
 class CompletionRequest(_Common):
     """OpenAI's completions."""
 
-    prompt: StrictStr | list[StrictInt] | list[StrictStr] | list[list[StrictInt]] = ""
+    prompt: str | list[str] | list[int] | list[list[int]] = ""
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
     best_of: StrictInt | None = None
 
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _texts_or_ids(cls, prompt: Any) -> Any:
+        if isinstance(prompt, str) or _all_are(prompt, str) or _all_are(prompt, int):
+            return prompt
+        if isinstance(prompt, list) and all(_all_are(ids, int) for ids in prompt):
+            return prompt
+        raise ValueError("must be a text, a list of texts, a list of token ids, or a list of those")
+
     @model_validator(mode="after")
     def _one_of_n(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of is not offered here; leave it out and give n")
+        if self.suffix is not None and self.echo:
+            raise ValueError("echo is not offered with a suffix; leave it out")
         return self
 
 
 class ChatRequest(_Common):
     """OpenAI's chats."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], FailFast()]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+    tools: Any = None
+    functions: Any = None
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -134,7 +169,7 @@ class ChatRequest(_Common):
         if self.response_format and self.response_format.get("type", "text") != "text":
             raise ValueError("response_format is not offered here; leave it out")
         for message in self.messages:
-            if not isinstance(message.get("role"), str):
+            if not isinstance(message.get("role"), str) or "content" not in message:
                 raise ValueError('every message needs a "role" and a "content"')
             content = message.get("content")
             if isinstance(content, list):
@@ -179,7 +214,14 @@ class Translator:
             )
         max_tokens = 16 if request.max_tokens is None else request.max_tokens  # OpenAI's default
         self._check_max_tokens(max_tokens, "max_tokens")
-        told = request.logprobs is not None
+        scored = bool(request.echo) and request.logprobs is not None
+        n_scored = sum(len(tokens) for tokens, _ in prompts) * (request.n or 1) if scored else 0
+        if n_scored > self._limits.prompt_tokens:
+            raise BadRequest(
+                f"echo with logprobs of {n_scored:,} tokens is above the "
+                f"{self._limits.prompt_tokens:,} of a request; send fewer prompts at a time",
+                "echo",
+            )
         return [
             asked
             for prompt in prompts
@@ -188,22 +230,27 @@ class Translator:
                 self._checked(prompt, "prompt"),
                 max_tokens,
                 stops=request.stops,
-                logprobs=told,
-                score_prompt=told and bool(request.echo),
+                logprobs=request.logprobs,
+                score_prompt=scored,
             )
         ]
 
     def chat(self, request: ChatRequest) -> list[Asked]:
         """Translates a conversation."""
         text = chat.prompt_of(request.messages)
-        prompt = self._checked(self._of_text(text), "messages")
-        max_tokens = request.max_completion_tokens or request.max_tokens
-        if max_tokens is None:  # OpenAI's default is what fits
-            max_tokens = self._limits.max_tokens
-        self._check_max_tokens(max_tokens, "max_tokens")
+        prompt = self._checked(self._of_text(text, "messages"), "messages")
+        max_tokens = self._limits.max_tokens  # OpenAI's default is what fits
+        for name in ("max_tokens", "max_completion_tokens"):  # the latter wins
+            if (asked := getattr(request, name)) is not None:
+                max_tokens = asked
+                self._check_max_tokens(asked, name)
         stops = (*request.stops, chat.STOP)
         return self._choices(
-            request, prompt, max_tokens, stops=stops, logprobs=bool(request.logprobs)
+            request,
+            prompt,
+            max_tokens,
+            stops=stops,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
 
     def _choices(
@@ -217,7 +264,8 @@ class Translator:
                 max_tokens,
                 temperature=1.0 if request.temperature is None else request.temperature,
                 top_k=max(request.top_k or 0, 0),
-                top_p=request.top_p or 1.0,
+                # 0, and what float32 takes for it, leave the likeliest alone.
+                top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),
                 seed=(first_seed + choice) % 2**32,
                 marked=marked,
                 **more,
@@ -244,11 +292,11 @@ class Translator:
         begin = self._tokenizer.eot_id, prefix_id
         return [(np.array([*begin, *before, suffix_id, *after, middle_id], np.int32), True)]
 
-    def _of_text(self, text: str) -> _Prompt:
+    def _of_text(self, text: str, field: str = "prompt") -> _Prompt:
         # Lest a text of many megabytes is tokenised only to be refused: no token has more bytes.
         longest = int(self._tokenizer.token_bytes.max())
         if len(text) > self._limits.prompt_tokens * longest:
-            raise self._too_long(f"has {len(text):,} characters")
+            raise self._too_long(f"has {len(text):,} characters", field)
         return np.array([self._tokenizer.eot_id, *self._tokenizer.encode(text)], np.int32), True
 
     def _of_ids(self, ids: list[int]) -> _Prompt:
@@ -265,7 +313,7 @@ class Translator:
             raise self._too_long(f"has {len(prompt[0]):,} tokens", field)
         return prompt
 
-    def _too_long(self, what: str, field: str = "prompt") -> BadRequest:
+    def _too_long(self, what: str, field: str) -> BadRequest:
         limit = self._limits.prompt_tokens
         return BadRequest(
             f"the prompt {what}, at most {limit:,} tokens may be given",

@@ -66,8 +66,10 @@ def read_and_score(
     vocab_size: int,
 ) -> tuple[Rows, Logprobs]:
     """Reads likewise, and tells how likely each of the tokens was; those are the "rows" told."""
-    logits_btv, _, cache = build.apply(params, config, tokens_bt, initial_cache=row.cache)
-    logits_tv = logits_btv[0, :, :vocab_size]
+    x_btd, _, cache = build.forward(
+        params, config, tokens_bt, initial_cache=row.cache, generating=True
+    )
+    logits_tv = build.logits(params, config, x_btd)[0, :, :vocab_size]
     before_tv = jnp.concatenate([row.logits_bv, logits_tv[:-1]])
     return Rows(cache, logits_tv[-1:]), _logprobs(before_tv, tokens_bt[0])
 

@@ -22,7 +22,7 @@ class Asked:
       temperature: as in ``generation.Sampling``, likewise ``top_k`` and ``top_p``.
       seed: 0 … 2³² - 1; a text depends on its prompt, its settings and this alone.
       stops: texts that end the text and are not part of it.
-      logprobs: tell those of each token.
+      logprobs: tell that of each token, and of so many likeliest ones; None: tell none.
       score_prompt: tell those of the prompt's tokens as well.
       marked: the first token is the marker alone, which the prompt itself does not have.
     """
@@ -34,7 +34,7 @@ class Asked:
     top_p: float = 1.0
     seed: int = 0
     stops: tuple[str, ...] = ()
-    logprobs: bool = False
+    logprobs: int | None = None
     score_prompt: bool = False
     marked: bool = True
 
@@ -77,7 +77,7 @@ class End:
 class Failed:
     """Event: the last one of a request that was not."""
 
-    reason: Literal["timeout", "cancelled", "error"]
+    reason: Literal["timeout", "cancelled", "stopping", "error"]
     message: str
 
 
@@ -113,23 +113,23 @@ class Sequence:
         self.tell = deliver
         self._on_end = on_end
         self._eot_id = tokenizer.eot_id
-        self._pieces = tokenizer.pieces
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopFinder(asked.stops)
-        self._held: list[tuple[int, Told]] = []  # tokens, by where their text begins
-        self._n_bytes = 0
-        self._shown_bytes = 0
+        self._held: list[tuple[int, Told]] = []  # tokens, by the characters before them
+        self._n_chars = 0
+        self._n_shown = 0
 
     def take(self, told: Told) -> None:
         """Takes the next token in, which may be the last."""
         self.n_new += 1
-        if self.asked.logprobs:
-            self._held.append((self._n_bytes, told))
+        if self.asked.logprobs is not None:
+            self._held.append((self._n_chars, told))
         if told.token == self._eot_id:
             self._finish("stop")
             return
-        self._n_bytes += len(self._pieces[told.token])
-        self._show(self._stops.push(self._decoder.push(told.token)))
+        text = self._decoder.push(told.token)
+        self._n_chars += len(text)
+        self._show(self._stops.push(text))
         if self._stops.found is not None:
             self.end(End("stop", *self._counts()))
         elif self.n_new == self.asked.max_tokens:
@@ -143,8 +143,8 @@ class Sequence:
         """Tells the last event."""
         self.ended = True
         self.row = None
-        self.tell(event)
         self._on_end(self, event)
+        self.tell(event)
 
     def _finish(self, reason: Literal["stop", "length"]) -> None:
         rest = self._stops.push(self._decoder.flush())
@@ -155,8 +155,8 @@ class Sequence:
 
     def _show(self, text: str, everything: bool = False) -> None:
         """Tells text, with the tokens that begin in it."""
-        self._shown_bytes += len(text.encode("utf-8", "surrogatepass"))
-        shown = tuple(told for at, told in self._held if everything or at < self._shown_bytes)
+        self._n_shown += len(text)
+        shown = tuple(told for at, told in self._held if everything or at < self._n_shown)
         self._held = self._held[len(shown) :]
         if text or shown:
             self.tell(Text(text, shown))

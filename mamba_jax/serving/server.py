@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from fastapi import FastAPI
 
+from mamba_jax.errors import UserError
 from mamba_jax.generation.checkpoints import find
 from mamba_jax.serving.api import make_app
 from mamba_jax.serving.engine import Engine
@@ -42,6 +43,13 @@ class Settings:
     timeout_secs: float = 600.0
     drain_secs: float = 30.0
     scan: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("prefix_cache_mb", 0), ("max_prompt_tokens", 1), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.drain_secs < float("inf"):
+            raise UserError(f"drain_secs={self.drain_secs} must be a number from 0 up")
 
 
 def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:

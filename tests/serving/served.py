@@ -77,8 +77,8 @@ def post(port, path, body, **more):
 
 def metric(port, name):
     _, _, content = request(port, "GET", "/metrics")
-    (line,) = [x for x in content.decode().splitlines() if x.startswith(name + " ")]
-    return float(line.split()[1])
+    lines = [line for line in content.decode().splitlines() if line.startswith(f"{name} ")]
+    return float(lines[0].split()[1]) if lines else 0.0  # a label that was never counted
 
 
 def until(condition, secs=60):

@@ -25,7 +25,7 @@ from .served import post, request, until
 ROOT = pathlib.Path(__file__).parents[2]
 GREEDY = {"prompt": "def main(", "max_tokens": 12, "temperature": 0}
 # Greedily this model goes round in circles; a second's work or so.
-LONG = {"prompt": "On and on", "max_tokens": 4_000, "temperature": 0, "stream": True}
+LONG = {"prompt": "On and on", "max_tokens": 1_000, "temperature": 0, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def _free_port():
 
 def test_the_command_serves_and_sigterm_lets_requests_end(folder):
     command = ("-m", "mamba_jax.serve", f"--checkpoint={folder}", "--port=0", "--max_batch=1")
-    with started(folder, *command) as (process, said):
+    with started(folder, *command, "--drain_secs=120") as (process, said):
         port = _port(process, said)
         until(lambda: request(port, "GET", "/ready")[0] == 200, secs=300)
         assert post(port, "/generate", GREEDY) == (200, {"response": offline("mamba", "def main(")})

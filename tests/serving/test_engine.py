@@ -72,9 +72,20 @@ def test_prompts_that_begin_alike_go_on_from_a_snapshot():
     engine.close()
 
 
+def test_choices_of_one_prompt_read_it_once():
+    engine = engine_of("mamba")
+    asked = asked_of("A prompt that several answers are wanted to. " * 12)
+    results = answers(engine, asked, asked, asked)
+    n_prompt = len(asked.tokens)
+    assert n_prompt > 2 * engines.PIECE_TOKENS
+    assert sorted(end.cached_tokens for _, end in results) == [0, n_prompt, n_prompt]
+    assert len({text for text, _ in results}) == 1
+    engine.close()
+
+
 def test_logprobs_are_those_of_a_whole_pass(engine):
     listener = Listener(1)
-    engine.submit([asked_of("def ", logprobs=True, score_prompt=True)], listener)
+    engine.submit([asked_of("def ", logprobs=20, score_prompt=True)], listener)
     (events,) = listener.wait()
     scored = next(event for event in events if isinstance(event, Scored)).tokens
     made = [told for event in events if isinstance(event, Text) for told in event.tokens]
@@ -124,7 +135,7 @@ def test_a_cancelled_request_frees_its_row():
 
 
 def test_a_full_queue_refuses_all_or_none_and_lateness_ends():
-    engine = engine_of("mamba", max_batch=1, max_queue=2, timeout_secs=0.5)
+    engine = engine_of("mamba", max_batch=1, max_queue=2, timeout_secs=2.0)
     listener = Listener(3)
     endless = asked_of("a", max_tokens=10**6)
     engine.submit([endless] * 3, listener)
@@ -159,6 +170,26 @@ def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
     assert answers(engine, asked_of("a"))[0][0] == offline("mamba", "a")
 
 
+def test_a_snapshot_that_failed_on_the_device_is_not_found_again(monkeypatch):
+    """As when memory runs out after the call that was to make it has returned."""
+    engine = engine_of("mamba")
+    read = engines.device.read
+
+    def broken(*arguments, **how):
+        row = read(*arguments, **how)
+        row.logits_bv.delete()
+        return row
+
+    asked = asked_of("A prompt worth a snapshot.")
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.device, "read", broken)
+        ((_, end),) = answers(engine, asked)
+        assert end.reason == "error"
+    ((text, end),) = answers(engine, asked)
+    assert (text, end.cached_tokens) == (offline("mamba", "A prompt worth a snapshot."), 0)
+    engine.close()
+
+
 def test_warming_up_compiles_everything():
     """Afterwards no request compiles, whatever its length and its company."""
     engine = engine_of("mamba", max_batch=3)
@@ -167,10 +198,12 @@ def test_warming_up_compiles_everything():
     other.start()
     assert other.ready.wait(240)
     sizes = lambda: [
-        getattr(engines.device, name)._cache_size() for name in ("read", "step", "put", "take")
+        getattr(engines.device, name)._cache_size()
+        for name in ("read", "read_and_score", "step", "put", "take")
     ]
     before = sizes()
     asked = [asked_of("b" * n, max_tokens=1 + n % 7) for n in range(0, 300, 11)]
+    asked.append(asked_of("c" * 90, logprobs=3, score_prompt=True))
     assert all(isinstance(end, End) for _, end in answers(other, *asked))
     assert sizes() == before
     other.close()
