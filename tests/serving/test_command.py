@@ -147,10 +147,12 @@ def test_uvicorn_is_told_in_one_line_what_is_wrong_and_gives_up(tmp_path):
         text=True,
         timeout=120,
     )
-    assert done.returncode == STARTUP_FAILURE
-    assert done.stderr == (
-        f"error: checkpoint {tmp_path}/none does not exist; give a step_N or final folder\n"
+    assert done.returncode == STARTUP_FAILURE, done.stderr
+    *_, line = done.stderr.splitlines()  # a busy machine may make JAX warn before it
+    assert line == (
+        f"error: checkpoint {tmp_path}/none does not exist; give a step_N or final folder"
     )
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
