@@ -15,6 +15,7 @@ from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.norm import rms_normalise
 from mamba_jax.ops.selective_scan import SAVEABLE, selective_scan
 
+from ..training.tiny_run import quick_compiles  # noqa: F401
 from . import naive
 from .tiny import HYBRID, MAMBA, TOKENS, VARIANTS, assert_close, params_of
 

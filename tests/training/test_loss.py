@@ -8,7 +8,15 @@ import pytest
 from mamba_jax.models import build
 from mamba_jax.training.loss import token_nll
 
-from .tiny_run import EOT, HYBRID, MAMBA, one_device, run_config, windows
+from .tiny_run import (
+    EOT,
+    HYBRID,
+    MAMBA,
+    one_device,
+    quick_compiles,  # noqa: F401
+    run_config,
+    windows,
+)
 
 
 @pytest.mark.parametrize("model", [MAMBA, HYBRID], ids=["mamba", "hybrid"])
