@@ -15,6 +15,8 @@ from mamba_jax.training import elastic, history
 from mamba_jax.training.checkpoint import read_metadata
 from mamba_jax.training.step import make_train_step
 
+from ..training.tiny_run import quick_compiles  # noqa: F401
+
 
 @pytest.fixture
 def no_gpu(monkeypatch, tmp_path):

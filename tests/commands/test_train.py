@@ -26,6 +26,8 @@ from mamba_jax.training.checkpoint import read_metadata, restore
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.state import abstract_state
 
+from ..training.tiny_run import quick_compiles  # noqa: F401
+
 CONFIG = """
 from mamba_jax.config import default_config
 
