@@ -25,7 +25,8 @@ from benchmarks.report import bars
 
 BASELINE = "mamba_jax"
 ALONE, UNREAD = "one client after another", "nothing shared"
-CLIENTS, NEW_TOKENS, PROMPT_TOKENS = 16, 48, 2_000
+CLIENTS, PROMPT_TOKENS = 16, 2_000
+NEW_TOKENS = 100  # as many as the default of /generate
 REQUESTS, FEW_TOKENS = 2_000, 8  # of the endurance
 SPEED_UP, HIT_SPEED_UP, LEAK_BYTES = 5.0, 10.0, 50e6
 RATE = "tokens_per_sec"
@@ -145,7 +146,7 @@ class Server:
 
         if (prompt, max_tokens) not in self._known:
             how = {
-                "max_tokens": NEW_TOKENS,
+                "max_tokens": max_tokens,
                 "temperature": 0.0,
                 "top_k": 0,
                 "top_p": 1.0,

@@ -30,7 +30,7 @@ from mamba_jax.serving.row_sampling import Choosing
 from mamba_jax.serving.sequence import Asked, End, Event, Failed, Scored, Sequence, Told
 
 # Lengths of the pieces of prompts: any prompt is a few of them, and each is compiled.
-_PIECES = (256, 64, 16, 4, 1)
+_PIECES = (256, 64, 16, 8, 4, 2, 1)
 PIECE_TOKENS = _PIECES[0]  # at most read of all prompts between two decoding steps
 _log = logging.getLogger(__name__)
 
