@@ -8,17 +8,15 @@ and dtype that has an engine, and compares as ``mamba_jax.export --verify`` does
 libraries are missing gets a note. Writes benchmarks/results/engines_cpu.json and .md.
 """
 
-import importlib.metadata
 import json
 import pathlib
-import platform
 import sys
 import sysconfig
 import tempfile
 import time
 from typing import Any
 
-from benchmarks.report import cpu_name, git_commit
+from benchmarks.report import cpu_name, git_commit, installed
 from mamba_jax import export, train
 from mamba_jax.errors import UserError
 
@@ -57,20 +55,18 @@ def train_model(family: str, folder: pathlib.Path) -> pathlib.Path:
 
 def compare(checkpoint: pathlib.Path, form: str, dtype: str, out: pathlib.Path) -> dict[str, Any]:
     """Exports and verifies; returns what was found, or a note why nothing was."""
-    from mamba_jax.data.tokenizer import load_saved
     from mamba_jax.exporting import tensors, verify
-    from mamba_jax.training import checkpoint as checkpoints
+    from mamba_jax.generation.checkpoints import find
 
     asked = ["--checkpoint", str(checkpoint), "--format", form, "--dtype", dtype]
     try:
         export.run(export.parse([*asked, "--out", str(out)]))
-        metadata = checkpoints.read_metadata(checkpoint)
-        assert metadata.step == STEPS, metadata.step
-        tokenizer = load_saved(checkpoint, metadata.config.data.tokenizer)
-        model, params = metadata.config.model, checkpoints.restore_params(checkpoint)
-        table = tensors.to_hf(params, model, tokenizer.vocab_size)
+        found = find(str(checkpoint), print)
+        assert found.metadata.step == STEPS, found.metadata.step
+        model = found.load()
+        table = tensors.to_hf(model.params, model.config, model.tokenizer.vocab_size)
         check = getattr(verify, f"check_{form}")
-        return check(out, table, model, tokenizer, dtype)._asdict()
+        return check(out, table, model.config, model.tokenizer, dtype)._asdict()
     except UserError as error:
         return {"note": str(error)}
 
@@ -107,24 +103,13 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def installed() -> dict[str, str]:
-    """Returns the versions of what takes part and is there."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def main() -> int:
     """Trains, exports, compares and writes."""
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": git_commit(),
         "device": cpu_name(),
-        "versions": installed(),
+        "versions": installed(PACKAGES),
         "training": {"steps": STEPS, "tokens_per_step": ROWS * FIELDS["max_seq_len"]},
         "rows": [],
     }

@@ -34,12 +34,6 @@ class Result:
 
 def environment(context: Context, command_line: str) -> dict[str, Any]:
     """Collects what a figure depends on."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "device": context.device_kind,
         "platform": context.platform,
@@ -47,12 +41,23 @@ def environment(context: Context, command_line: str) -> dict[str, Any]:
         "cores_used": len(os.sched_getaffinity(0)),
         "cores_of_machine": os.cpu_count(),
         "load_average_at_start": os.getloadavg()[0],
-        "versions": versions,
+        "versions": installed(PACKAGES),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "command_line": command_line,
     }
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of Python and of those packages that are there."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def cpu_name() -> str:

@@ -32,7 +32,8 @@ def _checkpoint() -> str:
 
 def _open():
     serve.need_packages()
-    from mamba_jax.serving.server import Settings, open_app
+    from mamba_jax.serving.server import open_app
+    from mamba_jax.serving.settings import Settings
 
     settings = Settings(_checkpoint(), api_key=os.environ.get(serve.KEY_VARIABLE) or None)
     return open_app(settings, lambda line: print(line, file=sys.stderr, flush=True))

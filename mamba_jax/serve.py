@@ -10,12 +10,10 @@ import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mamba_jax.errors import UserError, command, need
-
-if TYPE_CHECKING:
-    from mamba_jax.serving.server import Settings
+from mamba_jax.serving.settings import Settings
 
 KEY_VARIABLE = "MAMBA_JAX_API_KEY"
 
@@ -53,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds where to listen, and all of ``serving.server.Settings``."""
+    """Adds where to listen, and all of ``serving.settings.Settings``."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -64,13 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--host", str, "127.0.0.1", "this machine alone; 0.0.0.0: every network"),
         ("--port", int, 8000, "0: any free one"),
         ("--model_name", str, None, "what clients call the model; default: its config's name"),
-        ("--max_batch", int, 16, "sequences at a time"),
-        ("--max_queue", int, 256, "requests that may wait besides; more get 429"),
-        ("--prefix_cache_mb", int, 256, "for states at the beginnings of prompts; 0: none"),
-        ("--max_prompt_tokens", int, 32_768, "of a request"),
-        ("--max_tokens", int, 4_096, "that a request may ask for"),
-        ("--timeout_secs", float, 600.0, "from a request's arrival to its end"),
-        ("--drain_secs", float, 30.0, "that requests under way are given at SIGTERM"),
+        ("--max_batch", int, Settings.max_batch, "sequences at a time"),
+        ("--max_queue", int, Settings.max_queue, "requests that may wait besides; more get 429"),
+        (
+            "--prefix_cache_mb",
+            int,
+            Settings.prefix_cache_mb,
+            "for states at the beginnings of prompts; 0: none",
+        ),
+        ("--max_prompt_tokens", int, Settings.max_prompt_tokens, "of a request"),
+        ("--max_tokens", int, Settings.max_tokens, "that a request may ask for"),
+        ("--timeout_secs", float, Settings.timeout_secs, "from a request's arrival to its end"),
+        (
+            "--drain_secs",
+            float,
+            Settings.drain_secs,
+            "that requests under way are given at SIGTERM",
+        ),
     ):
         about += "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, type=type_, default=default, help=about)
@@ -88,10 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_of(arguments: argparse.Namespace) -> "Settings":
+def settings_of(arguments: argparse.Namespace) -> Settings:
     """Returns the settings that arguments give, with the key of the environment."""
-    from mamba_jax.serving.server import Settings
-
     values: dict[str, Any] = vars(arguments)
     given = {name: values[name] for name in Settings.__dataclass_fields__}
     given["api_key"] = given["api_key"] or os.environ.get(KEY_VARIABLE) or None

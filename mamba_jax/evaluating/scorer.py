@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Int
 from mamba_jax.config import ModelConfig
 from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model, mean_probability, same_tokenizer
+from mamba_jax.generation.generate import empty_cache
 from mamba_jax.models import build
 
 _SHORTEST_CHUNK = 16  # of what is scored; shorter ones would save less than compiling them costs
@@ -137,7 +138,7 @@ class Scorer:
         """Yields indices of ``batch_size`` contexts at most, and the caches after them."""
         n_common = _common_length(contexts)
         common = [contexts[0][:n_common]] if contexts else []
-        empty = _empty_caches(self._configs, self._batch_size)
+        empty = tuple(empty_cache(config, self._batch_size) for config in self._configs)
         after_common = self._read(empty, common, generating)
         by_length = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
         for first in range(0, len(contexts), self._batch_size):
@@ -262,12 +263,6 @@ def _lengths(chunk_tokens: int) -> list[int]:
     """Returns the lengths that sequences are cut into: ``chunk_tokens``, and shorter ones to 1."""
     shorter = [_STEP**i for i in range(chunk_tokens.bit_length()) if _STEP**i < chunk_tokens]
     return [chunk_tokens, *reversed(shorter)]
-
-
-@functools.partial(jax.jit, static_argnames=("configs", "batch_size"))
-def _empty_caches(configs: tuple[ModelConfig, ...], batch_size: int) -> Caches:
-    empty = lambda config: build.unstack_cache(build.init_cache(config, batch_size), config)
-    return tuple(empty(config) for config in configs)
 
 
 @jax.jit

@@ -32,6 +32,7 @@ from mamba_jax.serving.sequence import Asked, End, Event, Failed, Scored, Sequen
 # Lengths of the pieces of prompts: any prompt is a few of them, and each is compiled.
 _PIECES = (256, 64, 16, 8, 4, 2, 1)
 PIECE_TOKENS = _PIECES[0]  # at most read of all prompts between two decoding steps
+_IDLE = Asked(np.zeros(0, np.int32), max_tokens=0)  # what a row without a sequence does
 _log = logging.getLogger(__name__)
 
 
@@ -96,6 +97,8 @@ class Engine:
             raise UserError(f"timeout_secs={timeout_secs} must be above 0")
         self.tokenizer = model.tokenizer
         self.max_batch = max_batch
+        # The numbers of rows that programs are compiled for.
+        self._counts = [1 << i for i in range((max_batch - 1).bit_length())] + [max_batch]
         self.ready = threading.Event()
         self._params = build.prepare_for_decoding(jax.device_put(model.params), model.config)
         self._how: dict[str, Any] = {
@@ -214,14 +217,13 @@ class Engine:
             row = device.read(self._params, row, tokens_bt, **self._how)
             if self._closing:
                 return
-        counts = _row_counts(self.max_batch)
-        for n_rows in counts:
+        for n_rows in self._counts:
             self._resize(n_rows)
             self._rows = device.put(self._rows, row, np.int32(0))
-            self._step(warming=True)
+            self._choose()
             if self._closing:
                 return
-        for n_rows in reversed(counts[:-1]):
+        for n_rows in reversed(self._counts[:-1]):
             self._resize(n_rows)
         jax.block_until_ready(self._rows)
 
@@ -335,7 +337,7 @@ class Engine:
 
     def _join(self, sequence: Sequence) -> None:
         if None not in self._places:
-            self._resize(next(n for n in _row_counts(self.max_batch) if n > len(self._places)))
+            self._resize(next(n for n in self._counts if n > len(self._places)))
         place = self._places.index(None)
         self._rows = device.put(self._rows, sequence.row, np.int32(place))
         self._places[place] = sequence
@@ -348,31 +350,34 @@ class Engine:
         self._rows = device.take(self._rows, np.array(places + padding, np.int32))
         self._places = [*(self._places[place] for place in places), *[None] * len(padding)]
 
-    def _step(self, warming: bool = False) -> None:
+    def _step(self) -> None:
         """Starts the next step, then reads the tokens of the one before."""
-        counts = _row_counts(self.max_batch)
-        smaller = [n for n in counts if n < len(self._places)]
+        smaller = [n for n in self._counts if n < len(self._places)]
         # Two sizes down, lest a batch that comes and goes is copied at each step.
-        if not warming and len(smaller) > 1 and self._n_decoding() <= smaller[-2]:
+        if len(smaller) > 1 and self._n_decoding() <= smaller[-2]:
             self._resize(smaller[-1])
         started = None
-        if self._n_decoding() or warming:
-            token_b, told, self._rows = device.step(
-                self._params, self._rows, self._choosing(), self._tells(), **self._how
-            )
-            started = list(self._places), token_b, told
+        if self._n_decoding():
+            started = list(self._places), *self._choose()
             for place, sequence in enumerate(self._places):
                 if sequence is not None:
                     sequence.n_chosen += 1
                     if sequence.n_chosen == sequence.asked.max_tokens:
                         self._places[place] = None
-        before, self._under_way = self._under_way, None if warming else started
+        before, self._under_way = self._under_way, started
         if before is not None:
             self._tell(*before)
 
+    def _choose(self) -> tuple[jax.Array, Any]:
+        """Starts the choice of every row's next token; returns them and their log-probabilities."""
+        tell: Any = np.bool_(_want_logprobs(self._places))
+        token_b, told, self._rows = device.step(
+            self._params, self._rows, self._choosing(), tell, **self._how
+        )
+        return token_b, told
+
     def _choosing(self) -> Choosing:
-        idle = Asked(np.zeros(0, np.int32), max_tokens=0)
-        asked = [idle if sequence is None else sequence.asked for sequence in self._places]
+        asked = [_IDLE if sequence is None else sequence.asked for sequence in self._places]
 
         def column(name: str, dtype: Any) -> Any:
             return np.array([getattr(each, name) for each in asked], dtype)
@@ -388,14 +393,10 @@ class Engine:
             position_b,
         )
 
-    def _tells(self) -> Any:
-        return np.bool_(any(s is not None and s.asked.logprobs is not None for s in self._places))
-
     def _tell(self, places: list[Sequence | None], token_b: jax.Array, told: Any) -> None:
         """Gives each sequence its token of a step, and frees the places of those that ended."""
         tokens = np.asarray(token_b).tolist()
-        wanted = any(s is not None and s.asked.logprobs is not None for s in places)
-        told = jax.tree.map(np.asarray, told) if wanted else None
+        told = jax.tree.map(np.asarray, told) if _want_logprobs(places) else None
         now = time.monotonic()
         for place, sequence in enumerate(places):
             if sequence is None or sequence.ended:
@@ -430,6 +431,5 @@ def _told(told: Any, row: int, token: int, n_top: int) -> Told:
     return Told(token, float(told.chosen_b[row]), tuple(top))
 
 
-def _row_counts(max_batch: int) -> list[int]:
-    """Returns the numbers of rows that programs are compiled for."""
-    return [1 << i for i in range((max_batch - 1).bit_length())] + [max_batch]
+def _want_logprobs(places: list[Sequence | None]) -> bool:
+    return any(s is not None and s.asked.logprobs is not None for s in places)

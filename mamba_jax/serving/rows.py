@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mamba_jax.config import ModelConfig
+from mamba_jax.generation.generate import empty_cache
 from mamba_jax.models import build
 from mamba_jax.serving.row_sampling import Choosing, sample_rows
 
@@ -38,8 +39,7 @@ class Logprobs(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size", "n_rows"))
 def empty(config: ModelConfig, vocab_size: int, n_rows: int) -> Rows:
     """Makes rows that hold nothing yet."""
-    cache = build.unstack_cache(build.init_cache(config, n_rows), config)
-    return Rows(cache, jnp.zeros((n_rows, vocab_size), jnp.float32))
+    return Rows(empty_cache(config, n_rows), jnp.zeros((n_rows, vocab_size), jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"))

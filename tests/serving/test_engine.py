@@ -170,6 +170,22 @@ def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
     assert answers(engine, asked_of("a"))[0][0] == offline("mamba", "a")
 
 
+def test_a_failing_step_ends_those_whose_last_token_was_under_way(monkeypatch):
+    engine = engine_of("mamba")
+    step, calls = engines.device.step, []
+
+    def second_fails(*arguments, **how):
+        calls.append(len(arguments))
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return step(*arguments, **how)
+
+    monkeypatch.setattr(engines.device, "step", second_fails)
+    results = answers(engine, asked_of("a", max_tokens=1), asked_of("b", max_tokens=9))
+    assert [end for _, end in results] == [Failed("error", "the step failed: out of memory")] * 2
+    engine.close()
+
+
 def test_a_snapshot_that_failed_on_the_device_is_not_found_again(monkeypatch):
     """As when memory runs out after the call that was to make it has returned."""
     engine = engine_of("mamba")
