@@ -114,6 +114,15 @@ def test_a_stop_ends_the_text_before_it(engine):
     assert end.new_tokens < 12
 
 
+def test_no_step_is_made_for_tokens_beyond_what_was_asked_for(engine, monkeypatch):
+    step, calls = engines.device.step, []
+    monkeypatch.setattr(
+        engines.device, "step", lambda *of, **how: (calls.append(1), step(*of, **how))[1]
+    )
+    ((_, end),) = answers(engine, asked_of("to be or not", max_tokens=3))
+    assert (end.reason, len(calls)) == ("length", 3)
+
+
 def test_no_token_may_be_asked_for(engine):
     ((text, end),) = answers(engine, asked_of("def ", max_tokens=0))
     assert (text, end.reason, end.new_tokens) == ("", "length", 0)
