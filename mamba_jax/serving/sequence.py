@@ -112,7 +112,7 @@ class Sequence:
         self.last_time = 0.0  # of the last token told
         self.tell = deliver
         self._on_end = on_end
-        self._eot_id = tokenizer.eot_id
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopFinder(asked.stops)
         self._held: list[tuple[int, Told]] = []  # tokens, by the characters before them
@@ -122,13 +122,17 @@ class Sequence:
     def take(self, told: Told) -> None:
         """Takes the next token in, which may be the last."""
         self.n_new += 1
+        is_end = told.token == self._tokenizer.eot_id
+        before = self._n_chars
+        text = "" if is_end else self._decoder.push(told.token)
+        self._n_chars += len(text)
         if self.asked.logprobs is not None:
-            self._held.append((self._n_chars, told))
-        if told.token == self._eot_id:
+            # The text may begin with what earlier tokens had left incomplete.
+            own = len(self._tokenizer.decode([told.token]))
+            self._held.append((max(before, self._n_chars - own), told))
+        if is_end:
             self._finish("stop")
             return
-        text = self._decoder.push(told.token)
-        self._n_chars += len(text)
         self._show(self._stops.push(text))
         if self._stops.found is not None:
             self.end(End("stop", *self._counts()))

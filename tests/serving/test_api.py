@@ -162,10 +162,11 @@ def test_metrics_count(port):
     ]
     post(port, "/v1/completions", GREEDY)
     before = [metric(port, name) for name in names]
-    body = GREEDY | {"prompt": "z", "max_tokens": 1}
+    body = ENDLESS | {"max_tokens": 3}
     assert post(port, "/v1/completions", body)[1]["choices"][0]["finish_reason"] == "length"
     after = [metric(port, name) for name in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 2, 1, 1]
+    n_prompt = len(tokens_of(ENDLESS["prompt"]))
+    assert [b - a for a, b in zip(before, after, strict=True)] == [3, n_prompt, 1, 1]
 
 
 BAD = {
@@ -310,6 +311,16 @@ def test_a_full_queue_says_when_to_come_again():
         assert json.loads(content)["error"]["code"] == "queue_full"
         hanging.close()
         until(lambda: post(port, "/v1/completions", GREEDY)[0] == 200)
+
+
+def test_a_body_in_chunks_is_bounded_too(port):
+    """It does not say how long it is."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    chunks = iter([b'{"prompt": "', *[b"a" * 1_000] * 25, b'"}'])
+    connection.request("POST", "/generate", chunks, encode_chunked=True)
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert "above 20,000 bytes" in json.loads(answer.read())["error"]["message"]
 
 
 def test_what_nobody_thought_of_is_an_error_like_the_others(port, monkeypatch, caplog):

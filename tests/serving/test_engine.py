@@ -114,6 +114,24 @@ def test_a_stop_ends_the_text_before_it(engine):
     assert end.new_tokens < 12
 
 
+def test_the_beginning_of_a_stop_is_text_where_the_text_ends(engine):
+    whole = offline("mamba", "def ", 12)
+    ((text, end),) = answers(engine, asked_of("def ", stops=(whole[-1] + "and no more",)))
+    assert text == whole
+    assert end.new_tokens >= 12
+
+
+def test_tokens_are_told_up_to_the_stop(engine):
+    stop = offline("mamba", "On and on", 12)[5:7]
+    listener = Listener(1)
+    engine.submit([asked_of("On and on", stops=(stop,), logprobs=0)], listener)
+    (events,) = listener.wait()
+    texts = [event for event in events if isinstance(event, Text)]
+    told = [each.token for event in texts for each in event.tokens]
+    assert TOKENIZER.decode(told) == "".join(event.text for event in texts)
+    assert events[-1].new_tokens > len(told)
+
+
 def test_no_step_is_made_for_tokens_beyond_what_was_asked_for(engine, monkeypatch):
     step, calls = engines.device.step, []
     monkeypatch.setattr(
