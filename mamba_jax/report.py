@@ -10,6 +10,7 @@ from typing import Any
 from mamba_jax import presets
 from mamba_jax.config import freeze, preset_config
 from mamba_jax.errors import UserError, command
+from mamba_jax.files import write_atomic
 from mamba_jax.reports import flops
 from mamba_jax.tables import print_table
 
@@ -122,7 +123,7 @@ def compare_runs(arguments: argparse.Namespace) -> int:
 def _write(path: pathlib.Path, text: str) -> None:
     """Writes a page and says where; to standard error, as standard output may be read as JSON."""
     try:
-        path.write_text(text, encoding="utf-8")
+        write_atomic(path, text)
     except OSError as error:
         raise UserError(
             f"cannot write the page {path}: {error.strerror}; choose another --out"

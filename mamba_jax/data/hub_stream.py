@@ -41,6 +41,7 @@ from mamba_jax.data.hub_rows import (
 )
 from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError
+from mamba_jax.files import write_atomic
 
 _SLICE = re.compile(r"(?P<split>[\w.-]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
@@ -85,9 +86,7 @@ class Record:
         """Writes the file anew."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = {"identity": self.identity, "split": self.split, "columns": self.columns}
-        aside = self.path.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(header) + "\n")
-        os.replace(aside, self.path)
+        write_atomic(self.path, json.dumps(header) + "\n")
 
     def add_state(self, row: int, state: Any) -> None:
         if row not in self.states:

@@ -19,7 +19,6 @@ import os
 import pathlib
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +36,7 @@ from mamba_jax.data.shards import (
     remove_damaged,
 )
 from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mamba_jax.files import write_atomic
 
 # Raise it whenever the same parts would give other files, or the files another meaning.
 _FORMAT = 2
@@ -394,14 +394,6 @@ def _read_files(root: pathlib.Path) -> dict[str, list[Any]]:
 def keep(path: pathlib.Path, data: bytes) -> None:
     """Writes a file that saves time and no more, never half; not at all where that fails, as the
     cache may be read-only."""
-    aside = ""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(prefix=".", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
+        write_atomic(path, data)

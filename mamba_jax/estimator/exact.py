@@ -18,6 +18,7 @@ from typing import Any
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError
 from mamba_jax.estimator.budget import Machine
+from mamba_jax.files import write_atomic
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _PLUGIN = "jax_plugins.xla_cuda12"
@@ -80,9 +81,7 @@ class Compiler:
         else:
             answer = self._ask(request)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(request | answer) + "\n")
-        unfinished.replace(path)
+        write_atomic(path, json.dumps(request | answer) + "\n")
         return answer["bytes"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import xxhash
 import mamba_jax
 from mamba_jax.config import RunConfig, from_dict, to_dict
 from mamba_jax.errors import UserError
+from mamba_jax.files import write_atomic
 
 FORMAT = 2  # of the folder; raised when an older program could no longer read it
 _OLDEST = 2  # format that can be read: before it token tables had no rows but those of ids
@@ -340,7 +341,5 @@ def _write_best(
     best = min(losses, key=lambda path: losses[path])
     eval_loss, step = losses[best]
     text = json.dumps({"checkpoint": best.name, "step": step, "eval_loss": eval_loss})
-    aside = unfinished_path(output_dir, "best.json")
-    aside.write_text(text + "\n")
-    aside.replace(output_dir / "best.json")
+    write_atomic(output_dir / "best.json", text + "\n")
     return best

@@ -1,11 +1,12 @@
 """What a run measured: ``metrics.jsonl``, one JSON object a line, and the picture of it."""
 
+import io
 import json
 import math
 import pathlib
 from typing import Any
 
-from mamba_jax.training.checkpoint_folder import unfinished_path
+from mamba_jax.files import write_atomic
 
 NAME = "metrics.jsonl"
 
@@ -58,9 +59,8 @@ class History:
         """
         self.path = output_dir / NAME
         records = read((source or output_dir) / NAME)
-        aside = unfinished_path(output_dir, NAME)
-        aside.write_text("".join(_line(record) for record in records if record["step"] <= step))
-        aside.replace(self.path)
+        kept = "".join(_line(record) for record in records if record["step"] <= step)
+        write_atomic(self.path, kept)
         self._stream = self.path.open("a")
 
     def append(self, **record: Any) -> None:
@@ -137,4 +137,6 @@ def draw_curve(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(picture)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomic(picture, image.getvalue())

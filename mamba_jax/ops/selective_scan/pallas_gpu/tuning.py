@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from mamba_jax.files import write_atomic
 from mamba_jax.ops.selective_scan.pallas_gpu.shell import Tile
 
 DEFAULT_CARD = "default"
@@ -136,9 +137,7 @@ def write(path: pathlib.Path, rows: dict[str, Row]) -> None:
     """Writes a table that ``read`` reads; a run that starts meanwhile reads the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({card: dataclasses.asdict(row) for card, row in rows.items()}, indent=2)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n")
-    unfinished.replace(path)
+    write_atomic(path, text + "\n")
 
 
 def _parse(row: dict[str, Any]) -> Row:
