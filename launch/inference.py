@@ -3,7 +3,7 @@
 
 import sys
 
-from mamba_jax.generate import main
+from mamba_jax import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(["generate", *sys.argv[1:]]))

@@ -3,7 +3,7 @@
 
 import sys
 
-from mamba_jax.sweep import main
+from mamba_jax import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(["sweep", *sys.argv[1:]]))

@@ -23,7 +23,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
-def shortly(error: BaseException) -> str:
+def shortly(error: BaseException | str) -> str:
     """Returns the first line of an error's message, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -51,7 +51,11 @@ def reader_has_gone() -> None:
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
-    """Wraps a command's ``main(argv) -> exit status``: what a user can mend is one line and 2."""
+    """Wraps a command's ``main(argv) -> exit status``.
+
+    What a user can mend is one line and 2; a Ctrl-C that the command does not handle itself is one
+    line and 130.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
@@ -65,5 +69,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
                 raise
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
 
     return wrapped

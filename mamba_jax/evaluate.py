@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mamba_jax.errors import UserError, command, reader_has_gone
+from mamba_jax.files import write_atomic
 from mamba_jax.tables import print_table
 
 if TYPE_CHECKING:
@@ -27,12 +28,10 @@ _PROBLEMS = 200
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the command; 130 after Ctrl-C."""
+    """Runs the command."""
     arguments = parse(argv)
     try:
         run(arguments)
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         reader_has_gone()
     return 0
@@ -154,7 +153,7 @@ def write(file: str, result: Result) -> None:
 
     text = json.dumps(plain(result), indent=2, allow_nan=False) + "\n"
     try:
-        pathlib.Path(file).write_text(text, "utf-8")
+        write_atomic(file, text)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error
 

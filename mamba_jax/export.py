@@ -19,11 +19,8 @@ _DTYPES = {  # format → of the weights
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the command; 130 after Ctrl-C."""
-    try:
-        run(parse(argv))
-    except KeyboardInterrupt:
-        return 130
+    """Runs the command."""
+    run(parse(argv))
     return 0
 
 

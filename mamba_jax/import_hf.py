@@ -17,11 +17,8 @@ ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the command; 130 after Ctrl-C."""
-    try:
-        run(parse(argv))
-    except KeyboardInterrupt:
-        return 130
+    """Runs the command."""
+    run(parse(argv))
     return 0
 
 

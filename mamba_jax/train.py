@@ -7,6 +7,7 @@ import sys
 from mamba_jax import arguments
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError, command
+from mamba_jax.files import write_atomic
 
 # How samples are drawn: cool, as they have to show what a short run has learnt.
 _SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
@@ -271,7 +272,7 @@ def _run(
                 records, picture, title=config.name, unigram_nll=corpus.unigram_nll
             ),
         )
-        monitor.attempt("the summary", lambda: summary_file.write_text(block))
+        monitor.attempt("the summary", lambda: write_atomic(summary_file, block))
     return 0
 
 
@@ -299,8 +300,6 @@ def main(argv: list[str]) -> int:
     except StoppedEarly as signal:
         print(f"stopped by {signal} before the first step: nothing to save", file=sys.stderr)
         return EXIT_PREEMPTED
-    except KeyboardInterrupt:  # while modules were still being imported
-        return 130
 
 
 if __name__ == "__main__":

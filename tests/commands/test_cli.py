@@ -1,6 +1,8 @@
 """The console command: what it lists, what it imports, what it says to a misspelt name."""
 
 import importlib.util
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -49,6 +51,33 @@ assert not {{"jax", "flax", "orbax", "matplotlib"}} & set(sys.modules)
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "usage" in ran.stdout
+
+
+ROOT = pathlib.Path(cli.__file__).parents[1]
+PROGRAMS = [
+    *(["-m", module] for module, _ in cli.COMMANDS.values()),
+    *([str(ROOT / "launch" / script)] for script in ("sweep.py", "inference.py")),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[-1].rpartition("/")[2])
+def test_ctrl_c_during_imports_is_one_line(program, tmp_path):
+    """Every command imports argparse; this one presses Ctrl-C meanwhile."""
+    press = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "argparse.py").write_text(press)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    ran = subprocess.run(
+        [sys.executable, *program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert (ran.returncode, ran.stderr) == (130, "interrupted\n")
+
+
+def test_a_program_that_uses_the_package_keeps_its_hook():
+    program = "import sys, mamba_jax; assert sys.excepthook is sys.__excepthook__"
+    subprocess.run([sys.executable, "-c", program, "-m", "mamba_jax"], check=True)
 
 
 def test_module_and_console_command_are_the_same():
