@@ -29,9 +29,12 @@ HIGH_RATE = 0.3  # of the peak: below it the learning rate is not what drives th
 
 SPIKE_MEMORY = 50  # steps whose median a spike is measured from
 SPIKE_NOISE = 8.0  # standard deviations: never reached by chance in 200,000 steps
-SPIKE_SHARE = 0.1  # of the loss before it
+SPIKE_SHARE = 0.1  # of the loss before it; a single step's also of the first: near 0 all is odd
 SPIKE_LENGTH = 3  # steps: an odd batch moves one step's loss, and two in a row are chance
+SPIKE_ALONE = 2.5  # × the loss before it, for a single step: no odd batch moves a loss so far
 SPIKES_MANY = 3
+SPIKE_EARLY = 5  # steps whose median it is within the first SPIKE_MEMORY: the loss falls fast
+SPIKE_STEPS = 50  # at least
 
 OVERFIT_EVALUATIONS = 4  # at least
 OVERFIT_PATIENCE = 2  # evaluations since the best: one worse evaluation is often made good
@@ -183,15 +186,21 @@ def _overshoot(run: Run) -> Finding | None:
 def loss_spikes(run: Run) -> Verdict:
     """The loss jumps up for some steps and comes back."""
     loss = run["loss"]
-    if len(loss) < 3 * SPIKE_MEMORY:
-        return too_few(len(loss), 3 * SPIKE_MEMORY, "steps")
-    rise_n = above_recent(loss.values, SPIKE_MEMORY)
+    if len(loss) < SPIKE_STEPS:
+        return too_few(len(loss), SPIKE_STEPS, "steps")
+    rise_n = above_recent(loss.values, SPIKE_MEMORY, SPIKE_EARLY)
     before_n = loss.values - rise_n
-    usual = noise(rise_n[SPIKE_MEMORY:])
+    settled = SPIKE_MEMORY if len(loss) >= 3 * SPIKE_MEMORY else SPIKE_EARLY
+    usual = noise(rise_n[settled:])
     high_n = rise_n > np.maximum(SPIKE_NOISE * usual, SPIKE_SHARE * np.abs(before_n))
-    high = np.flatnonzero(high_n)
+    begun = median(loss[:FIRST_STEPS])
+    far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * begun)
     # Within one spike a step may be low, by a lucky batch.
-    spikes = [spike for spike in groups(high, SPIKE_LENGTH) if len(spike) >= SPIKE_LENGTH]
+    spikes = [
+        spike
+        for spike in groups(np.flatnonzero(high_n), SPIKE_LENGTH)
+        if len(spike) >= SPIKE_LENGTH or far_n[spike].any()
+    ]
     if not spikes:
         return None
     worst = max(spikes, key=lambda spike: rise_n[spike].max())
@@ -203,19 +212,28 @@ def loss_spikes(run: Run) -> Verdict:
         f"the worst: loss {before_n[top]:.3f} before it, {loss.values[top]:.3f} at step "
         f"{loss.steps[top]:,}; the usual noise is {usual:.2g}",
     ]
+    is_wild = run.from_beginning and loss.values[top] > OVERSHOOT * begun
+    if is_wild:
+        evidence[-1] += f"; the loss at the start was {begun:.3f}"
     norm = run["gradient_norm"].between(int(loss.steps[worst[0]]), int(loss.steps[worst[-1]]))
     if len(norm):
         evidence.append(
             f"gradient norm up to {norm.values.max():.3g} in it; its median over the run is "
             f"{median(run['gradient_norm']):.3g}"
         )
+    short = all(len(spike) < SPIKE_LENGTH for spike in spikes)
     return Finding(
-        Severity.WARNING if len(spikes) >= SPIKES_MANY else Severity.NOTE,
+        Severity.WARNING if len(spikes) >= SPIKES_MANY or is_wild else Severity.NOTE,
         "The loss spikes",
         tuple(evidence),
-        "For some steps the loss lies far above what it was: a step went too far. A spike costs "
-        "the steps that it takes to come back, and one day one does not come back.",
-        (remedies.skip_spikes(run), remedies.lower_rate(run)),
+        "For some steps the loss lies far above what it was: a step went too far, or a batch is "
+        "unlike the others. A spike costs the steps that it takes to come back, and one day one "
+        "does not come back.",
+        (
+            remedies.skip_spikes(run),
+            remedies.lower_rate(run),
+            *([remedies.look_at_data(run)] if short else []),
+        ),
     )
 
 

@@ -231,12 +231,15 @@ def noise(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
-def above_recent(values: np.ndarray, memory: int) -> np.ndarray:
+def above_recent(values: np.ndarray, memory: int, early: int) -> np.ndarray:
     """Returns how far each value lies above the median of the ``memory`` values before it.
 
-    The first ``memory`` values have no such past: 0.
+    Of the first ``memory`` values it is the median of the ``early`` before it: a loss falls fast at
+    first. The first ``early`` values have no past: 0.
     """
     rise = np.zeros(len(values))
+    if early < memory:
+        rise[:memory] = above_recent(values[:memory], early, early)
     if len(values) > memory:
         past = np.lib.stride_tricks.sliding_window_view(values[:-1], memory)
         for start in range(0, len(past), 10_000):  # in pieces, which fit a cache
