@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 from mamba_jax.errors import UserError
+from mamba_jax.files import write_atomic
 
 NAME = "background.json"
 EXIT_CODE = "exit_code"  # a file beside it: "running", then the exit status as a number
@@ -96,11 +97,14 @@ def _encoded(facts: dict[str, Any]) -> bytes:
 
 
 def _write_code(output_dir: pathlib.Path, text: str) -> None:
-    descriptor = os.open(output_dir / EXIT_CODE, os.O_RDWR | os.O_CREAT, 0o644)
+    path, line = output_dir / EXIT_CODE, text.ljust(_CODE_WIDTH) + "\n"
     try:
-        os.pwrite(descriptor, text.ljust(_CODE_WIDTH).encode() + b"\n", 0)
-    finally:
-        os.close(descriptor)
+        write_atomic(path, line)
+    except OSError:  # a full disk, say: in place a line of the same length needs no room
+        if not path.exists():
+            raise
+        with path.open("r+") as file:
+            file.write(line)
 
 
 def _unwritable(output_dir: pathlib.Path, error: OSError, remedy: str) -> UserError:

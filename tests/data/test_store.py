@@ -503,7 +503,7 @@ def test_a_warm_cache_needs_no_writing(make, many_files, monkeypatch):
 
     for name in ("mkdir", "rename", "replace", "fsync"):
         monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr(store.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(store, "write_atomic", refuse)
     assert make(many_files).fingerprint == first.fingerprint
     # What only saves time is left out where it cannot be written.
     assert make(many_files, seed=5).fingerprint != first.fingerprint
