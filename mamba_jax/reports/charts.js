@@ -93,6 +93,14 @@ function lay(chart) {                        // everything as it is drawn: x, an
     });
   }
   if (!isFinite(low)) [low, high] = chart.log ? [0.1, 1] : [0, 1];
+  let above = null;                          // the highest value, where it is out of the axis
+  if (chart.robust && !chart.log) {
+    const top = Math.max(...shown.map(curve => usualTop(curve, first, last)));
+    if (isFinite(top) && high > top + 0.3 * (top - low)) {
+      above = highest(shown, first, last);
+      high = top;
+    }
+  }
   const [scale, unit] = unitOf(chart, high);
   low /= scale; high /= scale;
   if (chart.unit === 'bytes' && !chart.log) low = 0;
@@ -101,7 +109,24 @@ function lay(chart) {                        // everything as it is drawn: x, an
     : [low - (Math.abs(low) * 0.1 || 1), high + (Math.abs(high) * 0.1 || 1)];
   else if (chart.log) { const pad = (high / low) ** 0.04; low /= pad; high *= pad; }
   else { const pad = (high - low) * 0.05; low = low === 0 ? 0 : low - pad; high += pad; }
-  return { shown, first, last, low, high, scale, unit, fits };
+  return { shown, first, last, low, high, scale, unit, fits, above };
+}
+function usualTop(curve, first, last) {      // of the values that are shown; all but a few
+  const values = (curve.high || curve.y).filter((value, i) => value !== null &&
+    across(curve, curve.x[i]) >= first && across(curve, curve.x[i]) <= last);
+  const inOrder = of => [...of].sort((a, b) => a - b);
+  const sorted = inOrder(values);
+  if (sorted.length < 20) return sorted.at(-1) ?? -Infinity;
+  const start = view.part === 1 ? inOrder(values.slice(0, 5))[2] : -Infinity;
+  return Math.max(sorted[Math.floor(0.98 * (sorted.length - 1))], start);
+}
+function highest(curves, first, last) {      // the greatest value that is shown, and its step
+  let found = [-Infinity, 0];
+  for (const curve of curves) (curve.high || curve.y).forEach((value, i) => {
+    const x = across(curve, curve.x[i]);
+    if (value > found[0] && x >= first && x <= last) found = [value, curve.x[i], x];
+  });
+  return found;
 }
 function colour(curve) {
   return curve.share === undefined ? `var(--c${curve.colour % COLOURS})`
@@ -128,7 +153,8 @@ function draw(figure, chart) {
   const svg = make('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img',
     'aria-label': chart.title }, plot);
   const clip = `clip${clips++}`;
-  make('rect', { x: left - 4, y: 0, width: span + 8, height: TOP + inner + 2 },
+  const ceiling = at.above ? TOP - 2 : 0;     // below the words on what is above the axis
+  make('rect', { x: left - 4, y: ceiling, width: span + 8, height: TOP + inner + 2 - ceiling },
     make('clipPath', { id: clip }, svg));
 
   for (const tick of yTicks) {
@@ -193,6 +219,13 @@ function draw(figure, chart) {
         make('path', { class: 'gap', d: `M${gap - 4} ${y - 4}l8 8m0 -8l-8 8` }, body);
       }
     }
+  }
+  if (at.above) {
+    const [value, step, x] = at.above, label = `▲ ${words(value / at.scale, 4)} at step ${words(step, 9)}`;
+    const half = label.length * TEXT / 2;
+    make('text', { class: 'above', y: 11,
+      x: Math.min(Math.max(X(x), half), width - half - 1) }, svg, label)
+      .append(make('title', {}, null, 'above this axis; the logarithmic one shows it'));
   }
   point(plot, svg, chart, at, { X, Y, left, span, inner, width });
 }

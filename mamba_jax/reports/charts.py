@@ -129,6 +129,7 @@ def chart(
     log: bool = False,
     by_layer: bool = False,
     skips: bool = False,
+    robust: bool = False,
 ) -> dict[str, Any]:
     """Returns a chart for ``charts.js``.
 
@@ -141,6 +142,8 @@ def chart(
       log: whether the vertical axis begins logarithmic; a button changes that.
       by_layer: whether each curve is a layer.
       skips: whether to mark skipped steps.
+      robust: whether a few values far above the others run out of a linear axis, which names the
+        highest.
     """
     return {
         "key": key,
@@ -150,6 +153,7 @@ def chart(
         "log": log,
         "by_layer": by_layer,
         "skips": skips,
+        "robust": robust,
         "curves": curves,
     }
 

@@ -14,24 +14,26 @@ from mamba_jax.training import history
 # Where a run keeps its things tells runs apart already: their columns are named by it.
 _PLACES = ("output_dir", "log_dir", "tensorboard_dir", "data.cache_dir")
 _COLOURS = 8  # of style.css
+_MOST_OPEN = 8  # fields that differ: more are folded, so that the curves stay near
 _LONGEST_VALUE = 40  # characters of a field that a table shows
-_LESS_IS_BETTER = ("eval_loss", "best_eval_loss", "eval_bits_per_byte", "train_loss")
+_PER_TOKEN = ("eval_loss", "best_eval_loss", "train_loss")  # less is better
+_PER_BYTE = ("eval_bits_per_byte",)  # less is better, whatever the tokenizer
 _HEADINGS = {
     "state": "state",
-    "steps": "steps",
-    "planned_steps": "steps planned",
-    "tokens": "tokens",
-    "parameters": "parameters",
-    "device": "device",
     "eval_loss": "eval loss, last",
     "eval_step": "… at step",
     "best_eval_loss": "eval loss, best",
     "best_eval_step": "… at step",
     "eval_bits_per_byte": "bits per byte, last",
     "train_loss": "training loss",
+    "steps": "steps",
+    "planned_steps": "steps planned",
+    "tokens": "tokens",
     "tokens_per_sec": "tokens/s",
-    "memory_bytes": "memory",
     "training_secs": "time in steps",
+    "memory_bytes": "memory",
+    "parameters": "parameters",
+    "device": "device",
 }
 
 
@@ -69,18 +71,38 @@ class Comparison:
         ]
         return [["", *self.names], *fields, *results]
 
+    @property
+    def _unknown(self) -> list[str]:
+        return [n for n, run in zip(self.names, self.runs, strict=True) if not run.config]
+
+    @property
+    def _other_tokens(self) -> bool:
+        return bool({"data.tokenizer", "model.vocab_size"} & self.differences.keys())
+
+    @property
+    def _other_text(self) -> bool:
+        return any(n.startswith("data.") and n != "data.tokenizer" for n in self.differences)
+
+    @property
+    def comparable(self) -> tuple[str, ...]:
+        """The measures of which the least is the best; those that ``notes`` doubts are none."""
+        if self._unknown or self._other_text:
+            return ()
+        return _PER_BYTE if self._other_tokens else (*_PER_TOKEN, *_PER_BYTE)
+
     def notes(self) -> list[str]:
         """Returns what one has to know before one compares."""
         said = []
-        unknown = [n for n, run in zip(self.names, self.runs, strict=True) if not run.config]
-        if unknown:
-            said.append(f"No config is recorded of {', '.join(unknown)}.")
-        if {"data.tokenizer", "model.vocab_size"} & self.differences.keys():
+        if unknown := self._unknown:
             said.append(
-                "The tokenizers differ: losses per token cannot be compared, bits per byte can."
+                f"No config is recorded of {', '.join(unknown)}: its losses may be those of "
+                "another text or tokenizer."
             )
-        if any(n.startswith("data.") and n != "data.tokenizer" for n in self.differences):
+        if self._other_text:
             said.append("The data differ, so the losses may be those of different texts.")
+        if self._other_tokens:
+            bits = "" if self._other_text else ", bits per byte can"
+            said.append(f"The tokenizers differ: losses per token cannot be compared{bits}.")
         return said
 
 
@@ -152,8 +174,9 @@ def render(comparison: Comparison) -> str:
     charts = _charts(comparison)
     names_ = ", ".join(comparison.names)
     body = (
-        f"<h1>{len(comparison.runs)} runs</h1>\n{_table(comparison)}"
-        f"{''.join(map(page.paragraph, comparison.notes()))}{_reasons(comparison)}"
+        f"<h1>{len(comparison.runs)} runs</h1>\n"
+        f"{''.join(map(page.paragraph, comparison.notes()))}{_results_table(comparison)}"
+        f"{_reasons(comparison)}{_differences_table(comparison)}"
     )
     data = None
     if charts:
@@ -222,36 +245,66 @@ def _charts(comparison: Comparison) -> list[dict[str, Any]]:
             if steps:
                 curves.append(curve(name, thin(steps, values), look, colour=place, run=place))
         if curves:
-            made.append(chart(key, title, curves, unit=unit, log=log))
+            robust = recorded in ("loss", "eval_loss")
+            made.append(chart(key, title, curves, unit=unit, log=log, robust=robust))
     return made
 
 
-def _table(comparison: Comparison) -> str:
-    heads = "".join(
-        f'<th><i style="background:var(--c{place % _COLOURS})"></i>{html.escape(name)}</th>'
-        for place, name in enumerate(comparison.names)
-    )
-    rows = [
-        _row(name, name, [(_shown(value), False) for value in values])
-        for name, values in comparison.differences.items()
-    ]
+def _results_table(comparison: Comparison) -> str:
+    """What came of the runs; the best of what can be compared is marked."""
+    rows = []
     for key, heading in _HEADINGS.items():
         values = [each[key] for each in comparison.results]
         known = {value for value in values if value is not None}
-        best = min(known) if key in _LESS_IS_BETTER and len(known) > 1 else math.nan
-        rows.append(_row(key, heading, [(_text(key, value), value == best) for value in values]))
+        best = min(known) if key in comparison.comparable and len(known) > 1 else math.nan
+        cells = [(_text(key, value), value == best) for value in values]
+        rows.append(_row(comparison, key, heading, cells))
+    return f"<h2>Results</h2>\n{_table(comparison, rows)}"
+
+
+def _differences_table(comparison: Comparison) -> str:
+    """The fields of the config in which the runs differ; very many are folded."""
+    rows = [
+        _row(comparison, name, name, [(_shown(value), False) for value in values])
+        for name, values in comparison.differences.items()
+    ]
+    if not rows:
+        return ""
+    fields = "1 field differs" if len(rows) == 1 else f"{len(rows)} fields differ"
+    is_open = " open" if len(rows) <= _MOST_OPEN else ""
     return (
-        f'<div class="scroll"><table class="compared"><thead><tr><th></th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>\n"
+        f"<details{is_open}><summary><h2>Config: {fields}</h2></summary>\n"
+        f"{_table(comparison, rows)}</details>\n"
     )
 
 
-def _row(key: str, heading: str, cells: list[tuple[str, bool]]) -> str:
+def _table(comparison: Comparison, rows: list[str]) -> str:
+    # The roles are what these elements are; a style that lays them out anew takes them away.
+    heads = "".join(
+        f'<th role="columnheader"><i style="background:var(--c{place % _COLOURS})"></i>'
+        f"{html.escape(name)}</th>"
+        for place, name in enumerate(comparison.names)
+    )
+    return (
+        '<div class="scroll"><table class="compared" role="table"><thead role="rowgroup">'
+        f'<tr role="row"><th role="columnheader"></th>{heads}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(rows)}</tbody></table></div>\n'
+    )
+
+
+def _row(comparison: Comparison, key: str, heading: str, cells: list[tuple[str, bool]]) -> str:
     """Returns a row of (text, whether it is the best)."""
     marks = {True: ' class="best"', False: ""}
-    values = "".join(f"<td{marks[best]}>{html.escape(text)}</td>" for text, best in cells)
+    values = "".join(
+        f'<td role="cell" data-name="{html.escape(name)}" style="--run:var(--c{place % _COLOURS})"'
+        f"{marks[best]}>{html.escape(text)}</td>"
+        for place, (name, (text, best)) in enumerate(zip(comparison.names, cells, strict=True))
+    )
     breakable = html.escape(heading).replace(".", ".<wbr>").replace("_", "_<wbr>")
-    return f'<tr data-row="{html.escape(key)}"><th>{breakable}</th>{values}</tr>'
+    return (
+        f'<tr role="row" data-row="{html.escape(key)}"><th role="rowheader">{breakable}</th>'
+        f"{values}</tr>"
+    )
 
 
 def _reasons(comparison: Comparison) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import statistics
 from collections.abc import Mapping
@@ -53,6 +54,7 @@ class Run:
     unigram_nll: float | None  # loss by the corpus's token frequencies alone, nats per token
     device: str  # "": not recorded
     saved_step: int  # of the newest checkpoint; 0: none is known
+    checkpoints: list[tuple[int, pathlib.Path]]  # (step, folder), newest first
     state: str
     why: str  # words on the state, where it needs them
 
@@ -90,6 +92,17 @@ class Run:
         """The one of lowest loss; a loss that is no number is none."""
         losses = [r for r in self.evaluations if r["eval_loss"] == r["eval_loss"]]
         return min(losses, key=lambda r: r["eval_loss"], default=None)
+
+    @property
+    def best_checkpoint(self) -> tuple[int, pathlib.Path, float] | None:
+        """Step, folder and evaluation loss of the best checkpoint that is still there."""
+        losses = {r["step"]: r["eval_loss"] for r in self.evaluations}
+        found = [
+            (step, path, losses[step])
+            for step, path in self.checkpoints
+            if step in losses and not math.isnan(losses[step])
+        ]
+        return min(found, key=lambda each: each[2], default=None)
 
     @property
     def tokens_per_sec(self) -> float | None:
@@ -181,7 +194,18 @@ def read_run(folder: pathlib.Path) -> Run:
     # Attempts to start at the same step have left nothing but their start.
     starts = list({start.step: start for start in starts}.values())
     saved_step = saved.step if saved else 0
-    run = Run(folder, records, starts, parameters, unigram_nll, device, saved_step, NEW, "")
+    run = Run(
+        folder,
+        records,
+        starts,
+        parameters,
+        unigram_nll,
+        device,
+        saved_step,
+        checkpoints,
+        NEW,
+        "",
+    )
     state, why = _state(run)
     return dataclasses.replace(run, state=state, why=why)
 

@@ -3,6 +3,7 @@
 import html
 import itertools
 import re
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +70,14 @@ def render(run: Run) -> str:
             },
         }
         body += page.curves(charts, note=_key(run, charts))
-    body += _missing(charts) + _resumes(run) + _warnings(run) + _samples(run) + _config(run)
+    body += (
+        _missing(charts)
+        + _checkpoints(run)
+        + _resumes(run)
+        + _warnings(run)
+        + _samples(run)
+        + _config(run)
+    )
     return page.document(f"{run.name}: training run", body, data)
 
 
@@ -92,7 +100,11 @@ def _loss_chart(run: Run) -> list[dict[str, Any]]:
     if curves and run.unigram_nll is not None:
         level = thin([0, max(run.last_step, 1)], [run.unigram_nll] * 2)
         curves.append(curve("token frequencies alone", level, "level", colour=7))
-    return [chart("loss", "Loss", curves, unit="nats per token", skips=True)] if curves else []
+    return (
+        [chart("loss", "Loss", curves, unit="nats per token", skips=True, robust=True)]
+        if curves
+        else []
+    )
 
 
 def _charts(run: Run) -> list[dict[str, Any]]:
@@ -182,7 +194,7 @@ def _head(run: Run) -> str:
         (
             "evaluation loss, best",
             number(best["eval_loss"]) if best else "–",
-            f"at step {best['step']:,}" if best else "",
+            _place(run, best) if best else "",
         ),
         ("tokens per second", number(run.tokens_per_sec), "median"),
         ("memory", size(run.memory_bytes), "peak"),
@@ -203,6 +215,12 @@ def _head(run: Run) -> str:
         f'<p><b class="{run.state.replace(" ", "-")}">{run.state}</b>{why} '
         f'<span class="faint">in {html.escape(str(run.folder))}</span></p>\n<dl>{cells}</dl>\n'
     )
+
+
+def _place(run: Run, best: Mapping[str, Any]) -> str:
+    kept = run.best_checkpoint
+    at = f"at step {best['step']:,}"
+    return f"{at}: {kept[1].name}" if kept and kept[0] == best["step"] else at
 
 
 def _measures(evaluation: Mapping[str, Any]) -> str:
@@ -226,6 +244,35 @@ def _written(run: Run) -> str:
         return ""
     then = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(metrics.stat().st_mtime))
     return f"last written {then}"
+
+
+def _checkpoints(run: Run) -> str:
+    """Names the best checkpoint and the newest, with the commands that use them."""
+    if not run.checkpoints:
+        return ""
+    lines = []
+    newest, best, record = run.checkpoints[0], run.best_checkpoint, run.best_evaluation
+    step, path = best[:2] if best else newest
+    if best:
+        said = f"Best: {path.name}, evaluation loss {number(best[2])} at step {step:,}."
+        if record and record["eval_loss"] < best[2]:
+            said += (
+                f" The best evaluation, {number(record['eval_loss'])} at step "
+                f"{record['step']:,}, has no checkpoint."
+            )
+    else:
+        said = f"Newest: {path.name}, at step {step:,}; none was evaluated."
+    named, folder = shlex.quote(str(path)), shlex.quote(str(run.folder))
+    lines.append(f"python -m mamba_jax.generate --checkpoint {named} --prompt ''")
+    out = shlex.quote(f"{run.folder.resolve().name}-{path.name}-hf")
+    lines.append(f"python -m mamba_jax.export --checkpoint {named} --format hf --out {out}")
+    if run.planned_steps is None or newest[0] < run.planned_steps:
+        said += f" To resume from the newest, {newest[1].name}: the last command."
+        lines.append(f"python -m mamba_jax.train --resume {folder}")
+    return (
+        f"<h2>Checkpoints</h2>\n<p>{html.escape(said)}</p>\n"
+        f'<pre class="commands">{html.escape(chr(10).join(lines))}</pre>\n'
+    )
 
 
 def _resumes(run: Run) -> str:

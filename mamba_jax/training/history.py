@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from mamba_jax.files import write_atomic
@@ -86,6 +87,25 @@ def mean_recent_loss(records: list[dict[str, Any]]) -> float:
     return sum(recent) / len(recent) if recent else math.nan
 
 
+def usual_top(losses: Any, others: Sequence[float]) -> float | None:
+    """Returns where the axis ends if a few losses lie far above the rest; None if none does.
+
+    The same as in the reports' charts.js.
+
+    Args:
+      losses: (n,) in the order of the steps, finite; the first ones are on the axis.
+      others: what is on the axis in any case.
+    """
+    import numpy as np
+
+    if len(losses) < 20:
+        return None
+    known = [value for value in others if math.isfinite(value)]
+    top = max([*known, np.quantile(losses, 0.98), np.median(losses[:5])])
+    low, high = losses.min(), losses.max()
+    return float(top + 0.05 * (top - low)) if high > top + 0.3 * (top - low) else None
+
+
 def draw_curve(
     records: list[dict[str, Any]], picture: pathlib.Path, *, title: str, unigram_nll: float
 ) -> None:
@@ -133,6 +153,20 @@ def draw_curve(
         label=f"unigram {unigram_nll:.2f}",
     )
     axes.set(xlabel="step", ylabel="loss (nats per token)")
+    finite = train[np.isfinite(train[:, 1])]
+    if (top := usual_top(finite[:, 1], [*evals[:, 1], unigram_nll])) is not None:
+        step, highest = finite[finite[:, 1].argmax()]
+        is_left = step < finite[-1, 0] / 2
+        axes.set_ylim(top=top)
+        axes.annotate(
+            f"▲ {highest:.4g} at step {step:.0f}",
+            (step, top),
+            xytext=(6 if is_left else -6, -12),
+            textcoords="offset points",
+            ha="left" if is_left else "right",
+            fontsize="small",
+            color="#c9201d",
+        )
     axes.set_title(title, loc="left", fontweight="bold")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

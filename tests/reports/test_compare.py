@@ -81,6 +81,51 @@ def test_the_page_holds_the_same_table(folders):
     assert best == ["2.5", "2.5", "1.125", "2"]  # eval loss last and best, bits, training loss
 
 
+def marked(*changes):
+    """The measures of which a run is marked as the best."""
+    runs = []
+    for place, change in enumerate(changes):
+        losses = trained(1, 9, loss=lambda s, place=place: 3.0 + place)
+        records = [started(**change), *losses, evaluated(9, 2.0 + place, bits=1.0 + place)]
+        runs.append(read_run(write(f"m{place}", records)))
+    text = render(Comparison(runs))
+    return set(re.findall(r'data-row="([^"]*)"(?:(?!</tr>).)*class="best"', text))
+
+
+def test_only_what_can_be_compared_has_a_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    losses = {"eval_loss", "best_eval_loss", "train_loss"}
+    bits = {"eval_bits_per_byte"}
+    assert marked({}, {"training__learning_rate": 0.5}) == losses | bits
+    assert marked({}, {"data__tokenizer": "bytes"}) == bits
+    assert marked({}, {"data__data_dir": "b"}) == set()
+    assert marked({}, {"data__data_dir": "b", "data__tokenizer": "bytes"}) == set()
+    both = notes({}, {"data__data_dir": "b", "data__tokenizer": "bytes"})
+    assert "bits per byte can" not in both
+    bare = write("bare", [*trained(1, 3), evaluated(3, 1.0)])
+    known = write("known", [started(), *trained(1, 3), evaluated(3, 2.0)])
+    assert 'class="best"' not in render(Comparison([read_run(bare), read_run(known)]))
+
+
+def test_results_come_first_and_many_fields_are_folded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = [{}, {"data__data_dir": "b"}]
+    many = [{}, {f"model__{name}": 2 for name in ("d_state", "d_conv", "expand", "recursion_depth")}
+            | {"training__learning_rate": 0.5, "training__weight_decay": 0.5, "seed": 7,
+               "training__log_steps": 3, "training__eval_steps": 3}]  # fmt: skip
+    parts = (">Results<", 'data-row="eval_loss"', 'data-row="device"', "Config: ", 'id="chart-')
+    for changes, is_open in ((few, True), (many, False)):
+        records = [[started(**change), *trained(1, 9)] for change in changes]
+        folders = [write(f"r{place}", each) for place, each in enumerate(records)]
+        comparison = Comparison([read_run(folder) for folder in folders])
+        text = render(comparison)
+        order = [text.index(part) for part in parts]
+        assert order == sorted(order)
+        assert ("<details open>" in text) == is_open
+        assert all(text.index(note) < order[0] for note in comparison.notes())
+    assert "Config: 9 fields differ" in text
+
+
 def test_curves_equal_the_records_over_steps_and_tokens(folders):
     comparison = Comparison([read_run(folder) for folder in map(pathlib.Path, folders)])
     page = Page(render(comparison))
@@ -134,7 +179,8 @@ def test_what_cannot_be_compared_is_said(tmp_path, monkeypatch):
     bare = write("bare", trained(1, 3))
     known = write("known", [started(), *trained(1, 3)])
     comparison = Comparison([read_run(bare), read_run(known)])
-    assert comparison.notes() == ["No config is recorded of bare."]
+    (note,) = comparison.notes()
+    assert note.startswith("No config is recorded of bare")
     assert comparison.differences == {}
     page = Page(render(comparison))
     assert "Over tokens these are missing" in page.text

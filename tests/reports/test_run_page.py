@@ -1,14 +1,20 @@
 """The page of a run: what it shows is what was recorded, and it asks no network."""
 
+import html
+import importlib
+import json
 import math
 import re
+import shlex
+import shutil
 
 import pytest
 
+from mamba_jax import arguments as train_arguments
 from mamba_jax import report
 from mamba_jax.reports.recorded import read_run
 from mamba_jax.reports.run_page import render
-from tests.reports.made_run import Page, evaluated, rate, started, trained, write
+from tests.reports.made_run import Page, config, evaluated, rate, started, trained, write
 
 EVIL = '</script></pre><script>alert("x")</script><img src=x onerror=alert(1)> &amp; é'
 
@@ -222,6 +228,58 @@ def test_the_newest_sample_comes_first_and_very_many_are_cut(tmp_path):
     assert "word11." in text and "word10." not in text and "10 older ones are not shown" in text
     text = page_of(tmp_path, [started(), {"step": 1, "prompt": "", "sample": "x" * 9000}]).text
     assert "x" * 4000 + " …" in text and "x" * 4001 not in text
+
+
+def saved(folder, step, loss=None):
+    """A checkpoint as far as its folder tells of it."""
+    path = folder / ("final" if step == 40 else f"step_{step}")
+    path.mkdir(parents=True)
+    metrics = {} if loss is None else {"eval_loss": loss}
+    record = {"step": step, "samples_seen": step, "metrics": metrics, "format": 1}
+    (path / "config.json").write_text(json.dumps(record | {"config": config()}))
+
+
+def commands(page):
+    (block,) = re.findall(r'<pre class="commands">(.*?)</pre>', page, re.DOTALL)
+    return [shlex.split(html.unescape(line)) for line in block.splitlines()]
+
+
+def test_the_best_checkpoint_and_the_commands_for_it(tmp_path):
+    folder = tmp_path / "a run"
+    records = [started(), *trained(1, 30)]
+    for step, loss in ((10, 3.0), (20, 2.5), (25, 2.25), (30, 2.75)):
+        records.append(evaluated(step, loss))
+    for step, loss in ((10, 3.0), (20, 2.5), (30, 2.75)):
+        saved(folder, step, loss)
+    text = render(read_run(write(folder, records)))
+    page = Page(text)
+    assert "Best: step_20, evaluation loss 2.5 at step 20." in page.text
+    assert "The best evaluation, 2.25 at step 25, has no checkpoint." in page.text
+    assert "resume from the newest, step_30" in page.text
+    best = str(folder / "step_20")
+    assert commands(text) == [
+        ["python", "-m", "mamba_jax.generate", "--checkpoint", best, "--prompt", ""],
+        [*("python", "-m", "mamba_jax.export", "--checkpoint", best, "--format", "hf"),
+         *("--out", "a run-step_20-hf")],
+        ["python", "-m", "mamba_jax.train", "--resume", str(folder)],
+    ]  # fmt: skip
+    for _, _, module, *flags in commands(text):
+        if module != "mamba_jax.train":
+            importlib.import_module(module).parse(flags)
+        else:
+            assert train_arguments.read(flags).resume == str(folder)
+    shutil.rmtree(folder / "step_20")  # as ``keep_last`` does
+    assert "Best: step_30, evaluation loss 2.75" in Page(render(read_run(folder))).text
+
+
+def test_checkpoints_of_a_run_that_is_done_or_was_never_evaluated(tmp_path):
+    saved(tmp_path / "a", 40, 2.0)
+    done = render(read_run(write(tmp_path / "a", [started(), *trained(1, 40), evaluated(40, 2.0)])))
+    assert "Best: final" in done and "--resume" not in done
+    saved(tmp_path / "b", 10)
+    text = render(read_run(write(tmp_path / "b", [started(), *trained(1, 12)])))
+    assert "Newest: step_10, at step 10; none was evaluated." in text
+    assert "<h2>Checkpoints" not in render(read_run(write(tmp_path / "c", [started()])))
 
 
 def test_an_empty_run_says_so(tmp_path):

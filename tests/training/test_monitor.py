@@ -229,6 +229,19 @@ def test_the_curve_is_drawn_whatever_was_recorded(tmp_path):
         picture.unlink()
 
 
+def test_a_spike_does_not_rule_the_curves_axis():
+    """The quick start's own: it falls from 10.9 to 4.6, and one step is at 21 nats."""
+    losses = 3 + 7.9 * np.exp(-np.arange(200) / 20)
+    assert history.usual_top(losses, [4.4]) is None
+    losses[39] = 21.05
+    top = history.usual_top(losses, [4.4, math.nan])
+    assert top is not None and losses[:5].min() < top < 12
+    assert history.usual_top(losses, [15.0]) is None or history.usual_top(losses, [15.0]) > 15
+    assert history.usual_top(losses[:15], []) is None
+    losses[100:140] = 21.05  # no spike
+    assert history.usual_top(losses, [4.4]) is None
+
+
 def test_mean_recent_loss():
     losses = [9.0] * 90 + [1.0] * 5 + [2.0] * 5
     records = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
