@@ -21,6 +21,7 @@ METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # less is bett
 DONE, PRUNED, STOPPED, FAILED, RUNNING, NEW = (
     *("done", "pruned", "stopped", "failed", "running", "new"),
 )
+PAGE = "report.html"  # as ``report run`` names it
 _FLAGS = ("model_size", "training_preset")  # what a sweep may set that is no field of the config
 _LONGEST_NAME = 100  # a file system allows 255 bytes, a terminal's line less
 
@@ -47,6 +48,7 @@ class Row:
     state: str
     why: str  # words on the state
     measures: dict[str, float]
+    has_page: bool = False  # of its own, in its folder
 
 
 def make_job(settings: Settings, base: RunConfig, flags: Sequence[str], out: pathlib.Path) -> Job:
@@ -163,7 +165,9 @@ def rows(out: pathlib.Path, metric: str) -> list[Row]:
         facts = read(folder)
         if "settings" in facts:
             why = facts.get("why", "")
-            found.append(Row(folder.name, facts["settings"], state(folder), why, measures(folder)))
+            has_page = (folder / PAGE).is_file()
+            now = state(folder)
+            found.append(Row(folder.name, facts["settings"], now, why, measures(folder), has_page))
     order = [DONE, PRUNED, RUNNING, STOPPED, FAILED]
     return sorted(
         found, key=lambda row: (order.index(row.state), row.measures.get(metric, float("inf")))

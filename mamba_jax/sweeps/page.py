@@ -3,12 +3,14 @@
 import dataclasses
 import html
 import math
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_jax.sweeps.jobs import DONE, PRUNED, Row
+from mamba_jax.sweeps.jobs import DONE, PAGE, PRUNED, Row
 
-_HEIGHT, _TOP, _BOTTOM, _GAP, _SIDE = 340, 46, 26, 150, 70
+_TOP, _GAP, _BOTTOM = 30, 84, 30  # pixels: above the first axis, between two, below the last
+_LETTER = 0.025  # the width of one, as a share of a phone's page
 _MANY_DECADES = 1.0  # from here on an axis of numbers is logarithmic
 
 
@@ -26,6 +28,7 @@ class Axis:
     title: str
     places: dict[Any, float]
     ticks: Sequence[tuple[float, str]]
+    is_numeric: bool = True
 
 
 def axis(title: str, values: Sequence[Any]) -> Axis:
@@ -35,7 +38,8 @@ def axis(title: str, values: Sequence[Any]) -> Axis:
     if len(numbers) < len(distinct) or len(distinct) == 1:
         count = len(distinct)
         places = {v: (i + 0.5) / count for i, v in enumerate(distinct)}
-        return Axis(title, places, [(place, text(v)) for v, place in places.items()])
+        ticks = [(place, text(v)) for v, place in places.items()]
+        return Axis(title, places, ticks, is_numeric=False)
     low, high = min(numbers), max(numbers)
     logarithmic = low > 0 and math.log10(high / low) >= _MANY_DECADES
     scale = math.log if logarithmic else float
@@ -82,31 +86,29 @@ def _leaf(name: str) -> str:
 
 
 def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
-    """Draws a line a run over an axis a setting, the metric on the last."""
+    """Draws a line a run over an axis a setting, the metric on the last.
+
+    The axes lie one below the other, as wide as the page; so they fit a phone as well. The lines
+    are stretched to that width, the labels, which are no part of the picture, are not.
+    """
     table = [
         [*(row.settings.get(name, "–") for name in names), row.measures[metric]] for row in rows
     ]
-    titles = [*map(_leaf, names), metric]
+    titles = [*map(_leaf, names), f"{metric} (less is better)"]
     axes = [
         axis(title, column) for title, column in zip(titles, zip(*table, strict=True), strict=True)
     ]
-    width = 2 * _SIDE + _GAP * (len(axes) - 1)
-    span = _HEIGHT - _TOP - _BOTTOM
-    across = [_SIDE + _GAP * i for i in range(len(axes))]
+    height = _TOP + _GAP * (len(axes) - 1) + _BOTTOM
+    down = [_TOP + _GAP * i for i in range(len(axes))]
     parts, labels = [], []
-    for x, one in zip(across, axes, strict=True):
-        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{_TOP}" y2="{_TOP + span}"/>')
-        labels.append(f'<text class="name" x="{x}" y="20">{html.escape(one.title)}</text>')
-        labels += [
-            f'<text class="tick" x="{x + 6}" y="{_TOP + span * (1 - place) + 4:.1f}">'
-            f"{html.escape(label)}</text>"
-            for place, label in one.ticks
-        ]
+    for y, one in zip(down, axes, strict=True):
+        parts.append(f'<line class="axis" x1="0" x2="100" y1="{y}" y2="{y}"/>')
+        labels += _labels(one, y)
     best_first = list(enumerate(zip(rows, table, strict=True)))
     for place, (row, values) in reversed(best_first):  # the best lies on top
         points = " ".join(
-            f"{x},{_TOP + span * (1 - one.places[_key(value)]):.1f}"
-            for x, one, value in zip(across, axes, values, strict=True)
+            f"{100 * one.places[_key(value)]:.5g},{y}"
+            for y, one, value in zip(down, axes, values, strict=True)
         )
         share = place / max(1, len(rows) - 1)
         label = html.escape(f"{row.name}: {metric} {text(row.measures[metric])}")
@@ -115,13 +117,46 @@ def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
             f'<polyline data-run="{html.escape(row.name)}" points="{points}"{dashed} '
             f'stroke="{_colour(share)}"><title>{label}</title></polyline>'
         )
+    described = html.escape(f"{len(rows)} runs over {', '.join(titles)}; the table has the values")
     return (
-        f'<div class="scroll"><svg viewBox="0 0 {width} {_HEIGHT}" width="{width}" '
-        f'height="{_HEIGHT}" role="img" aria-label="Parallel coordinates">'
-        f"{''.join(parts + labels)}</svg></div>"
+        f'<div class="parallel" style="height:{height}px">'
+        f'<svg viewBox="0 0 100 {height}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{described}">{"".join(parts)}</svg>{"".join(labels)}</div>'
         '<p class="key"><i></i> best … worst; dashed: pruned. Point at a line or a row to '
-        "see which belong together.</p>"
+        "see which belong together; the number of a run leads to its page.</p>"
     )
+
+
+def _labels(one: Axis, y: int) -> list[str]:
+    """Returns the title of an axis, and the labels of its ticks below it."""
+    made = [f'<b style="top:{y - 26}px">{html.escape(one.title)}</b>']
+    if one.is_numeric:
+        # Each reaches to the left of its tick by the share of the axis that lies there.
+        for place, label in _apart(one.ticks):
+            share = f"{100 * place:.4g}%"
+            style = f"top:{y + 5}px;left:{share};transform:translateX(-{share})"
+            made.append(f'<span style="{style}">{html.escape(label)}</span>')
+        return made
+    for place, label in one.ticks:
+        style = (
+            f"top:{y + 5}px;left:{100 * place:.4g}%;transform:translateX(-50%);"
+            f"max-width:{100 / len(one.ticks):.4g}%"
+        )
+        made.append(f'<span style="{style}">{html.escape(label)}</span>')
+    return made
+
+
+def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Returns the ticks whose labels lie side by side on a phone; the ends go first."""
+    ordered = sorted(ticks)
+    chosen: list[tuple[float, float, tuple[float, str]]] = []  # begin, end, tick
+    for tick in (*ordered[:1], *ordered[:0:-1]):
+        place, label = tick
+        width = _LETTER * (len(label) + 1)
+        begin = place * (1 - width)
+        if all(begin > end or begin + width < other for other, end, _ in chosen):
+            chosen.append((begin, begin + width, tick))
+    return sorted(tick for _, _, tick in chosen)
 
 
 def _colour(share: float) -> str:
@@ -133,25 +168,36 @@ def _colour(share: float) -> str:
     return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
 
 
+def _link(row: Row, shown: str) -> str:
+    """Returns a link to a run's page; to its folder where it has none."""
+    target = f"{urllib.parse.quote(row.name)}/{PAGE if row.has_page else ''}"
+    name = html.escape(row.name)
+    return f'<a href="{target}" title="{name}">{html.escape(shown)}</a>'
+
+
 def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
-    columns = [metric, "train_loss", "step", "tokens_per_sec"]
-    heads = ["", *map(_leaf, names), *columns, "state"]
+    columns = ["train_loss", "step", "tokens_per_sec"]
+    heads = ["run", metric, *map(_leaf, names), *columns, "state"]
     lines = []
     for place, row in enumerate(rows, 1):
         values = [
-            place,
+            row.measures.get(metric, ""),
             *(row.settings.get(name, "") for name in names),
             *(row.measures.get(column, "") for column in columns),
         ]
         cells = [
-            f'<td data-value="{html.escape(str(v))}">{html.escape(text(v))}</td>' for v in values
+            f'<td data-value="{place}">{_link(row, str(place))}</td>',
+            *(
+                f'<td data-value="{html.escape(str(v))}">{html.escape(text(v))}</td>'
+                for v in values
+            ),
         ]
         why = html.escape(row.why)
         cells.append(f'<td class="{row.state}" title="{why}">{row.state}</td>')
         lines.append(f'<tr data-run="{html.escape(row.name)}">{"".join(cells)}</tr>')
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     failures = "".join(
-        f"<li><b>{html.escape(row.name)}</b>: {html.escape(row.why)}</li>"
+        f"<li>{_link(row, row.name)}: {html.escape(row.why)}</li>"
         for row in rows
         if row.state not in (DONE, PRUNED)
     )
@@ -162,21 +208,27 @@ def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #8a939d; --rule: #d8dee4 }
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #646d77; --rule: #d8dee4;
+        --link: #0a58ca }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --paper: #14171a; --faint: #8a939d; --rule: #333a41 }
+  :root { --ink: #e6e9ec; --paper: #14171a; --faint: #98a2ad; --rule: #333a41;
+          --link: #6cb0f5 }
 }
 * { box-sizing: border-box }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        margin: 0 auto; max-width: 1200px; padding: 16px }
 h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px }
 .scroll { overflow-x: auto; max-width: 100% }
-svg { display: block } text { fill: var(--ink); font-size: 12px }
-.name { text-anchor: middle; font-weight: 600 } 
-.tick { fill: var(--faint); paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
-text { pointer-events: none }
-.axis { stroke: var(--rule); stroke-width: 2 }
-polyline { fill: none; stroke-width: 2; stroke-opacity: .8 }
+.parallel { position: relative; margin: 8px 0 12px; font-size: 12.5px; line-height: 18px }
+.parallel svg { position: absolute; width: 100%; height: 100%; overflow: visible }
+.parallel b, .parallel span { position: absolute; padding: 0 4px; border-radius: 4px;
+  background: var(--paper); pointer-events: none; white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; max-width: 100% }
+.parallel b { left: 0; padding-left: 0 } .parallel span { color: var(--faint) }
+.axis { stroke: var(--faint); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+polyline { fill: none; stroke-width: 2; stroke-opacity: .8; vector-effect: non-scaling-stroke;
+           stroke-linejoin: round; pointer-events: stroke }
+a { color: var(--link) }
 .some polyline, .some tbody tr { opacity: .2 }
 .some .on { opacity: 1 !important } polyline.on { stroke-width: 4 }
 .key { color: var(--faint); margin: 4px 0 20px }

@@ -13,6 +13,8 @@ from mamba_jax.reports.compare import Comparison
 from mamba_jax.reports.compare import render as render_comparison
 from mamba_jax.reports.recorded import read_run
 from mamba_jax.reports.run_page import render
+from mamba_jax.sweeps import page as sweep_page
+from mamba_jax.sweeps.jobs import Row
 from tests.reports.made_run import evaluated, rate, started, trained, write
 
 BROWSER = next(
@@ -135,6 +137,76 @@ def test_a_runs_page(width, tmp_path):
         (str(k), f"{1 + k / 8:.5g}") for k in range(24)
     ]
     assert min(seen["last_tenth"]) >= 180 and max(seen["last_tenth"]) == 200
+
+
+AXIS = """
+const axis = key => [...document.querySelectorAll(`#chart-${key} .y`)]
+  .map(y => Number(y.textContent));
+const above = () => document.querySelector('#chart-loss .above')?.firstChild.textContent ?? null;
+seen.axis = axis('loss');
+seen.above = above();
+press('[data-part="0.5"]');
+seen.half = [axis('loss'), above()];
+press('[data-part="1"]');
+press('#chart-loss .log');
+seen.log = [axis('loss'), above()];
+"""
+
+
+def test_a_spike_does_not_rule_the_loss_axis(tmp_path):
+    """The quick start's own: it falls from 10.9 to 4.6, and one step is at 21 nats."""
+    loss = lambda s: 21.05 if s == 40 else 3 + 7.9 * math.exp(-s / 20)
+    folder = write(tmp_path / "a", [started(training__max_steps=200), *trained(1, 200, loss)])
+    seen = look(render(read_run(folder)), tmp_path, doing=AXIS)
+    assert seen["above"] == "▲ 21.05 at step 40"
+    assert 9 <= max(seen["axis"]) <= 11  # the loss at the start is on it
+    assert max(seen["half"][0]) < 4 and seen["half"][1] is None
+    assert max(seen["log"][0]) >= 20 and seen["log"][1] is None
+    usual = lambda s: 3 + 7.9 * math.exp(-s / 20) + (s % 5) / 10
+    folder = write(tmp_path / "b", [started(training__max_steps=200), *trained(1, 200, usual)])
+    assert look(render(read_run(folder)), tmp_path, doing=AXIS)["above"] is None
+
+
+def test_a_sweeps_page(tmp_path):
+    """Its axes fit a phone, and no label lies on another one."""
+    rows = [
+        Row(f"rate={rate},kind={kind}", {"rate": rate, "kind": kind, "n": 10 * n}, "done", "",
+            {"eval_loss": 3 + n + rate * 10}, n % 2 == 0)
+        for rate in (1e-4, 1.1e-4, 3e-4, 1e-3)
+        for n, kind in enumerate(("none", "a long name of a kind " * 3, "full", "dots"))
+    ]  # fmt: skip
+    doing = """
+    const box = document.querySelector('.parallel').getBoundingClientRect();
+    const labels = [...document.querySelectorAll('.parallel span, .parallel b')];
+    seen.cut = labels.filter(label => { const b = label.getBoundingClientRect();
+      return b.left < box.left - 1 || b.right > box.right + 1; }).map(label => label.textContent);
+    seen.covered = labels.flatMap(one => labels.filter(other => {
+      const a = one.getBoundingClientRect(), b = other.getBoundingClientRect();
+      return one !== other && a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1
+        && b.top < a.bottom - 1; }).map(other => [one.textContent, other.textContent]));
+    seen.labels = labels.map(label => label.textContent);
+    seen.lines = [...document.querySelectorAll('polyline')].filter(line => {
+      const b = line.getBoundingClientRect();
+      return b.left >= box.left - 3 && b.right <= box.right + 3; }).length;
+    """
+    for width in (360, 1280):
+        page = sweep_page.render(rows, "eval_loss", "kinds")
+        seen = look(page, tmp_path, width=width, doing=doing)
+        assert not seen["cut"] and not seen["covered"] and seen["lines"] == 16, seen
+        for label in ("rate", "kind", "n", "eval_loss (less is better)", "0.0001", "0.001", "full"):
+            assert label in seen["labels"]
+
+
+def test_a_comparison_has_all_results_on_a_phone(tmp_path):
+    runs = [hybrid(tmp_path / f"warmup_of_2000_steps_{name}", steps=50) for name in "abcd"]
+    doing = """
+    seen.cut = [...document.querySelectorAll('.compared td')].filter(cell => {
+      const box = cell.getBoundingClientRect();
+      return box.right > innerWidth || !box.width; }).length;
+    seen.first = document.querySelector('[data-row="eval_loss"]').getBoundingClientRect().bottom;
+    """
+    seen = look(render_comparison(Comparison(runs)), tmp_path, doing=doing)
+    assert seen["cut"] == 0 and seen["first"] < 640  # the first screen of a phone
 
 
 def test_a_comparison(tmp_path):
