@@ -1,24 +1,29 @@
 """``python launch/sweep.py``: many runs of one config, their results in a table and a page."""
 
 import argparse
+import contextlib
 import csv
 import functools
+import io
 import json
 import pathlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from mamba_jax import arguments
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError, command
+from mamba_jax.files import write_atomic
 from mamba_jax.launching.ending import PREEMPTED
 from mamba_jax.sweeps import jobs, page
 from mamba_jax.sweeps.executors import Executor, Local, Slurm, gpus
-from mamba_jax.sweeps.hyper import Hyper, Sweep, load
+from mamba_jax.sweeps.hyper import Hyper, Settings, Sweep, load
 from mamba_jax.sweeps.queue import Listed, Queue, Source
+from mamba_jax.training import history, run_lock
+from mamba_jax.training.run_lock import RunLock
 
 _EPILOG = """\
 Every other flag goes to `python -m mamba_jax.train`, for each run.
@@ -30,9 +35,10 @@ examples:
   python launch/sweep.py … --search optuna --trials 30
   python launch/sweep.py … --executor slurm --slurm partition=gpu --slurm gpus_per_node=1
 
-The same command again leaves out what is done, goes on with what was stopped, and tries what failed
-once more. Ctrl-C stops the runs, which save first; a second one ends them at once.
-Exit status: 0 all done, 1 some failed, 75 stopped, 2 a mistake (told in one line).
+The same command again skips what is done, resumes what was stopped, and tries what failed once
+more. One sweep at a time uses a folder. Ctrl-C stops the runs, which save first; a second one ends
+them at once.
+Exit status: 0 all done, 1 some failed, 75 stopped, 130 ended at once, 2 a mistake (one line).
 """
 _MANIFEST = "sweep.json"  # what every run of a sweep's folder has in common
 _MANY = 64  # jobs that SLURM is given at a time, where --slots does not say
@@ -73,7 +79,25 @@ def main(argv: list[str]) -> int:
             return 0
     elif own.dry_run:
         raise UserError("--dry_run cannot list a search: each run follows from those before it")
-    _check_same_sweep(own.out, base)
+    with _lock(own.out):
+        _check_same_sweep(own.out, base)
+        complete = _run(own, sweep, make, listed)
+        _write_run_pages(own.out)
+        rows = jobs.rows(own.out, own.metric)
+        _report(rows, own.out, own.metric)
+    if not complete:
+        _say("stopped; the same command resumes the sweep")
+        return PREEMPTED
+    return 0 if all(row.state in (jobs.DONE, jobs.PRUNED) for row in rows) else 1
+
+
+def _run(
+    own: argparse.Namespace,
+    sweep: Sweep,
+    make: Callable[[Settings], jobs.Job],
+    listed: Sequence[jobs.Job],
+) -> bool:
+    """Runs the jobs; False if it was interrupted."""
     executor, slots = _executor(own)
     if own.search is None:
         source: Source = Listed(listed)
@@ -89,13 +113,28 @@ def main(argv: list[str]) -> int:
     # Whoever ends the sweep otherwise than with Ctrl-C wants its runs saved as well.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    complete = Queue(source, executor, slots, _say).run()
-    rows = jobs.rows(own.out, own.metric)
-    _report(rows, own.out, own.metric)
-    if not complete:
-        _say("stopped; the same command goes on")
-        return PREEMPTED
-    return 0 if all(row.state in (jobs.DONE, jobs.PRUNED) for row in rows) else 1
+    return Queue(source, executor, slots, _say).run()
+
+
+def _lock(out: pathlib.Path) -> RunLock:
+    """Takes the lock of a sweep's folder: two sweeps would end each other's trials.
+
+    Raises:
+      UserError: if another sweep has it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        return RunLock.acquire(out, log=_say)
+    except UserError as error:
+        try:
+            holder = json.loads((out / run_lock.NAME).read_text())
+            who = f"a sweep on {holder['host']} (pid {holder['pid']}, since {holder['since']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            raise error from None
+        raise UserError(
+            f"--out={out} is in use by {who}; wait for its end, stop it with Ctrl-C, or choose "
+            "another --out"
+        ) from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -134,7 +173,7 @@ def _check_same_sweep(out: pathlib.Path, base: RunConfig) -> None:
     config = json.loads(json.dumps(to_dict(base)))
     file = out / _MANIFEST
     if file.is_file():
-        before = json.loads(file.read_text())
+        before = _read_manifest(file)
         changed = [
             name
             for name in jobs.flat(config)
@@ -146,11 +185,20 @@ def _check_same_sweep(out: pathlib.Path, base: RunConfig) -> None:
                 "choose another --out"
             )
         return
+    write_atomic(file, json.dumps(config, indent=2) + "\n")
+
+
+def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write into --out={out}: {error.strerror}") from error
+        config = json.loads(file.read_text())
+        if isinstance(config, dict):
+            return config
+    except ValueError:
+        pass
+    raise UserError(
+        f"{file} is damaged; delete it if the sweep's config is still the same (its runs are "
+        "kept), or choose another --out"
+    )
 
 
 def _executor(own: argparse.Namespace) -> tuple[Executor, int]:
@@ -166,6 +214,18 @@ def _executor(own: argparse.Namespace) -> tuple[Executor, int]:
     if devices and slots > len(devices):
         raise UserError(f"--slots={slots}: a slot is a GPU, and there are {len(devices)}")
     return Local(devices), slots
+
+
+def _write_run_pages(out: pathlib.Path) -> None:
+    """Writes the page of each run that has recorded something since its last one."""
+    from mamba_jax.reports import recorded, run_page
+
+    for metrics in out.glob(f"*/{history.NAME}"):
+        page_file = metrics.with_name(jobs.PAGE)
+        if page_file.is_file() and page_file.stat().st_mtime >= metrics.stat().st_mtime:
+            continue
+        with contextlib.suppress(UserError, OSError):  # the table has what matters
+            write_atomic(page_file, run_page.render(recorded.read_run(metrics.parent)))
 
 
 def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
@@ -186,14 +246,15 @@ def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
     for line in (header, *table):
         cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         print("  ".join(cells).rstrip())
-    with (out / "results.csv").open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["run", *names, *columns, "state", "why"])
-        for row in rows:
-            values = [row.settings.get(name, "") for name in names]
-            found = [row.measures.get(column, "") for column in columns]
-            writer.writerow([row.name, *values, *found, row.state, row.why])
-    (out / "sweep.html").write_text(page.render(rows, metric, title=out.name), encoding="utf-8")
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerow(["run", *names, *columns, "state", "why"])
+    for row in rows:
+        values = [row.settings.get(name, "") for name in names]
+        found = [row.measures.get(column, "") for column in columns]
+        writer.writerow([row.name, *values, *found, row.state, row.why])
+    write_atomic(out / "results.csv", stream.getvalue())
+    write_atomic(out / "sweep.html", page.render(rows, metric, title=out.name))
     print(f"{out / 'sweep.html'}, {out / 'results.csv'}")
 
 

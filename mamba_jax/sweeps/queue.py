@@ -78,6 +78,11 @@ class Queue:
         except KeyboardInterrupt:
             self._stop()
             return False
+        except Exception:  # such as a study that can no longer be written: no job outlives that
+            for running in self._running.values():
+                running.handle.stop()
+                running.record.release()
+            raise
 
     def _fill(self) -> bool:
         """Gives jobs to free slots; False if nothing runs."""
@@ -95,7 +100,8 @@ class Queue:
             record = Record.claim(job.folder)
         except UserError as error:
             self._say(f"{job.folder.name}: left out: {error}")
-            self._source.ended(job, 1, pruned=False)
+            # Not failed: a job that outlived an earlier sweep may run there.
+            self._source.ended(job, ending.PREEMPTED, pruned=False)
             return
         record.begin(
             **({"slurm_job": record.facts["slurm_job"]} if _still_submitted(record) else {}),

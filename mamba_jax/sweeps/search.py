@@ -1,15 +1,18 @@
 """``--search optuna``: each next job where the ones before promise most, poor ones cut short.
 
-The study lies in a file of SQLite, so a search goes on where it stopped; Optuna's own tools, its
+The study is a file of SQLite, so the next call resumes the search; Optuna's own tools, its
 dashboard among them, read the same file.
 """
 
+import contextlib
+import functools
 import json
 import pathlib
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from mamba_jax.errors import UserError
+from mamba_jax.errors import UserError, shortly
 from mamba_jax.launching import ending
 from mamba_jax.sweeps.hyper import Settings, Sweep
 from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
@@ -44,12 +47,19 @@ class OptunaSearch:
           seed: of what is proposed.
 
         Raises:
-          UserError: if Optuna is missing.
+          UserError: if Optuna is missing, or the study is damaged.
         """
-        self._optuna = _optuna()
+        self._optuna, self._file = _optuna(), file
+        _check_intact(file)
         self._sweep, self._make, self._metric = sweep, make, metric
+        self._trials: dict[pathlib.Path, Any] = {}
+        self._told: dict[pathlib.Path, int] = {}  # when the history that a trial was told is from
+        with self._one_line():
+            self._open(trials, slots, seed)
+
+    def _open(self, trials: int, slots: int, seed: int) -> None:
         states = self._optuna.trial.TrialState
-        storage = self._optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+        storage = self._optuna.storages.RDBStorage(f"sqlite:///{self._file.resolve()}")
         study = self._optuna.create_study(
             study_name=_STUDY, storage=storage, load_if_exists=True, direction="minimize"
         )
@@ -60,9 +70,7 @@ class OptunaSearch:
         )
         study.pruner = self._optuna.pruners.MedianPruner(n_startup_trials=4)
         self._study = study
-        self._trials: dict[pathlib.Path, Any] = {}
-        self._told: dict[pathlib.Path, int] = {}  # when the history that a trial was told is from
-        # What an earlier call was stopped in goes on; what failed gets another try.
+        # What an earlier call was stopped in is resumed; what failed gets another try.
         self._left = [
             self._optuna.trial.Trial(study, trial._trial_id)
             for trial in earlier
@@ -75,7 +83,24 @@ class OptunaSearch:
         finished = sum(trial.state in (states.COMPLETE, states.PRUNED) for trial in earlier)
         self._to_ask = max(0, trials - finished - len(self._left))
 
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Turns whatever the study's file raises into one line."""
+        from sqlalchemy.exc import SQLAlchemyError  # pyright: ignore[reportMissingImports]
+
+        try:
+            yield
+        except (self._optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+            raise UserError(
+                f"the study {self._file} cannot be used: {shortly(error)}; mend that, then the "
+                "same command resumes the sweep"
+            ) from error
+
     def next(self) -> Job | None:
+        with self._one_line():
+            return self._next()
+
+    def _next(self) -> Job | None:
         while self._left or self._to_ask:
             if self._left:
                 trial = self._left.pop(0)
@@ -92,6 +117,10 @@ class OptunaSearch:
         return None
 
     def gives_up(self, job: Job) -> bool:
+        with self._one_line():
+            return self._gives_up(job)
+
+    def _gives_up(self, job: Job) -> bool:
         try:
             written = (job.folder / history.NAME).stat().st_mtime_ns
         except OSError:
@@ -100,20 +129,25 @@ class OptunaSearch:
             return False
         self._told[job.folder] = written
         trial = self._trials[job.folder]
-        for step, value in evaluations(job.folder, self._metric):
-            trial.report(value, step)
-        return trial.should_prune()
+        try:
+            for step, value in evaluations(job.folder, self._metric):
+                trial.report(value, step)
+            return trial.should_prune()
+        except self._optuna.exceptions.UpdateFinishedTrialError:  # ended by Optuna's own tools
+            return False
 
     def ended(self, job: Job, code: int, *, pruned: bool) -> None:
         states = self._optuna.trial.TrialState
         trial = self._trials.pop(job.folder)
         value = measures(job.folder).get(self._metric)
-        if pruned:
-            self._study.tell(trial, state=states.PRUNED)
-        elif code == 0 and value is not None:
-            self._study.tell(trial, value)
-        elif code not in (ending.PREEMPTED, ending.PEER_LOST):  # those go on with the next call
-            self._study.tell(trial, state=states.FAIL)
+        tell = functools.partial(self._study.tell, trial, skip_if_finished=True)
+        with self._one_line():
+            if pruned:
+                tell(state=states.PRUNED)
+            elif code == 0 and value is not None:
+                tell(value)
+            elif code not in (ending.PREEMPTED, ending.PEER_LOST):  # the next call resumes those
+                tell(state=states.FAIL)
 
     def _settings(self, trial: Any) -> Settings:
         known = trial.user_attrs.get(_SETTINGS)
@@ -140,6 +174,24 @@ class _Chooser:
 
     def choice(self, name: str, count: int) -> int:
         return self._trial.suggest_categorical(name, list(range(count)))
+
+
+def _check_intact(file: pathlib.Path) -> None:
+    """Refuses a damaged study before a job starts; Optuna may meet the damage late."""
+    if not file.exists():
+        return
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{file.resolve().as_uri()}?mode=rw", uri=True)
+        ) as db:
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        found = str(error)
+    if found != "ok":
+        raise UserError(
+            f"the study {file} cannot be read ({shortly(found)}); if it is damaged, move it away "
+            "to search anew: the runs beside it are kept"
+        )
 
 
 def _optuna() -> Any:

@@ -4,11 +4,14 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+import urllib.parse
 
 import pytest
 
@@ -206,6 +209,26 @@ def test_a_second_ctrl_c_ends_the_jobs_at_once(place):
     raise AssertionError("a job lives on")
 
 
+@pytest.mark.parametrize("search", [[], ["--search=optuna", "--trials=2"]])
+def test_a_second_call_beside_a_living_sweep_is_refused(place, capsys, search):
+    if search:
+        pytest.importorskip("optuna")
+    process = start_process(*search)
+    begun = starts()
+    assert run(*search) == 2
+    error = capsys.readouterr().err
+    host = socket.gethostname()
+    assert f"--out=out is in use by a sweep on {host} (pid {process.pid}, since" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert starts() == begun
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in told
+    assert set(states().values()) == {"done"}
+    if search:
+        assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 2
+    assert run(*search) == 0  # nobody has the lock any more
+
+
 def test_jobs_that_outlived_a_killed_sweep_are_not_started_twice(place, capsys):
     process = start_process()
     process.kill()
@@ -306,6 +329,19 @@ def test_a_folder_holds_one_sweep(place, capsys):
     assert "holds a sweep of another config (training.max_steps differ)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", '{"model": {"d_mo', "[1]", "\0\0\0", "null"])
+def test_a_damaged_manifest_is_one_line(place, capsys, text):
+    assert run() == 0
+    (OUT / "sweep.json").write_text(text)
+    capsys.readouterr()
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out/sweep.json is damaged; delete it if")
+    assert error.count("\n") == 1
+    (OUT / "sweep.json").unlink()
+    assert run() == 0 and json.loads((OUT / "sweep.json").read_text())["model"]
+
+
 def test_dry_run_lists(place, capsys):
     assert run("--dry_run") == 0
     assert "learning_rate=0.001: new" in capsys.readouterr().out.splitlines()
@@ -331,6 +367,23 @@ def row(name, state="done", why="", loss=None, **settings):
     return jobs.Row(name, settings, state, why, {} if loss is None else {"eval_loss": loss})
 
 
+def test_every_run_is_linked_to_its_page(place):
+    OUT.mkdir()
+    (OUT / "fail").write_text("0.01")
+    assert run() == 1
+    links = re.findall(r'<a href="([^"]*)"', (OUT / "sweep.html").read_text())
+    targets = [OUT / urllib.parse.unquote(link) for link in links]
+    assert len(set(targets)) == 4 and all(target.exists() for target in targets)
+    pages = [target for target in targets if target.name == "report.html"]
+    assert len(pages) == 3  # the one that failed has recorded nothing; the link is to its folder
+    assert all('id="chart-loss"' in each.read_text() for each in pages)
+    before = {each: each.stat().st_mtime_ns for each in pages}
+    assert run() == 0
+    assert before == {each: each.stat().st_mtime_ns for each in pages}  # nothing new to show
+    odd = jobs.Row('a"b#c?d', {"x": 1}, "failed", "why", {})
+    assert 'href="a%22b%23c%3Fd/"' in page.render([odd], "eval_loss", "x")
+
+
 def test_the_page_needs_no_network_and_says_what_came_out():
     rows = [
         row("one", loss=1.0, rate=1e-3, kind="<b>"),
@@ -346,6 +399,8 @@ def test_the_page_needs_no_network_and_says_what_came_out():
     assert "2 of 4 runs done; best: rate 0.001, kind &lt;b&gt;, eval_loss 1" in text
     assert text.count("<polyline") == 3  # one without a measure has no line
     assert text.count("<tr data-run") == 4 and text.count("stroke-dasharray") == 1
+    assert 'aria-label="3 runs over rate, kind, eval_loss (less is better); the' in text
+    assert text.index("<th>eval_loss") < text.index("<th>rate")
     assert page.render(rows[:1], "eval_loss", "x").count("<polyline") == 0
     assert "0 of 0 runs done" in page.render([], "eval_loss", "x")
 
@@ -429,6 +484,92 @@ def test_poor_trials_are_cut_short(space):
     for name in (name for name, state in found.items() if state == "pruned"):
         assert int((OUT / name / "steps").read_text()) < 10  # it saved, and did not go to the end
     assert any(trial.state.name == "PRUNED" for trial in study().trials)
+
+
+def test_a_job_that_outlived_a_killed_search_keeps_its_trial(space):
+    """Another call leaves it out; its trial is not failed, and a later call has its result."""
+    process = start_process("--search=optuna", "--trials=2")
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    living = {name for name, state in states().items() if state == "running"}
+    assert len(living) == 2 and run("--search=optuna", "--trials=2") == 1
+    assert [trial.state.name for trial in study().trials] == ["RUNNING"] * 2
+    for _ in range(1000):
+        if "running" not in states().values():
+            break
+        time.sleep(0.02)
+    assert run("--search=optuna", "--trials=2") == 0
+    assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 2
+    assert set(states()) == living and set(starts()) == living
+
+
+def test_a_trial_that_other_tools_have_ended_disturbs_nothing(space, monkeypatch):
+    import optuna
+
+    from mamba_jax.sweeps.search import OptunaSearch
+
+    gives_up = OptunaSearch.gives_up
+
+    def ended_elsewhere(self, job):
+        other = study()
+        (trial,) = [t for t in other.trials if t.state == optuna.trial.TrialState.RUNNING] or [None]
+        if trial:
+            other.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        return gives_up(self, job)
+
+    OUT.mkdir()
+    (OUT / "slow").touch()
+    monkeypatch.setattr(OptunaSearch, "gives_up", ended_elsewhere)
+    assert run("--search=optuna", "--trials=1") == 0
+    assert set(states().values()) == {"done"}
+
+
+def damage(file, how):
+    data = file.read_bytes()
+    size = len(data)
+    damaged = {
+        "garbage": b"x" * size,
+        "cut short": data[: size // 2],
+        "zeros": bytes(size),
+        "zeros within": data[: size // 4] + bytes(size // 2) + data[size - size // 4 :],
+    }
+    file.write_bytes(damaged[how])
+
+
+@pytest.mark.parametrize("how", ["garbage", "cut short", "zeros", "zeros within"])
+def test_a_damaged_study_is_one_line_and_starts_nothing(space, capsys, how):
+    assert run("--search=optuna", "--trials=2") == 0
+    before = starts()
+    damage(OUT / "study.db", how)
+    capsys.readouterr()
+    assert run("--search=optuna", "--trials=4") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the study out/study.db cannot be read (")
+    assert "move it away to search anew" in error and error.count("\n") == 1
+    assert starts() == before
+
+
+def test_a_study_that_breaks_meanwhile_is_one_line_and_its_jobs_save(space, capsys, monkeypatch):
+    import optuna
+
+    from mamba_jax.sweeps.search import OptunaSearch
+
+    def broken(self, job):
+        raise optuna.exceptions.StorageInternalError("disk I/O error\nand more")
+
+    OUT.mkdir()
+    (OUT / "slow").touch()
+    monkeypatch.setattr(OptunaSearch, "_gives_up", broken)
+    assert run("--search=optuna", "--trials=3", "--slots=2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the study out/study.db cannot be used: disk I/O error;")
+    assert error.count("\n") == 1
+    for _ in range(1000):
+        if "running" not in states().values():
+            break
+        time.sleep(0.02)
+    assert set(states().values()) == {"stopped"} and len(starts()) == 2
 
 
 def test_a_search_needs_its_extra(place, monkeypatch, capsys):
