@@ -31,9 +31,12 @@ SPIKE_MEMORY = 50  # steps whose median a spike is measured from
 SPIKE_NOISE = 8.0  # standard deviations: never reached by chance in 200,000 steps
 SPIKE_SHARE = 0.1  # of the loss before it; a single step's also of the first: near 0 all is odd
 SPIKE_LENGTH = 3  # steps: an odd batch moves one step's loss, and two in a row are chance
-SPIKE_ALONE = 2.5  # × the loss before it, for a single step: no odd batch moves a loss so far
+SPIKE_ALONE = 3.5  # × the loss before it, for a single step: an odd batch may reach 2.5
 SPIKES_MANY = 3
-SPIKE_EARLY = 5  # steps whose median it is within the first SPIKE_MEMORY: the loss falls fast
+# The first SPIKE_MEMORY steps are measured from fewer, as the loss falls fast there, and by a
+# larger share, as a loss that climbs step by step is no spike.
+SPIKE_EARLY = 5  # steps
+SPIKE_EARLY_SHARE = 0.25
 SPIKE_STEPS = 50  # at least
 
 OVERFIT_EVALUATIONS = 4  # at least
@@ -192,7 +195,8 @@ def loss_spikes(run: Run) -> Verdict:
     before_n = loss.values - rise_n
     settled = SPIKE_MEMORY if len(loss) >= 3 * SPIKE_MEMORY else SPIKE_EARLY
     usual = noise(rise_n[settled:])
-    high_n = rise_n > np.maximum(SPIKE_NOISE * usual, SPIKE_SHARE * np.abs(before_n))
+    share_n = np.where(np.arange(len(loss)) < SPIKE_MEMORY, SPIKE_EARLY_SHARE, SPIKE_SHARE)
+    high_n = rise_n > np.maximum(SPIKE_NOISE * usual, share_n * np.abs(before_n))
     begun = median(loss[:FIRST_STEPS])
     far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * begun)
     # Within one spike a step may be low, by a lucky batch.

@@ -48,7 +48,7 @@ def test_a_short_run_says_what_it_could_not_judge(folder, capsys):
     out = capsys.readouterr().out
     assert "step 60 of 1,000" in out
     assert "Nothing wrong found." in out
-    assert re.search("\n  loss spikes +60 of the 150 steps that it takes\n", out)
+    assert re.search("\n  loss falls +0 of the 200 steps after the warm-up that it takes\n", out)
 
 
 def test_a_finding(folder, capsys):
