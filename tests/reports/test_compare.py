@@ -77,7 +77,7 @@ def test_the_page_holds_the_same_table(folders):
     assert page.rows["eval_loss"][1:] == EXPECTED["eval loss, last"]
     assert page.rows["memory_bytes"][1:] == EXPECTED["memory"]
     assert "fast: failed, OSError: no space" in page.text
-    best = re.findall(r'<td class="best">([^<]*)', text)
+    best = re.findall(r'class="best">([^<]*)', text)
     assert best == ["2.5", "2.5", "1.125", "2"]  # eval loss last and best, bits, training loss
 
 
@@ -110,9 +110,11 @@ def test_only_what_can_be_compared_has_a_best(tmp_path, monkeypatch):
 def test_results_come_first_and_many_fields_are_folded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [{}, {"data__data_dir": "b"}]
-    many = [{}, {f"model__{name}": 2 for name in ("d_state", "d_conv", "expand", "recursion_depth")}
-            | {"training__learning_rate": 0.5, "training__weight_decay": 0.5, "seed": 7,
-               "training__log_steps": 3, "training__eval_steps": 3}]  # fmt: skip
+    model = {"model__d_state": 8, "model__d_conv": 3, "model__expand_factor": 3}
+    training = {
+        f"training__{n}": 3 for n in ("log_steps", "eval_steps", "eval_windows", "save_steps")
+    }
+    many = [{}, {**model, **training, "training__learning_rate": 0.5, "seed": 7}]
     parts = (">Results<", 'data-row="eval_loss"', 'data-row="device"', "Config: ", 'id="chart-')
     for changes, is_open in ((few, True), (many, False)):
         records = [[started(**change), *trained(1, 9)] for change in changes]

@@ -2,7 +2,6 @@
 
 import html
 import importlib
-import json
 import math
 import re
 import shlex
@@ -12,8 +11,10 @@ import pytest
 
 from mamba_jax import arguments as train_arguments
 from mamba_jax import report
+from mamba_jax.config import from_dict
 from mamba_jax.reports.recorded import read_run
 from mamba_jax.reports.run_page import render
+from mamba_jax.training.checkpoint_folder import Metadata, write_manifest, write_metadata
 from tests.reports.made_run import Page, config, evaluated, rate, started, trained, write
 
 EVIL = '</script></pre><script>alert("x")</script><img src=x onerror=alert(1)> &amp; é'
@@ -235,8 +236,9 @@ def saved(folder, step, loss=None):
     path = folder / ("final" if step == 40 else f"step_{step}")
     path.mkdir(parents=True)
     metrics = {} if loss is None else {"eval_loss": loss}
-    record = {"step": step, "samples_seen": step, "metrics": metrics, "format": 1}
-    (path / "config.json").write_text(json.dumps(record | {"config": config()}))
+    run = from_dict(config())
+    write_metadata(path, Metadata(run, step, step, "corpus", metrics, {}, "cpu", "bytes"))
+    write_manifest(path)
 
 
 def commands(page):

@@ -201,7 +201,7 @@ def test_a_second_ctrl_c_ends_the_jobs_at_once(place):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 130
     for _ in range(500):
         if not any(is_running(folder.parent) for folder in OUT.glob("*/steps")):
             return
