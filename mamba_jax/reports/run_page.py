@@ -267,7 +267,7 @@ def _checkpoints(run: Run) -> str:
     out = shlex.quote(f"{run.folder.resolve().name}-{path.name}-hf")
     lines.append(f"python -m mamba_jax.export --checkpoint {named} --format hf --out {out}")
     if run.planned_steps is None or newest[0] < run.planned_steps:
-        said += f" To resume from the newest, {newest[1].name}: the last command."
+        said += f" The last command resumes from the newest, {newest[1].name}."
         lines.append(f"python -m mamba_jax.train --resume {folder}")
     return (
         f"<h2>Checkpoints</h2>\n<p>{html.escape(said)}</p>\n"

@@ -257,7 +257,7 @@ def test_the_best_checkpoint_and_the_commands_for_it(tmp_path):
     page = Page(text)
     assert "Best: step_20, evaluation loss 2.5 at step 20." in page.text
     assert "The best evaluation, 2.25 at step 25, has no checkpoint." in page.text
-    assert "resume from the newest, step_30" in page.text
+    assert "resumes from the newest, step_30." in page.text
     best = str(folder / "step_20")
     assert commands(text) == [
         ["python", "-m", "mamba_jax.generate", "--checkpoint", best, "--prompt", ""],
