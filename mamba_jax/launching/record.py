@@ -98,13 +98,11 @@ def _encoded(facts: dict[str, Any]) -> bytes:
 
 def _write_code(output_dir: pathlib.Path, text: str) -> None:
     path, line = output_dir / EXIT_CODE, text.ljust(_CODE_WIDTH) + "\n"
-    try:
-        write_atomic(path, line)
-    except OSError:  # a full disk, say: in place a line of the same length needs no room
-        if not path.exists():
-            raise
-        with path.open("r+") as file:
+    if path.is_file() and path.stat().st_size == len(line):
+        with path.open("r+") as file:  # one write of the same length: needs no room, is never half
             file.write(line)
+    else:
+        write_atomic(path, line)
 
 
 def _unwritable(output_dir: pathlib.Path, error: OSError, remedy: str) -> UserError:
