@@ -250,8 +250,8 @@ def tokenise(
         )
     for line in summary.lines():
         log(line)
-    if tokenizer.doubt:
-        log(tokenizer.doubt)
+    for line in filter(None, (tokenizer.remark, tokenizer.doubt)):
+        log(line)
     return tokenizer, store, plan
 
 
