@@ -92,7 +92,8 @@ def cut(tokens, tokenizer) -> Units:
         bytes_d=np.array([0]),
         source_d=np.array([0]),
     )
-    return cut_into_units(Flat([tokens]), whole, tokenizer)
+    limit = max(int(0.005 * len(tokens)), 256)
+    return cut_into_units(Flat([tokens]), whole, tokenizer, limit, limit)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
