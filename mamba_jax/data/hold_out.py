@@ -29,8 +29,9 @@ _MOST_SHARE, _MOST_DIFFERENT_SHARE = 0.02, 0.0175
 _MOST_WINDOWS = 1.25  # held out where one window is more than that share
 _MOST_OVERLAP = 0.995  # of the held-out text also trained on: beyond it, it measures nothing
 _SMALLEST_FINE_BLOCK_TOKENS, _SHORTEST_FINE_SPAN_TOKENS = 16, 8
+_FEW_DOCUMENTS = 20
 _MOST_FINE_BLOCKS = 1 << 20
-_LEAST_OWN_SHARE = 0.5  # of a fine block that is held out
+_LEAST_OWN_SHARE, _MOST_FINE_OVERLAP = 0.5, 0.5  # of a fine block that is held out, and of all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +98,18 @@ def hold_out(
     limit = min(large, max(int(LARGEST_UNIT_SHARE * different), least))
     span = min(span, max(limit // 2, _SHORTEST_FINE_SPAN_TOKENS))
     most_copies_tokens = max(LARGEST_UNIT_SHARE * total, limit)
-    # Short documents, which may be records, stay whole where that costs no more than a window.
-    for cut_above, surplus in ((large, max(window_tokens, limit)), (limit, limit)):
+    # Short documents may be records: they stay whole, unless there are few.
+    ways = [(large, max(window_tokens, limit)), (limit, limit)]
+    for cut_above, surplus in ways[: 2 if len(documents.end_d) < _FEW_DOCUMENTS else 1]:
         units = cutter.units(limit, cut_above)
         own_u, is_free_u = cutter.own(units, span, most_copies_tokens)
         is_eval_u = choose(units, own_tokens_u=own_u, is_free_u=is_free_u)
         if is_eval_u is not None:
             fine = cutter.measured(units, is_eval_u, None, span)
-            if is_good(fine, surplus_tokens=surplus):
+            if is_good(fine, surplus_tokens=surplus, most_overlap=_MOST_FINE_OVERLAP):
                 rule = f"blocks of {limit} of documents above {cut_above}, spans of {span}"
                 return dataclasses.replace(fine, rule=rule)
-    is_usable = max(coarse.overlap.share, _held_share(coarse)) <= 0.5
+    is_usable = max(coarse.overlap.share, _held_share(coarse)) <= _MOST_FINE_OVERLAP
     return coarse if is_usable else Division(coarse.units, coarse.overlap)
 
 
@@ -143,16 +145,14 @@ class _Cutter:
     def own(self, units: Units, span: int, most_tokens: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns float (u,), the tokens of units with repetition counted once, and bool (u,),
         which are mostly their own and with their copies no longer than ``most_tokens``."""
-        _, first_g, group_u, copies_g = np.unique(
-            units.digest_ud, axis=0, return_index=True, return_inverse=True, return_counts=True
+        _, group_u, copies_g = np.unique(
+            units.digest_ud, axis=0, return_inverse=True, return_counts=True
         )
-        start_g, end_g = units.start_u[first_g], units.end_u[first_g]
-        counts = self._counts(span)
-        counts.add(start_g, end_g, np.zeros(len(first_g), bool))
-        own_g, length_g = counts.own_tokens(start_g, end_g), end_g - start_g
-        is_free_g = own_g >= _LEAST_OWN_SHARE * length_g
-        is_free_g &= copies_g * length_g <= most_tokens
-        return (own_g / copies_g)[group_u], is_free_g[group_u]
+        counts, copies_u = self._counts(span), copies_g[group_u]
+        counts.add(units.start_u, units.end_u, np.zeros(len(copies_u), bool))
+        own_u, length_u = counts.own_tokens(units.start_u, units.end_u), units.end_u - units.start_u
+        is_free_u = copies_u * own_u >= _LEAST_OWN_SHARE * length_u
+        return own_u, is_free_u & (copies_u * length_u <= most_tokens)
 
 
 def _held_share(division: Division) -> float:
@@ -166,7 +166,12 @@ def _held_share(division: Division) -> float:
 
 
 def _is_good(
-    division: Division, *, fraction: float, window_tokens: int, surplus_tokens: int = 0
+    division: Division,
+    *,
+    fraction: float,
+    window_tokens: int,
+    surplus_tokens: int = 0,
+    most_overlap: float = _MOST_OVERLAP,
 ) -> bool:
     """Says whether little enough is held out, and text that is not only a copy of the rest."""
 
@@ -185,5 +190,5 @@ def _is_good(
         and 0.5 * fraction * different
         <= overlap.held_out_tokens
         <= most(different, _MOST_DIFFERENT_SHARE)
-        and overlap.share <= _MOST_OVERLAP
+        and overlap.share <= most_overlap
     )
