@@ -83,7 +83,7 @@ def test_the_share_of_any_text_with_repetition_counted_once(tmp_path_factory, co
     longest = max(end - start for start, end in runs)
     held = collections.Counter()
     for start, end in runs:
-        if end - start > longest / 2:
+        if end - start > min(100, longest / 2):
             held += whole_words(made.eval._cache._tokens[start + 1 : end])
     also_trained_on = sum(held[word] for word in held if train[word]) / max(held.total(), 1)
     warned = any(line.startswith("warning: ") and "also occurs" in line for line in log)
