@@ -209,7 +209,7 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
         f"on: {len(train):,}"
     )
     if plan.overlap.share >= _TOLD_OVERLAP:
-        log(_shared_text(plan.overlap.share))
+        log(_shared_text(plan.overlap))
     fill = FillInTheMiddle(config.fim_rate, tokenizer.eot_id, tokenizer.fim_ids)
     return Corpus(
         *(tokenizer, fingerprint, train, evaluation, summary, plan.origins, phases),
@@ -217,13 +217,13 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     )
 
 
-def _shared_text(share: float) -> str:
+def _shared_text(overlap: Overlap) -> str:
     """Returns the line about held-out text that also occurs in training."""
     line = (
-        f"{share:.1%} of the held-out text also occurs in the training text, in stretches of about "
-        "64 bytes or more"
+        f"{overlap.share:.1%} of the held-out text also occurs in the training text, in stretches "
+        f"of {overlap.span_tokens} tokens or more"
     )
-    if share < _WARNED_OVERLAP:
+    if overlap.share < _WARNED_OVERLAP:
         return line
     return (
         f"warning: {line}, so the held-out loss measures memorisation in part; "

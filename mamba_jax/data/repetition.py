@@ -28,11 +28,13 @@ class Overlap:
     """What a split shares. Token counts are estimates where not all spans could be kept.
 
     Attributes:
+      span_tokens: of the spans that were compared.
       different_tokens: of the corpus, repetition counted once: a span with k copies counts 1/k.
       held_out_tokens: of these the held-out ones.
       share: of the held-out text, the part that is also trained on, 0 to 1.
     """
 
+    span_tokens: int
     different_tokens: float
     held_out_tokens: float
     share: float
@@ -98,6 +100,7 @@ class SpanCounts:
         train_s, held_s = self._count_s2[:, 0], self._weight_s2[:, 1]
         held = held_s.sum()
         return Overlap(
+            span_tokens=self._span_tokens,
             different_tokens=float((self._weight_s2.sum(1) / copies_s).sum()) * scale,
             held_out_tokens=float((held_s / copies_s).sum()) * scale,
             share=float(held_s[train_s > 0].sum() / held) if held else 0.0,
