@@ -1,9 +1,10 @@
 """Any ``tokenizer.json`` of the Hugging Face library ``tokenizers``: a file, a folder or the Hub.
 
 Ids are those of ``tokenizers.Tokenizer.encode(text, add_special_tokens=False)``, except that text
-which spells a special token stays text. Which token ends a text, in this order: the ``eos_token``
-that a ``tokenizer_config.json`` beside the file names; the first of ``_USUAL_ENDS`` among the
-special tokens; else ``<|endoftext|>`` is added as the last id.
+which spells a special token stays text, and that BPE dropout, which makes other ids each time, is
+off. Which token ends a text, in this order: the ``eos_token`` that a ``tokenizer_config.json``
+beside the file names; the first of ``_USUAL_ENDS`` among the special tokens; else
+``<|endoftext|>`` is added as the last id.
 """
 
 import hashlib
@@ -33,19 +34,28 @@ _MARGIN_CHARACTERS = 1 << 10
 _BYTE_WORD = re.compile("<0x[0-9A-Fa-f]{2}>")
 _MOST_IDS_A_WORD = 100  # a file with more is damaged: the model would have a row for each
 _PREFIX_PROBES = 100  # words tried
-_PROBE = 'A probe: naïve café,\n\n  x = 日本語 ["🌍"]  <b>It\'s</b> 3.14!'
+_PROBES = (
+    'A probe: naïve café,\n\n  x = 日本語 ["🌍"]  <b>It\'s</b> 3.14!',
+    "  spaces around  ",
+    "\n\tother white space\u00a0\r\n\u2003\n",
+    "``quotes'' … – \u201cothers\u201d ﬁ ½ ① Ａ e\u0301 \u1e9b\u0323",
+)
+# Around each added token: some take the white space beside them away.
+_ADDED_PROBES = ("a {} b", "a  {}\n\nb", "a{}b", "\t{}\t")
+_SHOWN_CHARACTERS = 12  # of a text that does not come back, on each side of the change
 
 
 class _Json(Tokenizer):
     """Encodes by the library; pieces come from the vocabulary and the decoder."""
 
-    def __init__(self, name: str, encoding: Any, source: bytes, end: str | None):
+    def __init__(self, name: str, encoding: Any, source: bytes, end: str | None, remark: str = ""):
         """
         Args:
           name: for ``load_tokenizer``.
           encoding: ``tokenizers.Tokenizer``.
           source: the file that it was made of: as the library writes it changes with versions.
           end: content of the token that ends a text; None: the usual one.
+          remark: as of ``Tokenizer``.
         """
         self._encoding = encoding
         end = end or _usual_end(encoding)
@@ -72,13 +82,36 @@ class _Json(Tokenizer):
             _pieces(encoding, record, special),
             special_ids=named,
             files={FILE_NAME: source, _CONFIG_NAME: json.dumps({"eos_token": end}).encode()},
+            remark=remark,
         )
         self._prefix = self._found_prefix()
-        if self.decode(self.encode(_PROBE)) != _PROBE:
-            self.doubt = (
-                f"the tokenizer {name} does not give every text back as it was (it changes or "
-                "lacks characters); bits per byte count what it does give"
-            )
+        self.doubt = self._roundtrip_doubt([word["content"] for word in record["added_tokens"]])
+
+    def _roundtrip_doubt(self, added: Sequence[str]) -> str:
+        """Tries texts, and ones with each added token; says which does not come back, if any."""
+        texts = [*_PROBES]
+        for probe in _ADDED_PROBES:
+            each = [probe.format(word) for word in added]
+            # All at once, as there may be thousands; by itself where that fails.
+            if self._change("".join(each)):
+                texts += [*each, "".join(each)]
+        change = next(filter(None, map(self._change, texts)), None)
+        if change is None:
+            return ""
+        return (
+            f"the tokenizer {self.name} does not give every text back as it was ({change[0]} comes "
+            f"back as {change[1]}); bits per byte count what it does give"
+        )
+
+    def _change(self, text: str) -> tuple[str, str] | None:
+        """Returns a stretch of the text and what it comes back as; None if all does."""
+        back = self.decode(self.encode(text))
+        if back == text:
+            return None
+        pairs = enumerate(zip(text, back, strict=False))
+        place = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+        around = slice(max(place - _SHOWN_CHARACTERS, 0), place + _SHOWN_CHARACTERS)
+        return ascii(text[around]), ascii(back[around])
 
     def _found_prefix(self) -> str:
         """Returns what the tokenizer puts before every text: often a space."""
@@ -232,7 +265,16 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
     try:
         source = path.read_bytes()
         encoding = tokenizers.Tokenizer.from_str(source.decode("utf-8"))
-        return _Json(name, encoding, source, end)
+        remark, record = "", json.loads(source)
+        if rate := record["model"].get("dropout"):
+            record["model"]["dropout"] = None
+            source = json.dumps(record, ensure_ascii=False).encode()
+            encoding = tokenizers.Tokenizer.from_str(source.decode("utf-8"))
+            remark = (
+                f"the tokenizer {name} has a BPE dropout of {rate}, which is switched off: the "
+                "same text always gives the same tokens"
+            )
+        return _Json(name, encoding, source, end, remark)
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises Exception itself, and panics beside it

@@ -19,6 +19,7 @@ from mamba_jax.data.fill_in_the_middle import FillInTheMiddle
 from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.order import Order
 from mamba_jax.data.plan import Plan, Settings, load_or_make
+from mamba_jax.data.repetition import Overlap
 from mamba_jax.data.sources import Source, open_source
 from mamba_jax.data.store import Store, cache_folder
 from mamba_jax.data.summary import Summary, shown
@@ -29,6 +30,10 @@ from mamba_jax.errors import UserError
 
 _COUNTED_TOKENS = 1 << 24  # of a side, for the distribution of its tokens
 _COUNTED_AT_ONCE = 256  # windows
+_REPETITIVE = 0.8  # of the tokens, left when repetition is counted once: from there down it is said
+# Of the held-out text that also occurs in training: from when on it is said, and is a warning. Code
+# of many authors has about a tenth: licences, imports, tables.
+_TOLD_OVERLAP, _WARNED_OVERLAP = 0.001, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +170,9 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
             f"seq_len {seq_len} (one window to train on, one held out): add text to data.data_dir "
             "or lower model.max_seq_len"
         )
+    assert plan.overlap is not None
+    if not len(plan.eval):
+        raise UserError(_repeats_itself(summary.origin, total, plan.overlap, seq_len))
     if plan.by_place:
         log("too little text to hold out whole documents or blocks: holding out the last window")
     tokens = store.tokens(plan.shards)
@@ -192,14 +200,51 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
             )
     words = [plan.fingerprint, config.window, config.loss_on, config.fim_rate, phases]
     fingerprint = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
+    held, different = evaluation.stream_tokens, plan.overlap.different_tokens
+    share = f"{held / total:.2%}"
+    if different < _REPETITIVE * total:
+        share += f", {plan.overlap.held_out_tokens / different:.2%} with repetition counted once"
     log(
-        f"held out {evaluation.stream_tokens:,} tokens ({evaluation.stream_tokens / total:.2%}): "
-        f"{len(evaluation):,} windows of {seq_len:,}; to train on: {len(train):,}"
+        f"held out {held:,} tokens ({share}): {len(evaluation):,} windows of {seq_len:,}; to train "
+        f"on: {len(train):,}"
     )
+    if plan.overlap.share >= _TOLD_OVERLAP:
+        log(_shared_text(plan.overlap))
     fill = FillInTheMiddle(config.fim_rate, tokenizer.eot_id, tokenizer.fim_ids)
     return Corpus(
         *(tokenizer, fingerprint, train, evaluation, summary, plan.origins, phases),
         fill=fill if config.fim_rate else None,
+    )
+
+
+def _shared_text(overlap: Overlap) -> str:
+    """Returns the line about held-out text that also occurs in training."""
+    line = (
+        f"{overlap.share:.1%} of the held-out text also occurs in the training text, in stretches "
+        f"of {overlap.span_tokens} tokens or more"
+    )
+    if overlap.share < _WARNED_OVERLAP:
+        return line
+    return (
+        f"warning: {line}, so the held-out loss measures memorisation in part; "
+        'data.deduplicate="near" leaves out similar documents'
+    )
+
+
+def _repeats_itself(origin: str, total: int, overlap: Overlap, seq_len: int) -> str:
+    """Returns the error's line for text of which nothing can be held out."""
+    different, needed = round(overlap.different_tokens), 2 * (seq_len + 1)
+    left = (
+        f"{origin} repeats itself: of its {total:,} tokens about {different:,} are left when "
+        "repetition is counted once"
+    )
+    if different < needed:
+        return (
+            f"{left}; need ≥ {needed:,} for seq_len {seq_len} (one window to train on, one held "
+            "out): add other text to data.data_dir or lower model.max_seq_len"
+        )
+    return (
+        f"{left}, and whatever is held out is trained on as well: add other text to data.data_dir"
     )
 
 
@@ -250,8 +295,8 @@ def tokenise(
         )
     for line in summary.lines():
         log(line)
-    if tokenizer.doubt:
-        log(tokenizer.doubt)
+    for line in filter(None, (tokenizer.remark, tokenizer.doubt)):
+        log(line)
     return tokenizer, store, plan
 
 

@@ -11,14 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from mamba_jax.data.hold_out import hold_out
 from mamba_jax.data.near_duplicates import first_of_similar
-from mamba_jax.data.split import cut_into_units, runs, split_by_place, split_units
+from mamba_jax.data.repetition import Overlap
+from mamba_jax.data.split import runs
 from mamba_jax.data.store import Store, keep
 from mamba_jax.data.summary import Summary
 from mamba_jax.data.tokenizer import Tokenizer
 
-# Raise it whenever the same documents would be split in another way.
+# Raise it whenever the same documents would be split in another way: runs of before then no longer
+# resume. A split that only some corpora get has ``Division.rule`` in its fingerprint instead.
 _FORMAT = 2
+# Raise it whenever a plan that is kept would be another, or has other fields.
+_KEPT_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Plan:
       train: int64 (r, 2) of each source, runs.
       eval: int64 (r, 2), runs of all.
       by_place: whether the text was too little to be split by content.
+      overlap: what the sides share; None where there is too little text for two windows.
       summary: of what was read.
     """
 
@@ -62,6 +68,7 @@ class Plan:
     train: tuple[np.ndarray, ...]
     eval: np.ndarray
     by_place: bool
+    overlap: Overlap | None
     summary: Summary
 
 
@@ -82,7 +89,7 @@ def load_or_make(
       found: of each source, what the search for them skipped.
     """
     origins = tuple(source.origin for source in found)
-    words = [_FORMAT, dataclasses.astuple(settings), [list(parts) for parts in taken]]
+    words = [_KEPT_FORMAT, dataclasses.astuple(settings), [list(parts) for parts in taken]]
     key = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
     path = store.root / "plans" / f"{key}.npz"
     try:
@@ -95,6 +102,7 @@ def load_or_make(
                 tuple(arrays[f"train_{number}"] for number in range(len(taken))),
                 arrays["eval"],
                 made["by_place"],
+                Overlap(**made["overlap"]) if made["overlap"] else None,
                 _summary(found, made["summary"]),
             )
         if plan.shards and store.has(plan.shards):
@@ -119,30 +127,34 @@ def load_or_make(
     counted.documents, counted.text_bytes = len(kept.end_d), int(kept.bytes_d.sum())
     counted.tokens = kept.token_count
     train, held_out = (np.zeros((0, 2), np.int64),) * len(taken), np.zeros((0, 2), np.int64)
-    by_place = False
+    by_place, overlap = False, None
+    identity = [_FORMAT, tokenizer.identity, kept.identity().hex(), dataclasses.astuple(settings)]
     if counted.tokens >= 2 * settings.window_tokens:
-        units = cut_into_units(store.tokens(shards), kept, tokenizer)
-        is_eval_u = split_units(
-            units,
+        division = hold_out(
+            store.tokens(shards),
+            kept,
+            tokenizer,
             seed=settings.seed,
             fraction=settings.fraction,
             window_tokens=settings.window_tokens,
         )
-        by_place = is_eval_u is None
-        if is_eval_u is None:
-            first, held_out = split_by_place(units, settings.window_tokens)
+        overlap, units, is_eval_u = division.overlap, division.units, division.is_eval_u
+        if division.by_place:
+            by_place = True
+            first, held_out = division.by_place
             train = (first, *train[1:])
-        else:
+        elif is_eval_u is not None:
             across = not settings.document_windows
             side = lambda mine_u: runs(units, mine_u, across_documents=across)
             train = tuple(side(~is_eval_u & (units.source_u == k)) for k in range(len(taken)))
             held_out = side(is_eval_u)
-    identity = [_FORMAT, tokenizer.identity, kept.identity().hex(), dataclasses.astuple(settings)]
+        identity += [division.rule] if division.rule else []
     fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     made = {
         "shards": shards,
         "fingerprint": fingerprint,
         "by_place": by_place,
+        "overlap": overlap and dataclasses.asdict(overlap),
         "summary": counted.to_json(),
     }
     buffer = io.BytesIO()
@@ -152,7 +164,7 @@ def load_or_make(
     np.savez(buffer, **arrays)
     keep(path, buffer.getvalue())
     summary = _summary(found, made["summary"])
-    return Plan(shards, fingerprint, origins, train, held_out, by_place, summary)
+    return Plan(shards, fingerprint, origins, train, held_out, by_place, overlap, summary)
 
 
 def _summary(found: Sequence[Summary], counted: dict[str, Any]) -> Summary:

@@ -1,12 +1,11 @@
 """Which tokens are trained on and which are held out: by content, never by place.
 
-Documents lie somewhere in the token cache, each as ``<eot> tokens``, and follow one another in the
-order of the corpus. A *unit* is what goes to one side as a whole: a document, or a block of one
-that is large. A *run* is a stretch (start, end) of the cache that belongs to one side; its first
-token counts as the end-of-text marker. Where a run opens a document that is true in the cache;
-where it continues one after a hole, its first position is the last token of the hole, covered by
-the marker.
-So no side sees a token of the other, and nothing is copied. Shapes: u units, r runs.
+The token cache holds each document as ``<eot> tokens``; the documents of a corpus have an order.
+A *unit* is what goes to one side as a whole: a document, or a block of one that is large. A *run*
+is a stretch (start, end) of the cache that belongs to one side; its first token counts as the
+end-of-text marker. Where a run opens a document that is true in the cache; where it continues one
+after a hole, its first position is the last token of the hole, covered by the marker. So no side
+sees a token of the other, and nothing is copied. Shapes: u units, r runs.
 """
 
 import dataclasses
@@ -15,13 +14,14 @@ import itertools
 
 import numpy as np
 
+from mamba_jax.data.repetition import mix
 from mamba_jax.data.store import Documents, Flat
 from mamba_jax.data.tokenizer import Tokenizer
 
 # A document above this share of all tokens is cut: a single one would be all or nothing.
-_LARGEST_UNIT_SHARE = 0.005
-# But never into blocks below this many tokens, which would leave a small corpus in shreds.
-_SMALLEST_BLOCK_TOKENS = 256
+LARGEST_UNIT_SHARE = 0.005
+# But not without need into blocks below this many tokens, which leaves a small corpus in shreds.
+SMALLEST_BLOCK_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,56 +40,76 @@ class Units:
     source_u: np.ndarray
 
 
-def cut_into_units(tokens: Flat, documents: Documents, tokenizer: Tokenizer) -> Units:
-    """Cuts the documents into units."""
-    limit = max(int(_LARGEST_UNIT_SHARE * documents.token_count), _SMALLEST_BLOCK_TOKENS)
+def cut_into_units(
+    tokens: Flat, documents: Documents, tokenizer: Tokenizer, limit: int, cut_above: int
+) -> Units:
+    """Cuts documents of more than ``cut_above`` tokens into units of at most ``limit`` tokens."""
     start_u, end_u = documents.start_d + 1, documents.end_d
     digest_ud, source_u = documents.digest_dk, documents.source_d
-    for number in reversed(np.flatnonzero(end_u - start_u > limit).tolist()):
-        start, end = int(start_u[number]), int(end_u[number])
-        edges = [start, *_cuts(tokens, start, end, limit, tokenizer), end]
-        digests = []
+    cutter = _Cutter(tokens, tokenizer, limit)
+    large = np.flatnonzero(end_u - start_u > cut_above)
+    counts_d = np.ones(len(start_u), np.int64)
+    starts, ends, digests = [], [], []
+    for number in large.tolist():
+        edges = cutter.edges(int(start_u[number]), int(end_u[number]))
+        counts_d[number] = len(edges) - 1
+        starts.append(edges[:-1])
+        ends.append(edges[1:])
         for first, last in itertools.pairwise(edges):
             # In one width, so that blocks are equal whatever the cache's.
             block = tokens[first:last].astype("<u4").tobytes()
             digests.append(hashlib.blake2b(block, digest_size=16).digest())
             tokens.forget()
-        blocks_ud = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
-        around = slice(number), slice(number + 1, None)
-        put = lambda old, new: np.concatenate([old[around[0]], new, old[around[1]]])  # noqa: B023
-        start_u, end_u = put(start_u, edges[:-1]), put(end_u, edges[1:])
-        digest_ud = put(digest_ud, blocks_ud)
-        source_u = put(source_u, np.full(len(digests), source_u[number]))
-    return Units(start_u, end_u, digest_ud, source_u)
+    if not len(large):
+        return Units(start_u, end_u, digest_ud, source_u)
+    of_large_u = np.repeat(np.isin(np.arange(len(counts_d)), large), counts_d)
+    spread = lambda values_d: np.repeat(values_d, counts_d, axis=0)
+    start_u, end_u, digest_ud = spread(start_u), spread(end_u), spread(digest_ud)
+    start_u[of_large_u], end_u[of_large_u] = np.concatenate(starts), np.concatenate(ends)
+    digest_ud[of_large_u] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+    return Units(start_u, end_u, digest_ud, spread(source_u))
 
 
-def _cuts(tokens: Flat, start: int, end: int, limit: int, tokenizer: Tokenizer) -> list[int]:
-    """Returns places in [start, end) to cut at, so that no block is longer than ``limit``.
+class _Cutter:
+    """Finds places to cut a large document at, so that no block is longer than ``limit``.
 
     Best before a token that begins with white space, after one that does not end with it: there
     the blocks' texts have exactly these tokens. Else between whole characters, else anywhere.
     """
-    size = -(-(end - start) // -(-(end - start) // limit))
-    begins_space = np.array([piece[:1].isspace() for piece in tokenizer.pieces])
-    ends_space = np.array([piece[-1:].isspace() for piece in tokenizer.pieces])
-    begins_inside = np.array(
-        [bool(piece) and 0x80 <= piece[0] < 0xC0 for piece in tokenizer.pieces]
-    )
-    cuts = []
-    while end - start > size:
-        first = start + size - size // 2
-        near = tokens[first - 1 : start + size + 1]
-        left, right = near[:-1], near[1:]
-        exact = np.flatnonzero(begins_space[right] & ~ends_space[left])
-        whole = exact if len(exact) else np.flatnonzero(~begins_inside[right])
-        start = first + int(whole[-1]) if len(whole) else start + size
-        cuts.append(start)
-        tokens.forget()
-    return cuts
+
+    def __init__(self, tokens: Flat, tokenizer: Tokenizer, limit: int):
+        pieces = tokenizer.pieces
+        self._tokens, self._limit = tokens, limit
+        self._begins_space = np.array([piece[:1].isspace() for piece in pieces])
+        self._ends_space = np.array([piece[-1:].isspace() for piece in pieces])
+        self._begins_inside = np.array(
+            [bool(piece) and 0x80 <= piece[0] < 0xC0 for piece in pieces]
+        )
+
+    def edges(self, start: int, end: int) -> list[int]:
+        """Returns the start, the cuts and the end of [start, end)."""
+        size = -(-(end - start) // -(-(end - start) // self._limit))
+        edges = [start]
+        while end - start > size:
+            first = start + size - size // 2
+            near = self._tokens[first - 1 : start + size + 1]
+            left, right = near[:-1], near[1:]
+            exact = np.flatnonzero(self._begins_space[right] & ~self._ends_space[left])
+            whole = exact if len(exact) else np.flatnonzero(~self._begins_inside[right])
+            start = first + int(whole[-1]) if len(whole) else start + size
+            edges.append(start)
+            self._tokens.forget()
+        return [*edges, end]
 
 
 def split_units(
-    units: Units, *, seed: int, fraction: float, window_tokens: int
+    units: Units,
+    *,
+    seed: int,
+    fraction: float,
+    window_tokens: int,
+    own_tokens_u: np.ndarray | None = None,
+    is_free_u: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Holds out about ``fraction`` of the tokens and at least one window.
 
@@ -101,30 +121,31 @@ def split_units(
       seed: of the choice.
       fraction: of the tokens to hold out, 0 to 1.
       window_tokens: of one window, the target after its last input included.
+      own_tokens_u: float (u,), what counts of each unit; None: all of its tokens.
+      is_free_u: bool (u,), which may be held out; None: all.
 
     Returns:
       bool (u,), what is held out; None if this leaves a side without a whole window.
     """
     rank_u = _ranks(units.digest_ud, seed)
     order_u = np.argsort(rank_u, kind="stable")
-    held_tokens_u = np.cumsum((units.end_u - units.start_u)[order_u])
-    wanted = max(fraction * held_tokens_u[-1], window_tokens)
+    count_u = units.end_u - units.start_u if own_tokens_u is None else own_tokens_u
+    free_u = np.ones(len(rank_u), bool) if is_free_u is None else is_free_u
+    wanted = max(fraction * count_u.sum(), window_tokens)
+    held_tokens_u = np.cumsum((count_u * free_u)[order_u])
     last = min(int(np.searchsorted(held_tokens_u, wanted)), len(order_u) - 1)
-    is_eval_u = rank_u <= rank_u[order_u[last]]  # equal units have equal ranks
+    is_eval_u = free_u & (rank_u <= rank_u[order_u[last]])  # equal units have equal ranks
     sides = runs(units, ~is_eval_u), runs(units, is_eval_u)
     return None if min(map(stream_tokens, sides)) < window_tokens else is_eval_u
 
 
 def _ranks(digest_ud: np.ndarray, seed: int) -> np.ndarray:
-    """Returns uint64 (u,): a hash of each digest with the seed (the finaliser of splitmix64).
+    """Returns uint64 (u,): a hash of each digest with the seed.
 
     The digests are cryptographic already; a hash of each in Python would take seconds for millions.
     """
     key = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
-    x_u = np.ascontiguousarray(digest_ud[:, :8]).view("<u8").ravel() ^ np.uint64(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x_u = (x_u ^ (x_u >> np.uint64(shift))) * np.uint64(factor)
-    return x_u ^ (x_u >> np.uint64(31))
+    return mix(np.ascontiguousarray(digest_ud[:, :8]).view("<u8").ravel() ^ np.uint64(key))
 
 
 def split_by_place(units: Units, window_tokens: int) -> tuple[np.ndarray, np.ndarray]:

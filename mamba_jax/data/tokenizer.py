@@ -40,6 +40,7 @@ class Tokenizer(abc.ABC):
         files; empty if the name is enough.
       special_ids: name → id of tokens that no text spells.
       doubt: why texts may not come back as they were; "" if they do.
+      remark: what was changed about it when it was loaded; "" if nothing was.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Tokenizer(abc.ABC):
         files: Mapping[str, bytes] = types.MappingProxyType({}),
         special_ids: Mapping[str, int] = types.MappingProxyType({}),
         doubt: str = "",
+        remark: str = "",
     ):
         self.name = name
         self.identity = identity
@@ -61,6 +63,7 @@ class Tokenizer(abc.ABC):
         self.files = files
         self.special_ids = special_ids
         self.doubt = doubt
+        self.remark = remark
 
     @property
     def vocab_size(self) -> int:

@@ -391,7 +391,7 @@ BAD = {
         "finished/final is of another model: model.d_model 16 there, 32 here",
     ),
     "other data": (
-        lambda: write("other/x.txt", "some other text " * 99),
+        lambda: write("other/x.txt", "".join(f"other text {i**5} " for i in range(99))),
         ["--output_dir=new", "--resume=finished", "--data_dir=other"],
         "finished/final was trained on other data",
     ),

@@ -25,7 +25,7 @@ LINES = (
     "empty, white space only",
     "missing or empty directory",
     "symlinked directories, broken links, FIFOs, directories named x.txt",
-    ".git, .venv, node_modules, __pycache__",
+    ".git, .venv, node_modules, __pycache__, .ipynb_checkpoints, site-packages, .pytest_cache",
     "unreadable file",
     "JSON lines in .json, arrays, nested, messages, scalars, null, numbers",
     "truncated JSON, 100k deep",
@@ -159,7 +159,7 @@ CASES = [
     ),
     *(
         Case(TOOLS, name, {f"deep/{name}/more/a.py": "secret"}, skipped={f"folder {name}": 1})
-        for name in (".git", ".venv", "node_modules", "__pycache__")
+        for name in (*TOOLS.split(", "), ".hg", ".svn", ".tox", ".nox", ".mypy_cache", ".idea")
     ),
     values("a scalar", '"one scalar"', "one scalar"),
     values("a text key", '{"id": 7, "text": "one", "title": "no"}', "one"),

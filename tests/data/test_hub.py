@@ -238,6 +238,32 @@ def test_mistakes_name_what_there_is():
     assert "dataset broken cannot be loaded: " in error_of("broken")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_with_different_columns_are_named_with_them(streaming):
+    name = put("org/mixed", first=[{"text": "one"}] * 3, second=[{"text": "two", "more": 1}] * 2)
+    with pytest.raises(UserError) as error:
+        rows_of(name, dataset_streaming=streaming)
+    assert str(error.value) == (
+        "dataset org/mixed cannot be loaded: its files have different columns (first.jsonl: "
+        "text; second.jsonl: text, more): give all files the same columns, or read each by its own "
+        "with --data_dir org/mixed in place of --dataset (.json, .jsonl, .parquet)"
+    )
+
+
+def test_tables_with_different_columns_are_named_or_read_by_their_files(corpus_of):
+    import pyarrow
+    from pyarrow import parquet
+
+    pathlib.Path("mixed").mkdir()
+    texts = {
+        column: [f"{column} {i}, a line that is long enough" for i in range(20)] for column in "ab"
+    }
+    parquet.write_table(pyarrow.table({"text": texts["a"]}), "mixed/a.parquet")
+    parquet.write_table(pyarrow.table({"text": texts["b"], "n": [*range(20)]}), "mixed/b.parquet")
+    assert "(a.parquet: text; b.parquet: text, n)" in error_of("mixed")
+    assert corpus_of(data_dir="mixed")[0].summary.documents == 40  # as the error proposes
+
+
 # --- without the Hub ------------------------------------------------------------------------------
 
 

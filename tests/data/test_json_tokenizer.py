@@ -182,6 +182,71 @@ def test_doubts_are_told(files):
     assert "does not give every text back" in load_tokenizer(str(files["word_piece"])).doubt
 
 
+def added(content, **fields):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": 400, "content": content} | flags | fields
+
+
+LOSSY = {
+    "left strip": {"added_tokens": [added("<mask>", lstrip=True)]},
+    "right strip": {"added_tokens": [added("<mask>", rstrip=True)]},
+    "special with strips": {"added_tokens": [added("<m>", lstrip=True, normalized=True)]},
+    "Strip": {"normalizer": {"type": "Strip", "strip_left": False, "strip_right": True}},
+    "Lowercase": {"normalizer": {"type": "Lowercase"}},
+    "NFKC": {"normalizer": {"type": "NFKC"}},
+    "NFC": {"normalizer": {"type": "NFC"}},
+    "Replace": {"normalizer": {"type": "Replace", "pattern": {"String": "``"}, "content": '"'}},
+    "spaces": {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}},
+    "StripAccents": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}],
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("fields", LOSSY.values(), ids=LOSSY.keys())
+def test_a_tokenizer_that_changes_texts_is_doubted(tmp_path, fields):
+    record = json.loads(KINDS["byte_level"]().to_str())
+    fields = {"added_tokens": []} | fields
+    fields["added_tokens"] = record["added_tokens"] + fields["added_tokens"]
+    doubt = load_tokenizer(write(tmp_path, record | fields)).doubt
+    assert "does not give every text back" in doubt and "comes back as" in doubt
+    assert "\n" not in doubt
+
+
+@pytest.mark.parametrize("fields", [{}, {"single_word": True}, {"normalized": True}])
+def test_an_added_token_that_takes_nothing_away_is_not_doubted(tmp_path, fields):
+    record = json.loads(KINDS["byte_level"]().to_str())
+    record["added_tokens"] += [added("<mask>", **fields), added("  ", id=401)]
+    tokenizer = load_tokenizer(write(tmp_path, record))
+    assert tokenizer.doubt == tokenizer.remark == ""
+    assert 400 in tokenizer.encode("a <mask> b")
+
+
+def test_dropout_is_switched_off_and_said(files, tmp_path):
+    """As subword regularisation leaves it in a file (arXiv 1910.13267)."""
+    plain = load_tokenizer(str(files["byte_level"]))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.py").write_bytes(pathlib.Path(json.__file__).read_bytes())
+    text = (tmp_path / "data" / "a.py").read_text()
+    name = write(tmp_path, changed("byte_level", dropout=0.3))
+    assert len({tuple(library_ids(pathlib.Path(name), text)) for _ in range(3)}) == 3
+    log = []
+    for cache in ("one", "two"):
+        config = DataConfig(
+            data_dir=str(tmp_path / "data"), tokenizer=name, cache_dir=str(tmp_path / cache)
+        )
+        log.append(prepare(config, seq_len=32, seed=0, log=log.append).fingerprint)
+        load_tokenizer.cache_clear()
+    assert log[len(log) // 2 - 1] == log[-1]
+    assert sum("has a BPE dropout of 0.3, which is switched off" in line for line in log) == 2
+    tokenizer = load_tokenizer(name)
+    assert tokenizer.encode(text).tolist() == plain.encode(text).tolist()
+    assert json.loads(tokenizer.files["tokenizer.json"])["model"]["dropout"] is None
+
+
 def test_a_corpus_of_it(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "def f%d(self):\n    return '</s> <|endoftext|>'\n"

@@ -88,10 +88,12 @@ def cut(tokens, tokenizer) -> Units:
         start_d=np.array([0]),
         end_d=np.array([len(tokens)]),
         digest_dk=np.zeros((1, 16), np.uint8),
+        lines_dk=np.zeros((1, 16), np.uint8),
         bytes_d=np.array([0]),
         source_d=np.array([0]),
     )
-    return cut_into_units(Flat([tokens]), whole, tokenizer)
+    limit = max(int(0.005 * len(tokens)), 256)
+    return cut_into_units(Flat([tokens]), whole, tokenizer, limit, limit)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])

@@ -59,6 +59,15 @@ def test_those_of_a_tokenizer_json(kind, tmp_path):
     same_ids(json_file(tmp_path, kind))
 
 
+def test_dropout_is_not_exported(tmp_path):
+    record = json.loads(small_tokenizers.byte_level().to_str())
+    record["model"]["dropout"] = 0.5
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(record))
+    theirs = same_ids(json_tokenizer.from_file("dropped", path))
+    assert theirs.model.dropout is None
+
+
 def test_an_encoding_of_tiktoken(tmp_path):
     ours = other_encoding(tmp_path)
     assert ours.encode("nowhere 1234").tolist()[0] == 258

@@ -250,7 +250,8 @@ def test_problems_fill_parts_and_those_in_two_are_kept_once(corpus_of, monkeypat
 
 def test_tasks_beside_files_and_in_mixtures(corpus_of, tmp_path):
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("plain text of a file\n" * 40)
+    lines = (f"plain text {number**5} of a file\n" for number in range(40))
+    (tmp_path / "texts" / "a.txt").write_text("".join(lines))
     both = corpus_of(data_dir="texts", tasks="recall:2", task_examples=30)
     texts = [text for text, _ in documents(both.train)] + [t for t, _ in documents(both.eval)]
     assert sum(" ; " in text for text in texts) == 30 and any("plain" in text for text in texts)
