@@ -89,6 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which other users of the machine cannot see; none: everybody may ask)",
     )
     parser.add_argument(
+        "--cors_origin",
+        action="append",
+        dest="cors_origins",
+        metavar="ORIGIN",
+        help="whose pages may ask from a browser, such as https://example.com; repeatable; "
+        "'*': all (default: none but the server's own page)",
+    )
+    parser.add_argument(
         "--scan",
         metavar="NAME",
         help="of the implementation of the selective scan: auto, sequential, chunked, … "
@@ -100,6 +108,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """Returns the settings that arguments give, with the key of the environment."""
     values: dict[str, Any] = vars(arguments)
     given = {name: values[name] for name in Settings.__dataclass_fields__}
+    given["cors_origins"] = tuple(given["cors_origins"] or ())
     given["api_key"] = given["api_key"] or os.environ.get(KEY_VARIABLE) or None
     return Settings(**given)
 
