@@ -70,8 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             Settings.prefix_cache_mb,
             "for states at the beginnings of prompts; 0: none",
         ),
-        ("--max_prompt_tokens", int, Settings.max_prompt_tokens, "of a request"),
-        ("--max_tokens", int, Settings.max_tokens, "that a request may ask for"),
+        (
+            "--max_prompt_tokens",
+            int,
+            Settings.max_prompt_tokens,
+            "of a request, whose body may have 128 bytes for each",
+        ),
+        ("--max_tokens", int, Settings.max_tokens, "of an answer; who asks for more gets so many"),
         ("--timeout_secs", float, Settings.timeout_secs, "from a request's arrival to its end"),
         (
             "--drain_secs",

@@ -21,7 +21,7 @@ class Settings:
       max_queue: requests that may wait besides.
       prefix_cache_mb: for snapshots of states.
       max_prompt_tokens: of a request, its marker included.
-      max_tokens: that a request may ask for.
+      max_tokens: of an answer; who asks for more gets so many.
       timeout_secs: from a request's arrival to its end.
       drain_secs: that requests under way are given when the server stops.
       scan: implementation of the selective scan; None: the checkpoint's.
