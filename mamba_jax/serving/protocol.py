@@ -237,9 +237,8 @@ class ChatRequest(_OpenAI):
                     f'{where} needs a "role", one of {", ".join(_ROLES)}, not {shown(role)}',
                     f"{where}.role",
                 )
-            may_lack = role == "assistant" and (
-                "content" in message or message.get("tool_calls") or message.get("function_call")
-            )
+            calls = {key: message.get(key) for key in ("tool_calls", "function_call")}
+            may_lack = role == "assistant" and ("content" in message or any(calls.values()))
             if content is None and not may_lack:
                 raise BadRequest(f'{where} needs a "content"', f"{where}.content")
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
@@ -252,7 +251,7 @@ class ChatRequest(_OpenAI):
                         f"not {shown(kind)}",
                         f"{where}.content",
                     )
-            turns.append(message | {"role": _ROLES[role], "content": content})
+            turns.append({"role": _ROLES[role], "content": content} | calls)
         return turns
 
     @model_validator(mode="after")

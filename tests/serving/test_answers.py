@@ -100,8 +100,8 @@ def test_turns_are_rendered_as_in_training(case):
 
 def test_a_turn_that_calls_a_tool_needs_no_content():
     turns = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "user", "content": "Hi", "name": "me", "value": "not the content"},
+        {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "Hm."},
         {"role": "tool", "tool_call_id": "c", "content": "3"},
     ]
     without, with_null = (
