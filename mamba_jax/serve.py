@@ -70,8 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             Settings.prefix_cache_mb,
             "for states at the beginnings of prompts; 0: none",
         ),
-        ("--max_prompt_tokens", int, Settings.max_prompt_tokens, "of a request"),
-        ("--max_tokens", int, Settings.max_tokens, "that a request may ask for"),
+        (
+            "--max_prompt_tokens",
+            int,
+            Settings.max_prompt_tokens,
+            "of a request, whose body may have 128 bytes for each",
+        ),
+        ("--max_tokens", int, Settings.max_tokens, "of an answer; who asks for more gets so many"),
         ("--timeout_secs", float, Settings.timeout_secs, "from a request's arrival to its end"),
         (
             "--drain_secs",
@@ -89,6 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which other users of the machine cannot see; none: everybody may ask)",
     )
     parser.add_argument(
+        "--cors_origin",
+        action="append",
+        dest="cors_origins",
+        metavar="ORIGIN",
+        help="whose pages may ask from a browser, such as https://example.com; repeatable; "
+        "'*': all (default: none but the server's own page)",
+    )
+    parser.add_argument(
         "--scan",
         metavar="NAME",
         help="of the implementation of the selective scan: auto, sequential, chunked, … "
@@ -100,6 +113,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """Returns the settings that arguments give, with the key of the environment."""
     values: dict[str, Any] = vars(arguments)
     given = {name: values[name] for name in Settings.__dataclass_fields__}
+    given["cors_origins"] = tuple(given["cors_origins"] or ())
     given["api_key"] = given["api_key"] or os.environ.get(KEY_VARIABLE) or None
     return Settings(**given)
 

@@ -118,20 +118,33 @@ class DocumentEncoder:
 
 
 class StreamDecoder:
-    """Decodes token by token, holding back bytes until they form whole characters."""
+    """Decodes token by token, holding back bytes until they form whole characters.
+
+    A character that is still incomplete when the text ends is not part of it.
+
+    Attributes:
+      n_chars: characters returned so far.
+      start: index of the character that the first byte of the last token belongs to.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.n_chars = self.start = 0
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the last character is incomplete."""
+        return bool(self._decoder.getstate()[0])
 
     def push(self, token: int) -> str:
         """Returns the text that became complete with ``token``; may be empty."""
-        return self._decoder.decode(self._tokenizer.piece(token))
-
-    def flush(self) -> str:
-        """Ends the text: what was held back is not a character and comes out as U+FFFD."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        piece = self._tokenizer.piece(token)
+        # The first byte alone: it may also show that the bytes before it are no character.
+        text = self._decoder.decode(piece[:1])
+        self.start = self.n_chars + len(text) - (text != "" and not self.holds_back)
+        text += self._decoder.decode(piece[1:])
+        self.n_chars += len(text)
         return text
 
 

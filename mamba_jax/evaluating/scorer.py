@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from mamba_jax.config import ModelConfig
+from mamba_jax.data.tokenizer import StreamDecoder
 from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model, mean_probability, same_tokenizer
 from mamba_jax.generation.generate import empty_cache
@@ -241,7 +242,12 @@ def continue_texts(
     scorer: Scorer, contexts: Sequence[str], max_tokens: int, stops: Sequence[str]
 ) -> list[str]:
     """Returns the greedy continuation of each context, up to the first of the stops."""
-    decode = scorer.tokenizer.decode
+
+    def decode(tokens: list[int]) -> str:
+        """As texts are generated: with what tokenizers put before a text, without half a character
+        at the end."""
+        return "".join(map(StreamDecoder(scorer.tokenizer).push, tokens))
+
     begin = np.array([scorer.tokenizer.eot_id], np.int32)
     sequences = [np.concatenate([begin, scorer.tokenizer.encode(text)]) for text in contexts]
     stopped = lambda tokens: any(stop in decode(tokens) for stop in stops)

@@ -107,7 +107,7 @@ class Conversation:
             self._unread = np.array([token], np.int32)
             shown = finder.push(new)
             ended = finder.found is not None
-            if ended and (finder.beyond or decoder.flush()):
+            if ended and (finder.beyond or decoder.holds_back):
                 # The token goes on: what lies beyond the stop would stand in the user's turn.
                 said = new.removesuffix(finder.beyond)
                 self._answer, self._unread = before + said, self._tokenizer.encode(said)
@@ -116,7 +116,7 @@ class Conversation:
             yield shown
             if ended:
                 return
-        yield finder.push(decoder.flush()) + finder.flush()
+        yield finder.flush()
 
     def _opening(self) -> str:
         """Returns what the conversation lacks before " " and the user's text."""

@@ -113,7 +113,8 @@ def generate_text(
             end(index)
 
     def end(index: int) -> None:
-        tell(index, finders[index].push(decoders.pop(index).flush()) + finders[index].flush())
+        del decoders[index]
+        tell(index, finders[index].flush())
         tell(index, None)
 
     for first in range(0, len(prompts), batch_size):

@@ -1,11 +1,12 @@
 """From the engine's events to what clients read: OpenAI's objects."""
 
+import dataclasses
 import secrets
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
 from mamba_jax.serving.sequence import Asked, End, Event, Scored, Text, Told
 
 Json = dict[str, Any]
@@ -21,8 +22,24 @@ def error(
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
+class GenerateAnswer:
+    """The answer to the guide's request: its text alone, or pieces of it that add up to it."""
+
+    def first(self) -> list[Json]:
+        """Returns the chunks that come before any event: none."""
+        return []
+
+    def chunks(self, _choice: int, event: Event) -> list[Json]:
+        """Returns the chunks that an event makes."""
+        return [{"response": event.text}] if isinstance(event, Text) and event.text else []
+
+    def whole(self, events: Sequence[Sequence[Event]]) -> Json:
+        """Returns the answer made of all events of the one choice."""
+        return {"response": "".join(each.text for each in events[0] if isinstance(each, Text))}
+
+
 class Answer:
-    """The answer to one request: an object, or the chunks of a stream."""
+    """The answer to one of OpenAI's requests: an object, or the chunks of a stream."""
 
     def __init__(
         self,
@@ -43,7 +60,6 @@ class Answer:
         self._created = int(time.time())
         self._model = model
         self._ends: dict[int, End] = {}
-        self._length = [0] * len(asked)  # of each choice's text, for the offsets of its tokens
         self._begun = [False] * len(asked)
 
     # A stream.
@@ -141,8 +157,19 @@ class Answer:
         return self._tokenizer.decode(self._asked[choice].tokens)
 
     def _prompt_tokens(self, choice: int, event: Scored) -> tuple[Told, ...]:
-        """Returns the tokens that the client gave: the marker before them is ours."""
-        return event.tokens[1:] if self._asked[choice].marked else event.tokens
+        """Returns the tokens that the client gave, and where each begins; the marker before them
+        is ours."""
+        decoder, starts = StreamDecoder(self._tokenizer), []
+        for told in event.tokens:
+            decoder.push(told.token)
+            starts.append(decoder.start)
+        # Some tokenizers put a space before a text, which the prompt does not have.
+        added = decoder.n_chars + decoder.holds_back - len(self._prompt(choice))
+        tokens = (
+            dataclasses.replace(told, start=max(0, start - added))
+            for told, start in zip(event.tokens, starts, strict=True)
+        )
+        return tuple(tokens)[self._asked[choice].marked :]
 
     def _piece(self, choice: int, text: str, tokens: Sequence[Told]) -> Json:
         logprobs = self._logprobs(choice, tokens)
@@ -165,15 +192,11 @@ class Answer:
             return None
         if self._kind == "chat":
             return {"content": [self._chat_token(each) for each in told], "refusal": None}
-        offsets = []
-        for each in told:
-            offsets.append(self._length[choice])
-            self._length[choice] += len(self._tokenizer.decode([each.token]))
         return {
             "tokens": [self._name(each.token) for each in told],
             "token_logprobs": [each.logprob for each in told],
             "top_logprobs": [self._top(each) for each in told],
-            "text_offset": offsets,
+            "text_offset": [each.start for each in told],
         }
 
     def _top(self, told: Told) -> Json | None:

@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from mamba_jax.errors import UserError
-from mamba_jax.serving.answers import Answer, error
+from mamba_jax.serving.answers import Answer, GenerateAnswer, error
 from mamba_jax.serving.engine import Closed, Engine, QueueFull
 from mamba_jax.serving.guard import Guard
 from mamba_jax.serving.metrics import Metrics
@@ -24,11 +25,13 @@ from mamba_jax.serving.protocol import (
     CompletionRequest,
     GenerateRequest,
     Translator,
+    shown,
 )
-from mamba_jax.serving.sequence import Asked, End, Event, Failed, Text
+from mamba_jax.serving.sequence import Asked, End, Event, Failed
 
 _FAILED = {"timeout": 504, "cancelled": 499, "stopping": 503, "error": 500}
 _RETRY_SECS = 1
+_NO_JSON = "the body is not valid JSON: {}"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies: pass it on at once
 
 
@@ -47,6 +50,7 @@ def make_app(
     *,
     model_name: str,
     api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
     max_body_bytes: int = 4 << 20,
     on_stop: Callable[[], None] = lambda: None,
 ) -> FastAPI:
@@ -58,6 +62,7 @@ def make_app(
       metrics: the engine's observer.
       model_name: what clients call the model.
       api_key: that clients must send; None: none.
+      cors_origins: whose pages may ask from a browser.
       max_body_bytes: of a request.
       on_stop: is called when the server has stopped.
     """
@@ -69,6 +74,14 @@ def make_app(
 
     app = FastAPI(title="mamba_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics)
+    if cors_origins:  # around the guard: browsers ask without the key first, and read its errors
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After",),
+        )
     app.state.engine = engine
     started = int(time.time())
     page = load_page()
@@ -104,10 +117,10 @@ def make_app(
         return _model(model_name, started)
 
     @app.post("/generate")
-    async def generate(body: GenerateRequest, request: Request) -> dict[str, str]:
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        _check_model(body.model, model_name)
         asked = await asyncio.to_thread(translator.generate, body)
-        events = await _all(engine, asked, request)
-        return {"response": "".join(event.text for event in events[0] if isinstance(event, Text))}
+        return await _respond(engine, asked, GenerateAnswer(), request, bool(body.stream))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -144,7 +157,12 @@ def _check_model(asked: str | None, name: str) -> None:
 
 
 async def _respond(
-    engine: Engine, asked: list[Asked], answer: Answer, request: Request, stream: bool, usage: bool
+    engine: Engine,
+    asked: list[Asked],
+    answer: Answer | GenerateAnswer,
+    request: Request,
+    stream: bool,
+    usage: bool = False,
 ) -> Response:
     if not stream:
         events = await _all(engine, asked, request)
@@ -163,7 +181,7 @@ async def _respond(
                     return
                 for chunk in answer.chunks(choice, event):
                     yield _line(chunk)
-        if usage:
+        if usage and isinstance(answer, Answer):
             yield _line(answer.usage_chunk())
         yield b"data: [DONE]\n\n"
 
@@ -227,40 +245,62 @@ def _submit(
 def _answer_errors(app: FastAPI) -> None:
     """Gives every error OpenAI's form."""
 
-    def handle(of: type[Exception] | int, answer: Callable[[Any], Response]) -> None:
-        async def handler(_: Request, exception: Exception) -> Response:
-            return answer(exception)
+    def handle(of: type[Exception] | int, answer: Callable[[Request, Any], Response]) -> None:
+        async def handler(request: Request, exception: Exception) -> Response:
+            return answer(request, exception)
 
         app.add_exception_handler(of, handler)
 
-    handle(BadRequest, lambda e: _json(error(str(e), field=e.field, code=e.code), e.status))
-    handle(UserError, lambda e: _json(error(str(e)), 400))
+    handle(BadRequest, lambda _, e: _json(error(str(e), field=e.field, code=e.code), e.status))
+    handle(UserError, lambda _, e: _json(error(str(e)), 400))
     handle(RequestValidationError, _invalid)
-    handle(HTTPException, lambda e: _json(error(str(e.detail)), e.status_code))
-    handle(404, lambda e: _json(error("there is no such path"), 404))
-    handle(405, lambda e: _json(error("this path does not take this method"), 405))
-    handle(QueueFull, lambda _: _later(429, "as many requests wait as may", "queue_full"))
-    handle(Closed, lambda _: _later(503, "the server is stopping", "stopping"))
+    handle(HTTPException, _refused)
+    handle(QueueFull, lambda *_: _later(429, "as many requests wait as may", "queue_full"))
+    handle(Closed, lambda *_: _later(503, "the server is stopping", "stopping"))
     handle(
         Unserved,
-        lambda e: _json(
+        lambda _, e: _json(
             error(str(e), "server_error", code=e.failed.reason), _FAILED[e.failed.reason]
         ),
     )
 
 
-def _invalid(exception: RequestValidationError) -> Response:
+def _refused(request: Request, exception: HTTPException) -> Response:
+    """Answers what the framework itself refuses."""
+    path, headers = request.url.path, dict(exception.headers or {})
+    message = str(exception.detail)
+    if exception.status_code == 404:
+        message = f"there is no path {path}"
+    elif exception.status_code == 405:
+        headers["Allow"] = headers["Allow"].replace("GET", "GET, HEAD")
+        message = f"{path} does not take {request.method}; it takes {headers['Allow']}"
+    elif exception.__cause__:  # of a body that Python's json cannot read
+        message = _NO_JSON.format(exception.__cause__)
+    return _json(error(message), exception.status_code, headers)
+
+
+def _invalid(request: Request, exception: RequestValidationError) -> Response:
     first = exception.errors()[0]
-    if first["type"] == "json_invalid":
-        return _json(error(f"the body is not valid JSON: {first['ctx']['error']}"), 400)
-    where = [str(part) for part in first["loc"] if part != "body"]
-    field = where[0] if where else None
-    message = first["msg"].removeprefix("Value error, ")
-    if field is None and first["type"] != "value_error":
-        message = (
-            f"the body must be a JSON object, sent as Content-Type: application/json ({message})"
-        )
-    return _json(error(f"{field}: {message}" if field else message, field=field), 400)
+    kind, value = first["type"], first.get("input")
+    message = first["msg"].replace("dictionary", "object")
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
+    field = "".join(parts).removeprefix(".") or None
+    status = 400
+    if kind == "json_invalid":
+        field, problem = None, first["ctx"]["error"]
+        message = _NO_JSON.format(f"{problem} at character {first['loc'][-1]}")
+    elif kind == "missing":
+        message = f"{field or 'the body'} is missing"
+    elif field is not None:
+        message = message.removeprefix("Value error, ")
+        message = f"{field}: {message[0].lower()}{message[1:]}, not {shown(value)}"
+    elif isinstance(value, bytes):  # the framework did not try to read it
+        status, given = 415, request.headers.get("content-type")
+        given = f"Content-Type is {given}" if given else "there is no Content-Type"
+        message = f"{given}; send JSON as Content-Type: application/json"
+    else:
+        message = f"the body must be a JSON object, not {shown(value)}"
+    return _json(error(message, field=field), status)
 
 
 def _later(status: int, message: str, code: str) -> Response:

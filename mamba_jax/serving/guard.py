@@ -18,7 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 class Guard:
-    """ASGI middleware."""
+    """ASGI middleware.
+
+    HEAD is GET without the body of its answer, and a slash at the end of a path makes no other one.
+    """
 
     def __init__(self, app: App, *, api_key: str | None, max_body_bytes: int, metrics: Metrics):
         """Wraps an application; without a key everybody may ask."""
@@ -32,6 +35,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_head = scope["method"] == "HEAD"
+        path = scope["path"].rstrip("/") or "/"
+        scope = scope | {"path": path, "method": "GET" if is_head else scope["method"]}
 
         async def counting(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -39,6 +45,8 @@ class Guard:
                 path = getattr(route, "path", "other")
                 self._metrics.responses.labels(path, message["status"]).inc()
                 begun.append(True)
+            elif is_head:
+                message = message | {"body": b""}
             async with asyncio.timeout(_SEND_SECS):
                 await send(message)
 
@@ -57,7 +65,8 @@ class Guard:
             return
         if body is None:
             limit = self._max_body_bytes
-            await _answer(counting, 413, error(f"the body is above {limit:,} bytes"))
+            too_large = error(f"the body is above {limit:,} bytes; send a shorter prompt")
+            await _answer(counting, 413, too_large)
             return
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -1,21 +1,25 @@
 """What clients may ask: the guide's ``/generate`` and OpenAI's completions and chats.
 
-Fields that are not known are ignored, as OpenAI's own servers do for older clients; those that are
-known and not offered are refused where they would change the answer.
+Unknown fields are ignored, as OpenAI's own servers do for older clients; known fields that this
+server does not offer are refused where they would change the answer. ``null`` is a field left out.
 """
 
 import dataclasses
+import json
 import secrets
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     FailFast,
     Field,
+    Strict,
     StrictBool,
     StrictInt,
     StrictStr,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -27,9 +31,23 @@ from mamba_jax.serving.sequence import Asked
 
 _MAX_CHOICES = 128  # prompts × n of one request
 _MAX_STOPS = 16
-_Prompt = tuple[np.ndarray, bool]  # its tokens, and whether the first is a marker put before it
-_Temperature = Annotated[float, Field(ge=0, le=100)]
-_Seed = Annotated[StrictInt, Field(ge=-(2**63), lt=2**64)]
+# As clients name the roles, and as models are trained on them.
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | {
+    "tool": "tool",
+    "function": "tool",
+}
+
+
+def _whole_number(value: Any) -> Any:
+    """JSON has one kind of number: 5.0 is 5."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+_Integer = Annotated[StrictInt, BeforeValidator(_whole_number)]
+_Float = Annotated[float, Strict()]  # no numbers in quotes
+_MaxTokens = Annotated[_Integer, Field(ge=-1, description="-1: as many as the server makes")]
+_Temperature = Annotated[_Float, Field(ge=0, le=100)]
+_Seed = Annotated[_Integer, Field(ge=-(2**63), lt=2**64)]
 
 
 class BadRequest(Exception):
@@ -52,11 +70,34 @@ class Limits:
 
     Attributes:
       prompt_tokens: at most, the marker of a document's beginning included.
-      max_tokens: new ones at most.
+      max_tokens: new ones at most; who asks for more gets so many.
     """
 
     prompt_tokens: int
     max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """A prompt as the model reads it.
+
+    Attributes:
+      tokens: int32 (t,).
+      marked: whether the first one is a marker put before it.
+      before: those whose text stands before the answer: not what a suffix brings in.
+    """
+
+    tokens: np.ndarray
+    marked: bool
+    before: np.ndarray
+
+
+def shown(value: Any) -> str:
+    """Returns a client's value for a message, briefly."""
+    if isinstance(value, list | dict):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of length {len(value)}"
+    text = json.dumps(value[:60] if isinstance(value, str) else value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _all_are(values: Any, of: type) -> bool:
@@ -65,41 +106,26 @@ def _all_are(values: Any, of: type) -> bool:
     return isinstance(values, list) and all(type(value) is of for value in values)
 
 
-class GenerateRequest(BaseModel):
-    """The guide's."""
-
-    prompt: StrictStr
-    max_tokens: Annotated[StrictInt, Field(ge=1)] = 100
-    temperature: _Temperature = 0.7
-
-
-class StreamOptions(BaseModel):
-    """What a stream ends with."""
-
-    include_usage: StrictBool = False
-
-
-class _Common(BaseModel):
-    """Fields of completions and chats alike."""
+class _Sampled(BaseModel):
+    """Fields of every request for text."""
 
     model: StrictStr | None = None
+    max_tokens: _MaxTokens | None = None
     temperature: _Temperature | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1, lt=2**31)] | None = None  # not OpenAI's; -1: all
-    n: Annotated[StrictInt, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    top_p: Annotated[_Float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[_Integer, Field(ge=-1, lt=2**31)] | None = None  # not OpenAI's; -1: all
     stop: str | list[str] | None = None
     seed: _Seed | None = None
     stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    frequency_penalty: _Float | None = None
+    presence_penalty: _Float | None = None
     logit_bias: Any = None
 
     @model_validator(mode="after")
-    def _offered(self) -> "_Common":
+    def _offered(self) -> "_Sampled":
         for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             if getattr(self, name):
-                raise ValueError(f"{name} is not offered here; leave it out")
+                raise BadRequest(f"{name} is not offered here; leave it out", name)
         return self
 
     @field_validator("stop", mode="plain")
@@ -117,25 +143,45 @@ class _Common(BaseModel):
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+
+class GenerateRequest(_Sampled):
+    """The guide's, with 100 tokens at temperature 0.7 where it does not say."""
+
+    prompt: StrictStr
+
+
+class StreamOptions(BaseModel):
+    """What a stream ends with."""
+
+    include_usage: StrictBool | None = None
+
+
+class _OpenAI(_Sampled):
+    """Fields of OpenAI's completions and chats alike."""
+
+    n: Annotated[_Integer, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    stream_options: StreamOptions | None = None
+
     @property
     def with_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class CompletionRequest(_Common):
+class CompletionRequest(_OpenAI):
     """OpenAI's completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
-    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
-    logprobs: Annotated[StrictInt, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    logprobs: Annotated[_Integer, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     echo: StrictBool | None = None
     suffix: StrictStr | None = None
-    best_of: StrictInt | None = None
+    best_of: _Integer | None = None
 
     @field_validator("prompt", mode="plain")
     @classmethod
     def _texts_or_ids(cls, prompt: Any) -> Any:
-        if isinstance(prompt, str) or _all_are(prompt, str) or _all_are(prompt, int):
+        if prompt is None or isinstance(prompt, str):
+            return prompt
+        if _all_are(prompt, str) or _all_are(prompt, int):
             return prompt
         if isinstance(prompt, list) and all(_all_are(ids, int) for ids in prompt):
             return prompt
@@ -144,44 +190,82 @@ class CompletionRequest(_Common):
     @model_validator(mode="after")
     def _one_of_n(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of is not offered here; leave it out and give n")
+            raise BadRequest(
+                f"best_of={self.best_of} is not offered here; leave it out and give n", "best_of"
+            )
         if self.suffix is not None and self.echo:
-            raise ValueError("echo is not offered with a suffix; leave it out")
+            raise BadRequest("echo is not offered with a suffix; leave it out", "echo")
         return self
 
 
-class ChatRequest(_Common):
+# How messages are documented; ``ChatRequest`` checks them by hand, for errors that name the turn.
+_CONTENT = {"type": "string", "description": "or a list of parts of type text"}
+_TURN = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {"role": {"enum": list(_ROLES)}, "content": _CONTENT},
+}
+_MESSAGES = {"type": "array", "minItems": 1, "items": _TURN}
+
+
+class ChatRequest(_OpenAI):
     """OpenAI's chats."""
 
-    messages: Annotated[list[dict[str, Any]], FailFast()]
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    messages: Annotated[list[dict[str, Any]], FailFast(), WithJsonSchema(_MESSAGES)]
+    max_completion_tokens: _MaxTokens | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[StrictInt, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[_Integer, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     tools: Any = None
+    tool_choice: Any = None
     functions: Any = None
+    function_call: Any = None
     response_format: dict[str, Any] | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _as_trained_on(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Checks turns, and names their roles as training does.
+
+        A turn of the assistant may have null for content, and none at all beside calls of tools.
+        """
+        turns = []
+        for i, message in enumerate(messages):
+            role, content = message.get("role"), message.get("content")
+            where = f"messages[{i}]"
+            if not isinstance(role, str) or role not in _ROLES:
+                raise BadRequest(
+                    f'{where} needs a "role", one of {", ".join(_ROLES)}, not {shown(role)}',
+                    f"{where}.role",
+                )
+            calls = {key: message.get(key) for key in ("tool_calls", "function_call")}
+            may_lack = role == "assistant" and ("content" in message or any(calls.values()))
+            if content is None and not may_lack:
+                raise BadRequest(f'{where} needs a "content"', f"{where}.content")
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            for part in parts if content is not None else ():
+                is_text = isinstance(part, dict) and part.get("type") == "text"
+                if not (is_text and isinstance(part.get("text"), str)):
+                    kind = part.get("type") if isinstance(part, dict) and not is_text else content
+                    raise BadRequest(
+                        f"the content of {where} must be text, or a list of text parts, "
+                        f"not {shown(kind)}",
+                        f"{where}.content",
+                    )
+            turns.append({"role": _ROLES[role], "content": content} | calls)
+        return turns
 
     @model_validator(mode="after")
     def _text_alone(self) -> "ChatRequest":
-        if self.tools or self.functions:
-            raise ValueError("tools are not offered here; leave them out")
+        for name, choice in (("tools", self.tool_choice), ("functions", self.function_call)):
+            if getattr(self, name) and choice != "none":
+                raise BadRequest(f"{name} are not offered here; leave them out", name)
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in (None, "none", "auto"):
+                raise BadRequest(f"{name} is not offered here; leave it out", name)
         if self.response_format and self.response_format.get("type", "text") != "text":
-            raise ValueError("response_format is not offered here; leave it out")
-        for message in self.messages:
-            if not isinstance(message.get("role"), str) or "content" not in message:
-                raise ValueError('every message needs a "role" and a "content"')
-            content = message.get("content")
-            if isinstance(content, list):
-                parts = content
-            else:
-                parts = [] if content is None else [{"type": "text", "text": content}]
-            for part in parts:
-                is_text = isinstance(part, dict) and part.get("type") == "text"
-                if not (is_text and isinstance(part.get("text"), str)):
-                    raise ValueError(
-                        "the content of a message must be text, or a list of text parts"
-                    )
+            raise BadRequest("response_format is not offered here; leave it out", "response_format")
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
         return self
 
 
@@ -194,16 +278,14 @@ class Translator:
 
     def generate(self, request: GenerateRequest) -> list[Asked]:
         """Translates the guide's request."""
-        tokens, _ = self._checked(self._of_text(request.prompt), "prompt")
-        self._check_max_tokens(request.max_tokens, "max_tokens")
-        return [
-            Asked(
-                tokens,
-                request.max_tokens,
-                temperature=request.temperature,
-                seed=secrets.randbits(32),
-            )
-        ]
+        prompt = self._checked(self._of_text(request.prompt), "prompt")
+        return self._choices(
+            request,
+            prompt,
+            100 if request.max_tokens is None else request.max_tokens,
+            stops=request.stops,
+            temperature=0.7,
+        )
 
     def completion(self, request: CompletionRequest) -> list[Asked]:
         """Translates a completion: each prompt ``n`` times."""
@@ -212,10 +294,8 @@ class Translator:
             raise BadRequest(
                 f"{len(prompts)} prompts times n={request.n or 1} are above {_MAX_CHOICES}", "n"
             )
-        max_tokens = 16 if request.max_tokens is None else request.max_tokens  # OpenAI's default
-        self._check_max_tokens(max_tokens, "max_tokens")
         scored = bool(request.echo) and request.logprobs is not None
-        n_scored = sum(len(tokens) for tokens, _ in prompts) * (request.n or 1) if scored else 0
+        n_scored = sum(len(prompt.tokens) for prompt in prompts) * (request.n or 1) if scored else 0
         if n_scored > self._limits.prompt_tokens:
             raise BadRequest(
                 f"echo with logprobs of {n_scored:,} tokens is above the "
@@ -228,7 +308,7 @@ class Translator:
             for asked in self._choices(
                 request,
                 self._checked(prompt, "prompt"),
-                max_tokens,
+                16 if request.max_tokens is None else request.max_tokens,  # OpenAI's default
                 stops=request.stops,
                 logprobs=request.logprobs,
                 score_prompt=scored,
@@ -239,42 +319,47 @@ class Translator:
         """Translates a conversation."""
         text = chat.prompt_of(request.messages)
         prompt = self._checked(self._of_text(text, "messages"), "messages")
-        max_tokens = self._limits.max_tokens  # OpenAI's default is what fits
-        for name in ("max_tokens", "max_completion_tokens"):  # the latter wins
-            if (asked := getattr(request, name)) is not None:
-                max_tokens = asked
-                self._check_max_tokens(asked, name)
-        stops = (*request.stops, chat.STOP)
+        max_tokens = request.max_completion_tokens  # takes precedence
+        if max_tokens is None:
+            max_tokens = request.max_tokens
         return self._choices(
             request,
             prompt,
-            max_tokens,
-            stops=stops,
+            -1 if max_tokens is None else max_tokens,  # OpenAI's default is what fits
+            stops=(*request.stops, chat.STOP),
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
 
     def _choices(
-        self, request: _Common, prompt: _Prompt, max_tokens: int, **more: Any
+        self,
+        request: _Sampled,
+        prompt: _Prompt,
+        max_tokens: int,
+        *,
+        temperature: float = 1.0,
+        logprobs: int | None = None,
+        **more: Any,
     ) -> list[Asked]:
-        tokens, marked = prompt
-        first_seed = secrets.randbits(32) if request.seed is None else request.seed
-        return [
-            Asked(
-                tokens,
-                max_tokens,
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_k=max(request.top_k or 0, 0),
-                # 0, and what float32 takes for it, leave the likeliest alone.
-                top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),
-                seed=(first_seed + choice) % 2**32,
-                marked=marked,
-                **more,
-            )
-            for choice in range(request.n or 1)
-        ]
+        """Returns what each choice is asked for; ``temperature`` is the default."""
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        most = self._limits.max_tokens
+        asked = Asked(
+            prompt.tokens,
+            most if max_tokens == -1 else min(max_tokens, most),
+            temperature=temperature if request.temperature is None else request.temperature,
+            top_k=max(request.top_k or 0, 0),
+            # 0, and what float32 takes for it, leave the likeliest alone.
+            top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),
+            logprobs=logprobs,
+            marked=prompt.marked,
+            prompt_chars=0 if logprobs is None else len(self._tokenizer.decode(prompt.before)),
+            **more,
+        )
+        n = request.n or 1 if isinstance(request, _OpenAI) else 1
+        return [dataclasses.replace(asked, seed=(seed + i) % 2**32) for i in range(n)]
 
     def _prompts(self, request: CompletionRequest) -> list[_Prompt]:
-        prompt = request.prompt
+        prompt = "" if request.prompt is None else request.prompt
         if not isinstance(prompt, str) and not prompt:
             raise BadRequest(
                 'prompt is an empty list; give a text ("" begins a document)', "prompt"
@@ -290,14 +375,16 @@ class Translator:
         prefix_id, suffix_id, middle_id = self._tokenizer.fim_ids
         before, after = self._tokenizer.encode(prompt), self._tokenizer.encode(request.suffix)
         begin = self._tokenizer.eot_id, prefix_id
-        return [(np.array([*begin, *before, suffix_id, *after, middle_id], np.int32), True)]
+        tokens = np.array([*begin, *before, suffix_id, *after, middle_id], np.int32)
+        return [_Prompt(tokens, True, before)]
 
     def _of_text(self, text: str, field: str = "prompt") -> _Prompt:
         # Lest a text of many megabytes is tokenised only to be refused: no token has more bytes.
         longest = int(self._tokenizer.token_bytes.max())
         if len(text) > self._limits.prompt_tokens * longest:
             raise self._too_long(f"has {len(text):,} characters", field)
-        return np.array([self._tokenizer.eot_id, *self._tokenizer.encode(text)], np.int32), True
+        tokens = np.array([self._tokenizer.eot_id, *self._tokenizer.encode(text)], np.int32)
+        return _Prompt(tokens, True, tokens)
 
     def _of_ids(self, ids: list[int]) -> _Prompt:
         for token in ids:
@@ -306,11 +393,12 @@ class Translator:
                     f"token id {token} is outside 0 … {self._tokenizer.vocab_size - 1}", "prompt"
                 )
         marked = ids[:1] != [self._tokenizer.eot_id]
-        return np.array([self._tokenizer.eot_id] * marked + ids, np.int32), marked
+        tokens = np.array([self._tokenizer.eot_id] * marked + ids, np.int32)
+        return _Prompt(tokens, marked, tokens)
 
     def _checked(self, prompt: _Prompt, field: str) -> _Prompt:
-        if len(prompt[0]) > self._limits.prompt_tokens:
-            raise self._too_long(f"has {len(prompt[0]):,} tokens", field)
+        if len(prompt.tokens) > self._limits.prompt_tokens:
+            raise self._too_long(f"has {len(prompt.tokens):,} tokens", field)
         return prompt
 
     def _too_long(self, what: str, field: str) -> BadRequest:
@@ -320,11 +408,3 @@ class Translator:
             field,
             "context_length_exceeded",
         )
-
-    def _check_max_tokens(self, max_tokens: int, field: str) -> None:
-        if max_tokens > self._limits.max_tokens:
-            raise BadRequest(
-                f"{field}={max_tokens} is above {self._limits.max_tokens}, the most that this "
-                "server makes",
-                field,
-            )

@@ -25,6 +25,7 @@ class Asked:
       logprobs: tell that of each token, and of so many likeliest ones; None: tell none.
       score_prompt: tell those of the prompt's tokens as well.
       marked: the first token is the marker alone, which the prompt itself does not have.
+      prompt_chars: length of the text that the new text follows.
     """
 
     tokens: np.ndarray
@@ -37,15 +38,25 @@ class Asked:
     logprobs: int | None = None
     score_prompt: bool = False
     marked: bool = True
+    prompt_chars: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """A token and its ln probability; ``top``: those of the likeliest tokens, likeliest first."""
+    """A token and its log-probability.
+
+    Attributes:
+      token: its id.
+      logprob: natural logarithm; None for the first token of a prompt, which nothing predicts.
+      top: ids and log-probabilities of the likeliest tokens, likeliest first.
+      start: index, in the prompt's text and the new text behind it, of the character that the
+        token's first byte belongs to.
+    """
 
     token: int
-    logprob: float | None  # None: of a prompt's first token, which nothing predicts
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,21 +126,17 @@ class Sequence:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopFinder(asked.stops)
-        self._held: list[tuple[int, Told]] = []  # tokens, by the characters before them
-        self._n_chars = 0
+        self._held: list[Told] = []  # tokens whose text is held back
         self._n_shown = 0
 
     def take(self, told: Told) -> None:
         """Takes the next token in, which may be the last."""
         self.n_new += 1
         is_end = told.token == self._tokenizer.eot_id
-        before = self._n_chars
-        text = "" if is_end else self._decoder.push(told.token)
-        self._n_chars += len(text)
+        text = self._decoder.push(told.token)
         if self.asked.logprobs is not None:
-            # The text may begin with what earlier tokens had left incomplete.
-            own = len(self._tokenizer.decode([told.token]))
-            self._held.append((max(before, self._n_chars - own), told))
+            start = self.asked.prompt_chars + self._decoder.start
+            self._held.append(dataclasses.replace(told, start=start))
         if is_end:
             self._finish("stop")
             return
@@ -151,16 +158,14 @@ class Sequence:
         self.tell(event)
 
     def _finish(self, reason: Literal["stop", "length"]) -> None:
-        rest = self._stops.push(self._decoder.flush())
-        if self._stops.found is not None:
-            reason = "stop"
-        self._show(rest + self._stops.flush(), everything=True)
+        self._show(self._stops.flush(), everything=True)
         self.end(End(reason, *self._counts()))
 
     def _show(self, text: str, everything: bool = False) -> None:
         """Tells text, with the tokens that begin in it."""
         self._n_shown += len(text)
-        shown = tuple(told for at, told in self._held if everything or at < self._n_shown)
+        end = self.asked.prompt_chars + self._n_shown
+        shown = tuple(told for told in self._held if everything or told.start < end)
         self._held = self._held[len(shown) :]
         if text or shown:
             self.tell(Text(text, shown))

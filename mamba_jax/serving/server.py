@@ -39,5 +39,7 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
         metrics,
         model_name=settings.model_name or run.name,
         api_key=settings.api_key,
+        cors_origins=settings.cors_origins,
+        max_body_bytes=settings.max_body_bytes,
         on_stop=lambda: engine.close(settings.drain_secs),
     )

@@ -5,6 +5,7 @@ import itertools
 import re
 import socket
 import sysconfig
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from mamba_jax.data import tiktoken_encodings
 from mamba_jax.data.text_cuts import cut_text, well_formed
 from mamba_jax.data.tokenizer import StreamDecoder, load_saved, load_tokenizer
 from mamba_jax.errors import UserError
+
+from .characters import text_and_owners
 
 TEXTS = [
     "",
@@ -164,14 +167,37 @@ def test_stream_decoder_never_breaks_a_character(tokenizer):
     parts = [decoder.push(token) for token in tokenizer.encode(text)]
     assert "" in parts  # some character really did take several tokens
     assert "".join(parts) == text
-    assert decoder.flush() == ""
+    assert decoder.n_chars == len(text)
+    assert not decoder.holds_back
 
 
-def test_stream_decoder_flushes_half_a_character():
+def test_stream_decoder_holds_half_a_character_back():
     decoder = StreamDecoder(load_tokenizer("bytes"))
-    assert [decoder.push(byte) for byte in "é".encode()[:1]] == [""]
-    assert decoder.flush() == "\ufffd"
-    assert decoder.push(ord("a")) == "a"  # and is ready for another text
+    assert decoder.push("é".encode()[0]) == ""
+    assert decoder.holds_back
+    assert decoder.push(ord("a")) == "\ufffda"  # it was not half a character
+
+
+def test_stream_decoder_knows_where_each_token_begins():
+    """Random bytes in pieces of 0 to 3: some characters are whole, some cut, some broken."""
+    rng = np.random.default_rng(0)
+    parts = [*(char.encode() for char in "aé日😀"), b"\xe6", b"\xf0\x9f", b"\x80", b"\xff"]
+    for _ in range(200):
+        data = b"".join(parts[i] for i in rng.integers(len(parts), size=12))
+        cuts = np.minimum(np.cumsum([0, *rng.integers(4, size=len(data))]), len(data))
+        pieces = [data[a:b] for a, b in itertools.pairwise([*cuts.tolist(), len(data)])]
+        text, owners = text_and_owners(data)
+        decoder = StreamDecoder(types.SimpleNamespace(piece=pieces.__getitem__))
+        streamed, starts = "", []
+        for token in range(len(pieces)):
+            streamed += decoder.push(token)
+            starts.append(decoder.start)
+        first_bytes = np.cumsum([0, *map(len, pieces)])
+        for piece, start, first_byte in zip(pieces, starts, first_bytes, strict=False):
+            assert not piece or start == owners[first_byte]
+        assert streamed == text
+        assert starts == sorted(starts)
+        assert starts[-1] <= len(streamed)
 
 
 def test_building_opens_no_socket(monkeypatch):

@@ -1,20 +1,29 @@
 """From requests to what the engine is asked, and from its events to answers."""
 
 import numpy as np
+import pytest
 
+from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.serving.answers import Answer
-from mamba_jax.serving.protocol import ChatRequest, Limits, Translator
-from mamba_jax.serving.sequence import Asked, End, Text
+from mamba_jax.serving.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerateRequest,
+    Limits,
+    Translator,
+)
+from mamba_jax.serving.sequence import Asked, End, Scored, Sequence, Text, Told
 
+from ..data.characters import text_and_owners
 from ..evaluating.tiny_models import TOKENIZER
 from .conftest import tokens_of
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+TRANSLATOR = Translator(TOKENIZER, Limits(400, 99), fills_in=False)
 
 
 def test_a_chat_ends_where_the_model_speaks_for_the_user():
-    translator = Translator(TOKENIZER, Limits(400, 99), fills_in=False)
-    (asked,) = translator.chat(ChatRequest(**CHAT, stop=["x"]))
+    (asked,) = TRANSLATOR.chat(ChatRequest(**CHAT, stop=["x"]))
     assert asked.stops == ("x", "\n\nuser:")
     assert asked.max_tokens == 99  # what fits
     np.testing.assert_array_equal(asked.tokens, tokens_of("user: Hi\n\nassistant:"))
@@ -39,3 +48,185 @@ def test_usage_counts_a_prompt_of_several_choices_once_and_as_read_if_one_had_to
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (11, 12)
     assert usage["total_tokens"] == 23
     assert usage["prompt_tokens_details"] == {"cached_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "most"), [(5, 5), (5.0, 5), (0, 0), (99, 99), (100, 99), (10**30, 99), (-1, 99)]
+)
+def test_max_tokens_is_clamped_to_what_the_server_makes(given, most):
+    (generated,) = TRANSLATOR.generate(GenerateRequest(prompt="a", max_tokens=given))
+    (completed,) = TRANSLATOR.completion(CompletionRequest(prompt="a", max_tokens=given))
+    chats = [
+        TRANSLATOR.chat(ChatRequest(**CHAT, **limits))[0]
+        for limits in (
+            {"max_tokens": given},
+            {"max_completion_tokens": given},
+            {"max_completion_tokens": given, "max_tokens": 50},
+        )
+    ]
+    assert [asked.max_tokens for asked in (generated, completed, *chats)] == [most] * 5
+
+
+def test_defaults_of_max_tokens_are_clamped_too():
+    tight = Translator(TOKENIZER, Limits(400, 3), fills_in=False)
+    assert tight.generate(GenerateRequest(prompt="a"))[0].max_tokens == 3
+    assert tight.completion(CompletionRequest(prompt="a"))[0].max_tokens == 3
+
+
+SYSTEM = "system: Be brief.\n\nuser: Hi\n\nassistant:"
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CHATS = {
+    "a developer's turn": ([("developer", "Be brief."), ("user", "Hi")], SYSTEM),
+    "a system's turn": ([("system", "Be brief."), ("user", "Hi")], SYSTEM),
+    "a list of parts": (
+        [("user", [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])],
+        "user: H\ni\n\nassistant:",
+    ),
+    "an old function's turn": (
+        [("user", "Hi"), ("function", "ho")],
+        "user: Hi\n\ntool: ho\n\nassistant:",
+    ),
+    "an answer of null": ([("user", "Hi"), ("assistant", None)], "user: Hi\n\nassistant:"),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_turns_are_rendered_as_in_training(case):
+    turns, text = CHATS[case]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (asked,) = TRANSLATOR.chat(ChatRequest(messages=messages))
+    assert TOKENIZER.decode(asked.tokens) == text
+
+
+def test_a_turn_that_calls_a_tool_needs_no_content():
+    turns = [
+        {"role": "user", "content": "Hi", "name": "me", "value": "not the content"},
+        {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "Hm."},
+        {"role": "tool", "tool_call_id": "c", "content": "3"},
+    ]
+    without, with_null = (
+        TRANSLATOR.chat(ChatRequest(messages=[turns[0], call, turns[2]]))[0].tokens
+        for call in (turns[1], turns[1] | {"content": None})
+    )
+    np.testing.assert_array_equal(without, with_null)
+    text = TOKENIZER.decode(without)
+    assert text.startswith("user: Hi\n\n")
+    assert text.endswith("tool: 3\n\nassistant:")
+
+
+def test_null_is_a_field_left_out():
+    for kind, translate, body in (
+        (GenerateRequest, TRANSLATOR.generate, {"prompt": "a", "seed": 3}),
+        (CompletionRequest, TRANSLATOR.completion, {"seed": 3}),
+        (ChatRequest, TRANSLATOR.chat, {"messages": CHAT["messages"], "seed": 3}),
+    ):
+        nulls = dict.fromkeys(kind.model_fields.keys() - body.keys())
+        (plain,), (given,) = (translate(kind(**body, **more)) for more in ({}, nulls))
+        np.testing.assert_array_equal(plain.tokens, given.tokens)
+        for name in Asked.__dataclass_fields__.keys() - {"tokens"}:
+            assert getattr(plain, name) == getattr(given, name), (kind, name)
+
+
+def test_floats_are_whole_numbers_where_whole_numbers_are_wanted():
+    body = {"prompt": "a", "n": 2.0, "top_k": 3.0, "seed": 4.0, "logprobs": 1.0, "best_of": 2.0}
+    first, second = TRANSLATOR.completion(CompletionRequest(**body))
+    assert (first.top_k, first.seed, second.seed, first.logprobs) == (3, 4, 5, 1)
+
+
+PROMPT, GENERATED = "日本", "naïve 日本😀x"
+OFFSETS = {
+    "whole": ([], GENERATED),
+    "up to a stop": (["x"], GENERATED[:-1]),
+    "cut inside a character": ([], None),
+}
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("case", OFFSETS)
+@pytest.mark.parametrize("echo", [False, True])
+def test_offsets_of_tokens_are_places_in_the_text(name, case, echo):
+    """Of several tokens that share a character, all begin there."""
+    tokenizer = load_tokenizer(name)
+    stops, expected = OFFSETS[case]
+    ids = tokenizer.encode(GENERATED).tolist()
+    if expected is None:
+        expected = "naïve 日本"
+        # One token more: of the next character, which takes several.
+        ids = ids[: len(tokenizer.encode(expected)) + 1]
+    body = {"prompt": PROMPT, "max_tokens": len(ids), "logprobs": 0, "echo": echo, "stop": stops}
+    asked = Translator(tokenizer, Limits(400, 99), fills_in=False).completion(
+        CompletionRequest(**body)
+    )
+    events = []
+    if echo:
+        events.append(Scored(tuple(Told(int(token), -1.0) for token in asked[0].tokens)))
+    sequence = Sequence(asked[0], events.append, lambda *_: None, tokenizer, 9.0)
+    for token in ids:
+        sequence.take(Told(token, -1.0))
+        if sequence.ended:
+            break
+    assert isinstance(events[-1], End)
+    make = lambda: Answer("completion", "tiny", tokenizer, asked, echo=echo)
+    (choice,) = make().whole([events])["choices"]
+    assert choice["text"] == (PROMPT if echo else "") + expected
+    streaming = make()
+    chunks = [chunk["choices"][0] for event in events for chunk in streaming.chunks(0, event)]
+    assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
+    told = [at for chunk in chunks if chunk["logprobs"] for at in chunk["logprobs"]["text_offset"]]
+    assert told == choice["logprobs"]["text_offset"]
+    prompt_ids = tokenizer.encode(PROMPT).tolist()
+    pieces = [tokenizer.pieces[token] for token in prompt_ids + ids]
+    text, owners = text_and_owners(b"".join(pieces))
+    first_bytes = np.cumsum([0, *map(len, pieces)])[: len(pieces)]
+    starts = [owners[at] for at in first_bytes]
+    assert told == [
+        start
+        for i, start in enumerate(starts)
+        if (echo or i >= len(prompt_ids)) and start < len(PROMPT + expected) + (not stops)
+    ]
+    assert max(told) <= len(PROMPT + expected)
+    assert text.startswith(PROMPT + expected)
+
+
+class Spacing(type(TOKENIZER)):
+    """Puts a space before each text, as those made by SentencePiece do."""
+
+    def encode(self, text):
+        return super().encode(f" {text}")
+
+    def decode(self, ids):
+        return super().decode(ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_what_a_tokenizer_puts_before_a_text_has_no_place_in_it(echo):
+    tokenizer = Spacing()
+    body = {"prompt": "ab", "max_tokens": 2, "logprobs": 0, "echo": echo}
+    asked = Translator(tokenizer, Limits(400, 99), fills_in=False).completion(
+        CompletionRequest(**body)
+    )
+    events = [Scored(tuple(Told(int(token), -1.0) for token in asked[0].tokens))] if echo else []
+    sequence = Sequence(asked[0], events.append, lambda *_: None, tokenizer, 9.0)
+    for token in b" c":
+        sequence.take(Told(token, -1.0))
+    (choice,) = Answer("completion", "tiny", tokenizer, asked, echo=echo).whole([events])["choices"]
+    assert choice["text"] == ("ab c" if echo else " c")
+    assert choice["logprobs"]["text_offset"] == ([0, 0, 1] if echo else []) + [2, 3]
+
+
+def test_offsets_with_a_suffix_follow_the_prompt():
+    filling = Translator(TOKENIZER, Limits(400, 99), fills_in=True)
+    body = {"prompt": "日x", "suffix": "and more", "logprobs": 0}
+    assert filling.completion(CompletionRequest(**body))[0].prompt_chars == 2
+
+
+def test_a_cut_character_at_the_end_is_no_text():
+    for end in ([], [TOKENIZER.eot_id]):
+        events = []
+        ids = [*"é日".encode()[:-1], *end]
+        asked = Asked(tokens_of("a"), len(ids))
+        sequence = Sequence(asked, events.append, lambda *_: None, TOKENIZER, 9.0)
+        for token in ids:
+            sequence.take(Told(token, None))
+        assert "".join(event.text for event in events if isinstance(event, Text)) == "é"
+        assert events[-1].new_tokens == len(ids)

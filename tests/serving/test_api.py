@@ -11,6 +11,7 @@ import pytest
 
 from mamba_jax.models import build
 
+from ..data.characters import text_and_owners
 from ..evaluating.tiny_models import TOKENIZER, model_of
 from .conftest import offline, tokens_of
 from .served import metric, post, request, serving, until
@@ -41,6 +42,57 @@ def test_generate_is_the_guides(port):
     status, answer = post(port, "/generate", {"prompt": ""})
     assert status == 200
     assert list(answer) == ["response"]
+
+
+def test_generate_takes_what_completions_take(port):
+    text = offline("mamba", "def main(")
+    stopped = post(port, "/generate", GREEDY | {"stop": [text[7:9]]})[1]
+    assert stopped == {"response": text[: text.index(text[7:9])]}
+    hot = GREEDY | {"temperature": 50}
+    for only_the_likeliest in ({"top_k": 1}, {"top_p": 0}):
+        assert post(port, "/generate", hot | only_the_likeliest)[1] == {"response": text}
+    hot |= {"temperature": 1.0, "seed": 3}
+    (choice,) = post(port, "/v1/completions", hot)[1]["choices"]
+    assert post(port, "/generate", hot)[1] == {"response": choice["text"]}
+    assert post(port, "/generate", hot | {"seed": 4})[1] != {"response": choice["text"]}
+    pieces = streamed(port, "/generate", GREEDY)
+    assert len(pieces) > 1
+    assert all(list(piece) == ["response"] for piece in pieces)
+    assert "".join(piece["response"] for piece in pieces) == text
+
+
+@pytest.mark.parametrize("prompt", ["日本😀x", [0xE6, 0x97], ""])
+def test_offsets_of_sampled_bytes_are_places_in_the_text(prompt, port):
+    """Most bytes of this model are no whole characters."""
+    body = {"prompt": prompt, "max_tokens": 40, "seed": 5, "logprobs": 0}
+    ((_, whole), (_, echoed)) = (
+        post(port, "/v1/completions", body | {"echo": echo}) for echo in (False, True)
+    )
+    data = [_bytes_of(token) for token in whole["choices"][0]["logprobs"]["tokens"]]
+    text, owners = text_and_owners(b"".join(data))
+    assert "\ufffd" in text
+    first_bytes = np.cumsum([0, *map(len, data)])[: len(data)]
+    prompt = bytes(prompt) if isinstance(prompt, list) else prompt.encode()
+    shown, prompt_owners = text_and_owners(prompt)
+    shown = prompt.decode(errors="replace")
+    expected = [len(shown) + [*owners, len(text)][at] for at in first_bytes]
+    assert whole["choices"][0]["text"] == text
+    assert whole["choices"][0]["logprobs"]["text_offset"] == expected
+    assert echoed["choices"][0]["text"] == shown + text
+    assert echoed["choices"][0]["logprobs"]["text_offset"] == prompt_owners + expected
+    assert max(expected) <= len(shown + text)
+    chunks = streamed(port, "/v1/completions", body)
+    told = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    assert [at for each in told if each for at in each["text_offset"]] == expected
+
+
+def _bytes_of(name):
+    """Returns a token's bytes, of its name in an answer."""
+    if name == "<|endoftext|>":
+        return b""
+    if name.startswith("bytes:"):
+        return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
+    return name.encode()
 
 
 def test_a_completion(port):
@@ -145,12 +197,24 @@ def test_an_echo_scores_the_prompt(port):
 def test_models_health_and_readiness(port):
     _, _, content = request(port, "GET", "/v1/models")
     assert [model["id"] for model in json.loads(content)["data"]] == ["tiny"]
-    assert request(port, "GET", "/v1/models/tiny")[0] == 200
+    assert request(port, "GET", "/v1/models/")[2] == content
+    for path in ("/v1/models/tiny", "/v1/models/tiny/"):
+        status, _, content = request(port, "GET", path)
+        assert (status, json.loads(content)["id"]) == (200, "tiny")
+    assert request(port, "GET", "/v1/models/other")[0] == 404
     assert request(port, "GET", "/health")[0] == 200
     assert request(port, "GET", "/ready")[0] == 200
     status, headers, page = request(port, "GET", "/")
     assert (status, headers["content-type"].split(";")[0]) == (200, "text/html")
     assert b"<!doctype html>" in page
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/v1/models/tiny"])
+def test_head_is_get_without_the_body(path, port):
+    got, head = (request(port, method, path) for method in ("GET", "HEAD"))
+    assert (head[0], head[2]) == (200, b"")
+    for name in ("content-type", "content-length"):
+        assert head[1][name] == got[1][name]
 
 
 def test_metrics_count(port):
@@ -169,15 +233,47 @@ def test_metrics_count(port):
     assert [b - a for a, b in zip(before, after, strict=True)] == [3, n_prompt, 1, 1]
 
 
+LIST = "a list of length"
 BAD = {
-    "malformed JSON": (b'{"prompt": "a"', 400, "not valid JSON"),
-    "invalid UTF-8": (b'{"prompt": "\xff\xfe"}', 400, "parsing the body"),
-    "no object": (b'"a"', 400, "JSON object"),
-    "a wrong type": ({"prompt": 5}, 400, "prompt: "),
-    "a wrong type of a number": ({"prompt": "a", "max_tokens": "many"}, 400, "max_tokens: "),
-    "huge max_tokens": ({"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens"),
-    "max_tokens above the limit": ({"prompt": "a", "max_tokens": 100_001}, 400, "above 100000"),
-    "no max_tokens": ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens: "),
+    "malformed JSON": (b'{"prompt": "a"', 400, "not valid JSON: Expecting ',' delimiter at char"),
+    "invalid UTF-8": (b'{"prompt": "\xff\xfe"}', 400, "not valid JSON: 'utf-8' codec can't decode"),
+    "no body": (b"", 400, "the body is missing"),
+    "no object": (b'"a"', 400, 'the body must be a JSON object, not "a"'),
+    "a list": (b"[1, 2]", 400, f"the body must be a JSON object, not {LIST} 2"),
+    "null": (b"null", 400, "the body must be a JSON object, not null"),
+    "a wrong type": ({"prompt": 5}, 400, "prompt: must be a text, a list"),
+    "a number in quotes": (
+        {"prompt": "a", "max_tokens": "5"},
+        400,
+        'max_tokens: input should be a valid integer, not "5"',
+    ),
+    "half a token": ({"prompt": "a", "max_tokens": 5.5}, 400, "valid integer, not 5.5"),
+    "a truth value": ({"prompt": "a", "max_tokens": True}, 400, "valid integer, not true"),
+    "no max_tokens": ({"prompt": "a", "max_tokens": -2}, 400, "equal to -1, not -2"),
+    "a temperature in quotes": (
+        {"prompt": "a", "temperature": "0.5"},
+        400,
+        'temperature: input should be a valid number, not "0.5"',
+    ),
+    "a stream in quotes": ({"prompt": "a", "stream": "true"}, 400, 'boolean, not "true"'),
+    "a field of a field": (
+        {"prompt": "a", "stream_options": {"include_usage": 1}},
+        400,
+        "stream_options.include_usage: input should be a valid boolean, not 1",
+    ),
+    "a huge number": (b'{"prompt": "a", "seed": ' + b"9" * 4_000 + b"}", 400, "seed: "),
+    "a number too long to read": (
+        b'{"prompt": "a", "seed": ' + b"9" * 9_000 + b"}",
+        400,
+        "not valid JSON: Exceeds the limit",
+    ),
+    "many stops": (
+        {"prompt": "a", "stop": ["x"] * 17},
+        400,
+        f"stop: must be a text or a list of up to 16 texts, not {LIST} 17",
+    ),
+    "a stop that is none": ({"prompt": "a", "stop": ["x", 1]}, 400, "stop: must be a text or"),
+    "best of many": ({"prompt": "a", "best_of": 3}, 400, "best_of=3 is not offered"),
     "a temperature that is none": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature: "),
     "a negative temperature": ({"prompt": "a", "temperature": -1}, 400, "temperature: "),
     "an empty list": ({"prompt": []}, 400, "empty list"),
@@ -201,6 +297,31 @@ BAD = {
 }
 
 
+def test_a_content_type_that_is_not_json_is_named(port):
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+            status, answer = post(port, path, GREEDY, headers={"Content-Type": kind})
+            assert status == 415
+            assert answer["error"]["message"] == (
+                f"Content-Type is {kind}; send JSON as Content-Type: application/json"
+            )
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_errors_name_the_field(path, port):
+    for body, field in (
+        ({}, None if path == "/v1/completions" else "messages" if "chat" in path else "prompt"),
+        (CHAT | GREEDY | {"temperature": 101}, "temperature"),
+        (CHAT | GREEDY | {"logit_bias": {"1": 5}}, "logit_bias"),
+        (CHAT | GREEDY | {"seed": 0.5}, "seed"),
+        (CHAT | GREEDY | {"model": 1}, "model"),
+    ):
+        status, answer = post(port, path, body)
+        assert answer.get("error", {}).get("param") == field, body
+        assert status == (200 if field is None else 400)
+        assert field is None or answer["error"]["message"].startswith(field)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_and_harms_nobody(case, port):
     body, expected, message = BAD[case]
@@ -217,11 +338,28 @@ def test_bad_input_is_named_and_harms_nobody(case, port):
     ("body", "message"),
     [
         ({"messages": []}, "messages hold no text"),
-        ({"messages": [{"content": "Hi"}]}, '"role"'),
-        ({"messages": [{"role": "user"}]}, '"content"'),
+        ({"messages": "Hi"}, 'messages: input should be a valid list, not "Hi"'),
+        ({"messages": ["Hi"]}, 'messages[0]: input should be a valid object, not "Hi"'),
+        ({"messages": [{"content": "Hi"}]}, 'messages[0] needs a "role"'),
+        (
+            {"messages": [{"role": "user", "content": "Hi"}, {"role": "boss", "content": "Hi"}]},
+            'messages[1] needs a "role", one of system, developer, user, assistant, tool, '
+            'function, not "boss"',
+        ),
+        ({"messages": [{"role": ["user"], "content": "Hi"}]}, "not a list of length 1"),
+        ({"messages": [{"role": "user"}]}, 'messages[0] needs a "content"'),
+        ({"messages": [{"role": "user", "content": None}]}, 'messages[0] needs a "content"'),
+        ({"messages": [{"role": "assistant"}]}, 'messages[0] needs a "content"'),
+        ({"messages": [{"role": "user", "content": 5}]}, "or a list of text parts, not 5"),
         ({"messages": [{"role": "user", "content": "a" * 400}]}, "at most 400 tokens"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 'not "image_url"'),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be text"),
         (CHAT | {"tools": [{}]}, "tools are not offered"),
+        (CHAT | {"tools": [{}], "tool_choice": "auto"}, "tools are not offered"),
+        (CHAT | {"functions": [{}]}, "functions are not offered"),
+        (CHAT | {"tool_choice": "required"}, "tool_choice is not offered"),
+        (CHAT | {"tool_choice": {"type": "function"}}, "tool_choice is not offered"),
+        (CHAT | {"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
         (CHAT | {"response_format": {"type": "json_object"}}, "response_format is not offered"),
     ],
 )
@@ -231,9 +369,41 @@ def test_chats_refuse_what_they_do_not_offer(body, message, port):
     assert message in answer["error"]["message"]
 
 
-def test_an_empty_prompt_begins_a_document(port):
-    _, answer = post(port, "/v1/completions", GREEDY | {"prompt": ""})
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"functions": [{"name": "f"}], "function_call": "none"},
+        {"tools": [], "tool_choice": None, "parallel_tool_calls": True},
+        {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": True},
+        {"logprobs": False, "top_logprobs": 0, "n": 1.0, "stream_options": None, "stop": None},
+        {"max_tokens": 12.0, "max_completion_tokens": None, "presence_penalty": 0},
+    ],
+)
+def test_chats_take_what_changes_nothing(more, port):
+    _, expected = post(port, "/v1/chat/completions", CHAT)
+    status, answer = post(port, "/v1/chat/completions", CHAT | more)
+    assert status == 200, answer
+    assert answer["choices"] == expected["choices"]
+
+
+@pytest.mark.parametrize("prompt", ["", None, [], [[]], [""]])
+def test_an_empty_prompt_begins_a_document(prompt, port):
+    if prompt == []:
+        prompt = [TOKENIZER.eot_id]
+    _, answer = post(port, "/v1/completions", GREEDY | {"prompt": prompt})
     assert answer["choices"][0]["text"] == offline("mamba", "")
+
+
+def test_stops_may_be_any_characters(port):
+    """One of them is the text's own; of another the text has a part alone."""
+    body = {"prompt": "é", "max_tokens": 60, "seed": 1}
+    (choice,) = post(port, "/v1/completions", body)[1]["choices"]
+    stop = next(char for char in choice["text"][5:] if char > "\x7f")
+    stops = ["日本語", "", "\ud800", stop]
+    (stopped,) = post(port, "/v1/completions", body | {"stop": stops})[1]["choices"]
+    assert stopped["text"] == choice["text"].partition(stop)[0]
+    assert stopped["finish_reason"] == "stop"
 
 
 def test_lone_surrogates_become_replacement_characters(port):
@@ -242,10 +412,20 @@ def test_lone_surrogates_become_replacement_characters(port):
 
 
 def test_unknown_paths_and_methods(port):
-    for method, path, expected in (("GET", "/v2", 404), ("GET", "/generate", 405)):
-        status, _, content = request(port, method, path)
-        assert status == expected
-        assert json.loads(content)["error"]["message"]
+    for method, path, allowed in (
+        ("GET", "/v2", None),
+        ("POST", "/v1", None),
+        ("GET", "/generate", "POST"),
+        ("PUT", "/v1/completions/", "POST"),
+        ("DELETE", "/v1/models", "GET, HEAD"),
+        ("OPTIONS", "/v1/models", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+    ):
+        status, headers, content = request(port, method, path)
+        message = json.loads(content)["error"]["message"]
+        assert (status, headers["allow"]) == (404 if allowed is None else 405, allowed)
+        assert path.rstrip("/") in message
+        assert allowed is None or f"takes {allowed}" in message
 
 
 def test_a_key_is_asked_for():
@@ -262,6 +442,58 @@ def test_a_key_is_asked_for():
         for key, expected in (("wrong", 401), ("secret", 200)):
             headers = {"Authorization": f"Bearer {key}"}
             assert post(port, "/v1/completions", GREEDY, headers=headers)[0] == expected
+
+
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def test_pages_elsewhere_may_ask_only_where_they_are_named(monkeypatch):
+    origins = ["https://a.example", "http://localhost:3000"]
+    key = {"Authorization": "Bearer secret"}
+    with serving(api_key="secret", max_body_bytes=20_000, cors_origins=origins) as port:
+
+        def allowed(method, path, body=None, origin=origins[1], **headers):
+            headers = headers | {"Origin": origin}
+            status, answer, _ = request(port, method, path, body, headers)
+            return status, answer["access-control-allow-origin"], answer["vary"]
+
+        for origin in origins:
+            headers = {"Origin": origin} | PREFLIGHT
+            status, answer, _ = request(port, "OPTIONS", "/v1/completions", headers=headers)
+            assert status == 200
+            assert answer["access-control-allow-origin"] == origin
+            assert "POST" in answer["access-control-allow-methods"]
+            for header in ("authorization", "content-type"):
+                assert header in answer["access-control-allow-headers"].lower()
+        here = origins[1], "Origin"
+        assert allowed("POST", "/generate", GREEDY, **key) == (200, *here)
+        stream = GREEDY | {"stream": True}
+        assert allowed("POST", "/v1/completions", stream, **key) == (200, *here)
+        assert allowed("POST", "/generate", GREEDY) == (401, *here)
+        assert allowed("POST", "/generate", {"prompt": 1}, **key) == (400, *here)
+        assert allowed("POST", "/generate", {"prompt": "a" * 30_000}, **key) == (413, *here)
+        assert allowed("GET", "/v2", **key) == (404, *here)
+        assert allowed("GET", "/generate", **key) == (405, *here)
+        with monkeypatch.context() as patch:
+            patch.setattr("mamba_jax.serving.api._submit", lambda *_: 1 / 0)
+            assert allowed("POST", "/generate", GREEDY, **key) == (500, *here)
+        elsewhere = {"origin": "https://b.example", **key}
+        assert allowed("POST", "/generate", GREEDY, **elsewhere)[:2] == (200, None)
+        headers = {"Origin": "https://b.example"} | PREFLIGHT
+        status, answer, _ = request(port, "OPTIONS", "/generate", headers=headers)
+        assert (status, answer["access-control-allow-origin"]) == (400, None)
+
+
+def test_pages_elsewhere_may_not_ask_by_default(port):
+    headers = {"Origin": "https://a.example"}
+    assert (
+        request(port, "GET", "/v1/models", headers=headers)[1]["access-control-allow-origin"]
+        is None
+    )
+    assert request(port, "OPTIONS", "/generate", headers=headers | PREFLIGHT)[0] == 405
 
 
 def raw(port, body):

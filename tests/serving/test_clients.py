@@ -1,5 +1,6 @@
-"""Clients that others wrote: OpenAI's own, and lm_eval's."""
+"""Clients that others wrote: OpenAI's own, LangChain's, and lm_eval's."""
 
+import asyncio
 import json
 
 import pytest
@@ -43,19 +44,92 @@ class TestOpenAI:
     def test_chats(self, client):
         messages = [{"role": "user", "content": "Hi"}]
         how = {"model": "tiny", "messages": messages, "max_tokens": 12, "temperature": 0}
-        expected = offline("mamba", CHAT_TEXT).partition("\n\nuser:")[0].removeprefix(" ")
+        expected = _chat_answer()
         whole = client.chat.completions.create(**how, logprobs=True, top_logprobs=2)
         assert whole.choices[0].message.content == expected
         assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 2
         chunks = client.chat.completions.create(**how, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
+    def test_more_tokens_than_the_server_makes_are_as_many_as_it_makes(self, client):
+        text = offline("mamba", "def main(")
+        how = {"model": "tiny", "prompt": "def main(", "temperature": 0, "stop": text[7:9]}
+        for max_tokens in (-1, 10**6):
+            answer = client.completions.create(**how, max_tokens=max_tokens)
+            assert answer.choices[0].text == text[: text.index(text[7:9])]
+
     def test_errors_are_its_own(self, client):
         openai = pytest.importorskip("openai")
-        with pytest.raises(openai.BadRequestError, match="above 100000"):
-            client.completions.create(model="tiny", prompt="a", max_tokens=10**6)
+        with pytest.raises(openai.BadRequestError, match="best_of=3 is not offered"):
+            client.completions.create(model="tiny", prompt="a", best_of=3)
         with pytest.raises(openai.NotFoundError, match="no model 'other'"):
             client.completions.create(model="other", prompt="a")
+
+
+@pytest.fixture
+def how(port):
+    """What LangChain's clients are made with. They send every field that OpenAI has, most of them
+    as null or as the default."""
+    pytest.importorskip("langchain_openai")
+    settings = {"model": "tiny", "api_key": "none", "max_retries": 0}
+    return settings | {
+        "base_url": f"http://127.0.0.1:{port}/v1",
+        "temperature": 0,
+        "max_tokens": 12,
+    }
+
+
+class TestLangChain:
+    def test_completions(self, how):
+        from langchain_openai import OpenAI
+
+        llm, prompts = OpenAI(**how), ["def main(", "to be"]
+        texts = [offline("mamba", prompt) for prompt in prompts]
+        assert llm.invoke(prompts[0]) == texts[0]
+        assert "".join(llm.stream(prompts[0])) == texts[0]
+        assert llm.batch(prompts) == texts
+        result = OpenAI(**how, n=2, best_of=2, logprobs=1).generate(prompts)
+        assert [[one.text for one in of_prompt] for of_prompt in result.generations] == [
+            [text, text] for text in texts
+        ]
+
+    def test_chats(self, how):
+        from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+        from langchain_openai import ChatOpenAI
+
+        chat, expected = ChatOpenAI(**how), _chat_answer()
+        said = chat.invoke("Hi")
+        assert said.content == expected
+        assert said.usage_metadata["output_tokens"] > 0
+        assert "".join(chunk.content for chunk in chat.stream("Hi")) == expected
+        assert [each.content for each in chat.batch(["Hi", "Hi"])] == [expected] * 2
+        told = ChatOpenAI(**how, logprobs=True, top_logprobs=2, seed=1, n=1).invoke("Hi")
+        assert len(told.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
+        history = [  # of an agent
+            SystemMessage("Be brief."),
+            HumanMessage([{"type": "text", "text": "Hi"}]),
+            AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "c"}]),
+            ToolMessage("3", tool_call_id="c"),
+        ]
+        assert isinstance(chat.invoke(history).content, str)
+
+    def test_without_waiting(self, how):
+        from langchain_openai import ChatOpenAI, OpenAI
+
+        async def ask():
+            llm, chat = OpenAI(**how), ChatOpenAI(**how)
+            whole = asyncio.gather(llm.ainvoke("to be"), chat.ainvoke("Hi"))
+            pieces = [piece async for piece in llm.astream("to be")]
+            chunks = [chunk.content async for chunk in chat.astream("Hi")]
+            return *await whole, "".join(pieces), "".join(chunks)
+
+        text, answer, streamed_text, streamed_answer = asyncio.run(ask())
+        assert text == streamed_text == offline("mamba", "to be")
+        assert answer.content == streamed_answer == _chat_answer()
+
+
+def _chat_answer():
+    return offline("mamba", CHAT_TEXT).partition("\n\nuser:")[0].removeprefix(" ")
 
 
 TASKS = {

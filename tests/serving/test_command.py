@@ -83,10 +83,21 @@ def _free_port():
 
 def test_the_command_serves_and_sigterm_lets_requests_end(folder):
     command = ("-m", "mamba_jax.serve", f"--checkpoint={folder}", "--port=0", "--max_batch=1")
-    with started(folder, *command, "--drain_secs=120") as (process, said):
+    more = "--drain_secs=120", "--max_prompt_tokens=9000", "--cors_origin=https://a.example"
+    with started(folder, *command, *more, "--cors_origin=https://b.example") as (process, said):
         port = _port(process, said)
         until(lambda: request(port, "GET", "/ready")[0] == 200, secs=300)
         assert post(port, "/generate", GREEDY) == (200, {"response": offline("mamba", "def main(")})
+        for letter, origin in (("a", "https://a.example"), ("b", "https://b.example"), ("c", None)):
+            asking = {"Origin": f"https://{letter}.example"}
+            headers = request(port, "GET", "/v1/models", headers=asking)[1]
+            assert headers["access-control-allow-origin"] == origin
+        # 128 bytes for each token of a prompt; a larger body is refused before it is sent.
+        status, answer = post(port, "/generate", {"prompt": "a" * 1_150_000})
+        assert status == 400 and "at most 9,000 tokens" in answer["error"]["message"]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1152001\r\n\r\n")
+            assert client.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
         # Another one cannot have its port.
         again = [sys.executable, *command[:3], f"--port={port}"]
         done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
@@ -163,6 +174,9 @@ def test_uvicorn_is_told_in_one_line_what_is_wrong_and_gives_up(tmp_path):
         (["--host=no.such.host.invalid"], "cannot listen on --host no.such.host.invalid"),
         (["--max_batch=0"], "max_batch=0 must be at least 1"),
         (["--scan=fast"], "fast"),
+        (["--cors_origin=https://a.example/"], 'cors_origin="https://a.example/" is no origin'),
+        (["--cors_origin=*", "--cors_origin=a.example"], 'cors_origin="a.example" is no origin'),
+        (["--cors_origin=https://*.example"], 'cors_origin="https://*.example" is no origin'),
     ],
 )
 def test_mistakes_are_one_line(folder, flags, message, capsys):
