@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mamba_jax.data import hub_access
+from mamba_jax.data import chat_opening, hub_access
 from mamba_jax.data.text_cuts import well_formed
 from mamba_jax.data.tokenizer import DocumentEncoder, Tokenizer
 from mamba_jax.errors import UserError, need, shortly
@@ -230,7 +230,7 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
     tokenizers = need("tokenizers", "tokenizers")
     end = _named_end(path.with_name(_CONFIG_NAME))
     try:
-        source = path.read_bytes()
+        source = chat_opening.remove(path.read_bytes())
         encoding = tokenizers.Tokenizer.from_str(source.decode("utf-8"))
         return _Json(name, encoding, source, end)
     except (UserError, KeyboardInterrupt, SystemExit):

@@ -106,9 +106,9 @@ def test_a_missing_library_names_its_extra():
 
 def test_the_model_card_tells_what_was_measured_and_no_more():
     metadata = metadata_of(UNTIED)
-    card = model_card(metadata, "bfloat16", "<|endoftext|>")
+    card = model_card(metadata, "bfloat16", "<|endoftext|>", "notes on chats")
     assert "| eval_loss | 1.5 |" in card and "poems; 24 windows" in card and "bfloat16" in card
-    assert "None were measured" in model_card(Metadata(metadata.config, 3, 24, "x"), "f", "<s>")
+    assert "None were measured" in model_card(Metadata(metadata.config, 3, 24, "x"), "f", "<s>", "")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -118,7 +118,7 @@ def test_transformers_gives_the_same_logits_and_greedy_text(
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("torch", reason="needs torch")
     assert run(checkpoint_dir, tmp_path / "model", "--dtype", dtype, "--verify") == 0
-    assert "192 of 192 greedy tokens" in capsys.readouterr().err
+    assert "256 of 256 greedy tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", [name for name in tiny.VARIANTS if name.startswith("hybrid")])
@@ -128,7 +128,7 @@ def test_transformers_runs_hybrids_with_the_program_in_the_folder(tmp_path, caps
     model = dataclasses.replace(tiny.VARIANTS[variant], vocab_size=257, tie_embeddings=False)
     write_checkpoint(tmp_path, model, random_params(model))
     assert run(tmp_path, tmp_path / "model", "--verify") == 0
-    assert "192 of 192 greedy tokens" in capsys.readouterr().err
+    assert "256 of 256 greedy tokens" in capsys.readouterr().err
 
 
 def test_verify_fails_loudly_on_a_wrong_tensor_and_writes_nothing(

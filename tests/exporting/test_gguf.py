@@ -156,7 +156,7 @@ def test_llama_cpp_gives_the_same_answers(dtype, tied, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "verified: largest difference" in told
     if dtype == "f32":
-        assert "192 of 192 greedy tokens" in told
+        assert "256 of 256 greedy tokens" in told
 
 
 def test_llama_cpp_shows_a_wrong_tensor(tmp_path, capsys, monkeypatch):
