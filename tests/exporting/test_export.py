@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from mamba_jax import export
+from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import hf, tensors
 from mamba_jax.exporting.card import model_card
 from mamba_jax.exporting.folder import new_folder
+from mamba_jax.generation.chat import prompt_of
 from mamba_jax.training.checkpoint import Metadata
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.models import tiny
@@ -129,6 +131,34 @@ def test_transformers_runs_hybrids_with_the_program_in_the_folder(tmp_path, caps
     write_checkpoint(tmp_path, model, random_params(model))
     assert run(tmp_path, tmp_path / "model", "--verify") == 0
     assert "256 of 256 greedy tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+def test_the_pipeline_answers_chats(checkpoint_dir, tmp_path, family):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    if family == "hybrid":
+        model = dataclasses.replace(tiny.HYBRID, vocab_size=257, tie_embeddings=False)
+        checkpoint_dir = tmp_path
+        write_checkpoint(tmp_path, model, random_params(model))
+    assert run(checkpoint_dir, tmp_path / "model") == 0
+    pipe = transformers.pipeline(
+        "text-generation", str(tmp_path / "model"), trust_remote_code=family == "hybrid"
+    )
+    messages = [{"role": "user", "content": "Is <|endoftext|> text? "}]
+    tokenizer = load_tokenizer("bytes")
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt_of(messages)).tolist()]
+    settings = {"max_new_tokens": 24, "do_sample": False}
+    with torch.no_grad():
+        found = pipe.model.generate(torch.tensor([ids]), **settings)[0, len(ids) :]
+    text = pipe.tokenizer.decode(found, skip_special_tokens=True)
+    answer = pipe(messages, **settings)[0]["generated_text"]
+    assert answer == [*messages, {"role": "assistant", "content": text}]
+    # A stop ends the answer, as the card tells to do with "\n\nuser:".
+    stop = next(text[i : i + 2] for i in range(4, 20) if text[i : i + 2].isascii())
+    stopped = pipe(messages, stop_sequence=stop, **settings)[0]["generated_text"][-1]["content"]
+    assert stopped == text[: text.index(stop) + len(stop)]
+    assert 'stop_sequence="\\n\\nuser:"' in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_verify_fails_loudly_on_a_wrong_tensor_and_writes_nothing(
