@@ -2,9 +2,9 @@
 
 Engines render a chat with a template, whose text begins with the separator's name, and encode that
 text without adding tokens. A tokenizer that reads special tokens as text would read this name as
-text too. So the pre-tokenizer of an exported file isolates the name at the very start of a text if a
-role follows (``<|endoftext|>user: ``), and the vocabulary maps that word to the separator's id.
-Anywhere else the name is text.
+text too. So the pre-tokenizer of an exported file isolates the name at the very start of a text
+where a role follows (``<|endoftext|>user: ``), and the vocabulary maps that word to the
+separator's id. Anywhere else the name is text.
 """
 
 import json
@@ -12,9 +12,7 @@ import re
 from typing import Any
 
 # How ``ByteLevel`` splits by default: GPT-2's pattern, as the library tokenizers has it built in.
-_BUILT_IN = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+_BUILT_IN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _START, _BEFORE_A_ROLE = r"\A", r"(?=\w+: )|"
 
 

@@ -1,7 +1,7 @@
 """The chat format (``generation.chat``) as other engines' templates.
 
-``jinja`` is for transformers, vLLM and llama.cpp, ``GO`` for Ollama. Each renders a chat as training
-and the server do; what an engine cannot do is stated where it is written.
+``jinja`` is for transformers, vLLM and llama.cpp, ``GO`` for Ollama. Each renders a chat as
+training and the server do; what an engine cannot do is stated where it is written.
 """
 
 import json
@@ -15,19 +15,25 @@ _JINJA = """\
 {%- set chat = namespace(between='') -%}
 {%- for message in messages -%}
     {%- set turn = namespace(text='', between='') -%}
-    {%- if message['content'] is string -%}
-        {%- set turn.text = message['content'] -%}
-    {%- elif message['content'] -%}
-        {%- for part in message['content'] -%}
-            {%- set part = part if part is string else part['text'] -%}
-            {%- if part is string -%}
-                {%- set turn.text = turn.text + turn.between + part -%}
-                {%- set turn.between = '\\n' -%}
-            {%- endif -%}
-        {%- endfor -%}
-    {%- endif -%}
+    {%- set content = message['content'] or [] -%}
+    {%- set parts = [content] if content is string else content -%}
+    {%- for part in parts -%}
+        {%- set part = part if part is string else part['text'] -%}
+        {%- if part -%}
+            {%- set turn.text = turn.text + turn.between + part -%}
+            {%- set turn.between = '\\n' -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- for call in message['tool_calls'] or [] -%}
+        {%- set function = call['function'] or call -%}
+        {%- set values = function['arguments'] or {} -%}
+        {%- set values = values if values is string else values | tojson(sort_keys=true) -%}
+        {%- set named = '{"name": ' + function['name'] | tojson + ', "arguments": ' -%}
+        {%- set turn.text = turn.text + turn.between + named + values + '}' -%}
+        {%- set turn.between = '\\n' -%}
+    {%- endfor -%}
     {%- if turn.text | trim -%}
-        {%- set role = message['role'] | lower -%}
+        {%- set role = message['role'] | trim | lower -%}
         {{- chat.between + roles.get(role, role) + ': ' + turn.text -}}
         {%- set chat.between = '\\n\\n' -%}
     {%- endif -%}
@@ -71,8 +77,8 @@ def modelfile(model: str, end: str, *, renders_chats: bool) -> str:
         return head + passed_on
     # A quoted value may hold line feeds; Ollama knows no escapes there.
     return (
-        f"{head}# Chats are rendered as in training. For a model that has not been trained on chats,\n"
-        f"# replace all below by: {passed_on}"
+        f"{head}# Chats are rendered as in training. For a model that has not been trained on\n"
+        f"# chats, replace all below by: {passed_on}"
         f'TEMPLATE """{GO}"""\nPARAMETER stop """{STOP}"""\n'
     )
 
@@ -104,10 +110,10 @@ template may need.
 """
 _CHAT = """\
 ## Chat
-A chat is text: `role: content` for each turn, a blank line between two turns; then the model answers
-after `{answer}`. An answer ends with {end}, or where the model begins the user's next turn:
-pass {stop} as a stop string. The space after `{answer}` comes with the answer. A model that has not
-been trained on chats continues text and does not answer.
+A chat is text: `role: content` for each turn, a blank line between two turns; then the model
+answers after `{answer}`. An answer ends with {end}, or where the model begins the user's next
+turn: pass {stop} as a stop string. The space after `{answer}` comes with the answer. A model
+that has not been trained on chats continues text and does not answer.
 
 """
 _IN_LIBRARY = {
@@ -126,9 +132,9 @@ llama.cpp renders chats with the template in the file; pass the stop with each r
 `Modelfile` holds template and stop for Ollama, which joins neighbouring messages of one role.
 
 ## Special tokens
-llama.cpp and Ollama turn the name of a special token in a prompt or a message into this token, {end}
-included, which was text in training. Where users type prompts, remove such names, or encode with
-llama.cpp's `/tokenize` and `"parse_special": false` and send the ids.
+llama.cpp and Ollama turn the name of a special token in a prompt or a message into this token,
+{end} included, which was text in training. Where users type prompts, remove such names, or encode
+with llama.cpp's `/tokenize` and `"parse_special": false` and send the ids.
 """,
     "onnx": """\
 `tokenizer_config.json` holds a chat template for transformers' `AutoTokenizer`.
@@ -139,8 +145,8 @@ keeps it so after `tokenizer.encode_special_tokens = True`, as in the example pr
 """,
 }
 _SEPARATOR_IS_MISSING = """\
-With this tokenizer `apply_chat_template` cannot put {end} before a chat, which every text in training
-begins with. Encode the rendered text instead:
+With this tokenizer `apply_chat_template` cannot put {end} before a chat, which every text in
+training begins with. Encode the rendered text instead:
 `tokenizer(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))`.
 """
 _TYPED_IS_A_TOKEN = """\

@@ -1,5 +1,6 @@
 """Templates of other engines render chats as training and the server do."""
 
+import functools
 import json
 import re
 import shutil
@@ -19,8 +20,7 @@ CHATS = {
     ),
     "white space and unicode": (
         [("user", "  naïve 東京 🙂\n\n "), ("assistant", " 'yes' "), ("user", '"\\n {{ x }}')],
-        "user:   naïve 東京 🙂\n\n \n\nassistant:  'yes' \n\n"
-        'user: "\\n {{ x }}\n\nassistant:',
+        "user:   naïve 東京 🙂\n\n \n\nassistant:  'yes' \n\nuser: \"\\n {{ x }}\n\nassistant:",
     ),
     "no content": (
         [("system", ""), ("user", "a"), ("assistant", ""), ("tool", "b")],
@@ -38,8 +38,8 @@ MORE = {
         "user: a\n\nassistant:",
     ),
     "parts": (
-        [("user", [{"type": "text", "text": "a"}, {"type": "image"}, "", "b"])],
-        "user: a\n\nb\n\nassistant:",
+        [("user", [{"type": "text", "text": " a"}, {"type": "image"}, "b "])],
+        "user:  a\nb \n\nassistant:",
     ),
     "other names of roles": (
         [("Human", "a"), ("gpt", "b"), ("bot", "c"), ("Narrator", "d")],
@@ -60,6 +60,7 @@ def rendered(messages, *, begins=False, answers=True):
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers
     environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     template = environment.from_string(chat_format.jinja(begins=begins))
     return template.render(messages=messages, bos_token="<s>", add_generation_prompt=answers)
 
@@ -75,9 +76,20 @@ def test_the_jinja_template(name):
     assert rendered(messages, answers=False) == text.removesuffix("\n\nassistant:")
 
 
-def test_a_turn_without_content_is_skipped():
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": []}]
-    assert rendered(messages) == "user: a\n\nassistant:"
+def test_calls_of_tools_are_lines_of_json():
+    calls = [
+        {"type": "function", "function": {"name": "weather", "arguments": '{"town": "日本"}'}},
+        {"name": "time", "arguments": {"zone": "é", "hours": 12}},
+    ]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": []},
+        {"role": "assistant", "content": "b", "tool_calls": calls},
+    ]
+    assert rendered(messages) == (
+        'user: a\n\nassistant: b\n{"name": "weather", "arguments": {"town": "日本"}}\n'
+        '{"name": "time", "arguments": {"hours": 12, "zone": "é"}}\n\nassistant:'
+    )
 
 
 def test_no_text_is_refused():
@@ -129,7 +141,7 @@ func main() {
 	texts := []string{}
 	for _, chat := range asked.Chats {
 		var text strings.Builder
-		if err := parsed.Execute(&text, map[string]any{"Messages": chat, "Response": ""}); err != nil {
+		if err := parsed.Execute(&text, map[string]any{"Messages": chat}); err != nil {
 			panic(err)
 		}
 		texts = append(texts, text.String())
