@@ -218,6 +218,7 @@ def check_hf(
     for (text, ids), found in zip(prompts.items(), found_bt, strict=True):
         _check_ids(text, their_tokenizer(text)["input_ids"], ids)
         found = found[-len(ids) - GREEDY_TOKENS :]
+        _check_ids(text, found[: len(ids)].tolist(), ids)  # padded on the left
         with torch.no_grad():
             their_logits = theirs(found[None, :-1]).logits[0].numpy()
         logits_tv = ours.logits(found[:-1].numpy())
