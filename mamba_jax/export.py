@@ -77,14 +77,15 @@ def run(arguments: argparse.Namespace) -> None:
             gguf_file.check(model)
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
         table = tensors.to_hf(restore_params(found.path), model, n_ids)
+        template = tokenizer_files.own_template(found.path)  # of an import that nothing trained
         if form == "gguf":
-            gguf_file.write(folder, table, metadata, tokenizer, dtype)
+            gguf_file.write(folder, table, metadata, tokenizer, dtype, template)
         elif form == "onnx":
-            onnx_file.write(folder, table, metadata, tokenizer)
+            onnx_file.write(folder, table, metadata, tokenizer, template)
         else:
             hf.write_weights(folder / hf.WEIGHTS, table, dtype)
         if form == "hf":
-            hf.write_companions(folder, metadata, tokenizer, dtype)
+            hf.write_companions(folder, metadata, tokenizer, dtype, template)
         if arguments.verify:
             from mamba_jax.exporting import verify
 

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from mamba_jax.config import DataConfig, RunConfig
     from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
-    from mamba_jax.exporting import reading
+    from mamba_jax.exporting import reading, tokenizer_files
     from mamba_jax.exporting.folder import check_room, new_folder
     from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
     from mamba_jax.training.checkpoint_folder import step_name
@@ -84,14 +84,24 @@ def run(arguments: argparse.Namespace) -> None:
         # The moments of step 0 are zeros, which are stored in next to nothing.
         check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
         metadata = Metadata(config, 0, 0, "", tokenizer_identity=tokenizer.identity)
+        files = dict(tokenizer.files)
+        if template := tokenizer_files.own_template(source):
+            # For exports of this very checkpoint. What is trained from it has seen chats as they
+            # are rendered here, and its checkpoints hold no such file.
+            files[tokenizer_files.TEMPLATE_NAME] = template.encode()
         with CheckpointWriter(
-            folder, keep_last=1, keep_every=0, log=lambda line: None, files=tokenizer.files
+            folder, keep_last=1, keep_every=0, log=lambda line: None, files=files
         ) as writer:
             writer.save(step_name(0), state, metadata)
         # The tokenizer's file lies in the checkpoint, and stays when the source goes.
         own = str(out / step_name(0)) if tokenizer.files else tokenizer.name
         fields = {"model": dataclasses.asdict(config.model), "data": {"tokenizer": own}}
         (folder / "train.json").write_text(json.dumps(fields, indent=2) + "\n")
+    if template:
+        log(
+            "the model has a chat template of its own: exports of this checkpoint keep it; "
+            "generating, serving and training here render chats as `user: …`, `assistant: …`"
+        )
     log(
         f"wrote {out}; to train on: python -m mamba_jax.train --config {out}/train.json "
         f"--resume {out} --output_dir NEW --data_dir DATA"

@@ -42,7 +42,7 @@ ALLOWED = {
     "generation": {"models", "modules", "training", "config", "data"},
     "evaluating": {"generation", "models", "config", "data"},
     "serving": {"generation", "models", "training", "config", "data"},
-    "exporting": {"models", "training", "config", "config_checks", "data"},
+    "exporting": {"generation", "models", "training", "config", "config_checks", "data"},
     "estimator": {"models", "training", "parallel", "ops", "data", "config", "presets"},
     "arguments": {"config", "presets", "training"},
     "launching": {"training"},

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mamba_jax.data import hub_access
+from mamba_jax.data import chat_opening, hub_access
 from mamba_jax.data.text_cuts import well_formed
 from mamba_jax.data.tokenizer import DocumentEncoder, Tokenizer
 from mamba_jax.errors import UserError, need, shortly
@@ -263,7 +263,7 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
     tokenizers = need("tokenizers", "tokenizers")
     end = _named_end(path.with_name(_CONFIG_NAME))
     try:
-        source = path.read_bytes()
+        source = chat_opening.remove(path.read_bytes())
         encoding = tokenizers.Tokenizer.from_str(source.decode("utf-8"))
         remark, record = "", json.loads(source)
         if rate := record["model"].get("dropout"):

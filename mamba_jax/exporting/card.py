@@ -6,7 +6,7 @@ _FAMILIES = {"mamba": "Mamba", "hybrid": "Hybrid Recursive Mamba"}
 
 
 def model_card(
-    metadata: Metadata, dtype: str, begins_with: str, library: str = "transformers"
+    metadata: Metadata, dtype: str, begins_with: str, notes: str, library: str = "transformers"
 ) -> str:
     """Returns README.md.
 
@@ -14,6 +14,7 @@ def model_card(
       metadata: of the checkpoint.
       dtype: of the weights, in words.
       begins_with: the token that the tokenizer puts before every text.
+      notes: about chats and special tokens.
       library: that the files are of.
     """
     config, model = metadata.config, metadata.config.model
@@ -40,6 +41,7 @@ def model_card(
             "## Metrics",
             *(table if measured else ["None were measured at this step."]),
             "",
+            notes,
             "## Limits",
             f"Trained on windows of {model.max_seq_len} tokens; longer texts were not tried. A "
             f"text must begin with {begins_with}, as the tokenizer here sees to. Not checked for "

@@ -9,7 +9,7 @@ import numpy as np
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError, need
-from mamba_jax.exporting import tensors, tokenizer_files
+from mamba_jax.exporting import chat_format, tensors, tokenizer_files
 from mamba_jax.exporting.card import model_card
 from mamba_jax.training.checkpoint_folder import Metadata
 
@@ -105,6 +105,7 @@ def write(
     metadata: Metadata,
     tokenizer: Tokenizer,
     dtype: str,
+    chat_template: str = "",
 ) -> None:
     """Writes ``model.gguf``, ``Modelfile`` and the model card.
 
@@ -114,6 +115,7 @@ def write(
       metadata: of the checkpoint.
       tokenizer: of the model.
       dtype: of the factors of matrix products: "f32", "f16", "bf16" or "q8_0".
+      chat_template: as in ``tokenizer_files.files``.
 
     Raises:
       UserError: if the library gguf is missing, or llama.cpp could not read the tokenizer.
@@ -134,8 +136,10 @@ def write(
     writer.add_ssm_time_step_rank(config.resolved_dt_rank)
     writer.add_file_type(_FILE_TYPES[dtype])
     fills_in = metadata.config.data.fim_rate > 0
-    record = tokenizer_files.files(tokenizer, fills_in)[tokenizer_files.FILE_NAME]
+    record = tokenizer_files.record(tokenizer, fills_in)
     _add_tokenizer(writer, record, tokenizer, n_ids=len(table[tensors.EMBEDDING]))
+    # llama.cpp takes the separator that the text begins with for the token that it adds itself.
+    writer.add_chat_template(chat_template or chat_format.jinja(begins=True))
     for name, (array, is_factor) in renamed(table).items():
         kind = gguf.GGMLQuantizationType[TYPES[storage(array, is_factor, dtype)]]
         writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
@@ -144,10 +148,10 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     end = tokenizer_files.end_name(tokenizer)
-    (folder / "Modelfile").write_text(
-        f'FROM ./{FILE_NAME}\nTEMPLATE """{{{{ .Prompt }}}}"""\nPARAMETER stop "{end}"\n', "utf-8"
-    )
-    (folder / "README.md").write_text(model_card(metadata, dtype, end, library="gguf"), "utf-8")
+    modelfile = chat_format.modelfile(FILE_NAME, end, renders_chats=not chat_template)
+    (folder / "Modelfile").write_text(modelfile, "utf-8")
+    notes = chat_format.notes("gguf", end, is_ours=not chat_template)
+    (folder / "README.md").write_text(model_card(metadata, dtype, end, notes, "gguf"), "utf-8")
 
 
 def _add_tokenizer(writer: Any, record: dict[str, Any], tokenizer: Tokenizer, n_ids: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import need
-from mamba_jax.exporting import tokenizer_files
+from mamba_jax.exporting import chat_format, tokenizer_files
 from mamba_jax.exporting.card import model_card
 from mamba_jax.training.checkpoint_folder import Metadata
 
@@ -49,9 +49,20 @@ def round_to(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def write_companions(
-    folder: pathlib.Path, metadata: Metadata, tokenizer: Tokenizer, dtype: str
+    folder: pathlib.Path,
+    metadata: Metadata,
+    tokenizer: Tokenizer,
+    dtype: str,
+    chat_template: str = "",
 ) -> None:
     """Writes all but the weights: configs, tokenizer, model card, the hybrid's program.
+
+    Args:
+      folder: to write into.
+      metadata: of the checkpoint.
+      tokenizer: of the model.
+      dtype: of the weights.
+      chat_template: as in ``tokenizer_files.files``.
 
     Raises:
       UserError: as in ``tokenizer_files.files``.
@@ -60,13 +71,22 @@ def write_companions(
     n_ids = tokenizer_files.id_count(tokenizer, fills_in)
     end = end_ids(tokenizer)
     config = model_config(metadata.config.model, n_ids, dtype)
+    files = tokenizer_files.files(tokenizer, fills_in, chat_template)
     contents: dict[str, dict[str, Any]] = {
         "config.json": config | end,
         "generation_config.json": end | {"use_cache": True},
-        **tokenizer_files.files(tokenizer, fills_in),
+        **files,
     }
     write_json(folder, contents)
-    card = model_card(metadata, DTYPES[dtype], tokenizer_files.end_name(tokenizer))
+    name = tokenizer_files.end_name(tokenizer)
+    notes = chat_format.notes(
+        "transformers",
+        name,
+        is_ours=not chat_template,
+        begins=tokenizer_files.begins_chats(files),
+        keeps_text=tokenizer_files.keeps_text(tokenizer, files),
+    )
+    card = model_card(metadata, DTYPES[dtype], name, notes)
     (folder / "README.md").write_text(card, "utf-8")
     if metadata.config.model.family == "hybrid":
         source = importlib.resources.files("mamba_jax.exporting").joinpath("assets", MODELING)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mamba_jax.data.tokenizer import Tokenizer
-from mamba_jax.exporting import hf, onnx_model, tensors, tokenizer_files
+from mamba_jax.exporting import chat_format, hf, onnx_model, tensors, tokenizer_files
 from mamba_jax.exporting.card import model_card
 from mamba_jax.exporting.onnx_graph import WeightsFile
 from mamba_jax.training.checkpoint_folder import Metadata
@@ -23,7 +23,8 @@ _FILES = f"""
   does not grow → `logits` (batch, 1, ids) and `present.…`. Caches' first axis is the batch, and
   zeros are the cache of a row that holds nothing yet.
 - `{WEIGHTS}`: the weights of both; it must lie beside them.
-- `{EXAMPLE}`: writes text with onnxruntime, numpy and tokenizers.
+- `{EXAMPLE}`: writes text with onnxruntime, numpy and tokenizers; `--chat` takes the prompt as a
+  user's turn.
 """
 
 
@@ -32,6 +33,7 @@ def write(
     table: Mapping[str, np.ndarray],
     metadata: Metadata,
     tokenizer: Tokenizer,
+    chat_template: str = "",
 ) -> None:
     """Writes graphs, weights (float32), tokenizer, ``config.json``, model card and example.
 
@@ -40,6 +42,7 @@ def write(
       table: what ``tensors.to_hf`` gave.
       metadata: of the checkpoint.
       tokenizer: of the model.
+      chat_template: as in ``tokenizer_files.files``.
 
     Raises:
       UserError: if the library onnx is missing, or as in ``tokenizer_files.files``.
@@ -52,9 +55,12 @@ def write(
     described = hf.model_config(config, len(table[tensors.EMBEDDING]), "f32")
     described.pop("auto_map", None)  # of transformers: its program is not here
     fills_in = metadata.config.data.fim_rate > 0
-    files = tokenizer_files.files(tokenizer, fills_in)
+    files = tokenizer_files.files(tokenizer, fills_in, chat_template)
     hf.write_json(folder, {"config.json": described | hf.end_ids(tokenizer), **files})
-    card = model_card(metadata, "float32", tokenizer_files.end_name(tokenizer), library="onnx")
+    end = tokenizer_files.end_name(tokenizer)
+    keeps_text = tokenizer_files.keeps_text(tokenizer, files)
+    notes = chat_format.notes("onnx", end, is_ours=not chat_template, keeps_text=keeps_text)
+    card = model_card(metadata, "float32", end, notes, "onnx")
     (folder / "README.md").write_text(card + _FILES, "utf-8")
     example = importlib.resources.files("mamba_jax.exporting").joinpath("assets", EXAMPLE)
     (folder / EXAMPLE).write_bytes(example.read_bytes())

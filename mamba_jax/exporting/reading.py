@@ -48,7 +48,9 @@ def find(name: str) -> pathlib.Path:
         )
     )
     try:
-        folder = get("config.json", "*.safetensors", "*.index.json", "tokenizer*.json")
+        folder = get(
+            "config.json", "*.safetensors", "*.index.json", "tokenizer*.json", "chat_template.jinja"
+        )
         if not list(folder.glob("*.safetensors")):
             folder = get("*.bin")
     except (OSError, ValueError) as error:  # the library's errors are of these

@@ -1,17 +1,21 @@
 """A tokenizer as Hugging Face's ``tokenizer.json``: the same ids, and texts begin as in training.
 
 A document's first token is the end-of-text token of the one before it, so the file puts that token
-before every text.
+before every text. What a text spells stays text, special tokens included.
 """
 
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from mamba_jax.data import chat_opening
 from mamba_jax.data.tokenizer import Tokenizer
-from mamba_jax.errors import UserError, need
+from mamba_jax.errors import UserError, need, shortly
+from mamba_jax.exporting import chat_format
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE_NAME = "chat_template.jinja"  # as transformers calls it
 _TIKTOKEN_FILE = "tiktoken.json"
 END_OF_TEXT = "<|endoftext|>"
 _FIM_NAMES = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -50,42 +54,147 @@ def id_count(tokenizer: Tokenizer, fills_in: bool) -> int:
     return max(tokenizer.vocab_size, *(i + 1 for i in special_tokens(tokenizer, fills_in).values()))
 
 
-def files(tokenizer: Tokenizer, fills_in: bool) -> dict[str, dict[str, Any]]:
-    """Returns name → content of the tokenizer's JSON files, checked on a few texts.
+def record(tokenizer: Tokenizer, fills_in: bool) -> dict[str, Any]:
+    """Returns the content of ``tokenizer.json``, checked on a few texts.
 
     Raises:
-      UserError: if the library tokenizers is missing or reads other ids from them.
+      UserError: if the library tokenizers is missing or reads other ids from it.
     """
     special = special_tokens(tokenizer, fills_in)
-    end = end_name(tokenizer)
     if FILE_NAME in tokenizer.files:
-        record = json.loads(tokenizer.files[FILE_NAME])
+        found = json.loads(tokenizer.files[FILE_NAME])
     else:
-        record = _byte_pair_record(tokenizer, special)
-    record |= {"truncation": None, "padding": None, "post_processor": _begins_with(end, tokenizer)}
-    present = {word["id"] for word in record["added_tokens"]}
-    record["added_tokens"] += [_added(n, i) for n, i in special.items() if i not in present]
-    record["added_tokens"].sort(key=lambda word: word["id"])
-    _check(record, tokenizer)
+        found = _byte_pair_record(tokenizer, special)
+    before = _begins_with(end_name(tokenizer), tokenizer)
+    found |= {"truncation": None, "padding": None, "post_processor": before}
+    present = {word["id"] for word in found["added_tokens"]}
+    found["added_tokens"] += [_added(n, i) for n, i in special.items() if i not in present]
+    found["added_tokens"].sort(key=lambda word: word["id"])
+    theirs = _library(found)
+    for text in _PROBES:
+        if theirs.encode(text).ids != with_end(tokenizer, text):
+            raise UserError(
+                f"the tokenizer {tokenizer.name} cannot be written as {FILE_NAME}: {text!r} would "
+                "give other ids"
+            )
+    return found
+
+
+def files(
+    tokenizer: Tokenizer, fills_in: bool, chat_template: str = ""
+) -> dict[str, dict[str, Any]]:
+    """Returns name → content of the tokenizer's JSON files.
+
+    Args:
+      tokenizer: of the model.
+      fills_in: the model was trained with ``data.fim_rate``.
+      chat_template: of a model that was imported with one of its own; "": ours.
+
+    Raises:
+      UserError: as in ``record``.
+    """
+    end, content = end_name(tokenizer), record(tokenizer, fills_in)
+    opened = None if chat_template else _opened(content, tokenizer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
         "eos_token": end,
         "pad_token": end,
+        "padding_side": "left",  # the model goes on from a row's last token
+        # Typed special tokens are text; but a template of another format may spell them.
+        "split_special_tokens": not chat_template,
         "clean_up_tokenization_spaces": False,
+        "chat_template": chat_template or chat_format.jinja(begins=opened is not None),
     }
-    return {FILE_NAME: record, CONFIG_NAME: config}
+    return {FILE_NAME: opened or content, CONFIG_NAME: config}
 
 
-def _check(record: dict[str, Any], tokenizer: Tokenizer) -> None:
-    theirs = need("tokenizers", "export").Tokenizer.from_str(json.dumps(record))
-    for text in _PROBES:
-        ours = [tokenizer.eot_id, *tokenizer.encode(text).tolist()]
-        if theirs.encode(text).ids != ours:
-            raise UserError(
-                f"the tokenizer {tokenizer.name} cannot be written as {FILE_NAME}: {text!r} would "
-                "give other ids"
+def begins_chats(contents: Mapping[str, dict[str, Any]]) -> bool:
+    """Says whether the template of ``files`` begins a chat with the separator."""
+    return contents[CONFIG_NAME]["chat_template"] != chat_format.jinja(begins=False)
+
+
+def is_ours(chat_template: str) -> bool:
+    """Says whether a chat template is the one that exports write."""
+    return chat_template in (chat_format.jinja(begins=begins) for begins in (True, False))
+
+
+def own_template(folder: pathlib.Path) -> str:
+    """Returns the chat template that a model of Hugging Face's brings; "" if none, or ours.
+
+    Args:
+      folder: of the model, or of a checkpoint that it was imported to.
+
+    Raises:
+      UserError: if a file is damaged.
+    """
+    template: Any = ""
+    try:
+        if (folder / CONFIG_NAME).is_file():
+            template = json.loads((folder / CONFIG_NAME).read_text("utf-8-sig")).get(
+                "chat_template"
             )
+        if isinstance(template, list):  # several, by name
+            named = {one["name"]: one["template"] for one in template}
+            template = named.get("default")
+        if (folder / TEMPLATE_NAME).is_file():  # which transformers prefers
+            template = (folder / TEMPLATE_NAME).read_text("utf-8")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: the chat template cannot be read: {shortly(error)}; mend or remove it"
+        ) from error
+    return template if isinstance(template, str) and not is_ours(template) else ""
+
+
+def _library(content: dict[str, Any]) -> Any:
+    """Returns the library's tokenizer, which keeps typed special tokens as text."""
+    theirs = need("tokenizers", "export").Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+def keeps_text(tokenizer: Tokenizer, contents: Mapping[str, dict[str, Any]]) -> bool:
+    """Says whether the library reads a typed separator as text, if it is told to.
+
+    The vocabulary of a Unigram model may hold it as an ordinary word, which text can spell.
+
+    Args:
+      tokenizer: of the model.
+      contents: what ``files`` returned.
+    """
+    text = spelled(tokenizer)
+    return _library(contents[FILE_NAME]).encode(text).ids == with_end(tokenizer, text)
+
+
+def spelled(tokenizer: Tokenizer) -> str:
+    """Returns a text that spells the separator, at its start and further on."""
+    end = end_name(tokenizer)
+    return f"{end} closes a text, {end} begins the next"
+
+
+def with_end(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of a text begun as training begins a document."""
+    return [tokenizer.eot_id, *tokenizer.encode(text).tolist()]
+
+
+def _opened(content: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Returns the record with a chat's opening; None if it cannot have one that changes no more."""
+    end = end_name(tokenizer)
+    found = chat_opening.add(content, end, tokenizer.eot_id)
+    if found is None:
+        return None
+    before, after = _library(content), _library(found)
+    added = {word["content"] for word in content["added_tokens"]}
+    if not content["model"].get("ignore_merges"):
+        words = content["model"]["vocab"].keys() - added
+        if any(len(before.model.tokenize(word)) > 1 for word in words):
+            return None
+    texts = [*added, *_PROBES]
+    ids = lambda library: [library.encode(text).ids for text in texts]
+    turn = "user: hi"
+    opened = after.encode(end + turn, add_special_tokens=False).ids
+    same = ids(before) == ids(after)
+    return found if same and opened == with_end(tokenizer, turn) else None
 
 
 def _begins_with(end: str, tokenizer: Tokenizer) -> dict[str, Any]:

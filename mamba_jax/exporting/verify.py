@@ -1,4 +1,7 @@
-"""An exported model in its engine against the one it came from: logits and greedy text."""
+"""An exported model in its engine against the one it came from: ids, logits and greedy text.
+
+The ids are of prompts and of chats, some of which spell the separator's name.
+"""
 
 import dataclasses
 import functools
@@ -6,7 +9,7 @@ import json
 import os
 import pathlib
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +21,7 @@ from mamba_jax.data.tokenizer import Tokenizer
 from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import gguf_file, hf, onnx_file, tokenizer_files
 from mamba_jax.exporting.tensors import EMBEDDING, from_hf
+from mamba_jax.generation.chat import prompt_of
 from mamba_jax.models import build
 
 PROMPTS = (
@@ -120,9 +124,50 @@ class _Ours:
         return found
 
 
-def prompts_ids(tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Returns int32 ids of the prompts, each begun as training begins a document."""
-    return [np.r_[tokenizer.eot_id, tokenizer.encode(text)].astype(np.int32) for text in PROMPTS]
+def _prompts(tokenizer: Tokenizer, keeps_text: bool) -> dict[str, np.ndarray]:
+    """Returns prompts with their int32 ids, begun as training begins a document.
+
+    Args:
+      tokenizer: of the model.
+      keeps_text: the engine reads the separator's name as text: a prompt spells it.
+    """
+    texts = (*PROMPTS, tokenizer_files.spelled(tokenizer)) if keeps_text else PROMPTS
+    with_end = tokenizer_files.with_end
+    return {text: np.array(with_end(tokenizer, text), np.int32) for text in texts}
+
+
+def _chats(tokenizer: Tokenizer, keeps_text: bool) -> Iterator[tuple[list[dict[str, str]], str]]:
+    """Yields chats and their text up to where the next answer begins; see ``_prompts``."""
+    typed = tokenizer_files.spelled(tokenizer) if keeps_text else "no more"
+    turns = (
+        ("system", "Be brief."),
+        ("user", "  Is 東京 a city? 🙂\n\nI think so. "),
+        ("assistant", ""),
+        ("assistant", " Yes — naïvely. "),
+        ("user", typed),
+    )
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for chat in (messages, messages[1:], messages[1:2], messages[3:]):
+        yield chat, prompt_of(chat)
+
+
+class _Files(NamedTuple):
+    """What an exported folder states about its tokenizer."""
+
+    keeps_text: bool  # special tokens' names are text
+    renders_chats: bool  # in our format
+    begins_chats: bool  # the template begins a chat with the separator
+
+
+def _files(folder: pathlib.Path, tokenizer: Tokenizer) -> _Files:
+    names = (tokenizer_files.FILE_NAME, tokenizer_files.CONFIG_NAME)
+    contents = {name: json.loads((folder / name).read_text("utf-8")) for name in names}
+    config = contents[tokenizer_files.CONFIG_NAME]
+    return _Files(
+        config["split_special_tokens"] and tokenizer_files.keeps_text(tokenizer, contents),
+        tokenizer_files.is_ours(config["chat_template"]),
+        tokenizer_files.begins_chats(contents),
+    )
 
 
 def check_hf(
@@ -151,16 +196,30 @@ def check_hf(
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     rounded = {k: hf.round_to(v, dtype).astype(np.float32) for k, v in tensors.items()}
     ours = _Ours(tensors, rounded, config)
-    for text, ids in zip(PROMPTS, prompts_ids(tokenizer), strict=True):
+    files = _files(folder, tokenizer)
+    if files.renders_chats:
+        for chat, text in _chats(tokenizer, files.keeps_text):
+            ids = their_tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False
+            )
+            wanted = tokenizer_files.with_end(tokenizer, text)
+            _check_ids(text, ids, np.array(wanted[not files.begins_chats :]))
+    prompts = _prompts(tokenizer, files.keeps_text)
+    # As one batch, whose shorter rows are padded.
+    batch = their_tokenizer(list(prompts), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found_bt = theirs.generate(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=GREEDY_TOKENS,
+            suppress_tokens=[tokenizer.eot_id],
+            do_sample=False,
+        )
+    for (text, ids), found in zip(prompts.items(), found_bt, strict=True):
         _check_ids(text, their_tokenizer(text)["input_ids"], ids)
+        found = found[-len(ids) - GREEDY_TOKENS :]
+        _check_ids(text, found[: len(ids)].tolist(), ids)  # padded on the left
         with torch.no_grad():
-            found = theirs.generate(
-                torch.tensor(ids[None].astype(np.int64)),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                max_new_tokens=GREEDY_TOKENS,
-                suppress_tokens=[tokenizer.eot_id],
-                do_sample=False,
-            )[0]
             their_logits = theirs(found[None, :-1]).logits[0].numpy()
         logits_tv = ours.logits(found[:-1].numpy())
         ours.compare(logits_tv, their_logits)
@@ -192,15 +251,23 @@ def check_gguf(
 
     def ask(path: str, **request: Any) -> Any:
         url = f"{server.listening_address}{path}"
-        data, header = json.dumps(request).encode(), {"Content-Type": "application/json"}
+        data = json.dumps(request).encode() if request else None
+        header = {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(url, data, header)) as answer:
             return json.load(answer)
 
     n = GREEDY_TOKENS
     greedy = {"temperature": 0, "top_k": 1, "return_tokens": True, "ignore_eos": True}
     greedy |= {"cache_prompt": False, "post_sampling_probs": False}
-    for text, ids in zip(PROMPTS, prompts_ids(tokenizer), strict=True):
-        _check_ids(text, ask("/tokenize", content=text, add_special=True)["tokens"], ids)
+    # Without parse_special the names of special tokens are text; its prompts cannot ask for that.
+    encode = lambda text: ask("/tokenize", content=text, add_special=True, parse_special=False)
+    if tokenizer_files.is_ours(ask("/props")["chat_template"]):
+        for chat, text in _chats(tokenizer, keeps_text=True):
+            rendered = ask("/apply-template", messages=chat)["prompt"]
+            wanted = tokenizer_files.with_end(tokenizer, text)
+            _check_ids(text, encode(rendered)["tokens"], np.array(wanted))
+    for text, ids in _prompts(tokenizer, keeps_text=True).items():
+        _check_ids(text, encode(text)["tokens"], ids)
         chosen = np.array(ask("/completion", prompt=ids.tolist(), n_predict=n, **greedy)["tokens"])
         logits_tv = ours.logits(np.r_[ids, chosen[:-1]])[len(ids) - 1 :]
         ours.compare_greedy(logits_tv, chosen, tokenizer.eot_id)
@@ -237,6 +304,8 @@ def check_onnx(
     record = folder / tokenizer_files.FILE_NAME
     their_tokenizer = need("tokenizers", "export").Tokenizer.from_file(str(record))
     ours = _Ours(tensors, tensors, config)
+    files = _files(folder, tokenizer)
+    their_tokenizer.encode_special_tokens = files.keeps_text
 
     def run(session: Any, ids_t: np.ndarray, past: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         values = session.run(None, {"input_ids": ids_t[None].astype(np.int64), **past})
@@ -244,7 +313,15 @@ def check_onnx(
         logits_tv = found.pop("logits")[0]
         return logits_tv, {name.replace("present", "past", 1): x for name, x in found.items()}
 
-    for text, ids in zip(PROMPTS, prompts_ids(tokenizer), strict=True):
+    texts = [text for _, text in _chats(tokenizer, files.keeps_text)]
+    for text in texts if files.renders_chats else ():
+        wanted = tokenizer_files.with_end(tokenizer, text)
+        _check_ids(text, their_tokenizer.encode(text).ids, np.array(wanted))
+        if files.begins_chats:
+            opened = tokenizer_files.end_name(tokenizer) + text
+            ids = their_tokenizer.encode(opened, add_special_tokens=False).ids
+            _check_ids(opened, ids, np.array(wanted))
+    for text, ids in _prompts(tokenizer, files.keeps_text).items():
         _check_ids(text, their_tokenizer.encode(text).ids, ids)
         logits_tv, cache = run(row, ids, {})
         theirs, chosen = [logits_tv], np.array([], np.int32)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from mamba_jax import export
+from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import hf, tensors
 from mamba_jax.exporting.card import model_card
 from mamba_jax.exporting.folder import new_folder
+from mamba_jax.generation.chat import prompt_of
 from mamba_jax.training.checkpoint import Metadata
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.models import tiny
@@ -106,9 +108,9 @@ def test_a_missing_library_names_its_extra():
 
 def test_the_model_card_tells_what_was_measured_and_no_more():
     metadata = metadata_of(UNTIED)
-    card = model_card(metadata, "bfloat16", "<|endoftext|>")
+    card = model_card(metadata, "bfloat16", "<|endoftext|>", "notes on chats")
     assert "| eval_loss | 1.5 |" in card and "poems; 24 windows" in card and "bfloat16" in card
-    assert "None were measured" in model_card(Metadata(metadata.config, 3, 24, "x"), "f", "<s>")
+    assert "None were measured" in model_card(Metadata(metadata.config, 3, 24, "x"), "f", "<s>", "")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -118,7 +120,7 @@ def test_transformers_gives_the_same_logits_and_greedy_text(
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("torch", reason="needs torch")
     assert run(checkpoint_dir, tmp_path / "model", "--dtype", dtype, "--verify") == 0
-    assert "192 of 192 greedy tokens" in capsys.readouterr().err
+    assert "256 of 256 greedy tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", [name for name in tiny.VARIANTS if name.startswith("hybrid")])
@@ -128,7 +130,37 @@ def test_transformers_runs_hybrids_with_the_program_in_the_folder(tmp_path, caps
     model = dataclasses.replace(tiny.VARIANTS[variant], vocab_size=257, tie_embeddings=False)
     write_checkpoint(tmp_path, model, random_params(model))
     assert run(tmp_path, tmp_path / "model", "--verify") == 0
-    assert "192 of 192 greedy tokens" in capsys.readouterr().err
+    assert "256 of 256 greedy tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+def test_the_pipeline_answers_chats(checkpoint_dir, tmp_path, family):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    if family == "hybrid":
+        model = dataclasses.replace(tiny.HYBRID, vocab_size=257, tie_embeddings=False)
+        checkpoint_dir = tmp_path
+        write_checkpoint(tmp_path, model, random_params(model))
+    assert run(checkpoint_dir, tmp_path / "model") == 0
+    pipe = transformers.pipeline(
+        "text-generation", str(tmp_path / "model"), trust_remote_code=family == "hybrid"
+    )
+    messages = [{"role": "user", "content": "Is <|endoftext|> text? "}]
+    tokenizer = load_tokenizer("bytes")
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt_of(messages)).tolist()]
+    settings = {"max_new_tokens": 40, "do_sample": False}
+    with torch.no_grad():
+        found = pipe.model.generate(torch.tensor([ids]), **settings)[0, len(ids) :]
+    text = pipe.tokenizer.decode(found, skip_special_tokens=True)
+    answer = pipe(messages, **settings)[0]["generated_text"]
+    assert answer == [*messages, {"role": "assistant", "content": text}]
+    assert 'stop_sequence="\\n\\nuser:"' in (tmp_path / "model" / "README.md").read_text()
+    if family == "hybrid":
+        return  # its text here is one token again and again, and stops are no work of the model
+    # A stop ends the answer, as the card tells to do with "\n\nuser:".
+    stop = next(character for character in text[1:] if character != "\ufffd")
+    stopped = pipe(messages, stop_sequence=stop, **settings)[0]["generated_text"][-1]["content"]
+    assert stopped == text[: text.index(stop) + len(stop)]
 
 
 def test_verify_fails_loudly_on_a_wrong_tensor_and_writes_nothing(

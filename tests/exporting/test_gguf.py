@@ -8,7 +8,7 @@ import pytest
 from mamba_jax import export
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
-from mamba_jax.exporting import gguf_file, tensors, tokenizer_files
+from mamba_jax.exporting import chat_format, gguf_file, tensors, tokenizer_files
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.exporting.test_tokenizer_files import json_file, other_encoding
 from tests.models import tiny
@@ -78,6 +78,7 @@ def test_the_tensors_in_the_file(dtype, error, tmp_path):
     assert fields["tokenizer.ggml.add_bos_token"] is True
     assert fields["mamba.attention.layer_norm_rms_epsilon"] == np.float32(3e-4)
     assert fields["general.file_type"] == {"f32": 0, "f16": 1, "bf16": 32}[dtype]
+    assert fields["tokenizer.chat_template"] == chat_format.jinja(begins=True)
     modelfile = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./model.gguf" in modelfile and 'stop "<|endoftext|>"' in modelfile
 
@@ -117,9 +118,9 @@ def test_other_dtypes_are_refused(capsys):
 def test_a_token_that_no_merge_makes_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="needs gguf")
     tokenizer = load_tokenizer("bytes")
-    files = tokenizer_files.files(tokenizer, False)
-    files["tokenizer.json"]["model"]["vocab"]["nowhere"] = 257
-    monkeypatch.setattr(tokenizer_files, "files", lambda tokenizer, fills_in: files)
+    record = tokenizer_files.record(tokenizer, False)
+    record["model"]["vocab"]["nowhere"] = 257
+    monkeypatch.setattr(tokenizer_files, "record", lambda tokenizer, fills_in: record)
     model = dataclasses.replace(tiny.MAMBA, vocab_size=258)
     table = tensors.to_hf(random_params(model), model, 258)
     with pytest.raises(UserError, match="bytes cannot be written as GGUF"):
@@ -156,7 +157,16 @@ def test_llama_cpp_gives_the_same_answers(dtype, tied, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "verified: largest difference" in told
     if dtype == "f32":
-        assert "192 of 192 greedy tokens" in told
+        assert "256 of 256 greedy tokens" in told
+
+
+def test_llama_cpp_shows_another_chat_format(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gguf", reason="needs gguf")
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp")
+    wrong = chat_format.jinja(begins=True).replace("': '", "':  '")
+    monkeypatch.setattr(chat_format, "jinja", lambda *, begins: wrong)
+    assert run(tmp_path, UNTIED, "--verify") == 2
+    assert "verification failed: the tokenizers disagree on 'system: " in capsys.readouterr().err
 
 
 def test_llama_cpp_shows_a_wrong_tensor(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mamba_jax import import_hf
+from mamba_jax import export, import_hf
 from mamba_jax.config import ParallelConfig, apply_overrides, default_config, freeze, load_json
 from mamba_jax.config import merge as merge_fields
 from mamba_jax.data.tokenizer import load_saved
@@ -67,10 +67,44 @@ def test_export_then_import_is_the_identity(model, tmp_path):
     text = "for x in 日本 <|endoftext|>"
     assert theirs.eot_id == tokenizer.eot_id
     assert theirs.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert not (path / "chat_template.jinja").exists()  # it is ours, and not kept apart
     # And back: the very bytes.
     exported(again, metadata.config.model, checkpoint.restore_params(path), theirs)
-    for name in (hf.WEIGHTS, "config.json", "tokenizer.json", "generation_config.json"):
-        assert (again / name).read_bytes() == (source / name).read_bytes()
+    assert {file.name for file in again.iterdir()} == {file.name for file in source.iterdir()}
+    for file in source.iterdir():
+        assert file.name == "README.md" or (again / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "a list", "chat_template.jinja"])
+def test_a_chat_template_of_another_format_goes_with_the_import_alone(place, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    tokenizer, theirs = json_file(tmp_path, "byte_level"), "<|im_start|>{{ messages[0].content }}"
+    model = dataclasses.replace(UNTIED, vocab_size=tokenizer.vocab_size)
+    source, out, again = tmp_path / "hf", tmp_path / "checkpoint", tmp_path / "again"
+    exported(source, model, random_params(model), tokenizer)
+    if place == "chat_template.jinja":
+        (source / place).write_text(theirs)
+    else:
+        file = source / "tokenizer_config.json"
+        several = [{"name": "rag", "template": "x"}, {"name": "default", "template": theirs}]
+        config = json.loads(file.read_text())
+        config["chat_template"] = theirs if place == file.name else several
+        file.write_text(json.dumps(config))
+    assert import_hf.main(["--model", str(source), "--out", str(out)]) == 0
+    assert "has a chat template of its own" in capsys.readouterr().err
+    arguments = ["--checkpoint", str(out), "--format", "hf", "--out", str(again)]
+    assert export.main(arguments) == 0
+    config = json.loads((again / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == theirs and not config["split_special_tokens"]
+    assert "copied here unchanged" in (again / "README.md").read_text()
+    # A run that goes on from it writes no such file: it has seen chats in our format.
+    assert "chat_template.jinja" not in load_saved(out / "step_0", "x").files
+    gguf = pytest.importorskip("gguf", reason="needs gguf")
+    arguments = ["--checkpoint", str(out), "--format", "gguf", "--out", str(tmp_path / "gguf")]
+    assert export.main(arguments) == 0
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == theirs
+    assert "TEMPLATE {{ .Prompt }}" in (tmp_path / "gguf" / "Modelfile").read_text()
 
 
 def test_training_goes_on_from_it(tmp_path):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from mamba_jax import export
 from mamba_jax.data.tokenizer import load_tokenizer
@@ -262,7 +263,7 @@ def test_the_example_writes_what_the_model_would(exported):
     imported = {alias.name for node in imports for alias in node.names}
     standard = {"argparse", "json", "pathlib"}
     assert imported == {"numpy", "onnxruntime", "tokenizers"} | standard
-    assert len(source.splitlines()) <= 60
+    assert len(source.splitlines()) <= 70
     tokenizer = load_tokenizer("bytes")
     prompt, params = "The history", params_of(model)
     read, cache = [tokenizer.eot_id, *tokenizer.encode(prompt)], build.init_cache(model, 3)
@@ -280,9 +281,39 @@ def test_the_example_writes_what_the_model_would(exported):
 
 
 @of_mamba
+def test_the_example_reads_chats_and_keeps_typed_tokens(exported, monkeypatch, capsys):
+    _, folder, _ = exported
+    real = tokenizers.Tokenizer
+
+    class Scripted:
+        """Encodes as the library, shows the ids, and gives every answer one text."""
+
+        def __init__(self, path):
+            self._real = real.from_file(path)
+
+        from_file = classmethod(lambda cls, path: cls(path))
+
+        def encode(self, text):
+            self._real.encode_special_tokens = self.encode_special_tokens
+            print(self._real.encode(text).ids)
+            return self._real.encode(text)
+
+        def decode(self, ids):
+            return " Yes.\n\nuser: And"[: 4 * len(ids)]
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Scripted)
+    example = str(folder / onnx_file.EXAMPLE)
+    monkeypatch.setattr(sys, "argv", [example, "a <|endoftext|>", "--chat"])
+    runpy.run_path(example)
+    ours = load_tokenizer("bytes")
+    ids = [ours.eot_id, *ours.encode("user: a <|endoftext|>\n\nassistant:").tolist()]
+    assert capsys.readouterr().out == f"{ids}\nYes.\n"
+
+
+@of_mamba
 def test_verify_tells_the_largest_difference(exported, tmp_path, capsys, monkeypatch):
     _, _, arguments = exported
-    monkeypatch.setattr(verify, "PROMPTS", verify.PROMPTS[:1])  # each length is compiled
+    monkeypatch.setattr(verify, "PROMPTS", ())  # each length is compiled; one spells the separator
     assert export.main([*arguments, "--out", str(tmp_path / "out"), "--verify"]) == 0
     assert "64 of 64 greedy tokens" in capsys.readouterr().err
     right = onnx_model.make

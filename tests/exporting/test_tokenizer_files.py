@@ -9,6 +9,7 @@ from mamba_jax.data import json_tokenizer, tiktoken_encodings
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import tokenizer_files
+from mamba_jax.generation.chat import prompt_of
 from tests.data import small_tokenizers
 
 TEXTS = ("Hello world's\n\n  end  ", "naïve 東京 🙂\tx = 12345", "", " ", "'LL 100,000\r\n\n")
@@ -84,6 +85,70 @@ def test_the_ids_of_filling_in_are_named():
         259,
     ]
     assert tokenizer_files.id_count(ours, True) == theirs.get_vocab_size() == 260
+
+
+@pytest.fixture(params=["gpt2", "bytes", "tiktoken", *small_tokenizers.KINDS])
+def ours(request, tmp_path):
+    if request.param == "tiktoken":
+        return other_encoding(tmp_path)
+    if request.param in small_tokenizers.KINDS:
+        return json_file(tmp_path, request.param)
+    return load_tokenizer(request.param)
+
+
+# The others split texts in a way that has no place for a chat's opening.
+OPENED = ("gpt2", "bytes", "other", "byte_level")
+
+
+def test_typed_special_tokens_stay_text_and_chats_begin_with_the_separator(ours, tmp_path):
+    contents = tokenizer_files.files(ours, False)
+    config = contents["tokenizer_config.json"]
+    assert config["split_special_tokens"] and config["padding_side"] == "left"
+    assert config["pad_token"] == config["eos_token"] == tokenizer_files.end_name(ours)
+    assert tokenizer_files.begins_chats(contents) == (ours.name in OPENED)
+    end, chat = config["eos_token"], "user: hi\n\nassistant:"
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(contents["tokenizer.json"]))
+    theirs.encode_special_tokens = True
+    with_end = lambda text: [ours.eot_id, *ours.encode(text).tolist()]
+    texts = (end, f"a {end} b", f"{end} user: a", f"{end}Hello", f"x {end}user: a\n\n{end}b: c")
+    assert tokenizer_files.keeps_text(ours, contents) == (ours.name != "unigram")
+    if ours.name != "unigram":
+        for text in texts:
+            assert theirs.encode(text).ids == with_end(text)
+    if ours.name in OPENED:
+        assert theirs.encode(end + chat, add_special_tokens=False).ids == with_end(chat)
+    # What a folder's tokenizer is read as: the same, opening or not.
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    again = json_tokenizer.from_file("again", tmp_path / "tokenizer.json")
+    for text in (*TEXTS, *texts, end + chat):
+        assert again.encode(text).tolist() == ours.encode(text).tolist()
+    assert tokenizer_files.files(again, False) == contents
+    assert "\\w+" not in again.files["tokenizer.json"].decode()
+
+
+def test_transformers_reads_typed_tokens_chats_and_batches_as_training(ours, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    contents = tokenizer_files.files(ours, False) | {"config.json": {"model_type": "mamba"}}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    messages = [{"role": "user", "content": " a"}, {"role": "assistant", "content": "b <x> "}]
+    end = tokenizer_files.end_name(ours)
+    if ours.name != "unigram":
+        messages.append({"role": "user", "content": f"{end} c"})
+    text = prompt_of(messages)
+    wanted = [ours.eot_id, *ours.encode(text).tolist()]
+    load = transformers.AutoTokenizer.from_pretrained
+    load(tmp_path).save_pretrained(tmp_path / "again")
+    for theirs in (load(tmp_path), load(tmp_path / "again")):
+        assert theirs(text)["input_ids"] == wanted
+        found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert found == wanted[ours.name not in OPENED :]
+        batch = theirs(["a", text], padding=True)
+        n_padded = len(wanted) - len(theirs("a")["input_ids"])
+        assert batch["input_ids"][0][: n_padded + 1] == [ours.eot_id] * (n_padded + 1)
+        assert batch["attention_mask"][0][: n_padded + 1] == [0] * n_padded + [1]
+        assert batch["input_ids"][1] == wanted
 
 
 def test_merges_are_gpt2s_own():

@@ -1,6 +1,7 @@
 """Writes text with the model in this folder: onnxruntime, numpy and tokenizers alone.
 
 python generate_onnx.py "Once upon a time" --max_tokens 100 --temperature 0.8
+python generate_onnx.py "How much is 1 + 1?" --chat
 """
 
 import argparse
@@ -13,6 +14,7 @@ import tokenizers
 
 parser = argparse.ArgumentParser()
 parser.add_argument("prompt")
+parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn")
 parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path(__file__).parent)
 parser.add_argument("--max_tokens", type=int, default=100)
 parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
@@ -46,10 +48,19 @@ def choose(logits_v):
 rng = np.random.default_rng(options.seed)
 end_id = json.loads((options.model / "config.json").read_text("utf-8"))["eos_token_id"]
 tokenizer = tokenizers.Tokenizer.from_file(str(options.model / "tokenizer.json"))
-prompt_ids = np.array([tokenizer.encode(options.prompt).ids])  # with the token that begins a text
+tokenizer.encode_special_tokens = True  # the name of a special token in the prompt stays text
+# As in training; an answer ends where the model begins to speak for the user.
+prompt, stop = options.prompt, None
+if options.chat:
+    prompt, stop = f"user: {options.prompt}\n\nassistant:", "\n\nuser:"
+prompt_ids = np.array([tokenizer.encode(prompt).ids])  # with the token that begins a text
 logits_v, cache = run(load("model.onnx"), {"input_ids": prompt_ids})
-step, written = load("step.onnx"), []
+step, written, text = load("step.onnx"), [], ""
 while len(written) < options.max_tokens and (token := choose(logits_v)) != end_id:
     written.append(token)
+    text = tokenizer.decode(written)
+    if stop and stop in text:
+        text = text.partition(stop)[0]
+        break
     logits_v, cache = run(step, {"input_ids": np.array([[token]]), **cache})
-print(options.prompt + tokenizer.decode(written))
+print(text.removeprefix(" ") if options.chat else prompt + text)
