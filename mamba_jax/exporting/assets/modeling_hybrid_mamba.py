@@ -95,7 +95,7 @@ class HybridMambaCache:
     """
 
     is_compileable = is_croppable = False
-    is_linear = ()  # of no layer could a text be cut from what generate asks for
+    is_linear = (False,)  # generate then cuts the text that the cache has read off a prompt
 
     def __init__(self, layers, length_b):
         self.layers = layers
@@ -118,6 +118,19 @@ def normalise(x, eps):
 def product(linear, x):
     """A matrix product in the dtype of the weights."""
     return linear(x.to(linear.weight.dtype))
+
+
+class Rows(nn.Linear):
+    """A matrix product with some rows of the weight; the result and the sum with the bias float32.
+
+    Whoever replaces or places modules (PEFT, accelerate) does so around their calls, which is why
+    nobody else reads the weight.
+    """
+
+    def forward(self, x, rows=slice(None), dtype=None):  # noqa: B008
+        weight = self.weight[rows].to(dtype or self.weight.dtype)
+        y = F.linear(x.to(weight.dtype), weight).float()
+        return y if self.bias is None else y + self.bias[rows].float()
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +156,7 @@ class Mixer(nn.Module):
         self.in_proj = nn.Linear(d, 2 * e, bias=False)
         self.conv1d = nn.Conv1d(e, e, config.conv_kernel, groups=e)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(r, e)
+        self.dt_proj = Rows(r, e)
         self.A_log = nn.Parameter(torch.zeros(e, n))
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = nn.Linear(e, d, bias=False)
@@ -157,8 +170,9 @@ class Mixer(nn.Module):
         conv_state = x_bet[..., x_bet.shape[-1] - width + 1 :]
         x_bte = F.silu(self.conv1d(x_bet).mT)
         dt_btr, B_btn, C_btn = product(self.x_proj, x_bte).split(self.sizes, dim=-1)
-        dt_bte = F.linear(dt_btr, self.dt_proj.weight).float() + self.dt_proj.bias.float()
-        dt_bte = F.softplus(dt_bte) * valid_bt1  # a step of no length leaves the state alone
+        dt_bte = (
+            F.softplus(self.dt_proj(dt_btr)) * valid_bt1
+        )  # a step of no length leaves the state alone
         A_en, x_bte = -self.A_log.float().exp(), x_bte.float()
         decay_bten = torch.exp(dt_bte[..., None] * A_en)
         input_bten = (dt_bte * x_bte)[..., None] * B_btn.float()[:, :, None]
@@ -179,15 +193,16 @@ class Recursion(nn.Module):
         self.norm = RMSNorm(d, config.layer_norm_epsilon)
         self.up = nn.Linear(d, hidden, bias=False)
         self.down = nn.Linear(hidden, d, bias=False)
-        self.gate = nn.Linear(d, config.recursion_depth)
+        self.gate = Rows(d, config.recursion_depth)
 
     def forward(self, s_btd, read):
-        for weight_d, bias in zip(self.gate.weight.float(), self.gate.bias.float(), strict=True):
-            gate_bt = torch.sigmoid(normalise(s_btd, self.norm.eps) @ weight_d + bias)
+        for step in range(self.gate.out_features):
+            unit_btd = normalise(s_btd, self.norm.eps)
+            gate_bt1 = self.gate(unit_btd, slice(step, step + 1), torch.float32).sigmoid()
             change_btd = product(self.down, F.silu(product(self.up, self.norm(s_btd)))).float()
             if read is not None:
                 change_btd = change_btd + read(s_btd)
-            s_btd = s_btd + gate_bt[..., None] * change_btd
+            s_btd = s_btd + gate_bt1 * change_btd
         return s_btd
 
 
@@ -209,7 +224,7 @@ class Attention(nn.Module):
         self.shape = (d // p, p)
         self.scales, self.window = config.attention_scales, config.attention_window
         self.norm = RMSNorm(d, config.layer_norm_epsilon)
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.qkv = Rows(d, 3 * d, bias=False)
         self.query_norm = RMSNorm(p, config.layer_norm_epsilon)
         self.key_norm = RMSNorm(p, config.layer_norm_epsilon)
         self.scale_logits = nn.Parameter(torch.zeros(len(self.scales), self.shape[0]))
@@ -217,8 +232,7 @@ class Attention(nn.Module):
 
     def remember(self, x_btd, position_bt, cache):
         """Returns per scale keys and values (b, c, h, p) and block numbers (b, c); the cache."""
-        weight = self.qkv.weight[x_btd.shape[-1] :]
-        kv_btd = F.linear(self.norm(x_btd).to(weight.dtype), weight).float()
+        kv_btd = self.qkv(self.norm(x_btd), slice(x_btd.shape[-1], None))
         kv_bjd = torch.cat([cache["kv"], kv_btd], dim=1)
         n_tokens, t = kv_bjd.shape[1], x_btd.shape[1]
         last_b = position_bt[:, -1]
@@ -235,9 +249,8 @@ class Attention(nn.Module):
             memories.append((k, pooled[:, :, 1], number_bc))
         return memories, {"kv": kv_bjd[:, n_tokens - cache["kv"].shape[1] :]}
 
-    def read(self, x_btd, position_bt, memories):
-        weight = self.qkv.weight[: x_btd.shape[-1]]
-        q = F.linear(self.norm(x_btd).to(weight.dtype), weight).float().unflatten(-1, self.shape)
+    def forward(self, x_btd, position_bt, memories):
+        q = self.qkv(self.norm(x_btd), slice(x_btd.shape[-1])).unflatten(-1, self.shape)
         q = self.query_norm(q)
         mix_sh = self.scale_logits.float().softmax(0) * len(self.scales)
         y_bthp = torch.zeros_like(q)
@@ -282,7 +295,7 @@ class Layer(nn.Module):
         def reader(of_btd):
             memories, remembered = self.attention.remember(of_btd, position_bt, cache)
             new_cache.update(remembered)
-            return lambda at_btd: self.attention.read(at_btd, position_bt, memories)
+            return lambda at_btd: self.attention(at_btd, position_bt, memories)
 
         read = reader(h_btd) if self.reads_inside else None
         if self.recursion is not None:
@@ -386,21 +399,24 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
         """Cuts off what the cache has read; the mask is of the whole text."""
         cache = only_cache(cache, cache_params, past_key_values)
         n_read = 0 if cache is None else cache.seen_tokens
-        n_embedded = 0 if inputs_embeds is None else inputs_embeds.shape[1]
-        n_ids = input_ids.shape[1]
-        n_text = n_embedded + n_ids if attention_mask is None else attention_mask.shape[1]
-        if n_text <= n_read:
+        inputs = kwargs | {"attention_mask": attention_mask, "cache": cache}
+        if inputs_embeds is not None and n_read < inputs_embeds.shape[1]:
+            return inputs | {"inputs_embeds": inputs_embeds[:, n_read:]}
+        n_ids = n_new = input_ids.shape[1]
+        if next_sequence_length is not None:
+            n_new = next_sequence_length
+        elif cache is not None and attention_mask is not None:
+            n_new = attention_mask.shape[1] - n_read
+        if not 0 < n_new <= n_ids:
             raise ValueError(
-                f"the cache has read {n_read} tokens and the text has {n_text}: pass the whole "
-                "text, or its new tokens with the attention mask of the whole text"
+                f"input_ids: {n_ids} tokens do not continue the {n_read} that the cache has read; "
+                "pass the whole text, or its new tokens with the attention mask of the whole text"
             )
-        # Without a cache the embeddings are read again at every step, before the new tokens.
-        after_ids = input_ids[:, n_ids - (n_text - max(n_embedded, n_read)) :]
-        inputs = {"input_ids": after_ids}
-        if n_embedded > n_read:
-            after_btd = self.backbone.embeddings(after_ids).to(inputs_embeds.dtype)
-            inputs = {"inputs_embeds": torch.cat([inputs_embeds[:, n_read:], after_btd], dim=1)}
-        return inputs | kwargs | {"attention_mask": attention_mask, "cache": cache}
+        return inputs | {"input_ids": input_ids[:, n_ids - n_new :]}
+
+    def generate(self, *arguments, **kwargs):
+        cache = only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        return super().generate(*arguments, **kwargs, **({CACHE_NAME: cache} if cache else {}))
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
@@ -423,17 +439,17 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
         return HybridMambaCache([dict(layer) for _ in self.backbone.layers], length_b)
 
     def _read(self, x_btd, valid_bt, cache, every):
-        """Reads embeddings, float32; returns the residual stream after the last layer.
+        """Reads embeddings, float32, into the cache.
 
-        every: also before each layer. Padding goes first, as before every text: then the cache ends with the newest tokens.
+        Returns the residual stream after the last layer; if ``every``, before each layer as well.
         """
+        # Padding moves to the front: what comes before every text, and the cache keeps the end.
         order_bt = valid_bt.long().argsort(dim=1, stable=True)
         take = lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-        x_btd, valid_bt = take(x_btd, order_bt), valid_bt.gather(1, order_bt)
+        splits = take(x_btd, order_bt).split(PIECE_TOKENS, 1)
+        valid_splits = valid_bt.gather(1, order_bt).split(PIECE_TOKENS, 1)
         pieces = []
-        for x_btd, piece_bt in zip(
-            x_btd.split(PIECE_TOKENS, 1), valid_bt.split(PIECE_TOKENS, 1), strict=True
-        ):
+        for x_btd, piece_bt in zip(splits, valid_splits, strict=True):
             position_bt = cache.length_b[:, None] + piece_bt.cumsum(1) - 1
             stream, layers = [x_btd], []
             for layer, layer_cache in zip(self.backbone.layers, cache.layers, strict=True):
