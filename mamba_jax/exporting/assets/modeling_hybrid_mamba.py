@@ -127,7 +127,7 @@ class Rows(nn.Linear):
     nobody else reads the weight.
     """
 
-    def forward(self, x, rows=slice(None), dtype=None):  # noqa: B008
+    def forward(self, x, rows=slice(None), dtype=None):
         weight = self.weight[rows].to(dtype or self.weight.dtype)
         y = F.linear(x.to(weight.dtype), weight).float()
         return y if self.bias is None else y + self.bias[rows].float()
