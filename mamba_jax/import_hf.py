@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     import jax
 
     from mamba_jax.config import DataConfig, RunConfig
-    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+    from mamba_jax.data.tokenizer import load_tokenizer
     from mamba_jax.exporting import reading, tokenizer_files
     from mamba_jax.exporting.folder import check_room, new_folder
     from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
@@ -77,9 +77,13 @@ def run(arguments: argparse.Namespace) -> None:
             or (str(source) if (source / "tokenizer.json").is_file() else ORIGINAL_TOKENIZER)
         )
         model, params = reading.read(source)
+        if tokenizer.vocab_size > model.vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model has rows "
+                f"for {model.vocab_size}; give the model's own: --tokenizer NAME"
+            )
         model = dataclasses.replace(model, max_seq_len=arguments.max_seq_len)
         config = RunConfig(name=name, model=model, data=DataConfig(tokenizer=tokenizer.name))
-        config = with_vocabulary(config, tokenizer)  # refuses one with more ids than rows
         state = state_of(params, config)
         # The moments of step 0 are zeros, which are stored in next to nothing.
         check_room(folder, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))

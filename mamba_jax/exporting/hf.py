@@ -18,6 +18,7 @@ from mamba_jax.training.checkpoint_folder import Metadata
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 WEIGHTS = "model.safetensors"
 MODELING = "modeling_hybrid_mamba.py"  # what transformers runs a hybrid with
+OLDEST_TRANSFORMERS = "5.0.0"  # that a hybrid runs in, as its program checks
 HYBRID_TYPE = "hybrid_mamba"
 HYBRID_FIELDS = (  # of the same name in both configs
     *("recursion_depth", "recursion_expand", "recursion_reads_attention"),
@@ -131,6 +132,7 @@ def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["HybridMambaForCausalLM"],
         "model_type": HYBRID_TYPE,
+        "transformers_version": OLDEST_TRANSFORMERS,
         "auto_map": {
             "AutoConfig": f"{module}.HybridMambaConfig",
             "AutoModelForCausalLM": f"{module}.HybridMambaForCausalLM",

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from mamba_jax import config_checks
@@ -15,6 +16,15 @@ from mamba_jax.exporting import hf, tensors, torch_file
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
 _TOO_LARGE = 1 << 31  # for any size or count; arithmetic with it would fail in odd ways
+# How a file begins that stands in the place of another, and what to do.
+_STAND_INS = {
+    b"version https://git-lfs": "a git-LFS pointer, not the file itself; run git lfs pull there",
+    b"<!doctype html": "a web page, not the file itself; download the file that the page shows",
+    b"<html": "a web page, not the file itself; download the file that the page shows",
+}
+_FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+# By safetensors' names; numpy has no type for the others.
+_DTYPES = {"F16", "BF16", "F32", "F64", "BOOL", *(f"{k}{n}" for k in "IU" for n in (8, 16, 32, 64))}
 _ORIGINAL_EMBEDDING = "backbone.embedding.weight"  # all other names are Hugging Face's
 
 
@@ -33,6 +43,10 @@ def find(name: str) -> pathlib.Path:
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
+        for file in sorted(
+            (*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.bin"))
+        ):
+            refuse_stand_in(file)
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
@@ -62,14 +76,32 @@ def find(name: str) -> pathlib.Path:
     return folder
 
 
+def refuse_stand_in(file: pathlib.Path) -> None:
+    """Looks at the first bytes of a file, if there is one.
+
+    Raises:
+      UserError: if it is a pointer of git-LFS or a web page in the place of a model's file.
+    """
+    if file.is_file():
+        with file.open("rb") as stream:
+            first = stream.read(64).lstrip().lower()
+        for beginning, what in _STAND_INS.items():
+            if first.startswith(beginning):
+                raise UserError(f"{file} is {what}")
+
+
 def read(folder: pathlib.Path) -> Read:
     """Reads config and weights.
 
     Raises:
-      UserError: if a file is missing or damaged, or the model is not one that ours can be.
+      UserError: if a file is missing or damaged, a weight is no finite floating-point number, or
+        the model is not one that ours can be.
     """
     record = _json(folder / "config.json")
+    _refuse_quantized(record)
     table = _tensors(folder)
+    for name, array in table.items():
+        _check_values(name, array)
     if _ORIGINAL_EMBEDDING in table:
         table[tensors.EMBEDDING] = table.pop(_ORIGINAL_EMBEDDING)
     if tensors.EMBEDDING not in table:
@@ -111,6 +143,31 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
     run = from_dict({"model": fields | {"vocab_size": n_ids}})  # checks the types
     config_checks.check(run)
     return run.model
+
+
+def _refuse_quantized(record: Mapping[str, Any]) -> None:
+    found = record.get("quantization_config") or record.get("compression_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise UserError(
+            f"config.json: quantization_config ({method}): quantised weights cannot be imported; "
+            "give the model before it was quantised, in float32, float16 or bfloat16"
+        )
+
+
+def _check_values(name: str, array: np.ndarray) -> None:
+    if array.dtype not in _FLOATS:
+        raise UserError(
+            f"tensor {name} is of {array.dtype}, which is no floating-point type; give a model "
+            "whose weights are float32, float16 or bfloat16"
+        )
+    with np.errstate(over="ignore"):  # of float64
+        n_bad = int((~np.isfinite(np.asarray(array, np.float32))).sum())
+    if n_bad:
+        raise UserError(
+            f"tensor {name}: {n_bad} of {array.size} values are NaN or infinite in float32; the "
+            "file is damaged or the model diverged: give an earlier checkpoint of it"
+        )
 
 
 def _hugging_face(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,19 +214,27 @@ def _original(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    # In the order of transformers.
     for name in (_SAFE, _TORCH):
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = _shards(index)
-        elif (folder / name).is_file():
+        if (folder / name).is_file():
             shards = [name]
+        elif index.is_file():
+            shards = _shards(index)
         else:
             continue
         table: dict[str, np.ndarray] = {}
         for shard in shards:
-            table |= _load(folder / shard)
+            found = _load(folder / shard)
+            for twice in sorted(table.keys() & found.keys()):
+                raise UserError(f"tensor {twice} is in {shard} and in another shard as well")
+            table |= found
         return table
-    raise UserError(f"{folder} holds neither {_SAFE} nor {_TORCH}")
+    others = [f.name for kind in ("*.safetensors", "*.bin") for f in sorted(folder.glob(kind))]
+    raise UserError(
+        f"{folder} holds neither {_SAFE} nor {_TORCH}, nor an index ({_SAFE}.index.json) of shards"
+        + (f"; it holds {', '.join(others[:3])}" if others else "")
+    )
 
 
 def _shards(index: pathlib.Path) -> list[str]:
@@ -182,16 +247,27 @@ def _shards(index: pathlib.Path) -> list[str]:
 def _load(file: pathlib.Path) -> dict[str, np.ndarray]:
     if not file.is_file():
         raise UserError(f"{file} is missing")
+    refuse_stand_in(file)
     if file.suffix != ".safetensors":
         return torch_file.load_file(file)
-    load_file = need("safetensors.numpy", "export").load_file
+    safe_open = need("safetensors", "export").safe_open
     try:
-        return load_file(str(file))
+        with safe_open(str(file), framework="np") as opened:
+            names = list(opened.keys())
+            for name in names:
+                kind = opened.get_slice(name).get_dtype()
+                if kind not in _DTYPES:
+                    kind = kind.replace("F8_", "float8_").lower()
+                    raise torch_file.unsupported(f"{file}: tensor {name}", kind)
+            return {name: opened.get_tensor(name) for name in names}
+    except UserError:
+        raise
     except Exception as error:  # the library has one of its own
         raise UserError(f"{file} is damaged: {shortly(error)}") from error
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
+    refuse_stand_in(file)
     try:
         record = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:

@@ -9,8 +9,9 @@ import collections
 import io
 import pathlib
 import pickle
+import re
 import zipfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,14 +23,38 @@ _STORAGES = {
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
+    # No weights of a model: whoever loads the file can say which tensor it is.
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
 }
+
+
+_DTYPE = re.compile(r"(b?float|u?int|complex)\d\w*|bool|per_\w+_affine\w*")
+
+
+class _Unsupported(NamedTuple):
+    """In the place of a tensor or storage of a type that numpy does not have."""
+
+    dtype: str
+
+
+def unsupported(what: str, dtype: str) -> UserError:
+    """Returns the error for weights of a type that numpy does not have."""
+    return UserError(
+        f"{what} is of {dtype}, which is not supported; convert the weights to bfloat16 or "
+        "float32, or give the model as it was before it was quantised"
+    )
 
 
 def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the tensors by name.
 
     Raises:
-      UserError: if the file is no such zip, is damaged, or holds anything but floating tensors.
+      UserError: if the file is no such zip, is damaged, or holds anything but plain tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -45,6 +70,9 @@ def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} is no file of tensors that torch ≥ 1.6 saved, or is damaged "
             f"({shortly(error)}); a model.safetensors beside it would be read in its place"
         ) from error
+    for name, value in found.items() if isinstance(found, dict) else ():
+        if isinstance(value, _Unsupported):
+            raise unsupported(f"{path}: tensor {name}", value.dtype)
     if not isinstance(found, dict) or not all(isinstance(a, np.ndarray) for a in found.values()):
         raise UserError(f"{path} holds no table of tensors by name")
     return dict(found)
@@ -61,15 +89,23 @@ class _Reader(pickle.Unpickler):
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            # Of the types without a storage of their own, such as float8.
+            ("torch.storage", "UntypedStorage"): np.uint8,
+            ("torch._utils", "_rebuild_tensor_v3"): lambda *given: given[6],
+            ("torch._utils", "_rebuild_qtensor"): lambda storage, *_: storage,
         }
         if (module, name) in known:
             return known[module, name]
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name.endswith("Storage"):
+            return _STORAGES.get(name, _Unsupported(name.removesuffix("Storage")))
+        if module == "torch" and _DTYPE.fullmatch(name):
+            return _Unsupported(name)
         raise UserError(f"{self._path} names {module}.{name}, which tensors do not need: not read")
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def persistent_load(self, pid: Any) -> np.ndarray | _Unsupported:
         _, dtype, key, _, _ = pid
+        if isinstance(dtype, _Unsupported):
+            return dtype
         if key not in self._storages:
             data = self._archive.read(f"{self._prefix}data/{key}")
             self._storages[key] = np.frombuffer(data, np.dtype(dtype))
@@ -77,9 +113,15 @@ class _Reader(pickle.Unpickler):
 
 
 def _tensor(
-    storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
-) -> np.ndarray:
+    storage: np.ndarray | _Unsupported,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    *_: Any,
+) -> np.ndarray | _Unsupported:
     """Cuts a tensor out of its storage; strides are in elements."""
+    if isinstance(storage, _Unsupported):
+        return storage
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if offset < 0 or min((*shape, *strides), default=0) < 0 or last >= len(storage):
         raise ValueError("a tensor lies outside its storage")

@@ -2,10 +2,13 @@
 
 import dataclasses
 import errno
+import importlib.resources
 import json
+import pathlib
 
 import numpy as np
 import pytest
+import yaml
 
 from mamba_jax import export
 from mamba_jax.data.tokenizer import load_tokenizer
@@ -19,6 +22,7 @@ from tests.exporting.made import UNTIED, metadata_of, random_params, write_check
 from tests.models import tiny
 from tests.training.tiny_run import quick_compiles  # noqa: F401
 
+ROOT = pathlib.Path(__file__).parents[2]
 HF_FILES = {
     *("config.json", "generation_config.json", "model.safetensors", "README.md"),
     *("tokenizer.json", "tokenizer_config.json"),
@@ -180,28 +184,10 @@ def test_verify_fails_loudly_on_a_wrong_tensor_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_hybrid_in_torch_reads_padded_batches_and_pieces_alike(tmp_path):
-    torch = pytest.importorskip("torch", reason="needs torch")
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    model = dataclasses.replace(tiny.HYBRID, vocab_size=257, tie_embeddings=False)
-    write_checkpoint(tmp_path, model, random_params(model))
-    assert run(tmp_path, tmp_path / "model") == 0
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = load(tmp_path / "model", dtype=torch.float32, trust_remote_code=True)
-    long, short = torch.randint(0, 256, (1, 19)), torch.randint(0, 256, (1, 8))
-    batch = torch.cat([long, torch.nn.functional.pad(short, (11, 0))])
-    mask = torch.ones_like(batch)
-    mask[1, :11] = 0
-    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    both = theirs.generate(batch, attention_mask=mask, **settings)[:, 19:]
-    for row, alone in zip(both, (long, short), strict=True):
-        mask_alone = torch.ones_like(alone)
-        single = theirs.generate(alone, attention_mask=mask_alone, **settings)[0]
-        assert single[alone.shape[1] :].tolist() == row.tolist()
-    with torch.no_grad():
-        whole = theirs(long).logits
-        first = theirs(long[:, :7])
-        rest = theirs(long[:, 7:], cache_params=first.cache_params).logits
-    torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=0, atol=1e-4)
-    beams = theirs.generate(long, attention_mask=mask[:1], num_beams=3, **settings)
-    assert beams.shape == (1, 31)
+def test_the_oldest_transformers_of_hybrids_is_the_same_everywhere():
+    module = importlib.resources.files("mamba_jax.exporting") / "assets" / hf.MODELING
+    assert f'OLDEST_TRANSFORMERS = "{hf.OLDEST_TRANSFORMERS}"' in module.read_text("utf-8")
+    assert hf.model_config(tiny.HYBRID, 8, "f32")["transformers_version"] == hf.OLDEST_TRANSFORMERS
+    nightly = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())
+    releases = nightly["jobs"]["engines"]["strategy"]["matrix"]["transformers"]
+    assert {f"transformers=={hf.OLDEST_TRANSFORMERS}", "transformers"} <= set(releases)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import zipfile
 
@@ -228,6 +229,155 @@ def test_numbers_of_the_original_that_are_not_its_defaults():
             reading.model_config(ORIGINAL | {"ssm_cfg": ssm}, 8)
 
 
+NAMED = "backbone.layers.1.mixer.D"
+KEPT = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
+
+
+def with_values(*values, dtype=np.float32):
+    """The tensor named above with these values first."""
+    array = KEPT[NAMED].astype(dtype)
+    array[: len(values)] = values
+    return array
+
+
+def write_safetensors(file, table):
+    """Writes any dtype of ml_dtypes, float8 included."""
+    names = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float32": "F32"}
+    names |= {"bfloat16": "BF16", "float64": "F64", "float16": "F16", "int8": "I8", "int64": "I64"}
+    header, data = {}, b""
+    for name, array in table.items():
+        raw = np.ascontiguousarray(array).tobytes()
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {
+            **{"dtype": names[str(array.dtype)], "shape": array.shape, "data_offsets": offsets}
+        }
+        data += raw
+    head = json.dumps(header).encode()
+    file.write_bytes(len(head).to_bytes(8, "little") + head + data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a model that can be imported."""
+    pytest.importorskip("safetensors")
+    write_safetensors(tmp_path / hf.WEIGHTS, KEPT)
+    (tmp_path / "config.json").write_text(json.dumps(hf.model_config(UNTIED, 257, "f32")))
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+def test_weights_of_every_floating_type(folder, dtype):
+    table = {name: array.astype(dtype) for name, array in KEPT.items()}
+    write_safetensors(folder / hf.WEIGHTS, table)
+    truth = {name: array.astype(np.float32) for name, array in table.items()}
+    assert_same(reading.read(folder).params, tensors.from_hf(truth, UNTIED))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (with_values(np.nan, np.inf, -np.inf), "3 of 64 values are NaN or infinite"),
+        (with_values(np.nan, dtype=ml_dtypes.bfloat16), "1 of 64 values are NaN or infinite"),
+        (with_values(np.inf, dtype=np.float16), "1 of 64 values are NaN or infinite"),
+        (with_values(1e39, dtype=np.float64), "1 of 64 values are NaN or infinite in float32"),
+        (with_values(3, dtype=np.int8), "is of int8, which is no floating-point type"),
+        (with_values(3, dtype=np.int64), "is of int64, which is no floating-point type"),
+        (with_values(dtype=ml_dtypes.float8_e4m3fn), "is of float8_e4m3, which is not supported"),
+        (with_values(dtype=ml_dtypes.float8_e5m2), "is of float8_e5m2, which is not supported"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused_by_name(folder, array, words):
+    write_safetensors(folder / hf.WEIGHTS, KEPT | {NAMED: array})
+    with pytest.raises(UserError, match=rf"tensor {NAMED}:? .*{words}.*[;:] (give|convert)"):
+        reading.read(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, 3])
+def test_a_tied_head_is_refused_for_its_values(folder, value):
+    tied = dataclasses.replace(UNTIED, tie_embeddings=True)
+    table = tensors.to_hf(random_params(tied), tied, 257)
+    wrong = np.full_like(table[tensors.EMBEDDING], value, np.float32 if value != 3 else np.int64)
+    write_safetensors(
+        folder / hf.WEIGHTS, table | dict.fromkeys((tensors.EMBEDDING, tensors.HEAD), wrong)
+    )
+    (folder / "config.json").write_text(json.dumps(hf.model_config(tied, 257, "f32")))
+    with pytest.raises(UserError, match=r"embeddings\.weight.*(NaN or infinite|is of int64)"):
+        reading.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        ("float8_e4m3fn", "is of float8_e4m3fn, which is not supported"),
+        ("complex64", "is of ComplexFloat, which is not supported"),
+        ("uint16", "is of uint16, which is not supported"),
+        ("int64", "is of int64, which is no floating-point type"),
+        ("uint8", "is of uint8, which is no floating-point type"),
+        ("bool", "is of bool, which is no floating-point type"),
+    ],
+)
+def test_what_torch_saved_that_are_no_weights(folder, dtype, words):
+    torch = pytest.importorskip("torch", reason="needs torch")
+    table = {name: torch.from_numpy(array) for name, array in KEPT.items()}
+    table[NAMED] = torch.zeros(64).to(getattr(torch, dtype))
+    (folder / hf.WEIGHTS).unlink()
+    torch.save(table, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=rf"tensor {NAMED} {words}"):
+        reading.read(folder)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 9\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(POINTER, "a git-LFS pointer.*git lfs pull"), (PAGE, "a web page")]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "tokenizer.json", hf.WEIGHTS, "pytorch_model.bin"),
+        *("model.safetensors.index.json", "model-00002-of-00002.safetensors"),
+    ],
+)
+def test_a_pointer_in_the_place_of_a_file_is_named(folder, tmp_path, capsys, name, data, words):
+    if name == "pytorch_model.bin":
+        (folder / hf.WEIGHTS).unlink()
+    (folder / name).write_bytes(data)
+    out = folder / "out"
+    assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"{name} is {words}", said) and said.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [({"quant_method": "fp8"}, "fp8"), ({"load_in_4bit": True}, "unknown"), ("int8", "int8")],
+)
+def test_quantised_models_are_refused(folder, config, method):
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | {"quantization_config": config}))
+    with pytest.raises(UserError, match=rf"quantization_config \({method}\).*; give the model"):
+        reading.read(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    (folder / hf.WEIGHTS).unlink()
+    write_safetensors(folder / "a.safetensors", KEPT)
+    write_safetensors(folder / "b.safetensors", {NAMED: KEPT[NAMED] + 1})
+    files = dict.fromkeys(KEPT, "a.safetensors") | {NAMED: "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match=rf"tensor {NAMED} is in b\.safetensors and in another"):
+        reading.read(folder)
+
+
+def test_shards_without_an_index_are_named(folder):
+    (folder / hf.WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(UserError, match=r"nor an index .*; it holds model-00001-of-00001\.safeten"):
+        reading.read(folder)
+
+
 def test_a_head_that_should_be_tied_and_is_not_is_refused(tmp_path):
     save_file = pytest.importorskip("safetensors.numpy").save_file
     table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
@@ -255,7 +405,11 @@ def test_incomplete_folders_are_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
     assert run() == 2 and "holds neither model.safetensors nor" in capsys.readouterr().err
     shutil.copy(GOLDEN, tmp_path / "pytorch_model.bin")
-    assert run() == 2 and "below the 257 ids" in capsys.readouterr().err
+    assert (
+        run() == 2
+        and "bytes has 257 ids and the model has rows for 12; give the model's own: --tokenizer"
+        in capsys.readouterr().err
+    )
     assert not out.exists() and not list(tmp_path.glob(".part*"))
 
 

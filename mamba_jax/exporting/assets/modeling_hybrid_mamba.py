@@ -5,8 +5,11 @@ causal attention over mean-pooled blocks at several scales, then a fusion:
 
     m = mixer(norm(x));  h = x + m;  s = recursion(h);  x' = h + rms(W [m ; s - h])
 
-Each row is one document, padded on the left if at all. The cache is of fixed size. Residual stream,
-norms, gates and softmax are float32; matrix products are in the dtype of the weights.
+Each row is one document; padding is skipped wherever the attention mask marks it. The cache is of
+fixed size. Residual stream, norms, gates and softmax are float32; matrix products are in the dtype
+of the weights.
+
+Runs in transformers 5.0 and newer.
 
 Legend: b batch, t time, d hidden size, e inner size, n state size, r rank of dt, k conv width,
 h heads, p head size, j tokens remembered, c blocks, s scale.
@@ -17,9 +20,23 @@ import typing
 
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.generation import utils as generation_utils
 from transformers.utils import ModelOutput
+
+OLDEST_TRANSFORMERS = "5.0.0"
+if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+    raise ImportError(
+        f"this model needs transformers {OLDEST_TRANSFORMERS} or newer: {transformers.__version__} "
+        f"is installed; run pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+    )
+# generate keeps the cache under the first of its names: "cache" since transformers 5.24,
+# "past_key_values" before. Beam search in the oldest releases reorders no other.
+CACHE_NAME = getattr(generation_utils, "ALL_CACHE_NAMES", ("cache",))[0]
+CACHE_NAMES = ["cache", "cache_params", "past_key_values"]
 
 PIECE_TOKENS = 256  # read at a time, so that memory is linear in the length of the text
 ROPE_BASE = 10_000.0
@@ -27,6 +44,7 @@ ROPE_BASE = 10_000.0
 
 class HybridMambaConfig(PretrainedConfig):
     model_type = "hybrid_mamba"
+    keys_to_ignore_at_inference = CACHE_NAMES  # Trainer gathers the other outputs
 
     def __init__(
         self,
@@ -71,7 +89,13 @@ class HybridMambaConfig(PretrainedConfig):
 
 
 class HybridMambaCache:
-    """What a text leaves behind: per layer a dict of tensors whose first axis is the batch."""
+    """What a text leaves behind: per layer a dict of tensors whose first axis is the batch.
+
+    Every call of the model that takes it also updates it.
+    """
+
+    is_compileable = is_croppable = False
+    is_linear = (False,)  # generate then cuts the text that the cache has read off a prompt
 
     def __init__(self, layers, length_b):
         self.layers = layers
@@ -94,6 +118,19 @@ def normalise(x, eps):
 def product(linear, x):
     """A matrix product in the dtype of the weights."""
     return linear(x.to(linear.weight.dtype))
+
+
+class Rows(nn.Linear):
+    """A matrix product with some rows of the weight; the result and the sum with the bias float32.
+
+    Whoever replaces or places modules (PEFT, accelerate) does so around their calls, which is why
+    nobody else reads the weight.
+    """
+
+    def forward(self, x, rows=slice(None), dtype=None):
+        weight = self.weight[rows].to(dtype or self.weight.dtype)
+        y = F.linear(x.to(weight.dtype), weight).float()
+        return y if self.bias is None else y + self.bias[rows].float()
 
 
 class RMSNorm(nn.Module):
@@ -119,7 +156,7 @@ class Mixer(nn.Module):
         self.in_proj = nn.Linear(d, 2 * e, bias=False)
         self.conv1d = nn.Conv1d(e, e, config.conv_kernel, groups=e)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(r, e)
+        self.dt_proj = Rows(r, e)
         self.A_log = nn.Parameter(torch.zeros(e, n))
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = nn.Linear(e, d, bias=False)
@@ -133,8 +170,9 @@ class Mixer(nn.Module):
         conv_state = x_bet[..., x_bet.shape[-1] - width + 1 :]
         x_bte = F.silu(self.conv1d(x_bet).mT)
         dt_btr, B_btn, C_btn = product(self.x_proj, x_bte).split(self.sizes, dim=-1)
-        dt_bte = F.linear(dt_btr, self.dt_proj.weight).float() + self.dt_proj.bias.float()
-        dt_bte = F.softplus(dt_bte) * valid_bt1  # a step of no length leaves the state alone
+        dt_bte = (
+            F.softplus(self.dt_proj(dt_btr)) * valid_bt1
+        )  # a step of no length leaves the state alone
         A_en, x_bte = -self.A_log.float().exp(), x_bte.float()
         decay_bten = torch.exp(dt_bte[..., None] * A_en)
         input_bten = (dt_bte * x_bte)[..., None] * B_btn.float()[:, :, None]
@@ -155,15 +193,16 @@ class Recursion(nn.Module):
         self.norm = RMSNorm(d, config.layer_norm_epsilon)
         self.up = nn.Linear(d, hidden, bias=False)
         self.down = nn.Linear(hidden, d, bias=False)
-        self.gate = nn.Linear(d, config.recursion_depth)
+        self.gate = Rows(d, config.recursion_depth)
 
     def forward(self, s_btd, read):
-        for weight_d, bias in zip(self.gate.weight.float(), self.gate.bias.float(), strict=True):
-            gate_bt = torch.sigmoid(normalise(s_btd, self.norm.eps) @ weight_d + bias)
+        for step in range(self.gate.out_features):
+            unit_btd = normalise(s_btd, self.norm.eps)
+            gate_bt1 = self.gate(unit_btd, slice(step, step + 1), torch.float32).sigmoid()
             change_btd = product(self.down, F.silu(product(self.up, self.norm(s_btd)))).float()
             if read is not None:
                 change_btd = change_btd + read(s_btd)
-            s_btd = s_btd + gate_bt[..., None] * change_btd
+            s_btd = s_btd + gate_bt1 * change_btd
         return s_btd
 
 
@@ -185,7 +224,7 @@ class Attention(nn.Module):
         self.shape = (d // p, p)
         self.scales, self.window = config.attention_scales, config.attention_window
         self.norm = RMSNorm(d, config.layer_norm_epsilon)
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.qkv = Rows(d, 3 * d, bias=False)
         self.query_norm = RMSNorm(p, config.layer_norm_epsilon)
         self.key_norm = RMSNorm(p, config.layer_norm_epsilon)
         self.scale_logits = nn.Parameter(torch.zeros(len(self.scales), self.shape[0]))
@@ -193,8 +232,7 @@ class Attention(nn.Module):
 
     def remember(self, x_btd, position_bt, cache):
         """Returns per scale keys and values (b, c, h, p) and block numbers (b, c); the cache."""
-        weight = self.qkv.weight[x_btd.shape[-1] :]
-        kv_btd = F.linear(self.norm(x_btd).to(weight.dtype), weight).float()
+        kv_btd = self.qkv(self.norm(x_btd), slice(x_btd.shape[-1], None))
         kv_bjd = torch.cat([cache["kv"], kv_btd], dim=1)
         n_tokens, t = kv_bjd.shape[1], x_btd.shape[1]
         last_b = position_bt[:, -1]
@@ -211,9 +249,8 @@ class Attention(nn.Module):
             memories.append((k, pooled[:, :, 1], number_bc))
         return memories, {"kv": kv_bjd[:, n_tokens - cache["kv"].shape[1] :]}
 
-    def read(self, x_btd, position_bt, memories):
-        weight = self.qkv.weight[: x_btd.shape[-1]]
-        q = F.linear(self.norm(x_btd).to(weight.dtype), weight).float().unflatten(-1, self.shape)
+    def forward(self, x_btd, position_bt, memories):
+        q = self.qkv(self.norm(x_btd), slice(x_btd.shape[-1])).unflatten(-1, self.shape)
         q = self.query_norm(q)
         mix_sh = self.scale_logits.float().softmax(0) * len(self.scales)
         y_bthp = torch.zeros_like(q)
@@ -258,7 +295,7 @@ class Layer(nn.Module):
         def reader(of_btd):
             memories, remembered = self.attention.remember(of_btd, position_bt, cache)
             new_cache.update(remembered)
-            return lambda at_btd: self.attention.read(at_btd, position_bt, memories)
+            return lambda at_btd: self.attention(at_btd, position_bt, memories)
 
         read = reader(h_btd) if self.reads_inside else None
         if self.recursion is not None:
@@ -277,19 +314,57 @@ class Backbone(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+
+    def run_layer(self, layer, *arguments):
+        if self.gradient_checkpointing and self.training:
+            # A reentrant checkpoint would drop the gradients of the tensors in the cache's dict.
+            return self._gradient_checkpointing_func(
+                layer.__call__, *arguments, use_reentrant=False
+            )
+        return layer(*arguments)
 
 
 @dataclasses.dataclass
 class HybridMambaOutput(ModelOutput):
+    """Its cache has three names in every release of transformers."""
+
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    cache_params: HybridMambaCache | None = None
+    cache: HybridMambaCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def cache_params(self):
+        return self.cache
+
+    @property
+    def past_key_values(self):
+        return self.cache
+
+    def __getitem__(self, key):
+        return super().__getitem__("cache" if key in CACHE_NAMES else key)
+
+
+def only_cache(*caches):
+    """Returns the cache that was given under one of its names, None without one."""
+    given = [cache for cache in caches if cache is not None]
+    for cache in given:
+        if not isinstance(cache, HybridMambaCache) or cache is not given[0]:
+            kinds = " and ".join(type(cache).__name__ for cache in given)
+            raise ValueError(
+                f"cache: this model takes one HybridMambaCache, not {kinds}; "
+                "pass the cache that an earlier output holds"
+            )
+    return given[0] if given else None
 
 
 class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HybridMambaConfig
     base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
     _no_split_modules: typing.ClassVar = ["Layer"]
+    _skip_keys_device_placement: typing.ClassVar = CACHE_NAMES
     _is_stateful = True
     _tied_weights_keys: typing.ClassVar = {"lm_head.weight": "backbone.embeddings.weight"}
 
@@ -310,69 +385,153 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone.embeddings = embeddings
 
     def prepare_inputs_for_generation(
-        self, input_ids, cache_params=None, attention_mask=None, use_cache=None, **kwargs
+        self,
+        input_ids,
+        attention_mask=None,
+        inputs_embeds=None,
+        cache=None,
+        cache_params=None,
+        past_key_values=None,
+        next_sequence_length=None,
+        is_first_iteration=None,
+        **kwargs,
     ):
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
-        if cache_params is not None:
-            new = input_ids[:, cache_params.seen_tokens :]
-            inputs |= {"input_ids": new, "cache_params": cache_params}
-        return inputs
+        """Cuts off what the cache has read; the mask is of the whole text."""
+        cache = only_cache(cache, cache_params, past_key_values)
+        n_read = 0 if cache is None else cache.seen_tokens
+        inputs = kwargs | {"attention_mask": attention_mask, "cache": cache}
+        if inputs_embeds is not None and n_read < inputs_embeds.shape[1]:
+            return inputs | {"inputs_embeds": inputs_embeds[:, n_read:]}
+        n_ids = n_new = input_ids.shape[1]
+        if next_sequence_length is not None:
+            n_new = next_sequence_length
+        elif cache is not None and attention_mask is not None:
+            n_new = attention_mask.shape[1] - n_read
+        if not 0 < n_new <= n_ids:
+            raise ValueError(
+                f"input_ids: {n_ids} tokens do not continue the {n_read} that the cache has read; "
+                "pass the whole text, or its new tokens with the attention mask of the whole text"
+            )
+        return inputs | {"input_ids": input_ids[:, n_ids - n_new :]}
 
-    def _empty_cache(self, batch):
-        config, zeros = self.config, self.lm_head.weight.new_zeros
-        e, scales = config.intermediate_size, config.attention_scales
+    def generate(self, *arguments, **kwargs):
+        cache = only_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        return super().generate(*arguments, **kwargs, **({CACHE_NAME: cache} if cache else {}))
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        if outputs.cache is not None:
+            model_kwargs[CACHE_NAME] = outputs.cache
+        return model_kwargs
+
+    def _empty_cache(self, x_btd):
+        config, zeros = self.config, x_btd.new_zeros
+        batch, e, scales = len(x_btd), config.intermediate_size, config.attention_scales
         layer = {
-            "conv": zeros(batch, e, config.conv_kernel - 1),
-            "ssm": zeros(batch, e, config.state_size, dtype=torch.float32),
+            "conv": zeros(batch, e, config.conv_kernel - 1, dtype=self.dtype),
+            "ssm": zeros(batch, e, config.state_size),
         }
         if scales:
             # Of the oldest block that the next token may read, and of an incomplete one.
             n_tokens = (config.attention_window + 1) * max(scales)
-            layer["kv"] = zeros(batch, n_tokens, 2 * config.hidden_size, dtype=torch.float32)
+            layer["kv"] = zeros(batch, n_tokens, 2 * config.hidden_size)
         length_b = zeros(batch, dtype=torch.long)
         return HybridMambaCache([dict(layer) for _ in self.backbone.layers], length_b)
+
+    def _read(self, x_btd, valid_bt, cache, every):
+        """Reads embeddings, float32, into the cache.
+
+        Returns the residual stream after the last layer; if ``every``, before each layer as well.
+        """
+        # Padding moves to the front: what comes before every text, and the cache keeps the end.
+        order_bt = valid_bt.long().argsort(dim=1, stable=True)
+        take = lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+        splits = take(x_btd, order_bt).split(PIECE_TOKENS, 1)
+        valid_splits = valid_bt.gather(1, order_bt).split(PIECE_TOKENS, 1)
+        pieces = []
+        for x_btd, piece_bt in zip(splits, valid_splits, strict=True):
+            position_bt = cache.length_b[:, None] + piece_bt.cumsum(1) - 1
+            stream, layers = [x_btd], []
+            for layer, layer_cache in zip(self.backbone.layers, cache.layers, strict=True):
+                x_btd, layer_cache = self.backbone.run_layer(
+                    layer, x_btd, piece_bt, position_bt, layer_cache
+                )
+                stream.append(x_btd)
+                layers.append(layer_cache)
+            cache.layers, cache.length_b = layers, position_bt[:, -1] + 1
+            pieces.append(stream if every else stream[-1:])
+        cache.seen_tokens += valid_bt.shape[1]
+        back_bt = order_bt.argsort(dim=1)
+        return [take(torch.cat(parts, dim=1), back_bt) for parts in zip(*pieces, strict=True)]
 
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
+        inputs_embeds=None,
+        cache=None,
         cache_params=None,
+        past_key_values=None,
         labels=None,
         use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
         logits_to_keep=0,
         return_dict=None,
         **kwargs,
     ):
-        """attention_mask: of the new tokens or of all; 0 marks padding, at the left alone."""
-        batch, n_tokens = input_ids.shape
-        cache = self._empty_cache(batch) if cache_params is None else cache_params
-        valid_bt = torch.ones_like(input_ids, dtype=torch.bool)
+        """attention_mask (b, t): of the new tokens or of all, 0 marks padding; kwargs: of the loss.
+
+        hidden_states: the embeddings, then what each layer gives; the last one is normalised.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions or (output_attentions is None and config.output_attentions):
+            raise ValueError(
+                "output_attentions: this model has no weights over tokens to return, its "
+                "attention reads means of blocks; leave it out"
+            )
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: pass one of the two")
+        x_btd = self.backbone.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x_btd = x_btd.float()
+        batch, n_tokens, _ = x_btd.shape
+        cache = only_cache(cache, cache_params, past_key_values) or self._empty_cache(x_btd)
+        if len(cache.length_b) != batch:
+            raise ValueError(f"cache: it holds {len(cache.length_b)} rows, the inputs have {batch}")
+        valid_bt = torch.ones(batch, n_tokens, dtype=torch.bool, device=x_btd.device)
         if attention_mask is not None:
-            valid_bt = attention_mask[:, -n_tokens:].bool()
-        hidden = []
-        for ids_bt, piece_bt in zip(
-            input_ids.split(PIECE_TOKENS, 1), valid_bt.split(PIECE_TOKENS, 1), strict=True
-        ):
-            x_btd = self.backbone.embeddings(ids_bt).float()
-            position_bt = cache.length_b[:, None] + piece_bt.cumsum(1) - 1
-            layers = []
-            for layer, layer_cache in zip(self.backbone.layers, cache.layers, strict=True):
-                x_btd, layer_cache = layer(x_btd, piece_bt, position_bt, layer_cache)
-                layers.append(layer_cache)
-            cache.layers, cache.length_b = layers, position_bt[:, -1] + 1
-            hidden.append(self.backbone.norm_f(x_btd))
-        cache.seen_tokens += n_tokens
-        x_btd = torch.cat(hidden, dim=1)
-        if isinstance(logits_to_keep, int):
-            x_btd = x_btd[:, -logits_to_keep:] if logits_to_keep else x_btd
-        else:
-            x_btd = x_btd[:, logits_to_keep]
-        logits = product(self.lm_head, x_btd).float()
+            if attention_mask.ndim != 2 or attention_mask.shape[1] < n_tokens:
+                raise ValueError(
+                    f"attention_mask: its shape is {tuple(attention_mask.shape)}; pass one of "
+                    f"({batch}, {n_tokens}), or of the whole text, that is 0 at padding"
+                )
+            valid_bt = attention_mask[:, -n_tokens:].to(x_btd.device).bool()
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is not None:
+            position_bt = cache.length_b[:, None] + valid_bt.cumsum(1) - 1
+            if ((position_ids.to(position_bt.device) != position_bt) & valid_bt).any():
+                raise ValueError(
+                    "position_ids: this model counts the tokens of a row from its first one; pass "
+                    "packed texts as rows of their own"
+                )
+        stream = self._read(x_btd, valid_bt, cache, output_hidden_states)
+        stream[-1] = self.backbone.norm_f(stream[-1])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = product(self.lm_head, stream[-1][:, kept]).float()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
+            )
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
         output = HybridMambaOutput(
-            loss=loss, logits=logits, cache_params=cache if use_cache else None
+            loss=loss,
+            logits=logits,
+            cache=cache if use_cache else None,
+            hidden_states=tuple(stream) if output_hidden_states else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return_dict = config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
