@@ -33,9 +33,9 @@ _ROLES = (
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
 # Other keys of turns; what they hold is not rendered.
 _OTHER_KEYS = (
-    "name weight tool_calls function_call tool_call_id refusal audio annotations prefix thinking "
-    "reasoning reasoning_content"
-).split()
+    *("name", "weight", "tool_calls", "function_call", "tool_call_id", "refusal", "audio"),
+    *("annotations", "prefix", "thinking", "reasoning", "reasoning_content"),
+)
 _TURN_KEYS = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, *_OTHER_KEYS))
 _KNOWN_ROLES = frozenset(("user", "assistant", "system", "tool", *_ROLES))
 

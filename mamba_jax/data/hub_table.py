@@ -63,9 +63,7 @@ class RowsPart:
 
     def pieces(self, summary: Summary) -> Iterator[Piece]:
         rows = self.table.select(range(self.start, self.stop)).iter(ROWS_AT_A_TIME)
-        return pieces_of_batches(
-            rows, self.columns, self.named, self.origin, self.start, summary
-        )
+        return pieces_of_batches(rows, self.columns, self.named, self.origin, self.start, summary)
 
 
 @dataclasses.dataclass(frozen=True)

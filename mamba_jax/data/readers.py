@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from mamba_jax.data.chats import Parts
 from mamba_jax.data.decode import Skip, probe, read_text, split_extension
 from mamba_jax.data.document import Piece
 from mamba_jax.data.json_records import read_values
-from mamba_jax.data.chats import Parts
 from mamba_jax.data.records import (
     TEMPLATE,
     Document,

@@ -16,9 +16,12 @@ from typing import Any
 # Keys that describe a record. What they hold is no text, unless a column is named by the user.
 # A rejected answer is here, for it must never be learnt.
 _METADATA = frozenset(
-    "id uid uuid guid idx index url urls uri link href license licence meta metadata source "
-    "dataset split lang language timestamp date created created_at updated_at hash sha sha256 md5 "
-    "path file filename file_name rejected".split()
+    (
+        *("id", "uid", "uuid", "guid", "idx", "index", "hash", "sha", "sha256", "md5"),
+        *("url", "urls", "uri", "link", "href", "path", "file", "filename", "file_name"),
+        *("license", "licence", "meta", "metadata", "source", "dataset", "split", "lang"),
+        *("language", "timestamp", "date", "created", "created_at", "updated_at", "rejected"),
+    )
 )
 _METADATA_ENDINGS = ("_id", "_url", "_uri", "_license", "_licence", "_hash", "_path", "_metadata")
 # Of a value that is an object the first of these is its text, as in SQuAD's answers.
@@ -62,12 +65,12 @@ def _float_text(value: float) -> str | None:
         return None
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
-    text = repr(value)
-    if len(text) > 12 and _as_single(value) == value:
+    text = repr(value).removesuffix(".0")
+    if "." in text and len(text) > 12 and _as_single(value) == value:
         # A number in single precision, whose neighbours are far: 0.1, not 0.10000000149011612.
         shorter = (f"{value:.{digits}g}" for digits in range(1, 10))
         text = next((t for t in shorter if _as_single(float(t)) == value), text)
-    return text.removesuffix(".0")
+    return text
 
 
 def _decimal_text(value: decimal.Decimal) -> str:

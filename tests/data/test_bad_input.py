@@ -104,9 +104,11 @@ def broken(name: str, data: str, line: int) -> Case:
 
 def lines(name: str, data: str, line: int) -> Case:
     """Lines of which one is broken."""
-    says = f"warning: left out 1 × broken JSON line (33.33% of all records): "
+    says = "warning: left out 1 × broken JSON line (33.33% of all records): "
     lost = {"broken JSON line": 1}
-    return Case(BROKEN, f"line: {name}", {f"at {line}.json": data}, ["b", "d"], lost=lost, says=says)
+    return Case(
+        BROKEN, f"line: {name}", {f"at {line}.json": data}, ["b", "d"], lost=lost, says=says
+    )
 
 
 def chat(*turns: dict) -> str:

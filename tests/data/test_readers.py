@@ -190,7 +190,11 @@ def test_every_layout_reads_as_a_parser_of_the_whole_would(records, layout, inde
 
 
 @settings(max_examples=300, deadline=None)
-@given(value=st.lists(values, min_size=1, max_size=4), indent=st.sampled_from([None, 1]), data=st.data())
+@given(
+    value=st.lists(values, min_size=1, max_size=4),
+    indent=st.sampled_from([None, 1]),
+    data=st.data(),
+)
 def test_an_array_that_breaks_off_gives_nothing(value, indent, data):
     whole = json.dumps(value, indent=indent)
     text = whole[: data.draw(st.integers(1, len(whole) - 1))]
@@ -210,7 +214,9 @@ def parsed(line: str) -> list:
 @settings(max_examples=300, deadline=None)
 @given(
     records=st.lists(values.filter(lambda v: not isinstance(v, list)), min_size=2, max_size=6),
-    junk=st.lists(st.sampled_from(['{"text": "cut sho', "prose", "}", "{'a': 1}", "[1, 2"]), max_size=6),
+    junk=st.lists(
+        st.sampled_from(['{"text": "cut sho', "prose", "}", "{'a': 1}", "[1, 2"]), max_size=6
+    ),
     first=st.booleans(),
     data=st.data(),
 )
@@ -278,7 +284,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     assert peak < 3_000_000
 
 
-# --- pieces and tokens -------------------------------------------------------------------------------
+# --- pieces and tokens -----------------------------------------------------------------------------
 
 
 word = st.from_regex(r"[a-zA-Z0-9.,?!'é日_-]{1,8}", fullmatch=True)
