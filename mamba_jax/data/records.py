@@ -312,8 +312,8 @@ def usual_columns(schema: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
         keys = {key for form in forms for key in form.keys}
         best = forms[0]
         return (*best.prompts, best.answers[0]), tuple(name for name in names if name in keys)
-    strings = columns_with_strings(schema)
-    return (tuple(strings),) * 2 if len(strings) == 1 else ((), ())
+    strings = tuple(columns_with_strings(schema))
+    return (strings, strings) if len(strings) == 1 else ((), ())
 
 
 def columns_with_strings(schema: Any) -> list[str]:

@@ -284,7 +284,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     assert peak < 3_000_000
 
 
-# --- pieces and tokens -----------------------------------------------------------------------------
+# --- pieces and tokens ----------------------------------------------------------------------------
 
 
 word = st.from_regex(r"[a-zA-Z0-9.,?!'é日_-]{1,8}", fullmatch=True)
