@@ -44,7 +44,7 @@ def inspect(config: RunConfig, count: int) -> None:
       UserError: as ``run``; and if the text is too little for a run.
     """
     from mamba_jax.data.pipeline import prepare
-    from mamba_jax.data.show import show_window
+    from mamba_jax.data.show import documents_begun, show_window
 
     corpus = prepare(config.data, seq_len=config.model.max_seq_len, seed=config.seed, log=_say)
     tokenizer = corpus.tokenizer
@@ -58,7 +58,7 @@ def inspect(config: RunConfig, count: int) -> None:
         print(
             f"\n==> window {number} of a training: {len(window) - 1:,} targets, "
             f"{int((window[1:] < 0).sum()):,} of them not learnt; "
-            f"{int((window == tokenizer.eot_id).sum()):,} documents begin <=="
+            f"{documents_begun(window, tokenizer.eot_id):,} documents begin <=="
         )
         print(show_window(window, tokenizer, names, colour=colour))
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from mamba_jax.data.document import Piece
 from mamba_jax.data.hub_access import PARQUET_COPY, LoadingScript, library_errors, without_script
-from mamba_jax.data.readers import VERSION, pieces_of_document
-from mamba_jax.data.records import is_blank, parts_of_row, usual_columns
+from mamba_jax.data.readers import VERSION, note, pieces_of_document
+from mamba_jax.data.records import document_of, document_of_columns, gathered, usual_columns
 from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError, did_you_mean
 
@@ -97,11 +97,16 @@ def choose_split(name: str, split: str, known: Sequence[str], log: Callable[[str
     return "+".join(chosen)
 
 
+def named_columns(wanted: str) -> tuple[str, ...]:
+    """Returns the columns that ``data.text_column`` names."""
+    return tuple(column.strip() for column in wanted.split(",") if column.strip())
+
+
 def choose_columns(
     name: str, wanted: str, features: Any, log: Callable[[str], None]
 ) -> tuple[str, ...]:
-    """Returns the columns that were named, else the usual ones."""
-    columns = tuple(column.strip() for column in wanted.split(",") if column.strip())
+    """Returns the columns that were named, else those that the forms of records may need."""
+    columns = named_columns(wanted)
     there = ", ".join(features)
     for column in columns:
         if column not in features:
@@ -109,7 +114,7 @@ def choose_columns(
             raise UserError(f'dataset {name} has no column "{column}"{near} (it has: {there})')
     if columns:
         return columns
-    usual = usual_columns(features.arrow_schema)
+    usual, read = usual_columns(features.arrow_schema)
     if not usual:
         raise UserError(
             f"dataset {name} has no column text; name its columns with text by --text_column, "
@@ -117,29 +122,43 @@ def choose_columns(
         )
     if usual != ("text",):
         log(f"dataset {name} has no column text: taking {', '.join(usual)} (of {there})")
-    return usual
+    return read
 
 
-def part_key(identity: str, columns: Sequence[str], start: int, stop: int) -> str:
+def part_key(identity: str, columns: Sequence[str], named: bool, start: int, stop: int) -> str:
     """Returns the hash of what rows hold and of how they are read."""
-    words = ["rows", VERSION, identity, *columns, str(start), str(stop)]
+    words = ["rows", VERSION, identity, *columns, named, str(start), str(stop)]
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
 
 
 def pieces_of_batches(
     batches: Iterator[dict[str, list]],
     columns: Sequence[str],
+    named: bool,
     origin: str,
     row: int,
     summary: Summary,
 ) -> Iterator[Piece]:
-    """Yields the documents of rows, the first of which has number ``row``."""
-    for batch in batches:
-        for values in zip(*(batch[column] for column in columns), strict=True):
-            parts = parts_of_row(dict(zip(columns, values, strict=True)), columns)
-            if is_blank(parts):
-                summary.skip("row without text", f"{origin} row {row}")
-            else:
-                summary.rows += 1
-                yield from pieces_of_document(parts)
-            row += 1
+    """Yields the documents of rows.
+
+    Args:
+      batches: of the columns.
+      columns: to read.
+      named: whether the user named them, in the order of the text; else a row is a record.
+      origin: of the rows, for people.
+      row: number of the first.
+      summary: takes what was left out.
+    """
+    rows = (
+        dict(zip(columns, values, strict=True))
+        for batch in batches
+        for values in zip(*(batch[column] for column in columns), strict=True)
+    )
+    for number, record in enumerate(rows if named else gathered(rows), row):
+        document = document_of_columns(record, columns) if named else document_of(record)
+        where = f"{origin} row {number}"
+        if note(document, where, summary):
+            summary.rows += 1
+            yield from pieces_of_document(document.parts)
+        elif not document.skip:
+            summary.skip("row without text", where)

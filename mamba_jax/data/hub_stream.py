@@ -35,10 +35,12 @@ from mamba_jax.data.hub_rows import (
     choose_columns,
     choose_split,
     load_library,
+    named_columns,
     open_builder,
     part_key,
     pieces_of_batches,
 )
+from mamba_jax.data.readers import VERSION
 from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError
 from mamba_jax.files import write_atomic
@@ -120,15 +122,19 @@ class Stream:
         record: Record,
         rows: tuple[int, int | None],
         connect: Callable[[], Any],
+        *,
+        named: bool,
     ):
         """Args:
         name: of the dataset.
         record: what earlier runs saw.
         rows: (first, behind the last) to take; None for the end of the split.
         connect: opens the dataset, an IterableDataset of the columns.
+        named: whether the user named the columns, in the order of the text.
         """
         self.origin = f"dataset {name}, split {record.split}"
         self.record = record
+        self.named = named
         self._name = name
         self._start, self._stop = rows
         self._connect = connect
@@ -211,13 +217,15 @@ class StreamPart:
         return f"{self.stream.origin}, rows {self.start:,} to {self.stop:,}"
 
     def key(self) -> str:
-        record = self.stream.record
-        return part_key(record.identity, record.columns, self.start, self.stop)
+        record, named = self.stream.record, self.stream.named
+        return part_key(record.identity, record.columns, named, self.start, self.stop)
 
     def pieces(self, summary: Summary) -> Iterator[Piece]:
         stream = self.stream
         batches = stream.batches(self.start, self.stop)
-        return pieces_of_batches(batches, stream.record.columns, stream.origin, self.start, summary)
+        return pieces_of_batches(
+            *(batches, stream.record.columns, stream.named, stream.origin, self.start, summary)
+        )
 
 
 def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
@@ -234,7 +242,9 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
             "of one, such as train[:100000]"
         )
     rows = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
-    words = [config.dataset, config.dataset_config, match["split"], config.text_column]
+    named = bool(named_columns(config.text_column))
+    # The forms of records decide which columns are fetched where none is named.
+    words = [config.dataset, config.dataset_config, match["split"], config.text_column, VERSION]
     if is_folder(name):
         words[0] = os.path.realpath(name)
     digest = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
@@ -244,7 +254,7 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
         if record is None:
             raise UserError(unreachable(name, why))
         log(f"the Hugging Face Hub is out of reach ({why}): taking dataset {name} from the cache")
-        return Stream(name, record, rows, lambda: _refuse(name, why))
+        return Stream(name, record, rows, lambda: _refuse(name, why), named=named)
 
     datasets = load_library()
     with library_errors(name):
@@ -265,7 +275,7 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
             record.begin()
     split, columns = record.split, list(record.columns)
     connect = lambda: builder.as_streaming_dataset(split).select_columns(columns)
-    return Stream(name, record, rows, connect)
+    return Stream(name, record, rows, connect, named=named)
 
 
 def _refuse(name: str, why: str) -> Any:

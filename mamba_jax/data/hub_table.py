@@ -16,6 +16,7 @@ from mamba_jax.data.hub_rows import (
     choose_columns,
     choose_split,
     load_library,
+    named_columns,
     open_builder,
     part_key,
     pieces_of_batches,
@@ -33,7 +34,8 @@ class RowsPart:
       origin: of the split they belong to.
       identity: hash of the split's content; changes whenever a row may have changed.
       table: datasets.Dataset of the columns alone.
-      columns: joined in this order.
+      columns: to read.
+      named: whether the user named them, in the order of the text.
       start, stop: the rows.
     """
 
@@ -41,6 +43,7 @@ class RowsPart:
     identity: str
     table: Any
     columns: tuple[str, ...]
+    named: bool
     start: int
     stop: int
     stat: None = None
@@ -56,11 +59,11 @@ class RowsPart:
         return f"{self.origin}, rows {self.start:,} to {self.stop:,}"
 
     def key(self) -> str:
-        return part_key(self.identity, self.columns, self.start, self.stop)
+        return part_key(self.identity, self.columns, self.named, self.start, self.stop)
 
     def pieces(self, summary: Summary) -> Iterator[Piece]:
         rows = self.table.select(range(self.start, self.stop)).iter(ROWS_AT_A_TIME)
-        return pieces_of_batches(rows, self.columns, self.origin, self.start, summary)
+        return pieces_of_batches(rows, self.columns, self.named, self.origin, self.start, summary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,14 @@ class Rows:
     identity: str
     table: Any
     columns: tuple[str, ...]
+    named: bool
 
     def parts(self) -> Iterator[RowsPart]:
         for start in range(0, len(self.table), PART_ROWS):
             stop = min(start + PART_ROWS, len(self.table))
-            yield RowsPart(self.origin, self.identity, self.table, self.columns, start, stop)
+            yield RowsPart(
+                *(self.origin, self.identity, self.table, self.columns, self.named, start, stop)
+            )
 
 
 def open_table(config: DataConfig, log: Callable[[str], None]) -> Rows:
@@ -95,7 +101,11 @@ def open_table(config: DataConfig, log: Callable[[str], None]) -> Rows:
             identity, split, table = _prepared(datasets, name, config, log)
         columns = choose_columns(name, config.text_column, table.features, log)
         return Rows(
-            f"dataset {name}, split {split}", identity, table.select_columns(columns), columns
+            f"dataset {name}, split {split}",
+            identity,
+            table.select_columns(list(columns)),
+            columns,
+            named=bool(named_columns(config.text_column)),
         )
 
 

@@ -1,7 +1,8 @@
-"""The values in a JSON file, whichever way they lie: one, an array of them, or one a line.
+"""The values in a JSON file, whatever its layout: one value, an array of them, or one a line.
 
-Neither an array nor lines are ever held as a whole. Everything is parsed once to its end before
-the first value is given, so that a file which is broken gives nothing.
+Neither an array nor lines are ever held as a whole. An array and a single value are parsed once to
+their end before the first value is given, so that one which is broken gives nothing. Of lines the
+broken ones are left out one by one, and told.
 """
 
 import json
@@ -11,8 +12,11 @@ from typing import Any
 
 from mamba_jax.data.decode import Skip
 
-# Numbers are not text; as floats they need no limit on their number of digits.
-_DECODER = json.JSONDecoder(parse_int=float)
+# Python refuses integers of more digits (sys.get_int_max_str_digits); as floats they are infinite.
+_MOST_DIGITS = 4_000
+_DECODER = json.JSONDecoder(
+    parse_int=lambda digits: int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+)
 _MOST_CHARACTERS = 1 << 28  # of one value: parsed, it takes several times its size
 # A value that ends, or goes wrong, so close to the end of what is read may go on beyond.
 _MARGIN = 16
@@ -20,46 +24,31 @@ _BROKEN = "broken JSON"
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def read_values(open_text: Callable[[], Iterator[str]]) -> Iterator[Any]:
+def read_values(
+    open_text: Callable[[], Iterator[str]], lose: Callable[[str, int], None]
+) -> Iterator[Any]:
     """Yields the elements of an array, the values of the lines, or the single value.
 
     Args:
-      open_text: gives the text from its start, in pieces; called two or three times.
+      open_text: gives the text from its start, in pieces; called up to five times.
+      lose: told why a line is left out, and its number.
 
     Raises:
-      Skip: before the first value, if there is something else than JSON.
+      Skip: before the first value, if the text is something else than JSON.
     """
-    reader = _reader(open_text)
-    yield from reader(open_text())
-
-
-def _reader(open_text: Callable[[], Iterator[str]]) -> Callable[[Iterator[str]], Iterator[Any]]:
-    """Returns what reads all of the text."""
-    if _Buffer(open_text()).next_character() == "[":
-        if _runs_through(_array, open_text()):
-            return _array
-        first_line_is_json = True  # it is an array; behind it follow others
-    else:
-        first_line_is_json = _parses(next(_lines(open_text()), (0, ""))[1])
-    if first_line_is_json:
-        _runs_through(_each_line, open_text())
-        return _each_line
-    _runs_through(_single, open_text())
-    return _single
-
-
-def _runs_through(reader: Callable[[Iterator[str]], Iterator[Any]], texts: Iterator[str]) -> bool:
-    """Says whether a reader takes all of a text; False if more follows behind an array."""
-    try:
-        for _ in reader(texts):
-            pass
-    except _MoreFollows:
-        return False
-    return True
-
-
-class _MoreFollows(Exception):
-    """Behind an array lies something else."""
+    is_array = _Buffer(open_text()).next_character() == "["
+    begins_with_value = _parses(next(_lines(open_text()), (0, ""))[1] or "")
+    reader = _array if is_array else _single
+    is_lines = begins_with_value and not is_array
+    if not is_lines:
+        try:
+            for _ in reader(open_text()):
+                pass
+        except Skip:
+            if not (begins_with_value or _are_mostly_values(open_text())):
+                raise
+            is_lines = True
+    yield from _each_line(open_text(), lose) if is_lines else reader(open_text())
 
 
 def _array(texts: Iterator[str]) -> Iterator[Any]:
@@ -74,8 +63,8 @@ def _array(texts: Iterator[str]) -> Iterator[Any]:
     if buffer.next_character() != "]":
         raise Skip(_BROKEN, buffer.line_of(buffer.position))
     buffer.position += 1
-    if buffer.next_character():
-        raise _MoreFollows
+    if buffer.next_character():  # behind the array
+        raise Skip(_BROKEN, buffer.line_of(buffer.position))
 
 
 def _single(texts: Iterator[str]) -> Iterator[Any]:
@@ -86,12 +75,26 @@ def _single(texts: Iterator[str]) -> Iterator[Any]:
     yield value
 
 
-def _each_line(texts: Iterator[str]) -> Iterator[Any]:
+def _each_line(texts: Iterator[str], lose: Callable[[str, int], None]) -> Iterator[Any]:
     for number, line in _lines(texts):
+        if line is None:
+            lose(_too_large(), number)
+            continue
         try:
-            yield _DECODER.decode(line)
+            value = _DECODER.decode(line)
         except (ValueError, RecursionError):
-            raise Skip(_BROKEN, number) from None
+            lose(f"{_BROKEN} line", number)
+            continue
+        yield value
+
+
+def _are_mostly_values(texts: Iterator[str]) -> bool:
+    """Says whether most lines hold a value each: those of a broken array, say, end in commas."""
+    sound = broken = 0
+    for _, line in _lines(texts):
+        is_sound = line is not None and _parses(line)
+        sound, broken = sound + is_sound, broken + (not is_sound)
+    return sound > broken
 
 
 def _parses(text: str) -> bool:
@@ -102,27 +105,39 @@ def _parses(text: str) -> bool:
     return True
 
 
-def _lines(texts: Iterator[str]) -> Iterator[tuple[int, str]]:
-    """Yields (number, line) of those that are not blank. Only a line feed ends a line."""
+def _lines(texts: Iterator[str]) -> Iterator[tuple[int, str | None]]:
+    """Yields (number, line) of those that are not blank; None for one that is too large.
+
+    Only a line feed ends a line.
+    """
     number, parts, size = 1, [], 0
     for text in texts:
-        first, *others = text.split("\n")
-        parts.append(first)
-        size += len(first)
-        for other in others:
-            line = "".join(parts)
-            if line.strip():
-                yield number, line
-            number, parts, size = number + 1, [other], len(other)
-        _check_size(size, number)
-    line = "".join(parts)
-    if line.strip():
+        for index, piece in enumerate(text.split("\n")):
+            if index:  # behind a line feed
+                yield from _line(number, parts, size)
+                number, parts, size = number + 1, [], 0
+            size += len(piece)
+            if size <= _MOST_CHARACTERS:
+                parts.append(piece)
+            else:
+                parts.clear()
+    yield from _line(number, parts, size)
+
+
+def _line(number: int, parts: list[str], size: int) -> Iterator[tuple[int, str | None]]:
+    if size > _MOST_CHARACTERS:
+        yield number, None
+    elif (line := "".join(parts)).strip():
         yield number, line
 
 
 def _check_size(characters: int, line: int) -> None:
     if characters > _MOST_CHARACTERS:
-        raise Skip(f"a JSON value of more than {_MOST_CHARACTERS >> 20} million characters", line)
+        raise Skip(_too_large(), line)
+
+
+def _too_large() -> str:
+    return f"a JSON value of more than {_MOST_CHARACTERS >> 20} million characters"
 
 
 class _Buffer:

@@ -65,7 +65,7 @@ def _judgement(summary: Summary) -> str:
     if summary.skipped:
         return f"skipped, {next(iter(summary.skipped))}"
     words = f"{summary.documents:,} documents, {summary.text_bytes:,} bytes of text"
-    return "; ".join([words, *summary.repaired])
+    return "; ".join([words, *summary.lost, *summary.repaired])
 
 
 def clear_cache(config: DataConfig, show: Callable[[str], None]) -> None:

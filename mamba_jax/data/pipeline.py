@@ -185,7 +185,13 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     kind = DocumentWindows if config.window == "document" else PackedWindows
     windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, learn)
     train, evaluation = Joined([windows_of(side) for side in plan.train]), windows_of(plan.eval)
-    if learn is not None and not any(np.any(window[1:] >= 0) for window in evaluation):
+    has_targets = lambda side: any(np.any(side[i][1:] >= 0) for i in range(len(side)))
+    if learn is not None and len(train) and not has_targets(train):
+        raise UserError(
+            f'data.loss_on="answer", but no record of {summary.origin} to train on has an answer'
+            f'{summary.why()}; data.loss_on="all" learns every token'
+        )
+    if learn is not None and not has_targets(evaluation):
         raise UserError(
             "the held-out windows have no answer to be scored on: raise data.eval_fraction or "
             "model.max_seq_len"

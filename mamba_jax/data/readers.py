@@ -3,17 +3,18 @@
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+from mamba_jax.data.chats import Parts
 from mamba_jax.data.decode import Skip, probe, read_text, split_extension
 from mamba_jax.data.document import Piece
 from mamba_jax.data.json_records import read_values
 from mamba_jax.data.records import (
     TEMPLATE,
-    Parts,
+    Document,
     columns_with_strings,
-    is_blank,
-    parts_of_record,
-    parts_of_row,
+    document_of,
+    gathered,
     usual_columns,
 )
 from mamba_jax.data.summary import Summary, shown
@@ -21,7 +22,7 @@ from mamba_jax.data.text_cuts import cut_text
 from mamba_jax.errors import UserError
 
 # Raise it whenever the same file would give other pieces.
-VERSION = f"3 {TEMPLATE}"
+VERSION = f"4 {TEMPLATE}"
 _TEXT, _JSON = (".txt", ".py", ".md"), (".json", ".jsonl")
 EXTENSIONS = (*_TEXT, *_JSON, ".parquet")
 _ROWS_AT_A_TIME = 1_000
@@ -60,33 +61,52 @@ def pieces(path: str, summary: Summary) -> Iterator[Piece]:
 def _pieces(path: str, summary: Summary) -> Iterator[Piece]:
     extension = split_extension(path)[0]
     if extension == ".parquet":
-        yield from _pieces_of(_parquet(path), "parquet without text")
+        yield from _pieces_of(_parquet(path), path, "parquet without text", summary)
         return
     encoding = probe(path)
     open_text = lambda: read_text(path, encoding)
     if extension in _JSON:
-        documents = map(parts_of_record, read_values(open_text))
-        yield from _pieces_of(documents, "JSON without text")
+
+        def lose(reason: str, line: int) -> None:
+            summary.records += 1
+            summary.lose(reason, f"{path}:{line}")
+
+        values = read_values(open_text, lose)
+        yield from _pieces_of(values, path, "JSON without text", summary)
     else:
         yield from _cut(open_text(), begins=True, learn=True)
     if encoding.doubt:
         summary.repair(encoding.doubt, path)
 
 
-def _pieces_of(documents: Iterable[Parts], reason_if_none: str) -> Iterator[Piece]:
-    """Yields documents in pieces, without the blank ones.
+def _pieces_of(
+    records: Iterable[Any], path: str, reason_if_none: str, summary: Summary
+) -> Iterator[Piece]:
+    """Yields the documents that records are, in pieces.
 
     Raises:
       Skip: if that leaves none.
     """
     empty = True
-    for parts in documents:
-        if is_blank(parts):
-            continue
-        empty = False
-        yield from pieces_of_document(parts)
+    for number, record in enumerate(gathered(records), 1):
+        document = document_of(record)
+        taken = note(document, f"{path} record {number}", summary)
+        empty = empty and not taken
+        if taken:
+            yield from pieces_of_document(document.parts)
     if empty:
         raise Skip(reason_if_none)
+
+
+def note(document: Document, where: str, summary: Summary) -> bool:
+    """Counts a record with its warnings, or why it is not taken; says whether it is."""
+    summary.records += 1
+    if document.skip:
+        summary.lose(document.skip, where)
+    taken = not (document.skip or document.is_blank)
+    for doubt in document.doubts if taken else ():
+        summary.repair(doubt, where)
+    return taken
 
 
 def pieces_of_document(parts: Parts) -> Iterator[Piece]:
@@ -110,21 +130,20 @@ def _cut(texts: Iterable[str], begins: bool, learn: bool) -> Iterator[Piece]:
         begins = False
 
 
-def _parquet(path: str) -> Iterator[Parts]:
+def _parquet(path: str) -> Iterator[dict[str, Any]]:
     """Yields the rows of a file; its columns are chosen as those of a dataset."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with open(path, "rb") as data, parquet.ParquetFile(data) as file:
-            usual = usual_columns(file.schema_arrow)
+            _, usual = usual_columns(file.schema_arrow)
             columns = list(usual) or columns_with_strings(file.schema_arrow)
             read = lambda: file.iter_batches(_ROWS_AT_A_TIME, columns=columns)
             for batch in read():
                 batch.validate(full=True)  # that its strings are UTF-8
             for batch in read():
-                for row in batch.to_pylist():
-                    yield parts_of_row(row, usual) if usual else parts_of_record(row)
+                yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise Skip(f"unreadable ({error.strerror})") from error

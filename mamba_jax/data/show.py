@@ -30,21 +30,38 @@ def show_window(
         f"{code}{text}{_RESET}" if colour and text else text
     )
     shown, document = [], 0
-    for kind, learnt, ids in _stretches(window, tokenizer.eot_id, names):
-        if kind == "document" and not learnt:
-            shown.append(paint(_DIM, f"⟦padding: {len(ids):,} tokens⟧"))
-        elif kind == "document":
+    text_end = len(window) - padding(window, tokenizer.eot_id)
+    for kind, learnt, ids in _stretches(window[:text_end], tokenizer.eot_id, names):
+        if kind == "document":
             document += len(ids)
-            shown.append(paint(_MARK, "⟦document⟧" * len(ids)))
+            style, text = _MARK, "⟦document⟧" * len(ids)
         elif kind == "name":
-            shown.append(paint(_MARK, "".join(f"⟦{names[token]}⟧" for token in ids)))
+            style, text = _MARK, "".join(f"⟦{names[token]}⟧" for token in ids)
         else:
-            text = _printable(tokenizer.decode(ids))
-            if not learnt and not colour:
-                text = f"⟦not learnt:⟧{text}⟦learnt:⟧"
-            code = _DOCUMENTS[document % 2] + ("" if learnt else _DIM)
-            shown.append(paint(code, text))
-    return "".join(shown)
+            style, text = _DOCUMENTS[document % 2], _printable(tokenizer.decode(ids))
+        if not learnt and not colour:
+            text = f"⟦not learnt:⟧{text}⟦learnt:⟧"
+        shown.append(paint(style + ("" if learnt else _DIM), text))
+    if text_end < len(window):
+        shown.append(paint(_DIM, f"⟦padding: {len(window) - text_end:,} tokens⟧"))
+    return "".join(shown).replace("⟦learnt:⟧⟦not learnt:⟧", "")
+
+
+def padding(window: np.ndarray, eot_id: int) -> int:
+    """Returns how many tokens at a window's end only fill it up.
+
+    They are separators that are no targets; one right behind a text ends its document.
+    """
+    others = np.flatnonzero(window != ~eot_id)
+    start = int(others[-1]) + 1 if len(others) else 0
+    ends_document = start > 0 and window[start - 1] not in (eot_id, ~eot_id)
+    return max(len(window) - start - ends_document, 0)
+
+
+def documents_begun(window: np.ndarray, eot_id: int) -> int:
+    """Returns how many separators a window has before its padding."""
+    text = window[: len(window) - padding(window, eot_id)]
+    return int(np.isin(text, (eot_id, ~eot_id)).sum())
 
 
 def _stretches(

@@ -16,6 +16,7 @@ class Summary:
       origin: where the text comes from, for people.
       files: files that gave at least one document.
       rows: rows of a dataset that gave one.
+      records: records of files and rows of datasets that were read, whatever became of them.
       documents: different documents.
       duplicates: documents left out because an equal one came before.
       near_duplicates: of the rest those left out because a similar one came before.
@@ -23,7 +24,9 @@ class Summary:
       tokens: of all documents, each with its end-of-text marker; 0 until tokenised.
       skipped: reason → number of files, folders or rows left out.
       skipped_bytes: reason → their size, of files.
-      repaired: reason → number of files taken although their encoding is doubtful.
+      lost: reason → number of records with text that were left out.
+      repaired: reason → number of files and records taken with a warning, such as files whose
+        encoding is doubtful.
       examples: reason → the first few paths.
       other_extensions: extension → number of files not looked at because of it.
     """
@@ -31,6 +34,7 @@ class Summary:
     origin: str
     files: int = 0
     rows: int = 0
+    records: int = 0
     documents: int = 0
     duplicates: int = 0
     near_duplicates: int = 0
@@ -38,6 +42,7 @@ class Summary:
     tokens: int = 0
     skipped: Counter[str] = dataclasses.field(default_factory=Counter)
     skipped_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+    lost: Counter[str] = dataclasses.field(default_factory=Counter)
     repaired: Counter[str] = dataclasses.field(default_factory=Counter)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     other_extensions: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -46,6 +51,10 @@ class Summary:
         self.skipped[reason] += 1
         self.skipped_bytes[reason] += size_bytes
         self._example(reason, path)
+
+    def lose(self, reason: str, where: str) -> None:
+        self.lost[reason] += 1
+        self._example(reason, where)
 
     def repair(self, reason: str, path: str) -> None:
         self.repaired[reason] += 1
@@ -94,10 +103,6 @@ class Summary:
             taken += f"; {self.near_duplicates:,} near duplicates left out"
         return [taken, *self._exceptions()]
 
-    def _size(self, verb: str, reason: str) -> str:
-        size_bytes = self.skipped_bytes[reason] if verb == "skipped" else 0
-        return f" ({size_bytes / 1e6:,.2f} MB)" if size_bytes >= 10_000 else ""
-
     def why(self) -> str:
         """Returns what was skipped in brackets, as a part of an error's single line."""
         exceptions = "; ".join(self._exceptions())
@@ -105,10 +110,14 @@ class Summary:
 
     def _exceptions(self) -> list[str]:
         lines = [
-            f"{verb} {count:,} × {reason}{self._size(verb, reason)}: "
+            f"{verb} {count:,} × {reason}{share(reason)}: "
             + ", ".join(self.examples[reason])
             + (", …" if count > len(self.examples[reason]) else "")
-            for verb, counts in (("skipped", self.skipped), ("warning:", self.repaired))
+            for verb, counts, share in (
+                ("skipped", self.skipped, self._size),
+                ("warning: left out", self.lost, self._share),
+                ("warning:", self.repaired, lambda _: ""),
+            )
             for reason, count in sorted(counts.items())
         ]
         if self.other_extensions:
@@ -119,6 +128,13 @@ class Summary:
                 + (", …" if len(self.other_extensions) > len(common) else "")
             )
         return lines
+
+    def _size(self, reason: str) -> str:
+        size_bytes = self.skipped_bytes[reason]
+        return f" ({size_bytes / 1e6:,.2f} MB)" if size_bytes >= 10_000 else ""
+
+    def _share(self, reason: str) -> str:
+        return f" ({self.lost[reason] / max(self.records, 1):.2%} of all records)"
 
 
 def shown(path: str) -> str:

@@ -1,7 +1,8 @@
 """Random access to the windows of tokens that lie in runs of the token cache.
 
 A token that is no target is written as ``~token``, which is negative: one array carries both. The
-first token of a window is no target anyway.
+first token of a window is no target anyway. A separator is a target where the token before it is
+one and ends its document: behind a prompt without an answer nothing is learnt, not even to stop.
 """
 
 import bisect
@@ -29,13 +30,30 @@ class Windows(Protocol):
 class _Cache:
     """The cache's tokens, those that are no targets as ``~token``."""
 
-    def __init__(self, tokens: Flat, learn: Flat | None):
-        self._tokens, self._learn = tokens, learn
+    def __init__(self, tokens: Flat, learn: Flat | None, eot_id: int):
+        self._tokens, self._learn, self._eot_id = tokens, learn, eot_id
 
     def copy(self, start: int, stop: int, out: np.ndarray) -> None:
         out[:] = self._tokens[start:stop]
         if self._learn is not None:
-            np.invert(out, out=out, where=self._learn[start:stop] == 0)
+            learn = self._learn[start:stop] != 0
+            for at in np.flatnonzero(out == self._eot_id).tolist():
+                learn[at] = start + at > 0 and self._is_learnt(start + at - 1)
+            np.invert(out, out=out, where=~learn)
+
+    def separator(self, end: int) -> int:
+        """Returns the separator behind a stretch that ends at ``end``, as a window has it."""
+        is_target = self._learn is None or (self._ends_document(end) and self._is_learnt(end - 1))
+        return self._eot_id if is_target else ~self._eot_id
+
+    def _is_learnt(self, position: int) -> bool:
+        """Says whether a token of a text is a target; a separator there has no text behind it."""
+        assert self._learn is not None
+        here = slice(position, position + 1)
+        return bool(self._learn[here][0]) and int(self._tokens[here][0]) != self._eot_id
+
+    def _ends_document(self, end: int) -> bool:
+        return end == len(self._tokens) or int(self._tokens[end : end + 1][0]) == self._eot_id
 
 
 class PackedWindows:
@@ -56,7 +74,7 @@ class PackedWindows:
         """
         self.seq_len = seq_len
         self.stream_tokens = stream_tokens(runs)
-        self._cache = _Cache(tokens, learn)
+        self._cache = _Cache(tokens, learn, eot_id)
         self._eot_id = eot_id
         # Plain integers: ten times faster than numpy's in the loop of `_read`.
         self._runs: list[tuple[int, int]] = [(start, end) for start, end in runs.tolist()]
@@ -82,8 +100,8 @@ class PackedWindows:
             count = min(run_end - run_start - skip, len(out) - filled)
             first = run_start + skip
             self._cache.copy(first, first + count, out[filled : filled + count])
-            if skip == 0:
-                out[filled] = self._eot_id
+            if skip == 0:  # the first of all has no document before it, and is no target anyway
+                out[filled] = self._cache.separator(self._runs[run - 1][1]) if run else self._eot_id
             filled += count
             run += 1
         return out
@@ -99,7 +117,7 @@ class DocumentWindows:
         """Args as of ``PackedWindows``, each run a document or a part of one."""
         self.seq_len = seq_len
         self.stream_tokens = stream_tokens(runs)
-        self._cache = _Cache(tokens, learn)
+        self._cache = _Cache(tokens, learn, eot_id)
         self._eot_id, self._runs = eot_id, runs
         # A run of n tokens with its marker has as many targets: the last one is the marker behind.
         windows_r = -(-(runs[:, 1] - runs[:, 0]) // seq_len)
@@ -120,7 +138,7 @@ class DocumentWindows:
         if first == start:
             out[0] = self._eot_id
         if count < len(out):
-            out[count] = self._eot_id
+            out[count] = self._cache.separator(end)
         return out
 
 

@@ -1,4 +1,4 @@
-"""Conversations as the text that models are trained on (``data.records``).
+"""Conversations as the text that models are trained on (``data.chats``).
 
 user: How much is 1 + 1?
 
@@ -8,7 +8,7 @@ assistant: It is 2.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mamba_jax.data.records import chat_text
+from mamba_jax.data.chats import chat_text
 from mamba_jax.errors import UserError
 
 ANSWER = "assistant:"  # what the model goes on from, with a space and its answer

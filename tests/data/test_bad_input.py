@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 
 from mamba_jax.data import decode, sources
+from mamba_jax.data.records import CHAT_NOT_UNDERSTOOD, LOOSE
 from mamba_jax.errors import UserError
 from tests.data.conftest import words
 from tests.data.reading import read_folder
@@ -48,7 +49,7 @@ class Case:
       name: of the case.
       files: name → bytes, text, or what makes it.
       texts: of the documents that come with the good one's, in order.
-      skipped, repaired: of the summary.
+      skipped, lost, repaired: of the summary.
       says: a part of one of the summary's lines.
     """
 
@@ -57,6 +58,7 @@ class Case:
     files: dict[str, bytes | str | Make]
     texts: list[str] = dataclasses.field(default_factory=list)
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    lost: dict[str, int] = dataclasses.field(default_factory=dict)
     repaired: dict[str, int] = dataclasses.field(default_factory=dict)
     says: str = ""
 
@@ -84,9 +86,10 @@ def empty(name: str, data: bytes) -> Case:
     return Case(EMPTY, name, {"bad.md": data}, skipped={"empty": 1}, says="skipped 1 × empty")
 
 
-def values(name: str, data: str, *expected: str) -> Case:
+def values(name: str, data: str, *expected: str, **counts: dict[str, int]) -> Case:
     files: dict = {"a.json": data, "b.JSONL": data.replace("one", "eins")}
-    return Case(JSON, name, files, [*expected, *(t.replace("one", "eins") for t in expected)])
+    texts = [*expected, *(text.replace("one", "eins") for text in expected)]
+    return Case(JSON, name, files, texts, **counts)
 
 
 def no_text(data: str) -> Case:
@@ -97,6 +100,15 @@ def no_text(data: str) -> Case:
 def broken(name: str, data: str, line: int) -> Case:
     skipped = {"broken JSON": 1}
     return Case(BROKEN, name, {"bad.json": data}, skipped=skipped, says=f"/bad.json:{line}")
+
+
+def lines(name: str, data: str, line: int) -> Case:
+    """Lines of which one is broken."""
+    says = "warning: left out 1 × broken JSON line (33.33% of all records): "
+    lost = {"broken JSON line": 1}
+    return Case(
+        BROKEN, f"line: {name}", {f"at {line}.json": data}, ["b", "d"], lost=lost, says=says
+    )
 
 
 def chat(*turns: dict) -> str:
@@ -167,13 +179,25 @@ CASES = [
     values("an array", '[{"text": "one"}, {"text": null}, null, 3, "two"]', "one", "two"),
     values("lines", '{"text": "one"}\n\n{"text": "two"}\r\n', "one", "two"),
     values("lines of arrays", '["one", "two"]\n["three"]\n', "one\n\ntwo", "three"),
-    values("nested", '{"a": ["one", {"b": "y"}], "n": 1.5, "c": [null, "z"]}', "one\n\ny\n\nz"),
+    values(
+        "nested",
+        '{"a": ["one", {"b": "y"}], "n": 1.5, "c": [null, "z"]}',
+        "one\n\ny\n\nz",
+        repaired={LOOSE: 2},
+    ),
     values(
         "messages",
         chat({"role": "user", "content": "one"}, {"role": "bot", "content": "yo"}),
         "user: one\n\nassistant: yo",
     ),
-    values("odd messages", chat({"role": "one", "content": None}, "odd"), "one\n\nodd"),  # type: ignore[arg-type]
+    Case(
+        JSON,
+        "odd messages",
+        {"a.jsonl": json.dumps({"id": 1, "messages": [{"role": "one", "content": None}, "odd"]})},
+        skipped={"JSON without text": 1},
+        lost={CHAT_NOT_UNDERSTOOD: 1},
+        says=f"warning: left out 1 × {CHAT_NOT_UNDERSTOOD} (100.00% of all records): ",
+    ),
     values("huge numbers", '[{"n": %s, "s": "one"}]' % ("9" * 5_000), "one"),
     values("NaN", '{"s": "one"}\n{"n": NaN, "s": "inf"}', "one", "inf"),
     values("lone surrogates", '{"text": "one \\ud800 half"}', "one \ufffd half"),
@@ -184,11 +208,13 @@ CASES = [
     broken("array", '[\n{"a": "b"},\n{"c": ', 3),
     broken("array without end", '["a",\n"b"\n', 3),
     broken("a comma too many", '["a",\n]', 2),
-    broken("lines", '{"a": "b"}\n{"c": "d"}\n{"e": "f', 3),
+    lines("cut off", '{"a": "b"}\n{"c": "d"}\n{"e": "f', 3),
     broken("more behind it", '{"a":\n"b"}\n{"c":\n"d"}', 3),
     broken("prose", "not json", 1),
     broken("deep", DEEP, 1),
-    broken("deep line", '{"a": "b"}\n' + '{"a":' * 100_000 + "1" + "}" * 100_000, 2),
+    lines("deep", '{"a": "b"}\n{"c": "d"}\n' + '{"a":' * 100_000 + "1" + "}" * 100_000, 3),
+    lines("the first", '{"a" "b"}\n{"a": "b"}\n{"c": "d"}\n', 1),
+    broken("most lines, from the first on", '{"a" "b"}\n{"a": "b"}\n{"c"\n', 1),
     broken("deep in an array", f'["a",\n"b",\n{DEEP}]', 3),
     Case(
         NAMES,
@@ -225,11 +251,12 @@ def test_what_comes_out(case, folder):
     texts, summary = read_folder(folder)
     assert sorted(texts) == sorted({"good text", *case.texts})
     assert summary.skipped == case.skipped
+    assert summary.lost == case.lost
     assert summary.repaired == case.repaired
-    lines = "\n".join(summary.lines())
-    assert case.says in lines
+    told = "\n".join(summary.lines())
+    assert case.says in told
     for reason in case.skipped:
-        assert f"× {reason}" in lines
+        assert f"× {reason}" in told
 
 
 # --- lines that are no single file ----------------------------------------------------------------

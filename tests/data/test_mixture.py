@@ -1,6 +1,7 @@
 """Several sources: shares, the split over all, and the same batches again whatever happens."""
 
 import hashlib
+import itertools
 import json
 from itertools import islice
 
@@ -150,6 +151,40 @@ def test_of_prompts_and_answers_the_answers_are_learnt(make, tmp_path):
     assert not any(97 <= target <= 122 for target in targets)
     hidden = [t for i in range(len(corpus.train)) for t in corpus.train[i].tolist() if t < 0]
     assert len(hidden) > 100 and not any(~t == ord("Z") for t in hidden)
+
+
+@pytest.mark.parametrize("window", ["packed", "concat", "document"])
+def test_behind_a_document_without_an_answer_nothing_is_learnt(make, tmp_path, window):
+    """Not even the separator: the model would learn to stop after a prompt."""
+    row = lambda i: {"prompt": words(5, f"d{i}-"), "completion": "Z" * 9 if i % 4 == 0 else ""}
+    lines = [json.dumps(row(i)) for i in range(80)]
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "ZZ"}]
+    lines += [
+        json.dumps({"messages": [*turns, {"role": "user", "content": f"{i}"}]}) for i in range(9)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus = make(tmp_path / "a.jsonl", loss_on="answer", window=window, eval_fraction=0.3)
+    kept = 0
+    for one in (*corpus.train, *(corpus.eval[i] for i in range(len(corpus.eval)))):
+        for before, target in itertools.pairwise(one.tolist()):
+            assert target != 256 or before in (ord("Z"), ~ord("Z"))
+            kept += target == 256
+            if target == ~256 and before in (ord("Z"), 256):
+                assert window == "document" and before == 256  # padding
+    assert 15 <= kept <= 20
+    warning = next(line for line in make.log if line.startswith("warning:"))
+    assert warning.startswith(
+        'warning: 60 × record without an answer: no target with loss_on="answ'
+    )
+
+
+def test_records_without_any_answer_are_refused(make, tmp_path):
+    lines = (f'{{"prompt": "{words(40, f"d{i}-")}", "completion": null}}' for i in range(40))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        UserError, match=r"no record of .* has an answer \(warning: 40 × record with"
+    ):
+        make(tmp_path / "a.jsonl", loss_on="answer", seq_len=8)
 
 
 def test_a_config_with_a_mixture_survives_json_and_the_command_line():

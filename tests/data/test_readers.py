@@ -15,7 +15,7 @@ from mamba_jax.data import decode, json_records, readers, text_cuts
 from mamba_jax.data.decode import Skip, probe, read_text
 from mamba_jax.data.json_records import read_values
 from mamba_jax.data.readers import is_readable, pieces
-from mamba_jax.data.records import parts_of_record, parts_of_row
+from mamba_jax.data.records import document_of
 from mamba_jax.data.summary import Summary
 from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.errors import UserError
@@ -184,31 +184,54 @@ def test_every_layout_reads_as_a_parser_of_the_whole_would(records, layout, inde
         records = records[:1]
     if layout != "array" and len(records) == 1 and isinstance(records[0], list):
         records = records[0]  # a single array is its elements, however it lies
-    read_back = list(read_values(chunks(text, size)))
-    assert read_back == [json.loads(json.dumps(r), parse_int=float) for r in records]
+    lost = []
+    read_back = list(read_values(chunks(text, size), lambda *line: lost.append(line)))
+    assert not lost and read_back == [json.loads(json.dumps(record)) for record in records]
 
 
 @settings(max_examples=300, deadline=None)
-@given(records=st.lists(values, min_size=1, max_size=4), lines=st.booleans(), data=st.data())
-def test_json_that_breaks_off_gives_nothing_or_what_it_says(records, lines, data):
-    whole = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
-    text = whole[: data.draw(st.integers(0, len(whole)))]
-    size = data.draw(st.integers(1, 20))
+@given(
+    value=st.lists(values, min_size=1, max_size=4),
+    indent=st.sampled_from([None, 1]),
+    data=st.data(),
+)
+def test_an_array_that_breaks_off_gives_nothing(value, indent, data):
+    whole = json.dumps(value, indent=indent)
+    text = whole[: data.draw(st.integers(1, len(whole) - 1))]
+    with pytest.raises(Skip, match="broken JSON") as skip:
+        list(read_values(chunks(text, data.draw(st.integers(1, 20))), lambda *_: None))
+    assert 1 <= skip.value.line <= text.count("\n") + 1
+
+
+def parsed(line: str) -> list:
+    """Returns [value] of a line, [] of one that is broken or blank."""
     try:
-        expected = json.loads(text, parse_int=float)
-        expected = expected if isinstance(expected, list) else [expected]
+        return [json.loads(line)]
     except ValueError:
-        try:
-            expected = [json.loads(t, parse_int=float) for t in text.split("\n") if t.strip()]
-        except ValueError:
-            expected = []
-    got = []
-    try:
-        for value in read_values(chunks(text, size)):
-            got.append(value)
-    except Skip as skip:
-        assert not got and skip.reason == "broken JSON" and 1 <= skip.line <= len(records)
-    assert got == expected
+        return []
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    records=st.lists(values.filter(lambda v: not isinstance(v, list)), min_size=2, max_size=6),
+    junk=st.lists(
+        st.sampled_from(['{"text": "cut sho', "prose", "}", "{'a': 1}", "[1, 2"]), max_size=6
+    ),
+    first=st.booleans(),
+    data=st.data(),
+)
+def test_of_lines_the_broken_ones_alone_are_left_out(records, junk, first, data):
+    """Also where the first is broken, as long as most are sound."""
+    good = [json.dumps(record) for record in records]
+    junk = junk[: len(good) - 1]
+    lines = data.draw(st.permutations(good[not first :] + junk))
+    lines = ([] if first else good[:1]) + list(lines)
+    lost = []
+    source = chunks("\n".join(lines), data.draw(st.integers(1, 30)))
+    read_back = list(read_values(source, lambda reason, line: lost.append((reason, line))))
+    assert read_back == [value for line in lines for value in parsed(line)]
+    broken = [number for number, line in enumerate(lines, 1) if not parsed(line)]
+    assert lost == [("broken JSON line", number) for number in broken]
 
 
 @pytest.mark.parametrize(
@@ -216,8 +239,8 @@ def test_json_that_breaks_off_gives_nothing_or_what_it_says(records, lines, data
 )
 @pytest.mark.parametrize("size", range(1, 9))
 def test_numbers_and_words_are_not_cut_by_the_end_of_a_block(text, size):
-    read_back = list(read_values(chunks(text, size)))
-    assert str(read_back) == str(json.loads(text, parse_int=float))
+    read_back = list(read_values(chunks(text, size), lambda *_: None))
+    assert str(read_back) == str(json.loads(text))
 
 
 def test_one_value_that_is_too_large_is_left_out(tmp_path, monkeypatch):
@@ -226,23 +249,27 @@ def test_one_value_that_is_too_large_is_left_out(tmp_path, monkeypatch):
     large = json.dumps({"text": "x" * (2 << 20)})
     small = json.dumps({"text": "y"})
     path = tmp_path / "a.json"
-    for text, line in ((f"{small}\n{large}", 2), (f"[\n{small},\n{large}]", 3), (large, 1)):
+    reason = "a JSON value of more than 1 million characters"
+    for text, line in ((f"[\n{small},\n{large}]", 3), (large, 1)):
         path.write_text(text)
         texts, summary = read(path)
-        assert texts == [] and list(summary.skipped) == [
-            "a JSON value of more than 1 million characters"
-        ]
-        assert summary.examples.popitem()[1] == [f"{path}:{line}"]
+        assert texts == [] and summary.skipped == {reason: 1}
+        assert summary.examples == {reason: [f"{path}:{line}"]}
+    path.write_text(f"{small}\n{large}\n{small}")  # a line is left out alone
+    texts, summary = read(path)
+    assert texts == ["y", "y"] and summary.lost == {reason: 1} and not summary.skipped
+    assert summary.examples == {reason: [f"{path}:2"]}
 
 
-@pytest.mark.parametrize("layout", ["lines", "array", "text", "lines.gz"])
+@pytest.mark.parametrize("layout", ["lines", "broken lines", "array", "text", "lines.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(readers, "_MOST_HELD_CHARACTERS", 1 << 17)
     monkeypatch.setattr(text_cuts, "_PIECE_CHARACTERS", 1 << 16)
     record = json.dumps({"text": "some words " * 100}) + "\n"
     record = record[:-1] + ",\n" if layout == "array" else record
-    data = (record * 8_000).encode()  # 9 MB
+    record += record[:-3] + "\n" if layout == "broken lines" else ""
+    data = (record * 8_000).encode()  # 9 MB, or twice as much
     if layout == "array":
         data = b"[" + data[:-2] + b"]"
     name = {"text": "a.txt", "lines.gz": "a.jsonl.gz"}.get(layout, "a.json")
@@ -257,68 +284,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     assert peak < 3_000_000
 
 
-# --- what is learnt -------------------------------------------------------------------------------
-
-
-def test_the_answers_of_a_chat_are_learnt():
-    chat = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "1 + 1?"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": [{"type": "text", "text": "and"}, {"type": "image"}, "2 + 2?"]},
-        {"role": "assistant", "content": None, "tool_calls": []},
-        {"role": "tool", "content": "4.0"},
-        {"role": "Assistant", "content": "4"},
-    ]
-    assert parts_of_record({"id": "x", "messages": chat}) == [
-        ("system: Be brief.\n\nuser: 1 + 1?\n\nassistant:", False),
-        (" 2", True),
-        ("\n\nuser: and\n2 + 2?\n\ntool: 4.0\n\nassistant:", False),
-        (" 4", True),
-    ]
-
-
-def test_turns_with_from_and_value_are_rendered_alike():
-    old = [
-        {"from": "system", "value": "s"},
-        {"from": "human", "value": "q"},
-        {"from": "gpt", "value": "a"},
-    ]
-    new = [
-        {"role": role, "content": turn["value"]}
-        for role, turn in zip(("system", "user", "assistant"), old, strict=True)
-    ]
-    expected = [("system: s\n\nuser: q\n\nassistant:", False), (" a", True)]
-    assert parts_of_record({"conversations": old}) == expected
-    assert parts_of_record({"messages": new}) == expected
-    assert parts_of_row({"conversations": old}, ("conversations",)) == expected
-
-
-def test_a_chat_without_content_is_blank_and_what_is_no_chat_gives_its_strings():
-    assert parts_of_record({"messages": [{"role": "user", "content": None}]}) == []
-    odd = {"messages": [{"role": "user", "content": None}, "odd"]}
-    assert parts_of_record(odd) == [("user\n\nodd", True)]
-    assert parts_of_record({"messages": [{"role": "user"}]}) == [("user", True)]
-
-
-def test_halves_of_characters_are_joined_or_replaced():
-    halves = "\ud83d\ude00 \ud800"
-    assert parts_of_record({"text": halves}) == parts_of_record([halves]) == [("😀 \ufffd", True)]
-    assert parts_of_row({"a": halves}, ("a",)) == [("😀 \ufffd", True)]
-
-
-def test_of_several_columns_the_last_is_the_answer():
-    row = {"a": "x ", "b": "\n", "c": 3, "d": ["z", None]}
-    assert parts_of_row(row, ("a", "b", "c", "d")) == [("x \n\n3", False), ("\n\nz", True)]
-    assert parts_of_row(row, ("a",)) == [("x ", True)]
-    assert parts_of_row({"q": None, "a": "only"}, ("q", "a")) == [("only", True)]
-
-
-def test_the_answer_of_a_record_under_usual_keys_is_learnt():
-    record = {"id": "7", "answer": "a", "question": "q", "more": "m"}
-    assert parts_of_record(record) == [("7", False), ("\n\na", True), ("\n\nq\n\nm", False)]
-    assert parts_of_record({"a": "x", "b": ["y", {"c": "z"}]}) == [("x\n\ny\n\nz", True)]
-    assert parts_of_record({"text": "t", "question": "q", "answer": "a"}) == [("t", True)]
+# --- pieces and tokens ----------------------------------------------------------------------------
 
 
 word = st.from_regex(r"[a-zA-Z0-9.,?!'é日_-]{1,8}", fullmatch=True)
@@ -331,7 +297,7 @@ sentence = st.lists(word, min_size=1, max_size=6).map(" ".join)
 def test_cuts_between_turns_change_no_token(turns):
     chat = [{"role": role, "content": content} for role, content in turns]
     tokens = load_tokenizer("gpt2").encode
-    parts = [text for text, _ in parts_of_record({"messages": chat})]
+    parts = [text for text, _ in document_of({"messages": chat}).parts]
     assert np.concatenate([tokens(text) for text in parts]).tolist() == (
         tokens("".join(parts)).tolist()
     )
@@ -414,12 +380,12 @@ def test_damaged_parquet_gives_nothing(tmp_path):
 
 
 def test_a_file_that_changes_meanwhile_ends_the_reading(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "x" * 1_000}) + "\n" + '{"text": "y"}\n' * 200_000)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "x" * 1_000}, *[{"text": "y"}] * 200_000]))
     reading = pieces(str(path), Summary(""))
     assert next(reading).text == "x" * 1_000
     with open(path, "r+b") as file:
         file.seek(2_500_000)
         file.write(b"{{{{")
-    with pytest.raises(UserError, match=r"a\.jsonl changed while it was read; start again"):
+    with pytest.raises(UserError, match=r"a\.json changed while it was read; start again"):
         list(reading)

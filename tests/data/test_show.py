@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from mamba_jax.data.show import show_window
+from mamba_jax.data.show import documents_begun, show_window
 from mamba_jax.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -62,3 +62,27 @@ def test_characters_cut_by_the_window_are_replaced():
 def test_one_token_of_padding_is_padding():
     shown = show_window(window_of(EOT, ids("ab"), EOT, ~EOT), BYTES, {}, colour=False)
     assert shown == "⟦document⟧ab⟦document⟧⟦padding: 1 tokens⟧"
+
+
+def test_a_separator_that_is_no_target_is_no_padding():
+    window = window_of(
+        EOT,
+        ids("ask", learnt=False),
+        ~EOT,
+        ids("q?", learnt=False),
+        ids(" a"),
+        ~EOT,
+        ids("z"),
+        ~EOT,
+    )
+    assert show_window(window, BYTES, {}, colour=False) == (
+        "⟦document⟧⟦not learnt:⟧ask⟦document⟧q?⟦learnt:⟧ a⟦not learnt:⟧⟦document⟧⟦learnt:⟧z"
+        "⟦not learnt:⟧⟦document⟧⟦learnt:⟧"
+    )
+    assert documents_begun(window, EOT) == 4
+    padded = window_of(window, ~EOT, ~EOT)
+    assert show_window(padded, BYTES, {}, colour=False).endswith(
+        "⟦learnt:⟧z⟦not learnt:⟧⟦document⟧⟦learnt:⟧⟦padding: 2 tokens⟧"
+    )
+    assert documents_begun(padded, EOT) == 4
+    assert documents_begun(WINDOW, EOT) == 3

@@ -1,5 +1,7 @@
 """PackedWindows against a stream laid out in full."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,62 @@ def test_targets_that_are_not_learnt_are_written_inverted():
     windows = PackedWindows(Flat([tokens]), np.array([[0, 20]]), 9, EOT, Flat([learn]))
     assert windows[0].tolist() == [EOT, 1, 2, ~3, 4, 5, 6, ~7, 8, 9]
     assert targets_of(windows) == [i for i in range(1, 19) if i not in (3, 7)]
+
+
+# (text, learnt) of the documents in the cache: answered ones, prompts alone, one without a token,
+# and some that end in a prompt.
+CACHED = [
+    ([1, 2, 3], [0, 0, 1]), ([4, 5], [0, 0]), ([], []), ([6, 7, 8], [0, 1, 0]),
+    ([9, 10, 11, 12, 13, 14], [0, 0, 1, 1, 1, 0]), ([15, 16], [1, 1]), ([17], [0]), ([18], [1]),
+]  # fmt: skip
+CACHED_TOKENS = np.array([t for text, _ in CACHED for t in (EOT, *text)], np.uint16)
+CACHED_LEARN = np.array([x for _, mask in CACHED for x in (1, *mask)], np.uint8)
+STARTS = np.cumsum([0] + [len(text) + 1 for text, _ in CACHED]).tolist()
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "chosen",
+    [[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 5, 7], [1, 5, 6], [7, 5], [3, 0, 6, 0, 2, 0]],
+    ids=str,
+)
+def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards):
+    edges = STARTS if shards == 3 else [0, len(CACHED_TOKENS)]
+    cut = lambda array: Flat([array[a:b] for a, b in itertools.pairwise(edges)])
+    tokens, learn = cut(CACHED_TOKENS), cut(CACHED_LEARN)
+    # Documents that follow one another in the cache are one run.
+    runs = [[STARTS[number], STARTS[number + 1]] for number in chosen]
+    for index in range(len(runs) - 1, 0, -1):
+        if runs[index][0] == runs[index - 1][1]:
+            runs[index - 1 : index + 1] = [[runs[index - 1][0], runs[index][1]]]
+    expected = []
+    for number in chosen:
+        text, mask = CACHED[number]
+        expected += [t for t, is_learnt in zip(text, mask, strict=True) if is_learnt]
+        expected += [EOT] if mask and mask[-1] else []
+    windows = PackedWindows(tokens, np.array(runs), seq_len, EOT, learn)
+    total = sum(len(CACHED[number][0]) + 1 for number in chosen)
+    left_over = total - 1 - len(windows) * seq_len  # targets that fill no window
+    stream = [t for number in chosen for t in (EOT, *CACHED[number][0])]
+    mask = [x for n in chosen for x in (*CACHED[n][1], int(CACHED[n][1][-1:] == [1]))][: total - 1]
+    kept = zip(stream[1:], mask, strict=True)
+    packed = [t for t, is_learnt in list(kept)[: total - 1 - left_over] if is_learnt]
+    assert targets_of(windows) == packed
+    each = np.array([[STARTS[number], STARTS[number + 1]] for number in chosen])
+    assert targets_of(DocumentWindows(tokens, each, seq_len, EOT, learn)) == expected
+
+
+def test_no_separator_is_a_target_where_a_document_is_cut():
+    """Though the token before it is: the answer does not end there."""
+    tokens, learn = Flat([np.array([EOT, 1, 2, 3, 4, EOT, 5])]), Flat([np.ones(7, np.uint8)])
+    runs = np.array([[0, 3], [5, 7]])
+    window = PackedWindows(tokens, runs, 4, EOT, learn)[0]
+    assert window.tolist() == [EOT, 1, 2, ~EOT, 5]
+    whole = PackedWindows(tokens, runs, 4, EOT)[0]  # every token is a target
+    assert whole.tolist() == [EOT, 1, 2, EOT, 5]
+    window = DocumentWindows(tokens, runs[:1], 4, EOT, learn)[0]
+    assert window.tolist() == [EOT, 1, 2, ~EOT, ~EOT]
 
 
 @pytest.mark.parametrize("seq_len", [1, 4, 5, 6, 50])
