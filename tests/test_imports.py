@@ -48,10 +48,8 @@ ALLOWED = {
     "doctor": {"training", "config"},
     "sweeps": {"launching", "training", "config"},
     "reports": {"tables", "models", "data", "training", "launching", "config", "presets"},
-    "dry_run": {
-        *("arguments", "config", "presets", "modules", "models", "data", "parallel", "training"),
-        "estimator",
-    },
+    "starting": {"config", "modules", "models", "data", "parallel", "training", "estimator"},
+    "dry_run": {"starting", "arguments", "config", "presets", "models", "data", "training"},
 }
 
 
