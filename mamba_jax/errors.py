@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mamba_jax.paths import expand_arguments
+
 
 class UserError(Exception):
     """A mistake of the user's or a fault of their machine.
@@ -51,12 +53,15 @@ def reader_has_gone() -> None:
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
-    """Wraps a command's ``main(argv) -> exit status``: what a user can mend is one line and 2."""
+    """Wraps a command's ``main(argv) -> exit status``: what a user can mend is one line and 2.
+
+    Its ``argv`` has the home folder in place of ``~``.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         try:
-            return main(sys.argv[1:] if argv is None else argv)
+            return main(expand_arguments(sys.argv[1:] if argv is None else argv))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -27,11 +27,12 @@ COMMANDS = {
 }
 # Who may import whom, besides itself and errors.
 ALLOWED = {
-    "errors": set(),
+    "paths": set(),
+    "errors": {"paths"},
     "tables": set(),
     "presets": set(),
     "ops": set(),
-    "config": {"presets", "config_checks"},
+    "config": {"paths", "presets", "config_checks"},
     "config_checks": {"config"},  # for its types alone
     "modules": {"ops", "config"},
     "models": {"modules", "ops", "config", "presets"},

@@ -1,6 +1,8 @@
 """Whether a dataset can be reached, and what its library's errors mean, in one line each."""
 
 import contextlib
+import csv
+import json
 import os
 import pathlib
 import re
@@ -10,6 +12,7 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from mamba_jax.errors import UserError, shortly
 
@@ -68,9 +71,11 @@ def library_errors(name: str) -> Iterator[None]:
 def _explained(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # the library wraps the cause of a failed build
     words = shortly(cause)
+    kinds = {kind.__name__ for link in (error, cause) for kind in type(link).__mro__}
+    if "CastError" in kinds:
+        return _different_columns(name, cause)
     if os.path.isdir(name):
         return f"dataset {name} cannot be loaded: {words}"
-    kinds = {kind.__name__ for link in (error, cause) for kind in type(link).__mro__}
     if "GatedRepoError" in kinds or "gated dataset" in str(error):
         return (
             f"dataset {name} is gated: accept its terms on https://huggingface.co/datasets/{name}, "
@@ -87,6 +92,43 @@ def _explained(name: str, error: Exception) -> str:
     }:
         return f"dataset {name}: the Hugging Face Hub is out of reach ({words}); try again later"
     return f"dataset {name} cannot be loaded: {words}"
+
+
+def _different_columns(name: str, error: Any) -> str:
+    """Returns the error's line for files that the library cannot join to one table."""
+    what = f"dataset {name} cannot be loaded: its files have different columns"
+    if not os.path.isdir(name):
+        expected, found = (
+            ", ".join(columns)
+            for columns in (error.requested_column_names, error.table_column_names)
+        )
+        return f"{what} ({expected}; then {found}): load a part of it by --dataset_config"
+    kinds = {}  # columns → the first file that has them
+    for path in sorted(pathlib.Path(name).rglob("*")):
+        with contextlib.suppress(OSError, ValueError, ImportError):
+            kinds.setdefault(_columns_of(path), path.relative_to(name))
+    kinds.pop((), None)
+    shown = "; ".join(f"{path}: {', '.join(columns)}" for columns, path in kinds.items())
+    return (
+        f"{what} ({shown}): give all files the same columns, or read each by its own with "
+        f"--data_dir {name} in place of --dataset (.json, .jsonl, .parquet)"
+    )
+
+
+def _columns_of(path: pathlib.Path) -> tuple[str, ...]:
+    """Returns the columns of a file: of JSON lines and CSV those of the first line."""
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return tuple(parquet.read_schema(path).names)
+    if path.suffix in (".csv", ".tsv"):
+        with path.open(newline="") as file:
+            return tuple(next(csv.reader(file, "excel" if path.suffix == ".csv" else "excel-tab")))
+    if path.suffix in (".json", ".jsonl"):
+        with path.open() as file:
+            record = json.loads(file.readline())
+        return tuple(record) if isinstance(record, dict) else ()
+    return ()
 
 
 def moved(name: str) -> str:

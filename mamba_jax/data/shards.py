@@ -10,6 +10,7 @@ lies there as ``<eot> tokens``. Shapes: t tokens of a shard, d its documents.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import mmap
 import os
@@ -78,10 +79,12 @@ class Shard:
         return _map(self.folder / "learn.bin", "uint8") if has_mask else None
 
     def documents(self) -> dict[str, np.ndarray]:
-        """Returns ``start_d`` (of the markers), ``end_d``, ``bytes_d``: int64; ``digest_dk``: uint8
-        (d, 16), of the text."""
+        """Returns ``start_d`` (of the markers), ``end_d``, ``bytes_d``: int64; ``digest_dk`` of the
+        text and ``lines_dk`` of its lines (``_Lines``): uint8 (d, 16)."""
         with np.load(self.folder / "index.npz") as arrays:
-            return dict(arrays)
+            index = dict(arrays)
+        # Shards of earlier versions know only the text.
+        return {"lines_dk": index["digest_dk"]} | index
 
     def damage(self, blocks: int) -> str:
         """Says what is wrong; "" if nothing is.
@@ -149,6 +152,29 @@ def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
     return np.frombuffer(mapped, dtype)
 
 
+class _Lines:
+    """Hashes the lines of a document, however they end: CRLF, CR or LF, and the last one or not."""
+
+    def __init__(self):
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._ends = io.IncrementalNewlineDecoder(None, translate=True)
+        self._held = 0  # line ends that are the document's last if nothing follows
+
+    def update(self, text: str) -> None:
+        self._add(self._ends.decode(text))
+
+    def _add(self, text: str) -> None:
+        if lines := text.rstrip("\n"):
+            self._digest.update(b"\n" * self._held)
+            self._digest.update(lines.encode("utf-8", "surrogatepass"))
+            self._held = 0
+        self._held += len(text) - len(lines)
+
+    def digest(self) -> bytes:
+        self._add(self._ends.decode("", final=True))
+        return self._digest.digest()
+
+
 class Builder:
     """Writes one shard, part by part; a context manager that leaves nothing half-written."""
 
@@ -170,6 +196,7 @@ class Builder:
         self._ends: list[int] = []
         self._bytes: list[int] = []
         self._digests: list[bytes] = []
+        self._lines: list[bytes] = []
         self._position = 0
         self.text_bytes = 0  # of all documents
 
@@ -196,37 +223,39 @@ class Builder:
           OSError: if the disk is full.
           UserError: if the part changed while it was read.
         """
-        first, summary, digest = len(self._starts), Summary(""), None
+        first, summary, digest, lines = len(self._starts), Summary(""), None, _Lines()
         encoder, learn = self._tokenizer.document_encoder(), True
         for piece in part.pieces(summary):
             if piece.begins or piece.learn != learn:
                 self._write_tokens(encoder.cut(), learn)
                 learn = piece.learn
             if piece.begins:
-                self._end_document(digest)
+                self._end_document(digest, lines)
                 encoder = self._tokenizer.document_encoder()
-                digest = hashlib.blake2b(digest_size=16)
+                digest, lines = hashlib.blake2b(digest_size=16), _Lines()
                 self._starts.append(self._position)
                 self._bytes.append(0)
                 self._write(self._eot, 1, True)
             assert digest is not None, f"{part.name}: its first piece begins no document"
             encoded = piece.text.encode("utf-8", "surrogatepass")
             digest.update(encoded)
+            lines.update(piece.text)
             self._bytes[-1] += len(encoded)
             self._write_tokens(encoder.push(piece.text), learn)
             self.text_bytes += len(encoded)
             progress(len(encoded))
         self._write_tokens(encoder.cut(), learn)
-        self._end_document(digest)
+        self._end_document(digest, lines)
         if part.key() != key:
             raise UserError(f"{part.name} changed while it was read; start again")
         count = len(self._starts) - first
         self._parts[key] = (first, count, summary.to_json(), part.name)
 
-    def _end_document(self, digest: Any) -> None:
+    def _end_document(self, digest: Any, lines: "_Lines") -> None:
         if digest is not None:
             self._ends.append(self._position)
             self._digests.append(digest.digest())
+            self._lines.append(lines.digest())
 
     def _write_tokens(self, tokens: np.ndarray, learn: bool) -> None:
         self._write(tokens.astype(self._dtype).tobytes(), len(tokens), learn)
@@ -257,6 +286,7 @@ class Builder:
             "end_d": np.array(self._ends, np.int64),
             "bytes_d": np.array(self._bytes, np.int64),
             "digest_dk": np.frombuffer(b"".join(self._digests), np.uint8).reshape(-1, 16),
+            "lines_dk": np.frombuffer(b"".join(self._lines), np.uint8).reshape(-1, 16),
         }
         np.savez(self._aside / "index.npz", **columns)
         index_hash = xxhash.xxh3_64_hexdigest((self._aside / "index.npz").read_bytes())

@@ -19,7 +19,13 @@ from mamba_jax.data.readers import EXTENSIONS, VERSION, is_readable, pieces
 from mamba_jax.data.summary import Summary, shown
 from mamba_jax.errors import UserError
 
-_SKIPPED_FOLDERS = (".git", ".venv", "node_modules", "__pycache__")
+# What version control, package managers, editors and other tools keep beside what people write.
+_SKIPPED_FOLDERS = (
+    *(".git", ".hg", ".svn", ".bzr"),
+    *(".venv", "node_modules", "site-packages", ".tox", ".nox", ".eggs"),
+    *("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".cache"),
+    *(".ipynb_checkpoints", ".idea", ".vscode", "__MACOSX"),
+)
 # Tests hold files that are broken on purpose; IDLE is an application, not the library.
 _NOT_STANDARD_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idlelib")
 

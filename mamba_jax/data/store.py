@@ -83,7 +83,7 @@ class Documents:
 
     Attributes:
       start_d, end_d: int64, of each with its marker, as positions of ``Store.tokens``.
-      digest_dk: uint8 (d, 16), of the text.
+      digest_dk, lines_dk: uint8 (d, 16), of the text, and of its lines however they end.
       bytes_d: int64, of the text in UTF-8.
       source_d: int64, number of the source that each comes from.
     """
@@ -91,6 +91,7 @@ class Documents:
     start_d: np.ndarray
     end_d: np.ndarray
     digest_dk: np.ndarray
+    lines_dk: np.ndarray
     bytes_d: np.ndarray
     source_d: np.ndarray
 
@@ -100,9 +101,12 @@ class Documents:
         return int((self.end_d - self.start_d).sum())
 
     def without_duplicates(self) -> "Documents":
-        """Keeps the first of equal documents."""
-        _, first = np.unique(self.digest_dk.copy().view("V16").ravel(), return_index=True)
-        return self.chosen(np.sort(first))
+        """Keeps the first of equal documents; how their lines end makes no difference."""
+        kept = self
+        for column in ("digest_dk", "lines_dk"):  # by both: a shard may know only the first
+            digests = np.ascontiguousarray(getattr(kept, column)).view("V16").ravel()
+            kept = kept.chosen(np.sort(np.unique(digests, return_index=True)[1]))
+        return kept
 
     def chosen(self, indices: np.ndarray) -> "Documents":
         columns = (getattr(self, field.name)[indices] for field in dataclasses.fields(self))
@@ -328,7 +332,7 @@ class Store:
             offset += self._shards[name].token_count
         indices = {name: self._shards[name].documents() for name in names}
         columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("start_d", "end_d", "digest_dk", "bytes_d")
+            name: [] for name in ("start_d", "end_d", "digest_dk", "lines_dk", "bytes_d")
         }
         for name, entry in entries:
             for column, arrays in columns.items():

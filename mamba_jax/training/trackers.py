@@ -120,7 +120,7 @@ def check_trackers(config: RunConfig) -> None:
 def _not_installed(config: RunConfig, name: str) -> UserError:
     return UserError(
         f'trackers="{config.trackers}": {name} is not installed; '
-        f"pip install 'mamba_jax[{name}]', or leave it out"
+        f"pip install -e '.[{name}]', or leave it out"
     )
 
 

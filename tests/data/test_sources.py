@@ -1,10 +1,12 @@
 """Where the files come from, what a summary says; ``test_bad_input`` has what lies in them."""
 
+import hashlib
 import os
 import sysconfig
 
 import pytest
 
+from mamba_jax.data import shards
 from mamba_jax.data.sources import open_source
 from mamba_jax.errors import UserError
 from tests.data.reading import read_folder as read
@@ -38,6 +40,35 @@ def test_exact_duplicates_are_left_out_and_counted(folder, make):
     assert (summary.documents, summary.duplicates) == (2, 4)
     assert summary.text_bytes == len("good text" + "new")
     assert "4 exact duplicates left out" in summary.lines()[0]
+
+
+@pytest.mark.parametrize("deduplicate", ["exact", "none"])
+def test_how_lines_end_makes_no_other_document(folder, make, deduplicate):
+    """One end of line in the midst of another's stretch of blank lines stays what it is."""
+    twins = {
+        "dos": b"one\r\n\r\ntwo\r\n",
+        "mac": b"one\r\rtwo",
+        "marked": b"\xef\xbb\xbfone\n\ntwo\n\n",
+        "utf16": "one\r\n\r\ntwo".encode("utf-16"),
+        "record": b"one\n\ntwo\r",
+        "other": b"one\ntwo\n",
+        "spaced": b"one\n\ntwo \n",
+        "longer": b"\none\n\ntwo",
+    }
+    for name, data in twins.items():
+        (folder / f"{name}.txt").write_bytes(data)
+    summary = make(folder, seq_len=2, deduplicate=deduplicate).summary
+    duplicates = 4 if deduplicate == "exact" else 0
+    assert (summary.documents, summary.duplicates) == (9 - duplicates, duplicates)
+
+
+def test_lines_that_pieces_part_are_the_same_lines():
+    text = "a\r\n\r\nb\n\r\rc\n\r\n"
+    for size in (1, 2, 3, len(text)):
+        lines = shards._Lines()
+        for start in range(0, len(text), size):
+            lines.update(text[start : start + size])
+        assert lines.digest() == hashlib.blake2b(b"a\n\nb\n\n\nc", digest_size=16).digest()
 
 
 def test_names_that_are_not_unicode_can_be_printed(folder):

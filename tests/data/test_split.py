@@ -88,6 +88,7 @@ def cut(tokens, tokenizer) -> Units:
         start_d=np.array([0]),
         end_d=np.array([len(tokens)]),
         digest_dk=np.zeros((1, 16), np.uint8),
+        lines_dk=np.zeros((1, 16), np.uint8),
         bytes_d=np.array([0]),
         source_d=np.array([0]),
     )
