@@ -137,6 +137,13 @@ def test_force_takes_it_and_the_other_run_learns_of_it(tmp_path):
             assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end took nothing away
 
 
+def test_a_run_learns_that_it_lost_the_folder_even_after_the_other_one_has_ended(tmp_path):
+    with process(tmp_path) as first:
+        assert first_line(first) == "has it"
+        RunLock.acquire(tmp_path, force=True).release()
+        assert "was taken over by" in end(first)
+
+
 def test_force_of_what_is_free_says_nothing(tmp_path):
     said = []
     RunLock.acquire(tmp_path, force=True, log=said.append).release()
