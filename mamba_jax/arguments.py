@@ -66,6 +66,7 @@ class Arguments:
       dry_run: describe the run instead of starting it.
       list_files: show what would be read instead.
       clear_cache: remove all tokens first.
+      force: take the output_dir even from a run that may live.
       notes: how the config came about where that may surprise, for the log.
     """
 
@@ -76,6 +77,7 @@ class Arguments:
     list_files: bool = False
     clear_cache: bool = False
     notes: tuple[str, ...] = ()
+    force: bool = False
 
 
 def read(argv: list[str]) -> Arguments:
@@ -121,6 +123,7 @@ def read(argv: list[str]) -> Arguments:
         flags.list_files,
         flags.clear_cache,
         tuple(notes),
+        flags.force,
     )
 
 
@@ -286,6 +289,12 @@ def _parser() -> Parser:
         default="",
         help="go on from a checkpoint with its own settings and those given beside it, from the "
         "newest of a run's folder, or (auto) from the newest in output_dir if there is one",
+    )
+    run.add_argument(
+        "--force",
+        action="store_true",
+        help="take an output_dir that is locked by another run; if that run lives, the two can "
+        "damage each other's checkpoints and metrics until it ends at its next save",
     )
     run.add_argument(
         "--dry_run", action="store_true", help="check and show what would be done, and stop"

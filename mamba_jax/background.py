@@ -7,6 +7,7 @@ import os
 import pathlib
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ from mamba_jax import arguments
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, command
 from mamba_jax.launching import ending
-from mamba_jax.launching.record import Record, in_use, is_running, read
+from mamba_jax.launching.record import Record, is_running, read
 from mamba_jax.launching.supervisor import HANDED_ON
-from mamba_jax.training import log_file, resume
+from mamba_jax.training import log_file, resume, run_lock
+from mamba_jax.training.run_lock import RunLock
 
 _HELP = """\
 Starts a training run that outlives the terminal. Takes every flag of `python -m mamba_jax.train`
@@ -80,23 +82,27 @@ def start(flags: Sequence[str], *, requeue: bool, scripts: str) -> int:
     """
     asked = arguments.read(list(flags))
     config, output_dir = asked.config, pathlib.Path(asked.config.output_dir)
-    if is_running(output_dir):
-        raise in_use(output_dir)
+    run_lock.check_free(output_dir, asked.force, lambda line: None)
     if not asked.resume:
         resume.find_start(config, "", print)  # refuses a folder with another run's checkpoints
     checked = subprocess.run([*_training(flags), "--dry_run"], capture_output=True, text=True)
     if checked.returncode:
         print(checked.stdout + checked.stderr, file=sys.stderr, end="")
         return checked.returncode
-    log, run = _new_log(config), _training(flags)
-    record = Record.claim(output_dir)
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    try:
-        record.begin(log=str(log), started=started, command=shlex.join(run))
-        supervisor = _supervise(record, log, run, requeue=requeue)
-        record.add(pid=supervisor)
-    finally:
-        record.release()  # from here on the run has it
+    log = _new_log(config)
+    run = _training([flag for flag in flags if flag != "--force"])  # it gets the lock from here
+    with RunLock.acquire(output_dir, force=asked.force) as lock:
+        record = Record.claim(output_dir, force=asked.force)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            record.begin(
+                log=str(log), started=started, host=socket.gethostname(), command=shlex.join(run)
+            )
+            supervisor = _supervise(record, lock, log, run, requeue=requeue)
+            record.add(pid=supervisor)
+        finally:
+            record.release()  # from here on the run has it
+        lock.hand_over()
     which = f"--output_dir {shlex.quote(str(output_dir))}"
     print(
         f"started: pid {supervisor}, output_dir {output_dir}\n"
@@ -116,7 +122,9 @@ def _new_log(config: RunConfig) -> pathlib.Path:
     return next(log for log in logs if not log.exists())
 
 
-def _supervise(record: Record, log: pathlib.Path, run: list[str], *, requeue: bool) -> int:
+def _supervise(
+    record: Record, lock: RunLock, log: pathlib.Path, run: list[str], *, requeue: bool
+) -> int:
     """Starts the supervisor of a run, which starts the run; returns its process id."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -141,8 +149,8 @@ def _supervise(record: Record, log: pathlib.Path, run: list[str], *, requeue: bo
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
-                env={**os.environ, **log_file.environment(log)},
-                pass_fds=[record.descriptor],
+                env={**os.environ, **log_file.environment(log), **lock.environment()},
+                pass_fds=[record.descriptor, lock.descriptor],
                 start_new_session=True,  # out of the terminal's reach
             ).pid
     finally:
@@ -177,6 +185,9 @@ def _account(output_dir: pathlib.Path) -> list[str]:
 def stop(output_dir: pathlib.Path) -> int:
     """Asks a run to stop, waits until it has saved, and tells how it ended."""
     facts = read(output_dir)
+    here = socket.gethostname()
+    if (host := facts.get("host", here)) != here:  # its process numbers mean others here
+        raise UserError(f"the run in {output_dir} is on host {host}, not on {here}; stop it there")
     with contextlib.suppress(ProcessLookupError):  # it ended in between
         os.kill(_recipient(facts), signal.SIGTERM)
     print(f"{output_dir}: asked to stop; it finishes its step and saves (Ctrl-C: do not wait)")

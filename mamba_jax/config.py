@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mamba_jax import config_checks as checks
-from mamba_jax import presets
+from mamba_jax import paths, presets
 from mamba_jax.errors import UserError, did_you_mean
 
 _TABLE_ROWS = 64  # a tile of tensor cores and of TPUs' matrix units divides by it
@@ -476,6 +476,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
                 raise UserError(f"config group {prefix}{name} must hold fields, not {value!r}")
             made[name] = _build(typing.cast(type, types_[name]), value, f"{prefix}{name}.")
         else:
+            value = paths.expand(name, value) if isinstance(value, str) else value
             made[name] = _coerce(value, types_[name], prefix + name)
     return cls(**made)
 

@@ -1,4 +1,4 @@
-"""``train --dry_run``: what a run would be, and every refusal that needs no training to find.
+"""``train --dry_run``: what a run would be, and every refusal that ``starting`` can find.
 
 It reads no text, makes no array and writes nothing; it does start jax, to see the devices.
 """
@@ -8,10 +8,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mamba_jax import presets
+from mamba_jax import presets, starting
 from mamba_jax.arguments import Arguments
 from mamba_jax.config import DataConfig, RunConfig, size_fields, training_fields
-from mamba_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mamba_jax.training.resume import Start
@@ -25,38 +24,25 @@ def describe(arguments: Arguments) -> str:
     Raises:
       UserError: where the run would end with it before its first step.
     """
-    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
-    from mamba_jax.estimator import plan_run
-    from mamba_jax.estimator.budget import set_client_fraction
-    from mamba_jax.models.language_model import matmul_dtype
-    from mamba_jax.modules.mamba import resolve_scan
-    from mamba_jax.parallel.mesh import check_batch, make_mesh
-    from mamba_jax.training.profile import traced_steps
+    from mamba_jax.training import run_lock
     from mamba_jax.training.resume import find_start
 
     config, said = arguments.config, list(arguments.notes)
     # The order of what is refused is that of the run.
+    run_lock.check_free(pathlib.Path(config.output_dir), arguments.force, said.append)
     start = find_start(config, arguments.resume, said.append)
-    if arguments.profile:
-        begun = start.metadata.step if start else 0
-        traced_steps(*arguments.profile, begun, config.training.max_steps)
-    _check_could_write(pathlib.Path(config.output_dir))
-    # A card that another run is using stays that run's.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    set_client_fraction(config.vram)
-    planned = plan_run(config, start)
-    scan = resolve_scan(config.model, matmul_dtype(config.model))
-    check_batch(planned.config.vram.batch_size, make_mesh(config.parallel))
-    data = [line for source in config.data.sources for line in _data(source)]
-    config = with_vocabulary(config, load_tokenizer(config.data.tokenizer))
-    parts = {
-        "said": said,
-        "model": [*_model(config), f"selective scan: {scan}"],
-        "training": _training(config),
-        "data": data,
-        "memory": planned.text().splitlines(),
-        "output": [_output(config, start)],
-    }
+    parts = {"said": said}
+    if not starting.is_complete(start, config):
+        # A card that another run is using stays that run's.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        prepared = starting.prepare(config, start, arguments.profile)
+        parts |= {
+            "model": [*_model(prepared.asked), f"selective scan: {prepared.scan}"],
+            "training": _training(config),
+            "data": [line for source in config.data.sources for line in _data(source)],
+            "memory": prepared.plan.text().splitlines(),
+        }
+    parts["output"] = [_output(config, start)]
     lines = [f'dry run of "{config.name}": nothing is started']
     for label, texts in parts.items():
         lines += [f"{label if not i else '':<{_LABEL_WIDTH}}{text}" for i, text in enumerate(texts)]
@@ -120,21 +106,9 @@ def _data(data: DataConfig) -> list[str]:
 
 
 def _output(config: RunConfig, start: "Start | None") -> str:
-    from mamba_jax.training import summary
-
     folder = pathlib.Path(config.output_dir)
     if start is None:
         return f"{folder}: a new run"
-    if start.ends(config) and (folder / summary.NAME).is_file():
+    if starting.is_complete(start, config):
         return f"{folder}: nothing to do, complete at step {start.metadata.step}"
     return f"{folder}: {max(config.training.max_steps - start.metadata.step, 0):,} steps to go"
-
-
-def _check_could_write(folder: pathlib.Path) -> None:
-    """Does what ``check_writable`` does, without making the folder."""
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(
-            f"cannot write into output_dir {folder}: {there} is no folder to write into; "
-            "choose another --output_dir"
-        )

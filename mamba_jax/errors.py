@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mamba_jax.paths import expand_arguments
+
 
 class UserError(Exception):
     """A mistake of the user's or a fault of their machine.
@@ -53,14 +55,14 @@ def reader_has_gone() -> None:
 def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
     """Wraps a command's ``main(argv) -> exit status``.
 
-    What a user can mend is one line and 2; a Ctrl-C that the command does not handle itself is one
-    line and 130.
+    Its ``argv`` has the home folder in place of ``~``. A mistake that the user can mend is one
+    line and status 2; a Ctrl-C that the command does not handle itself is one line and 130.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         try:
-            return main(sys.argv[1:] if argv is None else argv)
+            return main(expand_arguments(sys.argv[1:] if argv is None else argv))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -1,13 +1,18 @@
 """``python -m mamba_jax.train``: trains a model, told by ``run`` from top to bottom."""
 
 import contextlib
+import functools
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from mamba_jax import arguments
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
+
+if TYPE_CHECKING:
+    from mamba_jax.training.run_lock import RunLock
 
 # How samples are drawn: cool, as they have to show what a short run has learnt.
 _SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
@@ -18,6 +23,7 @@ def run(
     resume: str = "",
     profile: tuple[int, int] | None = None,
     notes: tuple[str, ...] = (),
+    force: bool = False,
 ) -> int:
     """Trains, evaluates and saves as the config says.
 
@@ -26,6 +32,7 @@ def run(
       resume: "" to start anew, "auto", or a folder: see ``resume.find_start``.
       profile: steps to run before a trace begins, and steps to trace; None: no trace.
       notes: to be said before anything else.
+      force: take ``config.output_dir`` even from a run that may live.
 
     Returns:
       The exit status: 0 done, 75 stopped by a signal and saved.
@@ -36,31 +43,36 @@ def run(
     from mamba_jax.training import resume as resuming
     from mamba_jax.training.checkpoint_folder import list_checkpoints
     from mamba_jax.training.elastic import OutOfMemory
+    from mamba_jax.training.run_lock import RunLock
 
-    try:
-        return _run(config, resume, profile, notes)
-    except OutOfMemory as lost:
-        config = lost.config
-    # Out here, where nothing holds the arrays of the run that failed any more.
-    if list_checkpoints(pathlib.Path(config.output_dir)):
-        resume = resuming.AUTO
-    again = f"starting again with a microbatch of {config.vram.batch_size}: the state was lost"
-    return run(config, resume, profile, (*notes, again))
+    output_dir = pathlib.Path(config.output_dir)
+    say = functools.partial(print, flush=True)  # there is no log yet
+    with RunLock.acquire(output_dir, force=force, log=say) as lock:
+        while True:
+            try:
+                return _run(config, resume, profile, notes, lock)
+            except OutOfMemory as lost:
+                config = lost.config
+            # Out here, where nothing holds the arrays of the run that failed any more.
+            if list_checkpoints(output_dir):
+                resume = resuming.AUTO
+            again = f"starting again with a microbatch of {config.vram.batch_size}"
+            notes = (*notes, f"{again}: the state was lost")
 
 
 def _run(
-    config: RunConfig, resume: str, profile: tuple[int, int] | None, notes: tuple[str, ...]
+    config: RunConfig,
+    resume: str,
+    profile: tuple[int, int] | None,
+    notes: tuple[str, ...],
+    lock: "RunLock",
 ) -> int:
     """One attempt of ``run``."""
+    from mamba_jax import starting
     from mamba_jax.data.pipeline import prepare
-    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
-    from mamba_jax.estimator import plan_run
-    from mamba_jax.estimator.budget import set_client_fraction
     from mamba_jax.generation.generate import generate_text
     from mamba_jax.models.cost import parameter_count
-    from mamba_jax.models.language_model import matmul_dtype
-    from mamba_jax.modules.mamba import resolve_scan
-    from mamba_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
+    from mamba_jax.parallel.mesh import batch_sharding
     from mamba_jax.training import history, loop, summary
     from mamba_jax.training import resume as resuming
     from mamba_jax.training.checkpoint import CheckpointWriter, restore
@@ -76,7 +88,7 @@ def _run(
     from mamba_jax.training.hardware import cache_compilations, find_hardware
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
     from mamba_jax.training.monitor import Monitor
-    from mamba_jax.training.profile import Profile, traced_steps
+    from mamba_jax.training.profile import Profile
     from mamba_jax.training.state import abstract_state, init_state
     from mamba_jax.training.step import make_eval_step
 
@@ -87,30 +99,20 @@ def _run(
             monitor.say(note)
         # What can be refused is refused before anything slow.
         start = resuming.find_start(config, resume, monitor.say)
-        if start and start.ends(config) and summary_file.is_file():
+        if start and starting.is_complete(start, config):
             monitor.say(f"nothing to do: {start.path} is complete at step {start.metadata.step}")
             print(summary_file.read_text(), end="")
             return 0
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        if start:
-            resuming.check_same_tokenizer(start, tokenizer.name, tokenizer.identity)
-        begun = start.metadata.step if start else 0
-        traced = (1, 0) if profile is None else traced_steps(*profile, begun, training.max_steps)
-        resuming.check_writable(output_dir)
-        set_client_fraction(config.vram)  # before jax starts
-        planned, asked = plan_run(config, start), config
-        config = planned.config
+        prepared = starting.prepare(config, start, profile)
+        asked, planned, tokenizer = prepared.asked, prepared.plan, prepared.tokenizer
+        config, mesh = planned.config, prepared.mesh
         monitor.say(planned.text())
-        scan = resolve_scan(config.model, matmul_dtype(config.model))
         cache_compilations(config.data.cache_root)
-        mesh = make_mesh(config.parallel)
-        check_batch(config.vram.batch_size, mesh)
         monitor.open()
 
         # The data.
         seq_len, batch_size = config.model.max_seq_len, config.vram.effective_batch_size
         corpus = prepare(config.data, seq_len=seq_len, seed=config.seed, log=monitor.say)
-        asked, config = (with_vocabulary(each, tokenizer) for each in (asked, config))
 
         # The state, made from the seed or read from a checkpoint.
         if start:
@@ -142,7 +144,7 @@ def _run(
             )
         monitor.say(
             f"{config.name}: {parameters.total:,} parameters on {planned.device}; "
-            f"selective scan: {scan}; compiling …"
+            f"selective scan: {prepared.scan}; compiling …"
         )
         about = {
             "config": to_dict(config),
@@ -191,6 +193,11 @@ def _run(
                 tokenizer.identity,
             )
 
+        def save(name: str) -> None:
+            lock.check()
+            monitor.flush()
+            writer.save(name, state, metadata())
+
         def last_good() -> pathlib.Path | None:
             with contextlib.suppress(UserError):  # the divergence is what has to be told
                 writer.wait()
@@ -204,7 +211,7 @@ def _run(
         with (
             train_step.guard(),
             CheckpointWriter(output_dir, **keep, log=monitor.say, files=tokenizer.files) as writer,
-            Profile(*traced, monitor, late.drain) as profiler,
+            Profile(*prepared.traced, monitor, late.drain) as profiler,
         ):
             for step in range(first_step + 1, training.max_steps + 1):
                 with profiler.step(step):
@@ -226,8 +233,7 @@ def _run(
                         if evaluates:
                             evaluation, sample = evaluated()
                         if saves:
-                            monitor.flush()
-                            writer.save(step_name(step), state, metadata())
+                            save(step_name(step))
                 if interrupted:
                     break
             else:
@@ -235,7 +241,7 @@ def _run(
                 if evaluation is None:
                     evaluation, sample = evaluated()
                 if not (start and start.ends(config)):
-                    writer.save(FINAL, state, metadata())
+                    save(FINAL)
         monitor.finish()
         if interrupted:
             add = "" if resume == resuming.AUTO else " with --resume auto"
@@ -296,7 +302,7 @@ def main(argv: list[str]) -> int:
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, StoppedEarly
 
     try:
-        return run(asked.config, asked.resume, asked.profile, asked.notes)
+        return run(asked.config, asked.resume, asked.profile, asked.notes, asked.force)
     except StoppedEarly as signal:
         print(f"stopped by {signal} before the first step: nothing to save", file=sys.stderr)
         return EXIT_PREEMPTED

@@ -27,12 +27,13 @@ COMMANDS = {
 }
 # Who may import whom, besides itself, errors and files.
 ALLOWED = {
-    "errors": set(),
+    "paths": set(),
+    "errors": {"paths"},
     "files": set(),
     "tables": set(),
     "presets": set(),
     "ops": set(),
-    "config": {"presets", "config_checks"},
+    "config": {"paths", "presets", "config_checks"},
     "config_checks": {"config"},  # for its types alone
     "modules": {"ops", "config"},
     "models": {"modules", "ops", "config", "presets"},
@@ -49,10 +50,8 @@ ALLOWED = {
     "doctor": {"training", "config"},
     "sweeps": {"launching", "training", "config"},
     "reports": {"tables", "models", "data", "training", "launching", "config", "presets"},
-    "dry_run": {
-        *("arguments", "config", "presets", "modules", "models", "data", "parallel", "training"),
-        "estimator",
-    },
+    "starting": {"config", "modules", "models", "data", "parallel", "training", "estimator"},
+    "dry_run": {"starting", "arguments", "config", "presets", "models", "data", "training"},
 }
 
 

@@ -98,8 +98,9 @@ class Compiler:
         return answer
 
     def _start(self) -> "subprocess.Popen[str]":
+        before = os.environ.get("PYTHONPATH", "")
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [self._path, str(_ROOT)])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [self._path, str(_ROOT), before])),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
             "XLA_FLAGS": "",

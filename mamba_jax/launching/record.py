@@ -38,14 +38,20 @@ class Record:
         self._size = os.fstat(descriptor).st_size
 
     @classmethod
-    def claim(cls, output_dir: pathlib.Path) -> "Record":
+    def claim(cls, output_dir: pathlib.Path, *, force: bool = False) -> "Record":
         """Makes the folder and takes the lock.
+
+        Args:
+          output_dir: of the run.
+          force: begin a new record where a run that lives has the lock of the old one.
 
         Raises:
           UserError: if a run lives there, or the folder cannot be written.
         """
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
+            if force:
+                (output_dir / NAME).unlink(missing_ok=True)
             descriptor = os.open(output_dir / NAME, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise _unwritable(output_dir, error, "choose another --output_dir") from error
@@ -53,7 +59,11 @@ class Record:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise in_use(output_dir) from None
+            pid = read(output_dir).get("pid", "unknown")
+            raise UserError(
+                f"output_dir {output_dir} is in use by a run (pid {pid}); stop that one, or choose "
+                "another --output_dir"
+            ) from None
         return cls(output_dir, descriptor)
 
     def begin(self, **facts: Any) -> None:
@@ -107,15 +117,6 @@ def _write_code(output_dir: pathlib.Path, text: str) -> None:
 
 def _unwritable(output_dir: pathlib.Path, error: OSError, remedy: str) -> UserError:
     return UserError(f"cannot write into output_dir {output_dir}: {error.strerror}; {remedy}")
-
-
-def in_use(output_dir: pathlib.Path) -> UserError:
-    """Returns the error for a folder in which a run lives."""
-    pid = read(output_dir).get("pid", "unknown")
-    return UserError(
-        f"output_dir {output_dir} is in use by a run (pid {pid}); stop that one, or choose "
-        "another --output_dir"
-    )
 
 
 def read(output_dir: pathlib.Path) -> dict[str, Any]:

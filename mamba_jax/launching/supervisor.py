@@ -18,6 +18,7 @@ from types import FrameType
 from mamba_jax.launching import ending
 from mamba_jax.launching.record import Record
 from mamba_jax.training.checkpoint_folder import list_checkpoints
+from mamba_jax.training.run_lock import RunLock
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _PAUSE_SECS = 5.0  # before a restart: what ended the run may still be going on
@@ -27,8 +28,9 @@ _MOST_IDLE_RESTARTS = 3  # in a row, without a new checkpoint: what ends the run
 class Supervisor:
     """Runs one command until it has ended for good."""
 
-    def __init__(self, record: Record, log: pathlib.Path, *, requeue: bool):
+    def __init__(self, record: Record, lock: RunLock, log: pathlib.Path, *, requeue: bool):
         self._record = record
+        self._lock = lock
         self._log = log
         self._requeue = requeue
         self._stopping = False
@@ -65,7 +67,10 @@ class Supervisor:
 
     def _run_once(self, command: Sequence[str]) -> int:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=[self._record.descriptor]
+            command,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **self._lock.environment()},
+            pass_fds=[self._record.descriptor, self._lock.descriptor],
         )
         self._child = child
         if self._stopping:  # the signal came before there was anyone to hand it to
@@ -127,7 +132,10 @@ def main() -> int:
     arguments = parser.parse_args(sys.argv[1:split])
     record = Record(arguments.output_dir, arguments.lock)
     record.add(pid=os.getpid())
-    return Supervisor(record, arguments.log, requeue=arguments.requeue).run(sys.argv[split + 1 :])
+    with RunLock.acquire(arguments.output_dir) as lock:
+        lock.own()
+        supervisor = Supervisor(record, lock, arguments.log, requeue=arguments.requeue)
+        return supervisor.run(sys.argv[split + 1 :])
 
 
 if __name__ == "__main__":

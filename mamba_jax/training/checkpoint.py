@@ -7,8 +7,11 @@ has to reach the loop.
 """
 
 import concurrent.futures
+import functools
+import logging
 import pathlib
 import shutil
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -73,6 +76,7 @@ class CheckpointWriter:
         self._files = files
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        _quiet_failed_saves()
         for leftover in unfinished_saves(output_dir):
             _remove(leftover)
 
@@ -141,6 +145,23 @@ class CheckpointWriter:
             retain(self._output_dir, metadata.step, **self._keep)
         except OSError as error:  # this checkpoint is good all the same
             self._log(f"warning: cannot remove older checkpoints: {_reason(error)}")
+
+
+@functools.cache
+def _quiet_failed_saves() -> None:
+    """Keeps the traces of a failed save off standard error, from now on: its error is raised.
+
+    Orbax logs the error in each of its threads, and tensorstore prints one for every other write,
+    which by then has nobody to tell: the event loop that waited for it is closed.
+    """
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
+    hook = sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = quiet
 
 
 def _without_params(state: dict[str, Any]) -> dict[str, Any]:

@@ -41,24 +41,6 @@ class Start:
         return here and complete and self.path.name == FINAL
 
 
-def check_writable(output_dir: pathlib.Path) -> None:
-    """Makes the folder.
-
-    Raises:
-      UserError: if it cannot be made or written into.
-    """
-    probe = output_dir / ".tmp-probe"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write into output_dir {output_dir}: {error.strerror}; "
-            "choose another --output_dir"
-        ) from error
-
-
 def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> Start | None:
     """Chooses the checkpoint to continue from.
 
@@ -113,6 +95,8 @@ def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> St
 
 def named_start(path: pathlib.Path, log: Callable[[str], None]) -> pathlib.Path:
     """Returns the checkpoint at ``path``, if damaged the one before it, or a run's newest."""
+    if path.is_symlink() or path.name in ("", ".."):  # by its own name: its siblings are others
+        path = path.resolve()
     siblings = {folder: step for step, folder in list_checkpoints(path.parent)}
     if path not in siblings:
         latest = find_latest(path, log)
@@ -143,6 +127,23 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
         raise UserError(
             f"checkpoint {path} is of another model: {'; '.join(differences)}; resume with the "
             "config it was made with, or choose another --output_dir"
+        )
+
+
+def check_steps_left(start: Start, config: RunConfig) -> None:
+    """Refuses to continue where no step is left to train.
+
+    The last step of this very run is none: what a kill cut short after it is made good.
+
+    Raises:
+      UserError: if so.
+    """
+    step, max_steps = start.metadata.step, config.training.max_steps
+    here = start.path.resolve().parent == pathlib.Path(config.output_dir).resolve()
+    if step > max_steps or (step == max_steps and not here):
+        raise UserError(
+            f"nothing to train: checkpoint {start.path} has {step} steps and "
+            f"training.max_steps={max_steps}; give a larger --config.training.max_steps"
         )
 
 

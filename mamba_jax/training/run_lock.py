@@ -88,6 +88,7 @@ class RunLock:
         self.output_dir = output_dir
         self.descriptor = descriptor
         self._made = made
+        self._record = _read(descriptor)
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="run lock", daemon=True)
         self._beats.start()
@@ -127,6 +128,7 @@ class RunLock:
         """Takes over from a parent process that ends: this one releases the lock from now on."""
         self._made = []
         _write(self.descriptor)
+        self._record = _read(self.descriptor)
 
     def environment(self) -> dict[str, str]:
         """Returns the variable by which a child process finds the descriptor that it inherits."""
@@ -138,11 +140,15 @@ class RunLock:
         Raises:
           UserError: if so.
         """
-        path = self.output_dir / NAME
-        if path.exists() and not _is_at(path, self.descriptor):
+        try:
+            record = _read(self.descriptor)
+        except OSError:  # some network file systems lose a file that somebody removed
+            record = b"" if (self.output_dir / NAME).exists() else self._record
+        if record != self._record:
             raise UserError(
-                f"output_dir {self.output_dir} was taken over by {_holder(path) or 'another run'}; "
-                "nothing more is saved; choose another --output_dir to train beside it"
+                f"output_dir {self.output_dir} was taken over by "
+                f"{_parsed(record) or 'another run'}; nothing more is saved; choose another "
+                "--output_dir to train beside it"
             )
 
     def hand_over(self) -> None:
@@ -222,7 +228,8 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
                 if _is_renewed(path):
                     raise _in_use(output_dir, _holder(path) or holder)
                 log("no sign of life: taking the output_dir over")
-            # A new file: whoever still has the old one finds out before the next save.
+            # A new file. Whoever has the old one finds this record in it before its next save.
+            _write(descriptor)
             path.unlink(missing_ok=True)
             os.close(descriptor)
         except BaseException:
@@ -315,9 +322,20 @@ def _is_at(path: pathlib.Path, descriptor: int) -> bool:
 def _holder(path: pathlib.Path) -> Holder | None:
     """Reads the record; None where there is none yet."""
     try:
-        return Holder(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return _parsed(path.read_bytes())
+    except OSError:
         return None
+
+
+def _parsed(record: bytes) -> Holder | None:
+    try:
+        return Holder(**json.loads(record))
+    except (ValueError, TypeError):
+        return None
+
+
+def _read(descriptor: int) -> bytes:
+    return os.pread(descriptor, 4096, 0)
 
 
 def _write(descriptor: int) -> None:

@@ -7,6 +7,7 @@ it.
 """
 
 import html
+import importlib.util
 import os
 import pathlib
 import time
@@ -104,6 +105,25 @@ class Mlflow:
 _MADE: Mapping[str, Callable[[RunConfig], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
+def check_trackers(config: RunConfig) -> None:
+    """Looks for the package of each tracker that ``config.trackers`` names; imports none.
+
+    Raises:
+      UserError: if one is not installed.
+    """
+    for name in config.tracker_names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name is no package
+            raise _not_installed(config, name)
+
+
+def _not_installed(config: RunConfig, name: str) -> UserError:
+    return UserError(
+        f'trackers="{config.trackers}": {name} is not installed; '
+        f"pip install -e '.[{name}]', or leave it out"
+    )
+
+
 def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, Tracker]:
     """Starts a run in each tracker that ``config.trackers`` names.
 
@@ -119,10 +139,7 @@ def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, T
         try:
             trackers[name] = _MADE[name](config)
         except ImportError as error:
-            raise UserError(
-                f'trackers="{config.trackers}": {name} is not installed; '
-                f"pip install -e '.[{name}]', or leave it out"
-            ) from error
+            raise _not_installed(config, name) from error
         except Exception as error:  # whatever a tracker, its network or its server comes up with
             warn(f"{name} cannot start ({_first_line(error)}); training goes on without it")
     return trackers

@@ -1,14 +1,18 @@
 """``train --dry_run``: the plan in words; whatever the run would refuse, without making a thing."""
 
+import os
 import pathlib
+import sys
 
 import jax
 import pytest
 
 from mamba_jax import train
 from mamba_jax.arguments import read
+from mamba_jax.data.tokenizer import load_tokenizer
 from mamba_jax.training import checkpoint_folder, summary
 from mamba_jax.training.checkpoint_folder import Metadata
+from mamba_jax.training.run_lock import RunLock
 
 TINY = [
     *("--config.model.d_model=16", "--config.model.n_layers=1", "--config.model.max_seq_len=32"),
@@ -23,8 +27,8 @@ def call(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.txt").write_text("some text\n" * 50)
 
-    def call(*argv: str) -> tuple[int, str, str]:
-        status = train.main([*TINY, *argv, "--dry_run"])
+    def call(*argv: str, dry: bool = True) -> tuple[int, str, str]:
+        status = train.main([*TINY, *argv, *(["--dry_run"] if dry else [])])
         return status, *capsys.readouterr()
 
     return call
@@ -33,7 +37,10 @@ def call(tmp_path, monkeypatch, capsys):
 def put_checkpoint(name: str, step: int) -> None:
     folder = pathlib.Path(name)
     folder.mkdir(parents=True)
-    metadata = Metadata(read([*TINY]).config, step, 32 * step, "these data")
+    identity = load_tokenizer("bytes").identity
+    metadata = Metadata(
+        read([*TINY]).config, step, 32 * step, "these data", tokenizer_identity=identity
+    )
     checkpoint_folder.write_metadata(folder, metadata)
     checkpoint_folder.write_manifest(folder)
 
@@ -82,13 +89,48 @@ REFUSED = {
     "devices": (["--config.vram.batch_size=4"], "vram.batch_size=4 is not divisible by the 8 dev"),
     "vocabulary": (["--config.model.vocab_size=100"], "model.vocab_size=100 is below the 257 ids"),
     "memory": (["--vram=1", "--vram_safety_margin=1024"], "leaves nothing of"),
+    "tokenizer": (
+        ["--resume=out", "--config.data.tokenizer=gpt2"],
+        "out/step_2 is of another model: data.tokenizer bytes there, gpt2 here",
+    ),
+    "steps": (
+        ["--resume=out", "--config.training.max_steps=1"],
+        "nothing to train: checkpoint out/step_2 has 2 steps and training.max_steps=1; give a "
+        "larger --config.training.max_steps",
+    ),
+    "steps elsewhere": (
+        ["--resume=out", "--output_dir=new", "--config.training.max_steps=2"],
+        "nothing to train: checkpoint out/step_2 has 2 steps and training.max_steps=2",
+    ),
+    "log": (["--config.log_dir=data/a.txt"], "cannot write into log_dir data/a.txt: "),
+    "tensorboard": (
+        ["--config.tensorboard_dir=data/a.txt/x"],
+        "cannot write into tensorboard_dir data/a.txt/x: ",
+    ),
+    "tracker": (["--config.trackers=mlflow"], "mlflow is not installed; pip install"),
+    "lock": (["--output_dir=locked"], "output_dir locked is in use by a run on "),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_run_would_refuse_is_refused_in_one_line(call, case):
+def test_what_a_run_would_refuse_is_refused_in_one_line(call, case, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
     put_checkpoint("out/step_2", 2)
     argv, message = REFUSED[case]
-    status, told, error = call(*argv)
-    assert status == 2 and not told
-    assert message in error and error.count("\n") == 1
+    with RunLock.acquire(pathlib.Path("locked")):
+        status, told, error = call(*argv)
+        assert status == 2 and not told
+        assert message in error and error.count("\n") == 1
+        status, _, same = call(*argv, dry=False)
+    assert status == 2
+    assert same == error or (case == "file" and message in same)
+    assert not pathlib.Path("new").exists()
+
+
+def test_a_folder_with_a_lock_is_told_and_left_alone(call):
+    with RunLock.acquire(pathlib.Path("locked")) as lock:
+        before = os.fstat(lock.descriptor)
+        status, told, _ = call("--output_dir=locked", "--force")
+        assert status == 0 and f"has the lock of a run on {os.uname().nodename} (pid" in told
+        lock.check()
+        assert os.fstat(lock.descriptor).st_ino == before.st_ino

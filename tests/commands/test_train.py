@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,10 +19,10 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from mamba_jax import background, explain, report, train
 from mamba_jax import config as configuration
-from mamba_jax import train
 from mamba_jax.parallel.mesh import make_mesh
-from mamba_jax.training import history
+from mamba_jax.training import checkpoint_folder, history
 from mamba_jax.training.checkpoint import read_metadata, restore
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.state import abstract_state
@@ -175,6 +176,10 @@ class Process:
         )
         self.lines: list[str] = []
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_for(self, beginning: str) -> None:
         for line in self._process.stdout:
             self.lines.append(line.rstrip())
@@ -227,6 +232,57 @@ def test_a_process_stopped_by_signals_and_killed_equals_one_left_alone(place):
     assert batches([*lines, *rest.lines]) == expected and len(expected) >= 60
     windows = next(line for line in alone.lines if line.startswith("held out")).split()[-1]
     assert 60 * 16 > 2 * int(windows) > 500, windows
+
+
+# --- one run in a folder --------------------------------------------------------------------------
+
+
+def recorded_steps(output_dir: pathlib.Path) -> list[int]:
+    return [r["step"] for r in history.read(output_dir / history.NAME) if "loss" in r]
+
+
+def test_a_living_run_has_its_folder_for_itself(call, place, capsys):
+    """Fresh or resumed, nothing starts beside it; what only reads may; a kill frees the folder."""
+    flags = ("--config.training.max_steps=400", "--config.training.save_steps=2")
+    run = Process(place, *flags, "--output_dir=lived", secs_per_step=0.05)
+    run.wait_for("recorded 5")
+    half_saved = place / "lived/.tmp-step_999"
+    half_saved.mkdir()
+    for more in ([], ["--resume=auto"], ["--resume=lived"], ["--dry_run"]):
+        assert call("--output_dir=lived", *flags, *more) == 2
+        told = capsys.readouterr()
+        assert f"output_dir lived is in use by a run on {socket.gethostname()} (pid " in told.err
+        assert f"(pid {run.pid}, since" in told.err and told.err.count("\n") == 1
+        assert not told.out
+    assert background.main(["--config=tiny.py", "--output_dir=lived", "--resume=auto"]) == 2
+    assert f"(pid {run.pid}, since" in capsys.readouterr().err
+    assert half_saved.is_dir()
+    assert explain.main(["lived"]) in (0, 1)
+    assert report.main(["run", "lived", "--out=lived.html"]) == 0
+    capsys.readouterr()
+    run.wait_for("recorded 9")
+    run.send(signal.SIGKILL)
+    assert run.end() == -9
+
+    saved = checkpoint_folder.list_checkpoints(place / "lived")[0][0]
+    last = f"--config.training.max_steps={saved + 2}"
+    assert call("--output_dir=lived", "--resume=auto", last) == 0
+    assert recorded_steps(place / "lived") == list(range(1, saved + 3))
+    assert not half_saved.exists()
+
+
+def test_force_takes_the_folder_and_the_other_run_ends(call, place, capsys):
+    run = Process(place, "--config.training.max_steps=400", "--output_dir=forced",
+                  "--config.training.save_steps=10", secs_per_step=0.1)  # fmt: skip
+    run.wait_for("recorded 3")
+    assert call("--output_dir=forced", "--force") == 0
+    assert "--force: took output_dir forced from a run on" in capsys.readouterr().out
+    assert run.end() == 2
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("error: output_dir forced was taken over by a run on ")
+    assert recorded_steps(place / "forced") == [1, 2, 3, 4, 5, 6]
+    assert read_metadata(place / "forced/final").step == 6
+    assert not (place / "forced/step_10").exists()
 
 
 # --- one finished run, looked at from many sides --------------------------------------------------
@@ -303,7 +359,7 @@ def test_a_signal_before_the_first_step_saves_nothing(call, place, monkeypatch, 
     )
     assert call("--output_dir=early") == 75
     assert "SIGTERM before the first step" in capsys.readouterr().err
-    assert list((place / "early").iterdir()) == []
+    assert not (place / "early").exists()
 
 
 def test_divergence_stops_before_it_is_saved(call, place, capsys):
@@ -392,7 +448,10 @@ BAD = {
     ),
     "other data": (
         lambda: write("other/x.txt", "".join(f"other text {i**5} " for i in range(99))),
-        ["--output_dir=new", "--resume=finished", "--data_dir=other"],
+        [
+            *("--output_dir=new", "--resume=finished", "--data_dir=other"),
+            "--config.training.max_steps=8",
+        ],
         "finished/final was trained on other data",
     ),
     "no data": (

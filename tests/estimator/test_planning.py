@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 
 import jax
@@ -276,3 +277,18 @@ def test_on_2_gib_the_exact_choice_fits_and_the_next_microbatch_does_not(tmp_pat
             needs[rows] = compiler.step_bytes(config)
     fits, next_ = needs.values()
     assert planned.needs_bytes == fits <= 2 * GIB < next_, needs
+
+
+def test_the_compilers_process_keeps_the_users_python_path(tmp_path, monkeypatch):
+    """Where packages are found by PYTHONPATH alone, jax would be missing there."""
+    seen = tmp_path / "seen"
+    (tmp_path / "sitecustomize.py").write_text(f"open({str(seen)!r}, 'w').close()")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setattr(exact, "_find_compilers", lambda machine: "")
+    with (
+        exact.Compiler(Machine("another card", "gpu"), tmp_path) as compiler,
+        pytest.raises(UserError, match="cannot compile for another card"),
+    ):
+        compiler.step_bytes(RunConfig())
+    assert seen.is_file()

@@ -6,6 +6,7 @@ import os
 import pathlib
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from mamba_jax import background
 from mamba_jax.launching import ending, supervisor
 from mamba_jax.launching.record import NAME, Record, is_running, read
+from mamba_jax.training.run_lock import RunLock
 
 FAKE = [sys.executable, str(pathlib.Path(__file__).with_name("fake_run.py"))]
 OUT = pathlib.Path("out")
@@ -80,10 +82,11 @@ def test_start_tells_what_to_do_next_and_only_one_run_has_a_folder(place, capfd)
     wait(lambda: "eval loss" in log.read_text())
 
     assert launch("run", "--seed=7") == 2
-    assert capfd.readouterr().err == (
-        f"error: output_dir out is in use by a run (pid {pid}); stop that one, or choose another "
-        "--output_dir\n"
+    error = capfd.readouterr().err
+    assert error.startswith(
+        f"error: output_dir out is in use by a run on {socket.gethostname()} (pid {pid}, since "
     )
+    assert error.count("\n") == 1 and "--force" in error
     assert background.main(["--status"]) == 0
     told = capfd.readouterr().out
     assert "out: running since " in told and f"pid {pid}" in told
@@ -168,24 +171,26 @@ def test_a_folder_with_checkpoints_is_not_overwritten(place, capfd):
 def test_requeue_starts_again_with_resume(place, flags, resumed):
     pathlib.Path("behaviour").write_text("75 76 0")
     command = [*FAKE, "--output_dir=out", *flags]
-    record = Record.claim(OUT)
-    record.begin(log="log")
-    assert supervisor.Supervisor(record, pathlib.Path("log"), requeue=True).run(command) == 0
-    record.release()
+    assert supervise(command) == 0
     starts = pathlib.Path("starts").read_text().splitlines()
     assert starts == [" ".join(["--output_dir=out", *flags]), resumed, resumed]
     assert read(OUT)["exit_code"] == 0
 
 
+def supervise(command):
+    """Runs a command under a supervisor that starts it again; returns its exit code."""
+    with RunLock.acquire(OUT) as lock:
+        record = Record.claim(OUT)
+        record.begin(log="log")
+        code = supervisor.Supervisor(record, lock, pathlib.Path("log"), requeue=True).run(command)
+        record.release()
+    return code
+
+
 def supervised(behaviour):
     """Runs the fake under a supervisor that starts it again; returns its code and its starts."""
     pathlib.Path("behaviour").write_text(behaviour)
-    record = Record.claim(OUT)
-    record.begin(log="log")
-    command = [*FAKE, "--output_dir=out"]
-    code = supervisor.Supervisor(record, pathlib.Path("log"), requeue=True).run(command)
-    record.release()
-    return code, starts()
+    return supervise([*FAKE, "--output_dir=out"]), starts()
 
 
 def test_requeue_gives_up_where_nothing_is_gained(place, capfd):

@@ -435,3 +435,33 @@ def test_kill_in_mid_save_leaves_the_earlier_one(tmp_path):
     told: list[str] = []
     assert find_latest(tmp_path, told.append) == tmp_path / "step_1"
     assert told == [f"passed over {tmp_path / '.tmp-step_2'}: a save that was cut off"]
+
+
+FULL = """
+import pathlib, resource, sys
+import jax, numpy as np
+from mamba_jax.config import RunConfig
+from mamba_jax.errors import UserError
+from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
+noise = np.random.default_rng(0)
+state = {f"array_{i}": noise.random(9_999, np.float32) for i in range(40)} | {"params": {}}
+state["params"] = {name: values for name, values in state.items() if name != "params"}
+folder = pathlib.Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    with CheckpointWriter(folder, keep_last=1, keep_every=0, log=print) as writer:
+        writer.save("step_1", state, Metadata(RunConfig(), 1, 8, "data"))
+except UserError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
+    """No traces of orbax's threads beside it; in a process of its own, whose threads end."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 1 and not ran.stdout
+    assert ran.stderr.startswith(f"error: cannot save checkpoint {tmp_path / 'step_1'}: ")
+    assert ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

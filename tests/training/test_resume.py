@@ -53,6 +53,25 @@ def test_a_folder_means_a_checkpoint_or_the_newest_of_a_run(run, tmp_path):
     assert start_of(elsewhere, f"{run / 'step_2'}/")[0] == run / "step_2"
 
 
+def test_a_link_to_a_checkpoint_and_the_folder_itself_mean_it(run, tmp_path, monkeypatch):
+    for name in ("latest", "step_9"):  # its name says nothing
+        (tmp_path / name).symlink_to(run / "step_2")
+        assert start_of(config_for(tmp_path / "other"), str(tmp_path / name))[0] == run / "step_2"
+    monkeypatch.chdir(run / "step_2")
+    for name in (".", "./", "../step_2"):
+        path, told = start_of(config_for(tmp_path / "other"), name)
+        assert path is not None and path.samefile(run / "step_2"), told
+    monkeypatch.chdir(run / "step_2/params")
+    assert start_of(config_for(run), "..")[0] == run / "step_2"
+    monkeypatch.chdir(run)
+    assert start_of(config_for(run), ".")[0].samefile(run / "step_4")
+    (tmp_path / "link").symlink_to(run)
+    assert start_of(config_for(run), str(tmp_path / "link"))[0].samefile(run / "step_4")
+    (run / "step_4/config.json").write_text("{}")
+    (tmp_path / "damaged").symlink_to(run / "step_4")
+    assert start_of(config_for(run), str(tmp_path / "damaged"))[0] == run / "step_2"
+
+
 def test_a_damaged_one_is_named_and_the_one_before_taken(run):
     (run / "step_4/config.json").write_text("{}")
     for what in ("auto", str(run / "step_4")):
@@ -131,14 +150,6 @@ def test_nothing_to_resume_from_is_refused(tmp_path):
         start_of(config, str(tmp_path / "missing"))
     with pytest.raises(UserError, match="the folder holds no intact checkpoint"):
         start_of(config, str(tmp_path))
-
-
-def test_an_output_dir_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"output_dir .*file/run: .*another --output_dir"):
-        resume.check_writable(tmp_path / "file/run")
-    resume.check_writable(tmp_path / "new/run")
-    assert list((tmp_path / "new/run").iterdir()) == []
 
 
 def test_later_checkpoints_are_set_aside_not_deleted(run):
