@@ -7,7 +7,7 @@ A turn is ``role: content``, a blank line between two turns:
     assistant: It is 2.
 
 What follows ``assistant:`` is learnt, unless the turn has ``weight`` 0. A turn names its role by
-``role`` or ``from``, its content by ``content``, ``value`` or ``text``; ``_ROLES`` gives the names
+``role`` or ``from``, its content by ``content``, ``value`` or ``text``; ``ROLES`` gives the names
 of roles. Content that is a list gives the text of its entries, joined by line feeds. Each tool call
 of a turn is a line of JSON behind the content, ``{"name": "weather", "arguments": {"town": 1}}``:
 arguments that are a JSON string stand as they are, others are written with sorted keys. A turn with
@@ -24,7 +24,7 @@ from mamba_jax.data.values import scalar_text
 Parts = list[tuple[str, bool]]
 Turn = tuple[str, str, bool]  # role, content, learnt
 
-_ROLES = (
+ROLES = (
     dict.fromkeys(("human", "prompter"), "user")
     | dict.fromkeys(("gpt", "bot", "chatgpt", "model", "ai", "function_call"), "assistant")
     | dict.fromkeys(("function", "observation", "ipython", "function_response"), "tool")
@@ -37,7 +37,7 @@ _OTHER_KEYS = (
     *("annotations", "prefix", "thinking", "reasoning", "reasoning_content"),
 )
 _TURN_KEYS = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, *_OTHER_KEYS))
-_KNOWN_ROLES = frozenset(("user", "assistant", "system", "tool", *_ROLES))
+_KNOWN_ROLES = frozenset(("user", "assistant", "system", "tool", *ROLES))
 
 
 class NotUnderstood(Exception):
@@ -122,7 +122,7 @@ def _turn(turn: Any) -> Turn:
     if not isinstance(role, str) or not role.strip():
         raise NotUnderstood
     role = role.strip().lower()
-    role = _ROLES.get(role, role)
+    role = ROLES.get(role, role)
     content = next((given[key] for key in _CONTENT_KEYS if key in given), "")
     lines = [text for text in (_content(content), *_calls(given)) if text.strip()]
     if not lines and any(given.keys() - _TURN_KEYS):

@@ -6,10 +6,9 @@ training and the server do; what an engine cannot do is stated where it is writt
 
 import json
 
-from mamba_jax.data import records
+from mamba_jax.data.chats import ROLES
 from mamba_jax.generation.chat import ANSWER, STOP
 
-_ROLES = records._ROLES | {"developer": "system"}
 _JINJA = """\
 {%- set roles = ROLES -%}
 {%- set chat = namespace(between='') -%}
@@ -60,7 +59,7 @@ def jinja(*, begins: bool) -> str:
     Args:
       begins: its text begins with the separator's name, which the engine must read as the token.
     """
-    body = _JINJA.replace("ROLES", json.dumps(_ROLES)).replace("ANSWER", ANSWER)
+    body = _JINJA.replace("ROLES", json.dumps(ROLES)).replace("ANSWER", ANSWER)
     return ("{{- bos_token -}}\n" if begins else "") + body
 
 

@@ -70,8 +70,7 @@ def test_the_jinja_template(name):
     turns, text = (CHATS | MORE)[name]
     messages = messages_of(turns)
     assert rendered(messages) == text
-    if name != "developer":  # the server's business
-        assert prompt_of(messages) == text
+    assert prompt_of(messages) == text
     assert rendered(messages, begins=True) == "<s>" + text
     assert rendered(messages, answers=False) == text.removesuffix("\n\nassistant:")
 
