@@ -148,6 +148,11 @@ def prepare(
 ) -> tuple[tuple[build.Params, ...], tuple[ModelConfig, ...]]:
     """Puts models on the device, laid out for decoding; do it once, not at every dispatch.
 
+    The parameters may come from anywhere: the host, a checkpoint, the mesh of a training run. What
+    a checkpoint's reader or a mesh gives is committed to its devices, and so is all that a program
+    makes of it. A program is compiled once for committed arrays and once for others: each would be
+    compiled twice, for an empty cache and for one that holds something. So nothing here is committed.
+
     Args:
       models: one, or the members of an ensemble.
       head: one of ``HEADS``.
@@ -159,9 +164,10 @@ def prepare(
       UserError: if the models' tokenizers differ.
     """
     same_tokenizer([model.tokenizer for model in models])
+    uncommitted = lambda params: jax.device_put(jax.tree.map(np.asarray, params))
     return tuple(
         build.prepare_for_decoding(
-            jax.device_put(model.params), model.config, int8_head=head == "int8"
+            uncommitted(model.params), model.config, int8_head=head == "int8"
         )
         for model in models
     ), tuple(model.config for model in models)
