@@ -148,10 +148,10 @@ def prepare(
 ) -> tuple[tuple[build.Params, ...], tuple[ModelConfig, ...]]:
     """Puts models on the device, laid out for decoding; do it once, not at every dispatch.
 
-    The parameters may come from anywhere: the host, a checkpoint, the mesh of a training run. What
-    a checkpoint's reader or a mesh gives is committed to its devices, and so is all that a program
-    makes of it. A program is compiled once for committed arrays and once for others: each would be
-    compiled twice, for an empty cache and for one that holds something. So nothing here is committed.
+    The parameters may come from the host, a checkpoint, or the mesh of a training run. Those of a
+    checkpoint or a mesh are committed to their devices, and so is all that a program makes of them,
+    but an empty cache is not. JAX compiles a program once for committed arrays and once more for
+    others. So nothing that this returns is committed.
 
     Args:
       models: one, or the members of an ensemble.

@@ -33,9 +33,7 @@ def models(tmp_path_factory):
 def _generate(models, **more):
     model, *others = models
     prompts = ["a", "b" * 1500]  # several pieces
-    generate_text(
-        model.params, model.config, TOKENIZER, prompts, others=others, **SETTINGS, **more
-    )
+    generate_text(model.params, model.config, TOKENIZER, prompts, others=others, **SETTINGS, **more)
 
 
 def _converse(models):
