@@ -200,10 +200,12 @@ class Engine:
         try:
             if not self.ready.is_set():
                 self.warm_up.run(lambda: self._closing)
-                self.ready.set()
+                if self._closing:
+                    return
                 done = self.warm_up.n_compiled, self.warm_up.secs
                 self._observer.warmed_up(*done)
                 self._say("ready: compiled {} programs in {:.1f} s".format(*done))
+                self.ready.set()
             while self._round():
                 pass
         except Exception as error:

@@ -11,6 +11,7 @@ import pytest
 from mamba_jax.generation import Sampling, generate
 from mamba_jax.models import build
 from mamba_jax.serving import engine as engines
+from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.sequence import Asked, End, Failed, Scored, Text
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
@@ -274,7 +275,8 @@ def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
         kernel = np.array(model.params["lm_head"]["kernel"])
         kernel[TOKENIZER.eot_id] = 1.001 * kernel[made[last]]
         model = dataclasses.replace(model, params=model.params | {"lm_head": {"kernel": kernel}})
-    engine = engines.Engine(model, max_batch=2)
+    metrics = Metrics()
+    engine = engines.Engine(model, max_batch=2, observer=metrics)
     engine.start(warm_up=False)
     _, event = _tokens_told(engine, Asked(np.array(prompt, np.int32), **more))
     assert event.reason == ("length" if end == "length" else "stop")
@@ -287,6 +289,7 @@ def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
     next_shown, event = _tokens_told(engine, next_asked)
     assert event.cached_tokens == len(prompt) + len(made)
     assert next_shown == _tokens_offline(model, turn, 12)
+    assert b"mamba_jax_continued_answers_total 1.0" in metrics.text()
     # Another answer to the first prompt continues from the prompt.
     edited = [*prompt, *TOKENIZER.encode("something else").tolist()]
     edited_shown, event = _tokens_told(engine, Asked(np.array(edited, np.int32), 12))
