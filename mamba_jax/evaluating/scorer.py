@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Int
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizer import StreamDecoder
 from mamba_jax.errors import UserError
-from mamba_jax.generation.ensemble import Model, mean_probability, same_tokenizer
-from mamba_jax.generation.generate import empty_cache
+from mamba_jax.generation.ensemble import Model, mean_probability
+from mamba_jax.generation.generate import empty_cache, prepare
 from mamba_jax.models import build
 
 _SHORTEST_CHUNK = 16  # of what is scored; shorter ones would save less than compiling them costs
@@ -60,13 +60,9 @@ class Scorer:
         for name, value in (("batch_size", batch_size), ("chunk_tokens", chunk_tokens)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        self.tokenizer = same_tokenizer([model.tokenizer for model in models])
+        self._params, self._configs = prepare(models)
+        self.tokenizer = models[0].tokenizer
         self.tokens_read = 0
-        self._params = tuple(
-            build.prepare_for_decoding(jax.device_put(model.params), model.config)
-            for model in models
-        )
-        self._configs = tuple(model.config for model in models)
         self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
 

@@ -149,6 +149,11 @@ def prepare(
 ) -> tuple[tuple[build.Params, ...], tuple[ModelConfig, ...]]:
     """Puts models on the device, laid out for decoding; do it once, not at every dispatch.
 
+    The parameters may come from the host, a checkpoint, or the mesh of a training run. Those of a
+    checkpoint or a mesh are committed to their devices, and so is all that a program makes of them,
+    but an empty cache is not. JAX compiles a program once for committed arrays and once more for
+    others. So nothing that this returns is committed.
+
     Args:
       models: one, or the members of an ensemble.
       head: one of ``HEADS``.
@@ -160,9 +165,10 @@ def prepare(
       UserError: if the models' tokenizers differ.
     """
     same_tokenizer([model.tokenizer for model in models])
+    uncommitted = lambda params: jax.device_put(jax.tree.map(np.asarray, params))
     return tuple(
         build.prepare_for_decoding(
-            jax.device_put(model.params), model.config, int8_head=head == "int8"
+            uncommitted(model.params), model.config, int8_head=head == "int8"
         )
         for model in models
     ), tuple(model.config for model in models)

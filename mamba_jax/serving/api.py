@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from mamba_jax.errors import UserError
 from mamba_jax.serving.answers import Answer, GenerateAnswer, error
-from mamba_jax.serving.engine import Closed, Engine, QueueFull
+from mamba_jax.serving.engine import Closed, Engine, QueueFull, WarmingUp
 from mamba_jax.serving.guard import Guard
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.page import load_page
@@ -31,6 +31,7 @@ from mamba_jax.serving.sequence import Asked, End, Event, Failed
 
 _FAILED = {"timeout": 504, "cancelled": 499, "stopping": 503, "error": 500}
 _RETRY_SECS = 1
+_WARM_UP_SECS = 5
 _NO_JSON = "the body is not valid JSON: {}"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies: pass it on at once
 
@@ -99,9 +100,14 @@ def make_app(
     @app.get("/ready")
     async def ready() -> Response:
         is_ready = engine.ready.is_set() and engine.alive
-        return JSONResponse(
-            {"status": "ready" if is_ready else "starting"}, 200 if is_ready else 503
-        )
+        warm_up = engine.warm_up
+        progress = {
+            "status": "ready" if is_ready else "warming up" if engine.alive else "stopped",
+            "warm_up_secs": round(warm_up.secs, 1),
+            "programs": warm_up.n_programs,
+            "compiled": warm_up.n_compiled,
+        }
+        return _json(progress, 200) if is_ready else _json(progress, 503, _retry(_WARM_UP_SECS))
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -256,6 +262,12 @@ def _answer_errors(app: FastAPI) -> None:
     handle(RequestValidationError, _invalid)
     handle(HTTPException, _refused)
     handle(QueueFull, lambda *_: _later(429, "as many requests wait as may", "queue_full"))
+    handle(
+        WarmingUp,
+        lambda *_: _later(
+            503, "the server is warming up: it compiles its programs", "warming_up", _WARM_UP_SECS
+        ),
+    )
     handle(Closed, lambda *_: _later(503, "the server is stopping", "stopping"))
     handle(
         Unserved,
@@ -303,9 +315,13 @@ def _invalid(request: Request, exception: RequestValidationError) -> Response:
     return _json(error(message, field=field), status)
 
 
-def _later(status: int, message: str, code: str) -> Response:
-    headers = {"Retry-After": str(_RETRY_SECS)}
-    return _json(error(f"{message}; try again later", "server_error", code=code), status, headers)
+def _later(status: int, message: str, code: str, secs: int = _RETRY_SECS) -> Response:
+    content = error(f"{message}; try again later", "server_error", code=code)
+    return _json(content, status, _retry(secs))
+
+
+def _retry(secs: int) -> dict[str, str]:
+    return {"Retry-After": str(secs)}
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

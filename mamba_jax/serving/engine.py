@@ -23,16 +23,19 @@ import numpy as np
 
 from mamba_jax.errors import UserError, shortly
 from mamba_jax.generation.ensemble import Model
-from mamba_jax.models import build
+from mamba_jax.generation.generate import prepare
 from mamba_jax.serving import rows as device
+from mamba_jax.serving.observer import Observer
 from mamba_jax.serving.prefix_cache import PrefixCache
-from mamba_jax.serving.row_sampling import Choosing
-from mamba_jax.serving.sequence import Asked, End, Event, Failed, Scored, Sequence, Told
+from mamba_jax.serving.row_sampling import choosing_of
+from mamba_jax.serving.rows import Rows
+from mamba_jax.serving.sequence import Asked, Event, Failed, Scored, Sequence, Told
+from mamba_jax.serving.warm_up import WarmUp
 
-# Lengths of the pieces of prompts: any prompt is a few of them, and each is compiled.
-_PIECES = (256, 64, 16, 8, 4, 2, 1)
-PIECE_TOKENS = _PIECES[0]  # at most read of all prompts between two decoding steps
-_IDLE = Asked(np.zeros(0, np.int32), max_tokens=0)  # what a row without a sequence does
+PIECE_TOKENS = device.PIECES[0]  # at most read of all prompts between two decoding steps
+_MULTIPLE = device.SCORED_PIECES[-1]  # to which a prompt that nothing precedes is padded
+KEEP_TOKENS = 16  # of an answer, from one snapshot of it to the next
+_Snapshots = list[tuple[Sequence, Rows]]
 _log = logging.getLogger(__name__)
 
 
@@ -44,20 +47,8 @@ class Closed(Exception):
     """The engine takes no more requests."""
 
 
-class Observer:
-    """Is told what happens, by the engine's thread; this one does not listen."""
-
-    def first_token(self, secs: float) -> None:
-        """A first token came ``secs`` after its request."""
-
-    def next_token(self, secs: float) -> None:
-        """A further token came ``secs`` after the one before it."""
-
-    def ended(self, sequence: Sequence, event: End | Failed) -> None:
-        """A request ended."""
-
-    def round(self, waiting: int, reading: int, decoding: int, snapshot_bytes: int) -> None:
-        """So many requests are under way, and snapshots take so many bytes."""
+class WarmingUp(Exception):
+    """The engine does not serve yet: it compiles its programs."""
 
 
 class Engine:
@@ -72,6 +63,7 @@ class Engine:
         prefix_cache_bytes: int = 256 << 20,
         timeout_secs: float = 600.0,
         observer: Observer | None = None,
+        log: Callable[[str], None] = _log.info,
     ):
         """Takes a model; ``start`` begins to serve.
 
@@ -82,6 +74,7 @@ class Engine:
           prefix_cache_bytes: for snapshots of states; 0: none.
           timeout_secs: from a request's arrival to its end.
           observer: is told what happens.
+          log: is told in a line when it serves.
 
         Raises:
           UserError: if a number cannot work.
@@ -100,7 +93,7 @@ class Engine:
         # The numbers of rows that programs are compiled for.
         self._counts = [1 << i for i in range((max_batch - 1).bit_length())] + [max_batch]
         self.ready = threading.Event()
-        self._params = build.prepare_for_decoding(jax.device_put(model.params), model.config)
+        (self._params,), _ = prepare((model,))
         self._how: dict[str, Any] = {
             "config": model.config,
             "vocab_size": model.tokenizer.vocab_size,
@@ -108,6 +101,7 @@ class Engine:
         self._max_queue = max_queue
         self._timeout_secs = timeout_secs
         self._observer = observer or Observer()
+        self._say = log
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._changed = threading.Condition()
@@ -117,15 +111,21 @@ class Engine:
         self._drain_until = float("inf")
         # Of the thread alone:
         self._reading: deque[Sequence] = deque()
+        self._rests: deque[np.ndarray] = deque(maxlen=max_batch)  # ends of answers to be read
         self._places: list[Sequence | None] = [None]  # row → its sequence
         self._rows = device.empty(**self._how, n_rows=1)
-        self._under_way: tuple[list[Sequence | None], jax.Array, Any] | None = None
+        self._under_way: tuple[list[Sequence | None], jax.Array, Any, _Snapshots] | None = None
+        self.warm_up = WarmUp(self._params, self._how, self._counts)
 
     # Called by any thread.
 
     def start(self, warm_up: bool = True) -> None:
-        """Starts the thread; ``ready`` is set when all programs are compiled."""
-        self._warm = warm_up
+        """Starts the thread; ``ready`` is set when all programs are compiled.
+
+        Without ``warm_up`` it is at once, and programs are compiled when they are needed.
+        """
+        if not warm_up:
+            self.ready.set()
         self._thread.start()
 
     def submit(self, asked: list[Asked], deliver: Callable[[int, Event], None]) -> list[Sequence]:
@@ -142,6 +142,7 @@ class Engine:
         Raises:
           UserError: if there is never room for so many.
           QueueFull: if there is none now; try again later.
+          WarmingUp: before ``ready`` is set.
           Closed: after ``close``.
         """
         most = self.max_batch + self._max_queue
@@ -162,9 +163,11 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise Closed
+            if not self.ready.is_set():
+                raise WarmingUp
             # What has a free row does not really wait.
-            free = self.max_batch - len(self._reading) - self._n_decoding()
-            if len(self._waiting) + len(made) > self._max_queue + max(free, 0):
+            free = max(self.max_batch - self._n_served(), 0)
+            if len(self._waiting) + len(made) > self._max_queue + free:
                 raise QueueFull
             self._waiting.extend(made)
             self._changed.notify()
@@ -195,9 +198,14 @@ class Engine:
 
     def _serve(self) -> None:
         try:
-            if self._warm:
-                self._compile_all()
-            self.ready.set()
+            if not self.ready.is_set():
+                self.warm_up.run(lambda: self._closing)
+                if self._closing:
+                    return
+                done = self.warm_up.n_compiled, self.warm_up.secs
+                self._observer.warmed_up(*done)
+                self._say("ready: compiled {} programs in {:.1f} s".format(*done))
+                self.ready.set()
             while self._round():
                 pass
         except Exception as error:
@@ -208,25 +216,6 @@ class Engine:
                 self._waiting.clear()
             self._fail_all(f"the engine has stopped: {shortly(error)}", waiting)
 
-    def _compile_all(self) -> None:
-        """Runs every program once: each number of rows, each length of a piece."""
-        row = device.empty(**self._how, n_rows=1)
-        for length in _PIECES:
-            tokens_bt = np.zeros((1, length), np.int32)
-            device.read_and_score(self._params, row, tokens_bt, **self._how)
-            row = device.read(self._params, row, tokens_bt, **self._how)
-            if self._closing:
-                return
-        for n_rows in self._counts:
-            self._resize(n_rows)
-            self._rows = device.put(self._rows, row, np.int32(0))
-            self._choose()
-            if self._closing:
-                return
-        for n_rows in reversed(self._counts[:-1]):
-            self._resize(n_rows)
-        jax.block_until_ready(self._rows)
-
     def _round(self) -> bool:
         """Serves a little; False at the end."""
         with self._changed:
@@ -236,9 +225,11 @@ class Engine:
                 self._changed.wait()
             for sequence in [s for s in self._waiting if self._is_over(s)]:
                 self._waiting.remove(sequence)
-            while self._waiting and len(self._reading) + self._n_decoding() < self.max_batch:
+            while self._waiting and self._n_served() < self.max_batch:
                 self._reading.append(self._waiting.popleft())
             n_waiting = len(self._waiting)
+            if self._rests and not (self._reading or self._waiting or self._closing):
+                self._read_rest()
         try:
             self._drop()
             self._read_pieces()
@@ -252,10 +243,15 @@ class Engine:
         return True
 
     def _busy(self) -> bool:
-        return bool(self._reading or self._n_decoding() or self._under_way)
+        has_rests = self._rests and not self._closing
+        return bool(self._reading or self._n_decoding() or self._under_way or has_rests)
 
     def _n_decoding(self) -> int:
         return sum(sequence is not None for sequence in self._places)
+
+    def _n_served(self) -> int:
+        """How many sequences that somebody waits for are read or decoded."""
+        return sum(not sequence.is_rest for sequence in self._reading) + self._n_decoding()
 
     def _is_over(self, sequence: Sequence) -> bool:
         """Ends a sequence that nobody waits for any more, or that has waited too long."""
@@ -307,8 +303,10 @@ class Engine:
         row = sequence.row
         if row is None:
             if not asked.score_prompt:
-                row, sequence.n_read, sequence.cut = self._prefixes.find(asked.tokens)
+                found = self._prefixes.find(asked.tokens)
+                row, sequence.n_read, sequence.cut = found.row, found.n_tokens, found.n_common
                 sequence.n_cached = sequence.n_read
+                sequence.continues_answer = found.is_answer
             row = row or device.empty(**self._how, n_rows=1)
             sequence.row = row
         start = sequence.n_read
@@ -316,23 +314,28 @@ class Engine:
         stop = sequence.cut if sequence.cut > start else len(asked.tokens)
         if stop == start:  # the whole prompt was there
             return 0
-        length = next(length for length in _PIECES if length <= min(stop - start, budget))
-        tokens_bt = asked.tokens[None, start : start + length]
+        n_padding = -(stop - start) % _MULTIPLE if start == 0 else 0
+        most = min(n_padding + stop - start, max(budget, _MULTIPLE))
+        length = next(length for length in device.PIECES if length <= most)
+        n_new = length - n_padding
+        tokens_bt = np.pad(asked.tokens[None, start : start + n_new], ((0, 0), (n_padding, 0)))
+        segments_bt = np.pad(np.ones((1, n_new), np.int32), ((0, 0), (n_padding, 0)))
+        before_bv = row.logits_bv
+        row, x_btd = device.read(self._params, row, tokens_bt, segments_bt, **self._how)
         if asked.score_prompt:
-            row, told = device.read_and_score(self._params, row, tokens_bt, **self._how)
+            told = device.score(self._params, before_bv, x_btd, tokens_bt, **self._how)
             told = jax.tree.map(np.asarray, told)
             sequence.scored += [
-                _told(told, i, int(token), asked.logprobs or 0)
+                _told(told, n_padding + i, int(token), asked.logprobs or 0)
                 if start + i
                 else Told(int(token), None)
-                for i, token in enumerate(tokens_bt[0])
+                for i, token in enumerate(asked.tokens[start : start + n_new])
             ]
-        else:
-            row = device.read(self._params, row, tokens_bt, **self._how)
         sequence.row = row
-        sequence.n_read += length
+        sequence.n_read += n_new
         if sequence.n_read in (sequence.cut, len(asked.tokens)) and not asked.score_prompt:
-            self._prefixes.keep(asked.tokens[: sequence.n_read], row)
+            is_answer = sequence.is_rest and sequence.n_read == len(asked.tokens)
+            self._prefixes.keep(asked.tokens[: sequence.n_read], row, is_answer=is_answer)
         return length
 
     def _join(self, sequence: Sequence) -> None:
@@ -358,11 +361,17 @@ class Engine:
             self._resize(smaller[-1])
         started = None
         if self._n_decoding():
-            started = list(self._places), *self._choose()
+            snapshots: _Snapshots = []
+            started = list(self._places), *self._choose(), snapshots
             for place, sequence in enumerate(self._places):
                 if sequence is not None:
                     sequence.n_chosen += 1
-                    if sequence.n_chosen == sequence.asked.max_tokens:
+                    is_last = sequence.n_chosen == sequence.asked.max_tokens
+                    if self._prefixes.max_bytes and (
+                        is_last or sequence.n_chosen % KEEP_TOKENS == 0
+                    ):
+                        snapshots.append((sequence, device.copy(self._rows, np.int32(place))))
+                    if is_last:
                         self._places[place] = None
         before, self._under_way = self._under_way, started
         if before is not None:
@@ -371,30 +380,24 @@ class Engine:
     def _choose(self) -> tuple[jax.Array, Any]:
         """Starts the choice of every row's next token; returns them and their log-probabilities."""
         tell: Any = np.bool_(_want_logprobs(self._places))
+        choosing = choosing_of(
+            [sequence and sequence.asked for sequence in self._places],
+            [sequence.n_chosen if sequence else 0 for sequence in self._places],
+        )
         token_b, told, self._rows = device.step(
-            self._params, self._rows, self._choosing(), tell, **self._how
+            self._params, self._rows, choosing, tell, **self._how
         )
         return token_b, told
 
-    def _choosing(self) -> Choosing:
-        asked = [_IDLE if sequence is None else sequence.asked for sequence in self._places]
-
-        def column(name: str, dtype: Any) -> Any:
-            return np.array([getattr(each, name) for each in asked], dtype)
-
-        position_b: Any = np.array(
-            [s.n_chosen if s is not None else 0 for s in self._places], np.int32
-        )
-        return Choosing(
-            column("temperature", np.float32),
-            column("top_k", np.int32),
-            column("top_p", np.float32),
-            column("seed", np.uint32),
-            position_b,
-        )
-
-    def _tell(self, places: list[Sequence | None], token_b: jax.Array, told: Any) -> None:
+    def _tell(
+        self,
+        places: list[Sequence | None],
+        token_b: jax.Array,
+        told: Any,
+        snapshots: _Snapshots,
+    ) -> None:
         """Gives each sequence its token of a step, and frees the places of those that ended."""
+        rows = {id(sequence): row for sequence, row in snapshots}
         tokens = np.asarray(token_b).tolist()
         told = jax.tree.map(np.asarray, told) if _want_logprobs(places) else None
         now = time.monotonic()
@@ -409,8 +412,33 @@ class Engine:
             token = tokens[place]
             n_top = sequence.asked.logprobs
             sequence.take(Told(token, None) if n_top is None else _told(told, place, token, n_top))
+            self._keep_answer(sequence, rows.get(id(sequence)))
             if sequence.ended and sequence in self._places:
                 self._places[self._places.index(sequence)] = None
+
+    def _keep_answer(self, sequence: Sequence, row: Rows | None) -> None:
+        """Keeps the state behind an answer, from which the next turn of a chat continues.
+
+        When the host learns that a text has ended, the device has read one token more. So a row is
+        copied every ``KEEP_TOKENS`` tokens, and the rest is read when nobody waits.
+        """
+        is_end_read = len(sequence.new_tokens) < sequence.n_new
+        if row is not None and not is_end_read:
+            tokens = sequence.all_tokens()
+            self._prefixes.keep(tokens, row, is_answer=True, replaces=sequence.kept)
+            sequence.kept = tokens
+        if sequence.ended and self._prefixes.max_bytes:
+            self._rests.append(sequence.all_tokens())
+
+    def _read_rest(self) -> None:
+        """Begins to read what an answer holds after its newest snapshot, if that is still kept."""
+        tokens = self._rests.popleft()
+        if 0 < len(tokens) - self._prefixes.find(tokens).n_tokens <= KEEP_TOKENS:
+            rest = Asked(tokens, max_tokens=0)
+            nobody = lambda *_: None
+            sequence = Sequence(rest, nobody, nobody, self.tokenizer, self._timeout_secs)
+            sequence.is_rest = True
+            self._reading.append(sequence)
 
     def _fail_all(self, why: str, waiting: list[Sequence] | None = None) -> None:
         """Ends every request under way, and those ``waiting``; nothing of the device's state is
@@ -418,6 +446,7 @@ class Engine:
         under_way = [*(waiting or ()), *self._reading, *filter(None, self._places)]
         under_way += filter(None, self._under_way[0] if self._under_way else [])
         self._reading.clear()
+        self._rests.clear()
         self._prefixes.clear()
         self._places, self._under_way = [None], None
         for sequence in dict.fromkeys(under_way):

@@ -4,7 +4,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mamba_jax.serving.engine import Observer
+from mamba_jax.serving.observer import Observer
 from mamba_jax.serving.sequence import End, Failed, Sequence
 
 _SECS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -22,6 +22,11 @@ class Metrics(Observer):
         self._prompt = Counter("prompt_tokens", "Of prompts.", **own)
         self._cached = Counter("cached_prompt_tokens", "Of prompts, found in snapshots.", **own)
         self._new = Counter("generated_tokens", "Made.", **own)
+        self._continued = Counter(
+            "continued_answers", "Prompts that began with a kept prompt and its answer.", **own
+        )
+        self._warm_up = Gauge("warm_up_seconds", "Of compiling all programs.", **own)
+        self._programs = Gauge("compiled_programs", "When the server became ready.", **own)
         self._under_way = {
             name: Gauge(f"generations_{name}", f"Now {name}.", **own)
             for name in ("waiting", "reading", "decoding")
@@ -38,6 +43,10 @@ class Metrics(Observer):
         """Returns all in Prometheus' format."""
         return generate_latest(self._registry)
 
+    def warmed_up(self, programs: int, secs: float) -> None:
+        self._programs.set(programs)
+        self._warm_up.set(secs)
+
     def first_token(self, secs: float) -> None:
         self._first.observe(secs)
 
@@ -49,6 +58,7 @@ class Metrics(Observer):
         if isinstance(event, End):
             self._prompt.inc(event.prompt_tokens)
             self._cached.inc(event.cached_tokens)
+            self._continued.inc(sequence.continues_answer)
         self._new.inc(sequence.n_new)
 
     def round(self, waiting: int, reading: int, decoding: int, snapshot_bytes: int) -> None:

@@ -7,11 +7,12 @@ integers that float32 are. Equally likely tokens are therefore kept or left out 
 Legend: b rows, v vocabulary.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 
@@ -23,6 +24,21 @@ class Choosing(NamedTuple):
     top_p_b: Float[Array, " b"]  # 1: no limit
     seed_b: UInt[Array, " b"]
     position_b: Int[Array, " b"]  # tokens drawn so far; with the seed all randomness
+
+
+def choosing_of(asked: Sequence[Any], positions: Sequence[int]) -> Choosing:
+    """Returns how rows choose: for each what was asked (None: nothing), and its tokens so far."""
+
+    def column(name: str, dtype: Any, idle: float) -> Any:
+        return np.array([idle if one is None else getattr(one, name) for one in asked], dtype)
+
+    return Choosing(
+        column("temperature", np.float32, 0.0),
+        column("top_k", np.int32, 0),
+        column("top_p", np.float32, 1.0),
+        column("seed", np.uint32, 0),
+        cast(Any, np.array(positions, np.int32)),
+    )
 
 
 def sample_rows(logits_bv: Float[Array, "b v"], choosing: Choosing) -> Int[Array, " b"]:

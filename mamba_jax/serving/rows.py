@@ -1,9 +1,11 @@
 """What runs on the device: rows of recurrent states that read, decode, join and leave.
 
 A row is a sequence's whole past, of fixed size. Many rows decode together; a prompt is read by a
-row of its own, in pieces of a few lengths, so that few programs are compiled and nothing is padded.
+row of its own, in pieces of a few lengths, so that few programs are compiled. A prompt that nothing
+precedes is padded at its beginning to a multiple of the shortest piece that is scored; what follows
+a snapshot cannot be padded, and takes the shortest pieces too.
 
-Legend: b rows, t time, v vocabulary, m likeliest tokens told.
+Legend: b rows, t time, d d_model, v vocabulary, m likeliest tokens told.
 """
 
 import functools
@@ -19,6 +21,8 @@ from mamba_jax.models import build
 from mamba_jax.serving.row_sampling import Choosing, sample_rows
 
 TOP_LOGPROBS = 20  # at most told of a token
+SCORED_PIECES = (256, 64, 16)
+PIECES = (*SCORED_PIECES, 4, 1)
 
 
 class Rows(NamedTuple):
@@ -47,31 +51,58 @@ def read(
     params: build.Params,
     row: Rows,
     tokens_bt: Int[Array, "1 t"],
+    segments_bt: Int[Array, "1 t"],
     *,
     config: ModelConfig,
     vocab_size: int,
-) -> Rows:
-    """Reads the next piece of a prompt; ``row``, which may be shared, stays as it was."""
-    logits_bv, cache = build.prefill(params, config, tokens_bt, row.cache)
-    return Rows(cache, logits_bv[:, :vocab_size])
+) -> tuple[Rows, Float[Array, "1 t d"]]:
+    """Reads the next piece of a prompt; ``row``, which may be shared, stays as it was.
+
+    Args:
+      params: by ``models.build.prepare_for_decoding``.
+      row: what came before.
+      tokens_bt: of a length in ``PIECES``.
+      segments_bt: 1 where there is a token; 0 where there is padding, which may only stand before
+        the first token of a prompt.
+      config: of the model.
+      vocab_size: of the tokenizer.
+
+    Returns:
+      The row after the piece, and what the head reads at each of its tokens, for ``score``.
+    """
+    x_btd, _, cache = build.forward(
+        params,
+        config,
+        tokens_bt,
+        segment_ids_bt=segments_bt,
+        initial_cache=row.cache,
+        generating=True,
+    )
+    return Rows(cache, build.logits(params, config, x_btd[:, -1])[:, :vocab_size]), x_btd
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"))
-def read_and_score(
+def score(
     params: build.Params,
-    row: Rows,
+    before_bv: Float[Array, "1 v"],
+    x_btd: Float[Array, "1 t d"],
     tokens_bt: Int[Array, "1 t"],
     *,
     config: ModelConfig,
     vocab_size: int,
-) -> tuple[Rows, Logprobs]:
-    """Reads likewise, and tells how likely each of the tokens was; those are the "rows" told."""
-    x_btd, _, cache = build.forward(
-        params, config, tokens_bt, initial_cache=row.cache, generating=True
-    )
+) -> Logprobs:
+    """Tells how likely each token of a piece was; the tokens are the "rows" told.
+
+    Args:
+      params: by ``models.build.prepare_for_decoding``.
+      before_bv: the row's logits before the piece.
+      x_btd: by ``read``, of the piece.
+      tokens_bt: the piece, of a length in ``SCORED_PIECES``.
+      config: of the model.
+      vocab_size: of the tokenizer.
+    """
     logits_tv = build.logits(params, config, x_btd)[0, :, :vocab_size]
-    before_tv = jnp.concatenate([row.logits_bv, logits_tv[:-1]])
-    return Rows(cache, logits_tv[-1:]), _logprobs(before_tv, tokens_bt[0])
+    return _logprobs(jnp.concatenate([before_bv, logits_tv[:-1]]), tokens_bt[0])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "vocab_size"), donate_argnames="rows")
@@ -113,6 +144,13 @@ def put(rows: Rows, row: Rows, place: Int[Array, ""]) -> Rows:
     """Lays a single row at a place among the rows, which are given up."""
     lay = lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one[0], place, 0)
     return jax.tree.map(lay, rows, row)
+
+
+@jax.jit
+def copy(rows: Rows, place: Int[Array, ""]) -> Rows:
+    """Returns a copy of a single row."""
+    one = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, place, 1)
+    return jax.tree.map(one, rows)
 
 
 @jax.jit

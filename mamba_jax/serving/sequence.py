@@ -116,10 +116,14 @@ class Sequence:
         self.row: Rows | None = None  # while the prompt is read
         self.n_read = 0
         self.n_cached = 0
+        self.continues_answer = False  # its prompt begins with a prompt and the answer to it
+        self.is_rest = False  # nobody asked: the end of an answer is read for the next turn
         self.cut = 0  # keep a snapshot there as well
         self.scored: list[Told] = []
         self.n_chosen = 0  # on the device, told or not
         self.n_new = 0
+        self.new_tokens: list[int] = []  # those told, without the one that ends a document
+        self.kept: np.ndarray | None = None  # the tokens of the newest snapshot of the answer
         self.last_time = 0.0  # of the last token told
         self.tell = deliver
         self._on_end = on_end
@@ -133,6 +137,8 @@ class Sequence:
         """Takes the next token in, which may be the last."""
         self.n_new += 1
         is_end = told.token == self._tokenizer.eot_id
+        if not is_end:
+            self.new_tokens.append(told.token)
         text = self._decoder.push(told.token)
         if self.asked.logprobs is not None:
             start = self.asked.prompt_chars + self._decoder.start
@@ -145,6 +151,10 @@ class Sequence:
             self.end(End("stop", *self._counts()))
         elif self.n_new == self.asked.max_tokens:
             self._finish("length")
+
+    def all_tokens(self) -> np.ndarray:
+        """Returns the prompt's tokens and those told, int32 (t,)."""
+        return np.concatenate([self.asked.tokens, np.array(self.new_tokens, np.int32)])
 
     def finish_unasked(self) -> None:
         """Ends a request for no token."""

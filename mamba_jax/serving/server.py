@@ -1,7 +1,9 @@
 """From a checkpoint to a server."""
 
+import os
 from collections.abc import Callable
 
+import jax
 from fastapi import FastAPI
 
 from mamba_jax.generation.checkpoints import find
@@ -22,6 +24,9 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
     found = find(settings.checkpoint, log)
     run = found.metadata.config
     cache_compilations(run.data.cache_root)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # Every start compiles the same programs, many of them small: all are kept.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     limits = Limits(settings.max_prompt_tokens, settings.max_tokens)
     metrics = Metrics()
     engine = Engine(
@@ -31,6 +36,7 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
         prefix_cache_bytes=settings.prefix_cache_mb << 20,
         timeout_secs=settings.timeout_secs,
         observer=metrics,
+        log=log,
     )
     engine.start()
     return make_app(

@@ -1,5 +1,6 @@
 """The engine says what offline generation says, whoever joins and leaves meanwhile."""
 
+import dataclasses
 import time
 
 import jax
@@ -7,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mamba_jax.generation import Sampling, generate
 from mamba_jax.models import build
 from mamba_jax.serving import engine as engines
-from mamba_jax.serving.sequence import End, Failed, Scored, Text
+from mamba_jax.serving.metrics import Metrics
+from mamba_jax.serving.sequence import Asked, End, Failed, Scored, Text
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
 from .conftest import Listener, answers, asked_of, engine_of, offline, tokens_of
+from .served import until
 
 PROMPTS = ["def main(", "", "é", "x = 1\n" * 8, "a", "def main(", "def main():", "to be or not"]
 
@@ -219,9 +223,9 @@ def test_a_snapshot_that_failed_on_the_device_is_not_found_again(monkeypatch):
     read = engines.device.read
 
     def broken(*arguments, **how):
-        row = read(*arguments, **how)
+        row, x_btd = read(*arguments, **how)
         row.logits_bv.delete()
-        return row
+        return row, x_btd
 
     asked = asked_of("A prompt worth a snapshot.")
     with monkeypatch.context() as patch:
@@ -233,20 +237,71 @@ def test_a_snapshot_that_failed_on_the_device_is_not_found_again(monkeypatch):
     engine.close()
 
 
-def test_warming_up_compiles_everything():
-    """Afterwards no request compiles, whatever its length and its company."""
-    engine = engine_of("mamba", max_batch=3)
-    other = engines.Engine(model_of("mamba"), max_batch=3, max_queue=99)
+def _tokens_told(engine, asked):
+    """The tokens that an answer shows."""
+    listener = Listener(1)
+    engine.submit([dataclasses.replace(asked, logprobs=0)], listener)
+    (events,) = listener.wait()
+    assert isinstance(events[-1], End)
+    texts = [event for event in events if isinstance(event, Text)]
+    return [told.token for event in texts for told in event.tokens], events[-1]
+
+
+def _tokens_offline(model, tokens, max_tokens):
+    steps = generate.generate_tokens(
+        *generate.prepare([model]),
+        [np.array(tokens, np.int32)],
+        [0],
+        n_rows=1,
+        max_tokens=max_tokens,
+        sampling=Sampling(0.0),
+        seed=0,
+        vocab_size=TOKENIZER.vocab_size,
+        eot_id=TOKENIZER.eot_id,
+    )
+    return [token for (token,) in steps]
+
+
+@pytest.mark.parametrize("end", ["length", "stop", "end of text"])
+def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
+    model = model_of("hybrid", 4)  # says other things after other prompts
+    prompt, n_answer = tokens_of("user: What is it?\n\nassistant:").tolist(), 37
+    made = _tokens_offline(model, prompt, n_answer)
+    more: dict = {"max_tokens": n_answer}
+    if end == "stop":  # the text of the first tokens, which comes but once
+        more["stops"] = (TOKENIZER.decode(made[:22]),)
+    if end == "end of text":  # a little likelier than the token that is new last
+        last = max(range(n_answer), key=lambda i: made.index(made[i]))
+        kernel = np.array(model.params["lm_head"]["kernel"])
+        kernel[TOKENIZER.eot_id] = 1.001 * kernel[made[last]]
+        model = dataclasses.replace(model, params=model.params | {"lm_head": {"kernel": kernel}})
+    metrics = Metrics()
+    engine = engines.Engine(model, max_batch=2, observer=metrics)
+    engine.start(warm_up=False)
+    _, event = _tokens_told(engine, Asked(np.array(prompt, np.int32), **more))
+    assert event.reason == ("length" if end == "length" else "stop")
+    assert event.new_tokens == n_answer if end == "length" else event.new_tokens < n_answer
+    made = made[: event.new_tokens - (end == "end of text")]
+    until(lambda: not engine._busy())
+    assert len(engine._prefixes) <= 3  # the prompt, the newest of the answer, all of the answer
+    turn = [*prompt, *made, *TOKENIZER.encode("\n\nuser: And now?\n\nassistant:").tolist()]
+    next_asked = Asked(np.array(turn, np.int32), 12)
+    next_shown, event = _tokens_told(engine, next_asked)
+    assert event.cached_tokens == len(prompt) + len(made)
+    assert next_shown == _tokens_offline(model, turn, 12)
+    assert b"mamba_jax_continued_answers_total 1.0" in metrics.text()
+    # Another answer to the first prompt continues from the prompt.
+    edited = [*prompt, *TOKENIZER.encode("something else").tolist()]
+    edited_shown, event = _tokens_told(engine, Asked(np.array(edited, np.int32), 12))
+    assert event.cached_tokens == len(prompt)
+    assert edited_shown == _tokens_offline(model, edited, 12)
     engine.close()
-    other.start()
-    assert other.ready.wait(240)
-    sizes = lambda: [
-        getattr(engines.device, name)._cache_size()
-        for name in ("read", "read_and_score", "step", "put", "take")
-    ]
-    before = sizes()
-    asked = [asked_of("b" * n, max_tokens=1 + n % 7) for n in range(0, 300, 11)]
-    asked.append(asked_of("c" * 90, logprobs=3, score_prompt=True))
-    assert all(isinstance(end, End) for _, end in answers(other, *asked))
-    assert sizes() == before
-    other.close()
+
+
+def test_nothing_of_an_answer_is_kept_without_a_prefix_cache(monkeypatch):
+    monkeypatch.setattr(engines.device, "copy", None)
+    engine = engine_of("mamba", prefix_cache_bytes=0)
+    ((text, _),) = answers(engine, asked_of("def ", max_tokens=40))
+    assert text == offline("mamba", "def ", 40)
+    assert (len(engine._prefixes), len(engine._rests)) == (0, 0)
+    engine.close()

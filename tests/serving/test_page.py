@@ -172,7 +172,8 @@ def test_bytes_may_be_cut_anywhere_and_html_is_text(page, size, end):
     assert _say(page, HTML) == HTML + "\n  " + HTML
     assert not page.see(NOTICE)
     assert page.see("document.querySelector('.user .text').textContent") == HTML
-    assert page.see("document.querySelectorAll('#log *').length") == 7  # no element came of it
+    # No element came of it: two parts of a heading, a text and buttons, one with the counts.
+    assert page.see("document.querySelectorAll('#log :not(button)').length") == 9
     assert page.see("document.title") == "tiny"
 
 
@@ -271,7 +272,102 @@ def test_it_fits_and_keys_reach_everything(browser, port, width):
     assert browser.see("document.documentElement.scrollHeight") == 640  # the conversation scrolls
     reached = []
     browser.see("document.activeElement.blur()")
-    for _ in range(11):  # nine things, once round
+    for _ in range(22):  # once round, with the buttons of a turn and all settings
         browser.press("Tab")
         reached.append(browser.see("document.activeElement.id || document.activeElement.name"))
     assert set(reached) >= {"adjust", "new", "log", "box", "send", "temperature", "system"}, reached
+    assert set(reached) >= {"chat", "completion", "seed", "stop", "top_k"}, reached
+
+
+def _act(page, name, part=".assistant:last-child"):
+    """Clicks a button below a part of the conversation."""
+    buttons = f"[...document.querySelectorAll('{part} .acts button')]"
+    page.see(f"{buttons}.find(button => button.textContent === '{name}').click()")
+
+
+def _sent(page):
+    """Returns what the page sent last, and where."""
+    sent = page.events("Network.requestWillBeSent")[-1]["request"]
+    return json.loads(sent["postData"]), sent["url"]
+
+
+def test_a_text_is_continued_in_completion_mode(browser, port):
+    browser.open(f"http://127.0.0.1:{port}/?a#completion")
+    browser.until("document.title === 'tiny'")
+    _set(browser, temperature=0, max_tokens=12, top_k=7, seed=3, stop="\\\\n\\n\nQ \\t")
+    body = {"prompt": "  def main(", "max_tokens": 12, "temperature": 0}
+    expected = post(port, "/v1/completions", body)[1]["choices"][0]["text"]
+    assert _say(browser, "  def main(") == "  def main(" + expected
+    sent, url = _sent(browser)
+    assert url.endswith("/v1/completions")
+    assert (sent["prompt"], sent["top_k"], sent["seed"]) == ("  def main(", 7, 3)
+    assert sent["stop"] == ["\\n\n", "Q \t"]
+    _say(browser, "")  # no text at all begins a document; nothing before belongs to it
+    assert _sent(browser)[0]["prompt"] == ""
+    browser.click("#chat")
+    assert browser.see(ANSWERS) == []
+    _set(browser, stop="", seed="")
+    _say(browser, "Hi")
+    assert _asked(browser) == [_user("Hi")]
+    assert not {"seed", "stop"} & set(_sent(browser)[0])
+    browser.click("#completion")
+    assert len(browser.see(ANSWERS)) == 2
+    _act(browser, "Edit", ".assistant:first-child")
+    assert browser.see(BOX) == "  def main("
+    assert browser.see(ANSWERS) == []
+    browser.click("#chat")
+    assert len(browser.see(ANSWERS)) == 1
+    assert not browser.complaints()
+
+
+def test_a_turn_is_copied_made_again_and_edited(page, port):
+    page.see("navigator.clipboard.writeText = async text => window.copied = text; 0")
+    _pretend(page, _lines("<b>One</b>", "\n  two "), b"data: [DONE]\n\n")
+    _say(page, "Say it")
+    _act(page, "Copy")
+    assert page.until("window.copied") == "<b>One</b>\n  two "
+    _pretend(page, _lines("Another"), b"data: [DONE]\n\n")
+    _act(page, "Regenerate")
+    page.until(f"{LAST} === 'Another' && {SEND} === 'Send'")
+    assert page.see(ANSWERS) == ["Another"]
+    page.see("delete window.fetch; 0")
+    page.open(page.see("location.href"))
+    page.until("document.title === 'tiny'")
+    _set(page, temperature=0, max_tokens=5)
+    first = _say(page, "First")
+    _say(page, "Second")
+    _act(page, "Edit", ".user:nth-child(3)")
+    assert page.see(ANSWERS) == [first]
+    assert page.see(BOX) == "Second"
+    page.fill("#box", "Third")
+    _say(page, "")
+    assert _asked(page) == [_user("First"), _assistant(first), _user("Third")]
+    _act(page, "Regenerate", ".assistant:nth-child(2)")
+    page.until(f"{SEND} === 'Send' && document.querySelectorAll('.about').length === 1")
+    assert _asked(page) == [_user("First")]
+    assert page.see(ANSWERS) == [first]
+
+
+def test_it_says_that_the_server_is_warming_up(browser, port, tmp_path):
+    waiting = {"status": "warming up", "programs": 28, "compiled": 7, "warm_up_secs": 12.3}
+    script = f"""window.warm = {json.dumps(waiting)}; const ask = window.fetch;
+        window.fetch = (path, ...more) => path === "ready" && warm
+          ? Promise.resolve(new Response(JSON.stringify(warm), {{ status: 503 }}))
+          : ask(path, ...more);"""
+    added = browser.call("Page.addScriptToEvaluateOnNewDocument", source=script)
+    try:
+        browser.open(f"http://127.0.0.1:{port}/")
+        said = browser.until("document.querySelector('#warming:not([hidden])')?.textContent")
+        assert "warming up: 7 of 28 programs compiled in 12 s" in said
+        browser.type("Hi")
+        browser.press("Enter")
+        assert browser.see("document.getElementById('send').disabled")
+        assert (browser.see(ANSWERS), browser.see(BOX)) == ([], "Hi")
+        browser.see("window.warm = null; 0")
+        browser.until("document.querySelector('#warming').hidden")
+        _set(browser, temperature=0, max_tokens=5)
+        _say(browser, "!")
+        assert _asked(browser) == [_user("Hi!")]
+    finally:
+        browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
+    assert not browser.complaints()

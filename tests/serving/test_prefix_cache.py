@@ -22,14 +22,14 @@ def test_the_longest_beginning_is_found_and_where_a_prompt_parts():
     cache = PrefixCache(10_000)
     cache.keep(tokens(20, last=20), row(1))
     cache.keep(tokens(30, last=0), row(2))
-    found, length, parting = cache.find(tokens(30, last=0))
+    found, length, parting, _ = cache.find(tokens(30, last=0))
     assert found is not None
     assert (float(found.logits_bv[0, 0]), length, parting) == (2, 30, 30)
-    found, length, parting = cache.find(tokens(40))
+    found, length, parting, _ = cache.find(tokens(40))
     assert found is not None
     assert (float(found.logits_bv[0, 0]), length, parting) == (1, 20, 29)
-    assert cache.find(tokens(19)) == (None, 0, 18)
-    assert cache.find(np.array([7, 8], np.int32)) == (None, 0, 0)
+    assert cache.find(tokens(19)) == (None, 0, 18, False)
+    assert cache.find(np.array([7, 8], np.int32)) == (None, 0, 0, False)
 
 
 def test_short_beginnings_are_not_worth_it():
@@ -37,7 +37,7 @@ def test_short_beginnings_are_not_worth_it():
     cache.keep(tokens(15), row(1))
     assert len(cache) == 0
     cache.keep(tokens(20), row(1))
-    assert cache.find(tokens(12)) == (None, 0, 0)
+    assert cache.find(tokens(12)) == (None, 0, 0, False)
 
 
 def test_bytes_are_bounded_and_the_least_recently_used_goes():
@@ -61,3 +61,15 @@ def test_no_room_keeps_nothing():
     cache = PrefixCache(0)
     cache.keep(tokens(20), row(1))
     assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_a_longer_part_of_an_answer_takes_the_place_of_a_shorter():
+    cache = PrefixCache(10_000)
+    cache.keep(tokens(20), row(1))
+    cache.keep(tokens(36), row(2), is_answer=True)
+    cache.keep(tokens(52), row(3), is_answer=True, replaces=tokens(36))
+    assert (len(cache), cache.bytes) == (2, 2 * ROW_BYTES + (20 + 52) * 4)
+    assert cache.find(np.array([*tokens(52), 9], np.int32))[1:] == (52, 52, True)
+    assert cache.find(np.array([*tokens(20), 9], np.int32))[1:] == (20, 20, False)
+    cache.keep(tokens(68), row(4), is_answer=True, replaces=tokens(36))  # gone already
+    assert len(cache) == 3
