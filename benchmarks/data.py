@@ -248,8 +248,8 @@ def write_text(path: pathlib.Path, size_bytes: int) -> None:
 def tokenise(who: str, folder: str) -> dict[str, float]:
     """Tokenises the file; returns CPU seconds and by how much memory grew."""
     from mamba_jax.config import DataConfig
-    from mamba_jax.data import tiktoken_encodings
     from mamba_jax.data.pipeline import prepare
+    from mamba_jax.data.tokenizers import tiktoken_encodings
 
     file = pathlib.Path(folder, "text.py")
     tokenizer = tiktoken_encodings.packaged_gpt2()
@@ -289,11 +289,11 @@ def write_sparse_cache(root: pathlib.Path, size_bytes: int) -> None:
     import numpy as np
     import xxhash
 
-    from mamba_jax.data.shards import _BLOCK_BYTES
-    from mamba_jax.data.sources import FilePart
-    from mamba_jax.data.store import Store
+    from mamba_jax.data.cache.shards import _BLOCK_BYTES
+    from mamba_jax.data.cache.store import Store
+    from mamba_jax.data.sources.files import FilePart
     from mamba_jax.data.summary import Summary
-    from mamba_jax.data.tokenizer import load_tokenizer
+    from mamba_jax.data.tokenizers.load import load_tokenizer
 
     n_shards, document_tokens = 10, 1_000
     documents = size_bytes // 2 // document_tokens // n_shards

@@ -56,7 +56,7 @@ def train_model(family: str, folder: pathlib.Path) -> pathlib.Path:
 def compare(checkpoint: pathlib.Path, form: str, dtype: str, out: pathlib.Path) -> dict[str, Any]:
     """Exports and verifies; returns what was found, or a note why nothing was."""
     from mamba_jax.exporting import tensors, verify
-    from mamba_jax.generation.checkpoints import find
+    from mamba_jax.generation.load import find
 
     asked = ["--checkpoint", str(checkpoint), "--format", form, "--dtype", dtype]
     try:

@@ -24,12 +24,12 @@ import jax
 
 from benchmarks.report import git_commit
 from mamba_jax.config import DataConfig, RunConfig, freeze, preset_config
-from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+from mamba_jax.costs.devices import device_named
+from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
 from mamba_jax.estimator.budget import GIB, Machine, of_device
 from mamba_jax.estimator.choose import CHUNK_TOKENS, Layout, laid_out, quick
 from mamba_jax.estimator.exact import Compiler
 from mamba_jax.estimator.planning import resolved
-from mamba_jax.presets import device_named
 
 CARD = "RTX 4080"
 LENGTHS = (512, 1024, 2048, 8192)

@@ -12,7 +12,7 @@ The time is that of the slowest of the three; how fast each goes is the card's.
 
 import dataclasses
 
-from mamba_jax.models.roofline import find_device
+from mamba_jax.costs.roofline import find_device
 
 N_STATES = 16  # that the counts are for
 FORWARD = (9.0, 20.0, 175.0)

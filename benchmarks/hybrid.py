@@ -13,7 +13,7 @@ from benchmarks import harness, workloads
 from benchmarks.harness import Candidate, Check, Context, Row
 from benchmarks.report import bars, ratio
 from mamba_jax.config import ModelConfig
-from mamba_jax.models.cost import parameter_count
+from mamba_jax.costs.parameters import parameter_count
 
 BASELINE = "Mamba, same parameters"
 SAME_SHAPE, HYBRID = "Mamba, same width and depth", "hybrid"

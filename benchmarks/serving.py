@@ -99,7 +99,7 @@ class Server:
     """A process that serves a checkpoint, and what offline generation says of it."""
 
     def __init__(self, quick: bool):
-        from mamba_jax.data.tokenizer import load_tokenizer
+        from mamba_jax.data.tokenizers.load import load_tokenizer
 
         self._folder = tempfile.TemporaryDirectory()
         self._model, self._params = write_checkpoint(pathlib.Path(self._folder.name), quick)
@@ -178,9 +178,9 @@ def write_checkpoint(folder: pathlib.Path, quick: bool) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
+    from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
     from mamba_jax.config import RunConfig
     from mamba_jax.models import build
-    from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
     config = RunConfig()
     small = {"d_model": 64, "n_layers": 2} if quick else {"d_model": 384, "n_layers": 6}

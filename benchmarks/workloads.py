@@ -19,10 +19,10 @@ from mamba_jax.config import (
     from_dict,
     preset_config,
 )
+from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.generation import generate
 from mamba_jax.generation.sampling import Sampling
 from mamba_jax.models import build
-from mamba_jax.models.cost import parameter_count
 from mamba_jax.parallel.mesh import make_mesh
 from mamba_jax.training.state import init_state
 from mamba_jax.training.step import make_train_step

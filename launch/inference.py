@@ -3,7 +3,7 @@
 
 import sys
 
-from mamba_jax import cli
+from mamba_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["generate", *sys.argv[1:]]))
+    sys.exit(main.main(["generate", *sys.argv[1:]]))

@@ -30,11 +30,11 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     serve.need_packages()
     ray, ray_serve = need("ray", "ray"), need("ray.serve", "ray")
-    from mamba_jax.training import checkpoint
+    from mamba_jax.checkpoints import arrays
 
     log = lambda line: print(line, file=sys.stderr, flush=True)
     # Once for all: a replica of tomorrow serves what those of today do, even if the run goes on.
-    path = checkpoint.resolve(pathlib.Path(arguments.checkpoint).absolute(), log)
+    path = arrays.resolve(pathlib.Path(arguments.checkpoint).absolute(), log)
     settings = dataclasses.replace(serve.settings_of(arguments), checkpoint=str(path))
     ray.init(ignore_reinit_error=True)
     status = 0

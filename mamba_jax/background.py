@@ -13,14 +13,15 @@ import sys
 import time
 from collections.abc import Sequence
 
-from mamba_jax import arguments
+from mamba_jax.checkpoints import resume
+from mamba_jax.cli import train_arguments
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, command
-from mamba_jax.launching import ending
-from mamba_jax.launching.record import Record, is_running, read
-from mamba_jax.launching.supervisor import HANDED_ON
-from mamba_jax.training import log_file, resume, run_lock
-from mamba_jax.training.run_lock import RunLock
+from mamba_jax.runs import exit_status, log_file
+from mamba_jax.runs import lock as run_lock
+from mamba_jax.runs.background import Record, is_running, read
+from mamba_jax.runs.lock import RunLock
+from mamba_jax.runs.supervisor import HANDED_ON
 
 _HELP = """\
 Starts a training run that outlives the terminal. Takes every flag of `python -m mamba_jax.train`
@@ -80,7 +81,7 @@ def start(flags: Sequence[str], *, requeue: bool, scripts: str) -> int:
       requeue: whether to start it again after exit codes 75 and 76.
       scripts: the folder of the launch scripts as the user called it, for what is printed.
     """
-    asked = arguments.read(list(flags))
+    asked = train_arguments.read(list(flags))
     config, output_dir = asked.config, pathlib.Path(asked.config.output_dir)
     run_lock.check_free(output_dir, asked.force, lambda line: None)
     if not asked.resume:
@@ -141,7 +142,7 @@ def _supervise(
         with log.open("ab") as stream:
             return subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "mamba_jax.launching.supervisor"),
+                    *(sys.executable, "-m", "mamba_jax.runs.supervisor"),
                     *("--output_dir", str(record.output_dir), "--log", str(log)),
                     *("--lock", str(record.descriptor), *(["--requeue"] if requeue else [])),
                     *("--", *run),
@@ -176,9 +177,9 @@ def _account(output_dir: pathlib.Path) -> list[str]:
     elif "exit_code" in facts:
         lines = [f"{output_dir}: ended with exit status {facts['exit_code']}: {facts['why']}"]
     else:
-        told = ending.reason(log)
+        told = exit_status.reason(log)
         lines = [f"{output_dir}: ended unseen, its supervisor was killed{told and ': '}{told}"]
-    told = [ending.last(log, r" step \d+/\d+  "), ending.last(log, r" step \d+: eval ")]
+    told = [exit_status.last(log, r" step \d+/\d+  "), exit_status.last(log, r" step \d+: eval ")]
     return lines + [f"  {line}" for line in told if line] + [f"  log: {log}"]
 
 
@@ -198,7 +199,7 @@ def stop(output_dir: pathlib.Path) -> int:
         print(f"it is still saving; its log: {facts['log']}")
         return 130
     print("\n".join(_account(output_dir)))
-    return 0 if read(output_dir).get("exit_code") in (0, ending.PREEMPTED) else 1
+    return 0 if read(output_dir).get("exit_code") in (0, exit_status.PREEMPTED) else 1
 
 
 def _recipient(facts: dict[str, int]) -> int:
@@ -228,7 +229,7 @@ def _is_zombie(process: int) -> bool:
 def _folders(flags: Sequence[str]) -> list[pathlib.Path]:
     """Returns the output_dir that flags lead to; without flags, all that runs were started in."""
     if flags:
-        return [pathlib.Path(arguments.read(list(flags)).config.output_dir)]
+        return [pathlib.Path(train_arguments.read(list(flags)).config.output_dir)]
     registry = pathlib.Path(RunConfig().log_dir) / _REGISTRY
     known = registry.read_text().splitlines() if registry.is_file() else []
     return [folder for folder in map(pathlib.Path, known) if read(folder)]

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mamba_jax.cli.terminal import print_table
 from mamba_jax.errors import UserError, command, reader_has_gone
 from mamba_jax.files import write_atomic
-from mamba_jax.tables import print_table
 
 if TYPE_CHECKING:
     from mamba_jax.evaluating.scorer import Scorer
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     check(arguments)
     from mamba_jax.evaluating.scorer import Scorer
-    from mamba_jax.generation.checkpoints import find
+    from mamba_jax.generation.load import find
 
     answers = find_tasks(arguments) if arguments.tasks else []
     log = lambda line: print(line, file=sys.stderr)

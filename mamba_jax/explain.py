@@ -6,8 +6,8 @@ import pathlib
 import shutil
 import sys
 
+from mamba_jax.cli.terminal import has_colours
 from mamba_jax.errors import command, reader_has_gone
-from mamba_jax.tables import has_colours
 
 _ABOUT = """\
 Reads what a run has recorded (metrics.jsonl in its output_dir), finished or still going, and says

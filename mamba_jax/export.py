@@ -62,10 +62,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     """Reads the checkpoint, writes the folder, verifies it, gives it its name."""
     check(arguments)
+    from mamba_jax.checkpoints.arrays import restore_params
     from mamba_jax.exporting import gguf_file, hf, onnx_file, tensors, tokenizer_files
     from mamba_jax.exporting.folder import new_folder
-    from mamba_jax.generation.checkpoints import find
-    from mamba_jax.training.checkpoint import restore_params
+    from mamba_jax.generation.load import find
 
     form, dtype = arguments.format, arguments.dtype
     log = lambda line: print(line, file=sys.stderr)

@@ -19,7 +19,7 @@ from mamba_jax.errors import UserError, command, reader_has_gone
 
 if TYPE_CHECKING:
     from mamba_jax.generation import Conversation
-    from mamba_jax.generation.checkpoints import Found
+    from mamba_jax.generation.load import Found
 
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
@@ -163,8 +163,8 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
 
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     """Loads the models and prints prompts and texts, or holds a conversation."""
+    from mamba_jax.checkpoints.arrays import restore_params
     from mamba_jax.generation import Conversation, check_settings, generate_text
-    from mamba_jax.training.checkpoint import restore_params
 
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "batch_size", "head")
     settings = {name: getattr(arguments, name) for name in names}
@@ -197,8 +197,8 @@ def find_all(arguments: argparse.Namespace) -> list["Found"]:
     Raises:
       UserError: if one cannot be read or used, or their tokenizers differ.
     """
-    from mamba_jax.generation.checkpoints import find
     from mamba_jax.generation.ensemble import same_tokenizer
+    from mamba_jax.generation.load import find
 
     log = lambda line: print(line, file=sys.stderr)
     all_found = []

@@ -57,12 +57,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Reads the model, writes ``step_0`` and a config to train it on with."""
     import jax
 
+    from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
+    from mamba_jax.checkpoints.folder import step_name
     from mamba_jax.config import DataConfig, RunConfig
-    from mamba_jax.data.tokenizer import load_tokenizer
+    from mamba_jax.data.tokenizers.load import load_tokenizer
     from mamba_jax.exporting import reading, tokenizer_files
     from mamba_jax.exporting.folder import check_room, new_folder
-    from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
-    from mamba_jax.training.checkpoint_folder import step_name
     from mamba_jax.training.state import state_of
 
     if arguments.max_seq_len < 1:

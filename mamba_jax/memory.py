@@ -7,12 +7,11 @@ import json
 import sys
 from typing import Any, NoReturn
 
-from mamba_jax import arguments as train_arguments
-from mamba_jax import presets
-from mamba_jax.config import RunConfig, freeze, preset_config
+from mamba_jax.cli import train_arguments as train_arguments
+from mamba_jax.cli.terminal import print_table
+from mamba_jax.config import RunConfig, freeze, preset_config, presets
 from mamba_jax.errors import UserError, command, did_you_mean
 from mamba_jax.estimator.budget import GIB, Machine, of_device, this_machine, visible_cards
-from mamba_jax.tables import print_table
 
 _STAND_IN = "RTX-4080"  # the guide's own card, where there is none here
 
@@ -212,8 +211,8 @@ def _print_tables(as_json: bool) -> int:
 
 @functools.cache
 def _size(name: str) -> dict[str, Any]:
+    from mamba_jax.costs.parameters import parameter_count
     from mamba_jax.estimator.choose import smallest_bytes
-    from mamba_jax.models.cost import parameter_count
 
     config = _run_of(name)
     return {
@@ -244,7 +243,7 @@ def _preset(name: str) -> presets.Device:
 
 
 def _run_of(name: str) -> RunConfig:
-    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+    from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
 
     config = freeze(preset_config(name))
     config = dataclasses.replace(config, vram=dataclasses.replace(config.vram, auto=True))

@@ -8,10 +8,10 @@ import argparse
 import itertools
 import sys
 
-from mamba_jax import arguments
+from mamba_jax.cli import train_arguments
+from mamba_jax.cli.terminal import has_colours
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, command, reader_has_gone
-from mamba_jax.tables import has_colours
 
 _INSPECTED = 3
 
@@ -22,7 +22,7 @@ def run(config: RunConfig) -> None:
     Raises:
       UserError: if there is no text, or the cache cannot be used.
     """
-    from mamba_jax.data import store
+    from mamba_jax.data.cache import store
     from mamba_jax.data.pipeline import tokenise
 
     data = config.data
@@ -67,8 +67,8 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _parser() -> arguments.Parser:
-    parser = arguments.Parser(
+def _parser() -> train_arguments.Parser:
+    parser = train_arguments.Parser(
         prog="mamba_jax.prepare_data",
         usage="%(prog)s [flags]",
         description="Tokenises a corpus ahead of training, and tells about it. Stopped or killed, "
@@ -90,7 +90,7 @@ def _parser() -> arguments.Parser:
         help=f"show the first N windows of a training as text (default {_INSPECTED}): where "
         "documents begin, what is not learnt, in colours on a terminal unless NO_COLOR is set",
     )
-    arguments.add_data_flags(parser)
+    train_arguments.add_data_flags(parser)
     return parser
 
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         parser.print_help()
         return 0
     count, rest = _take_inspect(_take_workers(argv))
-    asked = arguments.read(rest)
+    asked = train_arguments.read(rest)
     if asked.resume or asked.profile or asked.dry_run:
         raise UserError("--resume, --profile and --dry_run have no use where nothing is trained")
     from mamba_jax.data.listing import clear_cache, list_files

@@ -7,12 +7,11 @@ import pathlib
 import sys
 from typing import Any
 
-from mamba_jax import presets
-from mamba_jax.config import freeze, preset_config
+from mamba_jax.cli.terminal import print_table
+from mamba_jax.config import freeze, preset_config, presets
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
 from mamba_jax.reports import flops
-from mamba_jax.tables import print_table
 
 
 @command
@@ -79,8 +78,8 @@ def print_presets(arguments: argparse.Namespace) -> int:
 
 def preset_row(name: str) -> dict[str, Any]:
     """Returns the row of one size; "nominal" is its label, "parameters" the truth."""
-    from mamba_jax.data.tokenizer import load_tokenizer
-    from mamba_jax.models.cost import parameter_count
+    from mamba_jax.costs.parameters import parameter_count
+    from mamba_jax.data.tokenizers.load import load_tokenizer
 
     size, run = presets.SIZES[name], freeze(preset_config(name))
     vocab_size = load_tokenizer(run.data.tokenizer).vocab_size
@@ -92,7 +91,8 @@ def preset_row(name: str) -> dict[str, Any]:
 
 def write_run_page(arguments: argparse.Namespace) -> int:
     """Writes the page of a run."""
-    from mamba_jax.reports import recorded, run_page
+    from mamba_jax.reports import run_page
+    from mamba_jax.runs import recorded
 
     run = recorded.read_run(arguments.folder)
     _write(arguments.out or arguments.folder / "report.html", run_page.render(run))
@@ -101,7 +101,8 @@ def write_run_page(arguments: argparse.Namespace) -> int:
 
 def compare_runs(arguments: argparse.Namespace) -> int:
     """Prints the table of several runs and writes their page."""
-    from mamba_jax.reports import compare, recorded
+    from mamba_jax.reports import compare
+    from mamba_jax.runs import recorded
 
     if len(arguments.folders) < 2:
         raise UserError(

@@ -8,11 +8,14 @@ import os
 import pathlib
 from typing import TYPE_CHECKING
 
+from mamba_jax.checkpoints import resume
+from mamba_jax.checkpoints.resume import Start
 from mamba_jax.config import RunConfig
-from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer, with_vocabulary
+from mamba_jax.data.tokenizers.base import Tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
 from mamba_jax.errors import UserError, need
-from mamba_jax.training import log_file, resume, summary
-from mamba_jax.training.resume import Start
+from mamba_jax.runs import log_file
+from mamba_jax.training import summary
 from mamba_jax.training.trackers import check_trackers
 
 if TYPE_CHECKING:

@@ -13,17 +13,18 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from mamba_jax import arguments
+from mamba_jax.cli import train_arguments
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
-from mamba_jax.launching.ending import PREEMPTED
+from mamba_jax.runs import lock
+from mamba_jax.runs import metrics as history
+from mamba_jax.runs.exit_status import PREEMPTED
+from mamba_jax.runs.lock import RunLock
 from mamba_jax.sweeps import jobs, page
 from mamba_jax.sweeps.executors import Executor, Local, Slurm, gpus
 from mamba_jax.sweeps.hyper import Hyper, Settings, Sweep, load
 from mamba_jax.sweeps.queue import Listed, Queue, Source
-from mamba_jax.training import history, run_lock
-from mamba_jax.training.run_lock import RunLock
 
 _EPILOG = """\
 Every other flag goes to `python -m mamba_jax.train`, for each run.
@@ -127,7 +128,7 @@ def _lock(out: pathlib.Path) -> RunLock:
         return RunLock.acquire(out, log=_say)
     except UserError as error:
         try:
-            holder = json.loads((out / run_lock.NAME).read_text())
+            holder = json.loads((out / lock.NAME).read_text())
             who = f"a sweep on {holder['host']} (pid {holder['pid']}, since {holder['since']})"
         except (OSError, ValueError, KeyError, TypeError):
             raise error from None
@@ -150,7 +151,7 @@ def _base(flags: Sequence[str]) -> RunConfig:
     for flag in ("--output_dir", "--resume", "--config.output_dir", "--profile"):
         if any(word.partition("=")[0] == flag for word in flags):
             raise UserError(f"{flag} has no use in a sweep: each run has a folder below --out")
-    return arguments.read(list(flags)).config
+    return train_arguments.read(list(flags)).config
 
 
 def _jobs(sweep: Sweep, make: Any, file: str) -> list[jobs.Job]:
@@ -164,7 +165,7 @@ def _jobs(sweep: Sweep, make: Any, file: str) -> list[jobs.Job]:
     if not unique:
         raise UserError(f"sweep file {file} has no settings")
     for job in unique.values():
-        arguments.read([flag for flag in job.command[3:] if flag != "--resume=auto"])
+        train_arguments.read([flag for flag in job.command[3:] if flag != "--resume=auto"])
     return list(unique.values())
 
 
@@ -218,7 +219,8 @@ def _executor(own: argparse.Namespace) -> tuple[Executor, int]:
 
 def _write_run_pages(out: pathlib.Path) -> None:
     """Writes the page of each run that has recorded something since its last one."""
-    from mamba_jax.reports import recorded, run_page
+    from mamba_jax.reports import run_page
+    from mamba_jax.runs import recorded
 
     for metrics in out.glob(f"*/{history.NAME}"):
         page_file = metrics.with_name(jobs.PAGE)

@@ -6,13 +6,13 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from mamba_jax import arguments
+from mamba_jax.cli import train_arguments
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
 
 if TYPE_CHECKING:
-    from mamba_jax.training.run_lock import RunLock
+    from mamba_jax.runs.lock import RunLock
 
 # How samples are drawn: cool, as they have to show what a short run has learnt.
 _SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
@@ -40,10 +40,10 @@ def run(
     Raises:
       UserError: for whatever a user can mend.
     """
-    from mamba_jax.training import resume as resuming
-    from mamba_jax.training.checkpoint_folder import list_checkpoints
+    from mamba_jax.checkpoints import resume as resuming
+    from mamba_jax.checkpoints.folder import list_checkpoints
+    from mamba_jax.runs.lock import RunLock
     from mamba_jax.training.elastic import OutOfMemory
-    from mamba_jax.training.run_lock import RunLock
 
     output_dir = pathlib.Path(config.output_dir)
     say = functools.partial(print, flush=True)  # there is no log yet
@@ -69,23 +69,19 @@ def _run(
 ) -> int:
     """One attempt of ``run``."""
     from mamba_jax import starting
+    from mamba_jax.checkpoints import resume as resuming
+    from mamba_jax.checkpoints.arrays import CheckpointWriter, restore
+    from mamba_jax.checkpoints.folder import FINAL, Metadata, find_latest, layout_of, step_name
+    from mamba_jax.costs.parameters import parameter_count
     from mamba_jax.data.pipeline import prepare
     from mamba_jax.generation.generate import generate_text
-    from mamba_jax.models.cost import parameter_count
+    from mamba_jax.parallel.compile_cache import cache_compilations
     from mamba_jax.parallel.mesh import batch_sharding
-    from mamba_jax.training import history, loop, summary
-    from mamba_jax.training import resume as resuming
-    from mamba_jax.training.checkpoint import CheckpointWriter, restore
-    from mamba_jax.training.checkpoint_folder import (
-        FINAL,
-        Metadata,
-        find_latest,
-        layout_of,
-        step_name,
-    )
+    from mamba_jax.runs import metrics as history
+    from mamba_jax.training import loop, summary
     from mamba_jax.training.elastic import ElasticStep
     from mamba_jax.training.evaluation import Evaluation, evaluate
-    from mamba_jax.training.hardware import cache_compilations, find_hardware
+    from mamba_jax.training.hardware import find_hardware
     from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
     from mamba_jax.training.monitor import Monitor
     from mamba_jax.training.profile import Profile
@@ -285,9 +281,9 @@ def _run(
 @command
 def main(argv: list[str]) -> int:
     """The command: reads ``argv``, returns the exit status."""
-    asked = arguments.read(argv)
+    asked = train_arguments.read(argv)
     if asked.dry_run:
-        from mamba_jax.dry_run import describe
+        from mamba_jax.cli.dry_run import describe
 
         print(describe(asked))
         return 0

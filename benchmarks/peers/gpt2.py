@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.harness import Context, Prepared
 from mamba_jax.config import ModelConfig, TrainingConfig
-from mamba_jax.models.cost import parameter_count
+from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.ops.cross_entropy import weighted_cross_entropy
 from mamba_jax.training.loss import default_chunk_tokens
 from mamba_jax.training.optimizer import make_optimizer

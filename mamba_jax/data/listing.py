@@ -4,11 +4,11 @@
 from collections.abc import Callable
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import store
+from mamba_jax.data.cache import store
 from mamba_jax.data.pipeline import open_sources
-from mamba_jax.data.sources import FilePart, Source
+from mamba_jax.data.sources.files import FilePart, Source
 from mamba_jax.data.summary import Summary
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 
 
 def list_files(config: DataConfig, show: Callable[[str], None]) -> None:

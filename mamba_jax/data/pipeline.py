@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data.fill_in_the_middle import FillInTheMiddle
-from mamba_jax.data.hub import open_dataset
-from mamba_jax.data.order import Order
-from mamba_jax.data.plan import Plan, Settings, load_or_make
-from mamba_jax.data.repetition import Overlap
-from mamba_jax.data.sources import Source, open_source
-from mamba_jax.data.store import Store, cache_folder
+from mamba_jax.data.cache.store import Store, cache_folder
+from mamba_jax.data.sources.files import Source, open_source
+from mamba_jax.data.sources.hub import open_dataset
+from mamba_jax.data.sources.task_rows import open_tasks
 from mamba_jax.data.summary import Summary, shown
-from mamba_jax.data.task_rows import open_tasks
-from mamba_jax.data.tokenizer import Tokenizer, load_tokenizer
-from mamba_jax.data.windows import DocumentWindows, Joined, PackedWindows, Windows
+from mamba_jax.data.tokenizers.base import Tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
+from mamba_jax.data.windows.fill_in_the_middle import FillInTheMiddle
+from mamba_jax.data.windows.order import Order
+from mamba_jax.data.windows.plan import Plan, Settings, load_or_make
+from mamba_jax.data.windows.repetition import Overlap
+from mamba_jax.data.windows.windows import DocumentWindows, Joined, PackedWindows, Windows
 from mamba_jax.errors import UserError
 
 _COUNTED_TOKENS = 1 << 24  # of a side, for the distribution of its tokens

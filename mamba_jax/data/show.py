@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers.base import Tokenizer
 
 _RESET, _DIM, _MARK = "\033[0m", "\033[2m", "\033[1;35m"
 _DOCUMENTS = ("\033[36m", "\033[33m")  # by turns

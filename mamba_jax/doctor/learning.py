@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from mamba_jax.checkpoints.folder import step_name
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
 from mamba_jax.doctor.signals import Curve, Run, above_recent, groups, median, noise, windows
-from mamba_jax.training.checkpoint_folder import step_name
 
 # A model that learns at all takes off a tenth of the first loss (the logarithm of the vocabulary,
 # about) in its first hundred steps: the frequencies of tokens alone are worth a third of it.

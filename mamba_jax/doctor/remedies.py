@@ -3,9 +3,9 @@
 import math
 import shlex
 
+from mamba_jax.checkpoints.folder import list_checkpoints
 from mamba_jax.doctor.finding import Remedy
 from mamba_jax.doctor.signals import Run
-from mamba_jax.training.checkpoint_folder import list_checkpoints
 
 # The presets have 1e-4 to 5e-4; a factor of 5 beyond at either side is out of the usual.
 RATE_LOW, RATE_USUAL, RATE_HIGH = 2e-5, 3e-4, 2.5e-3

@@ -13,7 +13,7 @@ import numpy as np
 
 from mamba_jax.config import RunConfig, from_dict
 from mamba_jax.errors import UserError
-from mamba_jax.training import history
+from mamba_jax.runs import metrics
 
 SCALARS = ("loss", "learning_rate", "gradient_norm", "eval_loss")
 BY_LAYER = ("dt_mean", "dt_max", "A_min", "A_max", "depth_mean", "gates_closed", "gates_open")
@@ -134,19 +134,19 @@ def read(folder: pathlib.Path) -> Run:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the output_dir of a run")
-    records = history.read(folder / history.NAME)
+    records = metrics.read(folder / metrics.NAME)
     if not records:
-        state = "is empty or damaged" if (folder / history.NAME).is_file() else "is missing"
+        state = "is empty or damaged" if (folder / metrics.NAME).is_file() else "is missing"
         raise UserError(
-            f"{folder}: {history.NAME} {state}; give the output_dir of a run that has begun"
+            f"{folder}: {metrics.NAME} {state}; give the output_dir of a run that has begun"
         )
     return from_records(folder, records)
 
 
 def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
     """Makes a run of what ``history.read`` returns."""
-    series = {name: history.series(records, name) for name in SCALARS + RATES}
-    series |= {name: history.layer_series(records, name) for name in BY_LAYER}
+    series = {name: metrics.series(records, name) for name in SCALARS + RATES}
+    series |= {name: metrics.layer_series(records, name) for name in BY_LAYER}
     curves, not_finite = {}, {}
     for name, (steps, values) in series.items():
         curve, broken = _curve(steps, values)

@@ -14,8 +14,8 @@ a float32, a of a number of the matmul dtype; v vocabulary (padded).
 import dataclasses
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.models.cost import layer_parameters, parameter_count
-from mamba_jax.models.flops import Setting
+from mamba_jax.costs.flops import Setting
+from mamba_jax.costs.parameters import layer_parameters, parameter_count
 
 _F = 4
 # Of the fused scan: tokens from one kept state to the next, channels of a program (each makes its

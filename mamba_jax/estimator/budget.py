@@ -15,8 +15,8 @@ import shutil
 import subprocess
 
 from mamba_jax.config import VramConfig
+from mamba_jax.costs.devices import Device, device_named
 from mamba_jax.errors import UserError
-from mamba_jax.presets import Device, device_named
 
 GIB, MIB = 2**30, 2**20
 FRACTION = "XLA_CLIENT_MEM_FRACTION"

@@ -18,14 +18,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
-from mamba_jax import presets
-from mamba_jax.config import RunConfig, size_fields
+from mamba_jax.config import RunConfig, presets, size_fields
+from mamba_jax.costs.devices import Device
+from mamba_jax.costs.flops import Setting, parts, setting_of
+from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
 from mamba_jax.estimator.account import Account, account, kept_bytes
 from mamba_jax.estimator.budget import Budget, Machine, gib
-from mamba_jax.models.cost import parameter_count
-from mamba_jax.models.flops import Setting, parts, setting_of
-from mamba_jax.presets import Device
 
 CPU_TOKENS = 4_096  # of a device's microbatch: a CPU core gains nothing from more
 CHUNK_TOKENS = {True: 512, False: 1_024}  # of the loss, on a CPU and elsewhere
@@ -118,7 +117,7 @@ def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list
 
 def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: Layout) -> float:
     """Returns the least time for a token with a layout, on a device of the table."""
-    from mamba_jax.models.roofline import floor_secs, published
+    from mamba_jax.costs.roofline import floor_secs, published
 
     setting, model = _setting(config, machine, layout), config.model
     peaks = published(preset, setting.dtype)

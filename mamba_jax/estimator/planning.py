@@ -2,13 +2,13 @@
 
 import dataclasses
 
+from mamba_jax.checkpoints.resume import Start, laid_out_as_before
 from mamba_jax.config import RunConfig
 from mamba_jax.estimator import choose
 from mamba_jax.estimator.account import Account
 from mamba_jax.estimator.budget import Budget, Machine, budget, gib, this_machine
 from mamba_jax.estimator.choose import Layout
 from mamba_jax.estimator.exact import Compiler, Unavailable
-from mamba_jax.training.resume import Start, laid_out_as_before
 
 HOPELESS = 1.3  # times the budget by the formula: not worth a compile
 FAR_APART = 4  # times the smallest microbatch: where the second one is compiled
@@ -131,7 +131,7 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
     """Returns the run with as many embeddings as the tokenizer has ids, if it leaves that open."""
     if config.model.vocab_size:  # the tokenizer takes a tenth of a second
         return config
-    from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+    from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
 
     return with_vocabulary(config, load_tokenizer(config.data.tokenizer))
 

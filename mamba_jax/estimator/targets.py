@@ -18,8 +18,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from mamba_jax.costs.devices import DEVICES, Device, device_named
 from mamba_jax.errors import UserError, did_you_mean
-from mamba_jax.presets import DEVICES, Device, device_named
 
 # By compute capability (CUDA C++ programming guide, table of technical specifications): float32
 # lanes, threads and bytes of shared memory of a multiprocessor.

@@ -17,8 +17,8 @@ import numpy as np
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.document import Part
-from mamba_jax.data.hub import open_dataset
-from mamba_jax.data.sources import open_source
+from mamba_jax.data.sources.files import open_source
+from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.summary import Summary
 from mamba_jax.data.text_cuts import well_formed
 from mamba_jax.errors import UserError

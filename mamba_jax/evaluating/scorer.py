@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import StreamDecoder
+from mamba_jax.data.tokenizers.base import StreamDecoder
 from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model, mean_probability
 from mamba_jax.generation.generate import empty_cache, prepare

@@ -1,6 +1,6 @@
 """The model card: data, measured metrics, limits; nothing that was not measured."""
 
-from mamba_jax.training.checkpoint_folder import Metadata
+from mamba_jax.checkpoints.folder import Metadata
 
 _FAMILIES = {"mamba": "Mamba", "hybrid": "Hybrid Recursive Mamba"}
 

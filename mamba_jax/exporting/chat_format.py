@@ -6,7 +6,7 @@ training and the server do; what an engine cannot do is stated where it is writt
 
 import json
 
-from mamba_jax.data.chats import ROLES
+from mamba_jax.data.sources.chats import ROLES
 from mamba_jax.generation.chat import ANSWER, STOP
 
 _JINJA = """\

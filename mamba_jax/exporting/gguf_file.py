@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from mamba_jax.checkpoints.folder import Metadata
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import chat_format, tensors, tokenizer_files
 from mamba_jax.exporting.card import model_card
-from mamba_jax.training.checkpoint_folder import Metadata
 
 FILE_NAME = "model.gguf"
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # names of ours → the library

@@ -8,12 +8,12 @@ from typing import Any
 import ml_dtypes  # comes with jax
 import numpy as np
 
+from mamba_jax.checkpoints.folder import Metadata
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import need
 from mamba_jax.exporting import chat_format, tokenizer_files
 from mamba_jax.exporting.card import model_card
-from mamba_jax.training.checkpoint_folder import Metadata
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 WEIGHTS = "model.safetensors"

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.checkpoints.folder import Metadata
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.exporting import chat_format, hf, onnx_model, tensors, tokenizer_files
 from mamba_jax.exporting.card import model_card
 from mamba_jax.exporting.onnx_graph import WeightsFile
-from mamba_jax.training.checkpoint_folder import Metadata
 
 ROW, STEP, WEIGHTS = "model.onnx", "step.onnx", "model.onnx.data"
 EXAMPLE = "generate_onnx.py"

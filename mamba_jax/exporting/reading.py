@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mamba_jax import config_checks
-from mamba_jax.config import ModelConfig, from_dict
-from mamba_jax.data import hub_access
+from mamba_jax.config import ModelConfig, checks, from_dict
+from mamba_jax.data.sources import hub_access
 from mamba_jax.errors import UserError, need, shortly
 from mamba_jax.exporting import hf, tensors, torch_file
 
@@ -141,7 +140,7 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
         if isinstance(value, int) and value >= _TOO_LARGE:
             raise UserError(f"config.json: {name}={value} is no size of a model")
     run = from_dict({"model": fields | {"vocab_size": n_ids}})  # checks the types
-    config_checks.check(run)
+    checks.check(run)
     return run.model
 
 

@@ -9,8 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mamba_jax.data import chat_opening
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers import chat_opening
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import UserError, need, shortly
 from mamba_jax.exporting import chat_format
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import gguf_file, hf, onnx_file, tokenizer_files
 from mamba_jax.exporting.tensors import EMBEDDING, from_hf

@@ -8,7 +8,7 @@ assistant: It is 2.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mamba_jax.data.chats import chat_text
+from mamba_jax.data.sources.chats import chat_text
 from mamba_jax.errors import UserError
 
 ANSWER = "assistant:"  # what the model goes on from, with a space and its answer

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
+from mamba_jax.data.tokenizers.base import StreamDecoder, Tokenizer
 from mamba_jax.generation.chat import ANSWER, STOP
 from mamba_jax.generation.ensemble import Model, mean_logits
 from mamba_jax.generation.generate import empty_cache, prefill, prepare

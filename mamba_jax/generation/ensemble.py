@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.models import build
 

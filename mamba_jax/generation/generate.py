@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mamba_jax.config import ModelConfig
-from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
+from mamba_jax.data.tokenizers.base import StreamDecoder, Tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model, mean_logits, same_tokenizer
 from mamba_jax.generation.sampling import Sampling, sample

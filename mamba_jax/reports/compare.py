@@ -8,8 +8,8 @@ from typing import Any
 from mamba_jax.reports import page
 from mamba_jax.reports.charts import chart, curve, smoothing_width, thin, trailing_mean
 from mamba_jax.reports.page import duration, number, size
-from mamba_jax.reports.recorded import Run
-from mamba_jax.training import history
+from mamba_jax.runs import metrics
+from mamba_jax.runs.recorded import Run
 
 # Where a run keeps its things tells runs apart already: their columns are named by it.
 _PLACES = ("output_dir", "log_dir", "tensorboard_dir", "data.cache_dir")
@@ -239,7 +239,7 @@ def _charts(comparison: Comparison) -> list[dict[str, Any]]:
     for recorded, key, title, unit, log, look in kinds:
         curves = []
         for place, (name, run) in enumerate(zip(comparison.names, comparison.runs, strict=True)):
-            steps, values = history.series(run.records, recorded)
+            steps, values = metrics.series(run.records, recorded)
             if recorded == "loss":
                 values = trailing_mean(values, smoothing_width(len(values))).tolist()
             if steps:

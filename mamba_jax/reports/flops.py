@@ -7,15 +7,14 @@ import pathlib
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from mamba_jax import presets
-from mamba_jax.config import RunConfig, freeze, preset_config
+from mamba_jax.cli.terminal import print_table
+from mamba_jax.config import RunConfig, freeze, preset_config, presets
 from mamba_jax.errors import UserError, did_you_mean
-from mamba_jax.tables import print_table
 
 if TYPE_CHECKING:
-    from mamba_jax.models.flops import Setting
-    from mamba_jax.models.roofline import Peaks
-    from mamba_jax.models.work import Part
+    from mamba_jax.costs.flops import Setting
+    from mamba_jax.costs.roofline import Peaks
+    from mamba_jax.costs.work import Part
 
 _MICROBATCH = 8  # sequences, unless --batch says otherwise
 HELP = """\
@@ -25,7 +24,7 @@ Model FLOPs are those of matrix products in forward and gradient; hardware FLOPs
 backward makes again (attention scores, layers under the remat policy). MFU is model FLOPs
 per second over the device's peak, HFU hardware FLOPs per second over it. The floor is the time that
 the device allows: for each part its slowest of FLOPs over peak, special operations over theirs and
-bytes over memory bandwidth, summed over the parts. mamba_jax/models/flops.py has the formulas.
+bytes over memory bandwidth, summed over the parts. mamba_jax/costs/flops.py has the formulas.
 """
 
 
@@ -77,7 +76,7 @@ def print_flops(arguments: argparse.Namespace) -> int:
 
 def _peaks(arguments: argparse.Namespace, dtype: str, kind: str = "") -> "Peaks | None":
     """Returns the peaks asked for, else the published ones of ``kind``; None: unknown."""
-    from mamba_jax.models import roofline
+    from mamba_jax.costs import roofline
 
     if arguments.measure:
         here = roofline.device_kind()
@@ -99,8 +98,8 @@ def _peaks(arguments: argparse.Namespace, dtype: str, kind: str = "") -> "Peaks 
 
 
 def _size_cost(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    from mamba_jax.models import roofline
-    from mamba_jax.models.flops import parts, setting_of
+    from mamba_jax.costs import roofline
+    from mamba_jax.costs.flops import parts, setting_of
 
     run = _with_vocabulary(freeze(preset_config(name)))
     # A run would choose its microbatch by its device.
@@ -120,7 +119,7 @@ def _size_cost(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_vocabulary(run: RunConfig) -> RunConfig:
-    from mamba_jax.data.tokenizer import load_tokenizer
+    from mamba_jax.data.tokenizers.load import load_tokenizer
 
     vocab_size = run.model.vocab_size or load_tokenizer(run.data.tokenizer).vocab_size
     return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=vocab_size))
@@ -128,7 +127,7 @@ def _with_vocabulary(run: RunConfig) -> RunConfig:
 
 def _cost_record(parts: "list[Part]", setting: "Setting", peaks: "Peaks | None") -> dict[str, Any]:
     """Returns the costs as plain JSON types; all amounts are per token."""
-    from mamba_jax.models.roofline import floor_secs
+    from mamba_jax.costs.roofline import floor_secs
 
     def amounts(part: "Part") -> dict[str, float]:
         row = {
@@ -202,9 +201,9 @@ def _print_parts(record: dict[str, Any]) -> None:
 
 
 def _print_run(arguments: argparse.Namespace) -> int:
-    from mamba_jax.models.flops import parts, setting_of
-    from mamba_jax.training import history
-    from mamba_jax.training.checkpoint_folder import list_checkpoints, read_metadata
+    from mamba_jax.checkpoints.folder import list_checkpoints, read_metadata
+    from mamba_jax.costs.flops import parts, setting_of
+    from mamba_jax.runs import metrics
 
     folder = pathlib.Path(arguments.folder)
     checkpoints = list_checkpoints(folder)
@@ -213,10 +212,10 @@ def _print_run(arguments: argparse.Namespace) -> int:
             f"--run={folder}: the folder holds no checkpoint; give the output_dir of a run"
         )
     run = read_metadata(checkpoints[0][1]).laid_out
-    records = [r for r in history.read(folder / history.NAME) if "device_kind" in r]
+    records = [r for r in metrics.read(folder / metrics.NAME) if "device_kind" in r]
     if not records:
         raise UserError(
-            f"--run={folder}: its {history.NAME} tells no rate of tokens; the run was too short "
+            f"--run={folder}: its {metrics.NAME} tells no rate of tokens; the run was too short "
             "(a training.log_steps that fits in it gives one) or of an older version"
         )
     kind, count = records[-1]["device_kind"], records[-1]["device_count"]

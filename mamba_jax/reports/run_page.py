@@ -19,8 +19,8 @@ from mamba_jax.reports.charts import (
     trailing_mean,
 )
 from mamba_jax.reports.page import duration, number, size
-from mamba_jax.reports.recorded import Run, flat_config
-from mamba_jax.training import history
+from mamba_jax.runs import metrics as history
+from mamba_jax.runs.recorded import Run, flat_config
 
 _MOST_SAMPLES, _MOST_WARNINGS, _LONGEST_TEXT = 20, 50, 4_000
 _MOST_MARKS = 300  # skipped steps that are marked one by one

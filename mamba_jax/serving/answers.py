@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
+from mamba_jax.data.tokenizers.base import StreamDecoder, Tokenizer
 from mamba_jax.serving.sequence import Asked, End, Event, Scored, Text, Told
 
 Json = dict[str, Any]

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.generation import chat
 from mamba_jax.serving.rows import TOP_LOGPROBS
 from mamba_jax.serving.sequence import Asked

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from mamba_jax.data.tokenizer import StreamDecoder, Tokenizer
+from mamba_jax.data.tokenizers.base import StreamDecoder, Tokenizer
 from mamba_jax.generation.stops import StopFinder
 from mamba_jax.serving.rows import Rows
 

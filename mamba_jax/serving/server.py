@@ -6,13 +6,13 @@ from collections.abc import Callable
 import jax
 from fastapi import FastAPI
 
-from mamba_jax.generation.checkpoints import find
+from mamba_jax.generation.load import find
+from mamba_jax.parallel.compile_cache import cache_compilations
 from mamba_jax.serving.api import make_app
 from mamba_jax.serving.engine import Engine
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.protocol import Limits, Translator
 from mamba_jax.serving.settings import Settings
-from mamba_jax.training.hardware import cache_compilations
 
 
 def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:

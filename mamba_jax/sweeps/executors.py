@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from mamba_jax.errors import UserError
-from mamba_jax.launching import ending
-from mamba_jax.launching.record import Record
+from mamba_jax.runs import exit_status, log_file
+from mamba_jax.runs.background import Record
 from mamba_jax.sweeps.jobs import Job
-from mamba_jax.training import log_file
 
 _SAVE_SECS = 80.0  # of the 90 that submitit lets a job have between its signal and its end
 
@@ -87,7 +86,7 @@ class _Process:
 
     def poll(self) -> int | None:
         status = self._process.poll()
-        return None if status is None else ending.exit_code(status)
+        return None if status is None else exit_status.exit_code(status)
 
     def stop(self) -> None:
         self._process.terminate()
@@ -156,7 +155,7 @@ class TrainingTask:
         # Not wait(): the signal's handler, which runs inside it, could not ask for the status.
         while process.poll() is None:
             time.sleep(0.5)
-        return ending.exit_code(process.returncode)
+        return exit_status.exit_code(process.returncode)
 
     def checkpoint(self) -> Any:
         """Called at a time limit or preemption: lets the run save, and asks for the queue again.

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mamba_jax.checkpoints.folder import list_checkpoints, read_metadata
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError
-from mamba_jax.launching import ending
-from mamba_jax.launching.record import is_running, read
+from mamba_jax.runs import exit_status, metrics
+from mamba_jax.runs.background import is_running, read
 from mamba_jax.sweeps.hyper import Settings
-from mamba_jax.training import history
-from mamba_jax.training.checkpoint_folder import list_checkpoints, read_metadata
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # less is better
 DONE, PRUNED, STOPPED, FAILED, RUNNING, NEW = (
@@ -132,19 +131,19 @@ def state(folder: pathlib.Path) -> str:
     code = facts.get("exit_code")
     if facts.get("pruned"):
         return PRUNED
-    if code is None or code in (ending.PREEMPTED, ending.PEER_LOST):
+    if code is None or code in (exit_status.PREEMPTED, exit_status.PEER_LOST):
         return STOPPED
     return FAILED if code else DONE
 
 
 def measures(folder: pathlib.Path) -> dict[str, float]:
     """Returns what a run has measured so far: the last evaluation, its loss, speed and step."""
-    records = history.read(folder / history.NAME)
+    records = metrics.read(folder / metrics.NAME)
     found: dict[str, float] = {}
     for record in records:
         found |= {name: record[name] for name in (*METRICS, "tokens_per_sec") if name in record}
     if records:
-        found |= {"step": records[-1]["step"], "train_loss": history.mean_recent_loss(records)}
+        found |= {"step": records[-1]["step"], "train_loss": metrics.mean_recent_loss(records)}
     elif checkpoints := list_checkpoints(folder):
         with contextlib.suppress(UserError):
             metadata = read_metadata(checkpoints[0][1])
@@ -154,7 +153,7 @@ def measures(folder: pathlib.Path) -> dict[str, float]:
 
 def evaluations(folder: pathlib.Path, metric: str) -> list[tuple[int, float]]:
     """Returns (step, value) of each evaluation of a run."""
-    records = history.read(folder / history.NAME)
+    records = metrics.read(folder / metrics.NAME)
     return [(record["step"], record[metric]) for record in records if metric in record]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from mamba_jax.errors import UserError
-from mamba_jax.launching import ending
-from mamba_jax.launching.record import Record
+from mamba_jax.runs import exit_status
+from mamba_jax.runs.background import Record
 from mamba_jax.sweeps.executors import Executor, Handle
 from mamba_jax.sweeps.jobs import DONE, FAILED, Job, state
 
@@ -101,7 +101,7 @@ class Queue:
         except UserError as error:
             self._say(f"{job.folder.name}: left out: {error}")
             # Not failed: a job that outlived an earlier sweep may run there.
-            self._source.ended(job, ending.PREEMPTED, pruned=False)
+            self._source.ended(job, exit_status.PREEMPTED, pruned=False)
             return
         record.begin(
             **({"slurm_job": record.facts["slurm_job"]} if _still_submitted(record) else {}),
@@ -126,10 +126,10 @@ class Queue:
 
     def _end(self, running: _Running, code: int) -> None:
         job, record = running.job, running.record
-        pruned = running.given_up and code == ending.PREEMPTED
-        why = "pruned: others were better by then" if pruned else ending.meaning(code)
-        if code not in (0, ending.PREEMPTED):
-            told = ending.reason(job.log) or ending.full_disk(job.folder)
+        pruned = running.given_up and code == exit_status.PREEMPTED
+        why = "pruned: others were better by then" if pruned else exit_status.meaning(code)
+        if code not in (0, exit_status.PREEMPTED):
+            told = exit_status.reason(job.log) or exit_status.full_disk(job.folder)
             why = ": ".join(part for part in (why, told) if part)
         if pruned:
             record.add(pruned=True)

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mamba_jax.errors import UserError, shortly
-from mamba_jax.launching import ending
+from mamba_jax.runs import exit_status, metrics
 from mamba_jax.sweeps.hyper import Settings, Sweep
 from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
-from mamba_jax.training import history
 
 _STUDY = "sweep"
 _SETTINGS = "settings"  # attribute of a trial: what it stands for
@@ -122,7 +121,7 @@ class OptunaSearch:
 
     def _gives_up(self, job: Job) -> bool:
         try:
-            written = (job.folder / history.NAME).stat().st_mtime_ns
+            written = (job.folder / metrics.NAME).stat().st_mtime_ns
         except OSError:
             return False
         if self._told.get(job.folder) == written:
@@ -146,7 +145,10 @@ class OptunaSearch:
                 tell(state=states.PRUNED)
             elif code == 0 and value is not None:
                 tell(value)
-            elif code not in (ending.PREEMPTED, ending.PEER_LOST):  # the next call resumes those
+            elif code not in (
+                exit_status.PREEMPTED,
+                exit_status.PEER_LOST,
+            ):  # the next call resumes those
                 tell(state=states.FAIL)
 
     def _settings(self, trial: Any) -> Settings:

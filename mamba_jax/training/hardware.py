@@ -1,17 +1,15 @@
 """What a run trains on: devices, what a token costs there, memory in use."""
 
 import dataclasses
-import os
-import pathlib
 import resource
 import sys
 
 import jax
 
 from mamba_jax.config import RunConfig
-from mamba_jax.models.flops import model_flops
+from mamba_jax.costs.flops import model_flops
+from mamba_jax.costs.roofline import find_device, published
 from mamba_jax.models.language_model import matmul_dtype
-from mamba_jax.models.roofline import find_device, published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +49,3 @@ def device_memory_bytes() -> int:
         return int(stats["peak_bytes_in_use"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def cache_compilations(cache_root: pathlib.Path) -> None:
-    """Keeps compiled programs on the disk, unless the environment says where or whether."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root / "compiled"))
-    # Else a program for several GPUs is never found again: the scan's part of it, which is made
-    # when it is divided, has an address in it. Its name tells such parts apart.
-    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)

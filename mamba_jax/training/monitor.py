@@ -13,12 +13,13 @@ import numpy as np
 import tqdm
 
 from mamba_jax.config import RunConfig
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
-from mamba_jax.training import log_file
+from mamba_jax.runs import log_file
+from mamba_jax.runs.metrics import History
 from mamba_jax.training.evaluation import Evaluation
 from mamba_jax.training.hardware import Hardware, device_memory_bytes
-from mamba_jax.training.history import History
-from mamba_jax.training.trackers import Tracker, flatten, open_trackers
+from mamba_jax.training.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from mamba_jax.training.tensorboard import TensorBoard

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 
-from mamba_jax.models.cost import ParameterCount
+from mamba_jax.costs.parameters import ParameterCount
 from mamba_jax.training.evaluation import Evaluation
 
 NAME = "summary.txt"

@@ -12,12 +12,12 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from mamba_jax.config import RunConfig
+from mamba_jax.config.schema import Value
 from mamba_jax.errors import UserError
 
-Value = bool | int | float | str
 _PROJECT = "mamba_jax"  # unless the tracker's own environment variable names another
 _MOST_PARAMETERS = 100  # that MLflow takes at once
 
@@ -143,18 +143,6 @@ def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, T
         except Exception as error:  # whatever a tracker, its network or its server comes up with
             warn(f"{name} cannot start ({_first_line(error)}); training goes on without it")
     return trackers
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Returns the fields of ``config.to_dict`` by dotted name; what is no plain value, as text."""
-    flat: dict[str, Value] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            plain = isinstance(value, (bool, int, float, str))
-            flat[prefix + name] = value if plain else str(value)
-    return flat
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import scan, workloads
 from benchmarks.harness import Context
 from benchmarks.peers import gpt2, torch_scan, transformers_mamba
-from mamba_jax.models.cost import parameter_count
+from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.ops.selective_scan import selective_scan
 
 CONTEXT = Context("cpu", "cpu")

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import hybrid, report, run, scaling, scan, startup
 from benchmarks.harness import Candidate, Context, Prepared, Row, measure
-from mamba_jax.models.cost import parameter_count
+from mamba_jax.costs.parameters import parameter_count
 
 
 def command(*words, **environment):

@@ -6,10 +6,9 @@ import re
 
 import pytest
 
-from mamba_jax import presets
-from mamba_jax.config import freeze, load_config, preset_config
-from mamba_jax.data.tokenizer import load_tokenizer
-from mamba_jax.models.cost import parameter_count
+from mamba_jax.config import freeze, load_config, preset_config, presets
+from mamba_jax.costs.parameters import parameter_count
+from mamba_jax.data.tokenizers.load import load_tokenizer
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))

@@ -12,12 +12,12 @@ import pytest
 
 import mamba_jax.generation
 from mamba_jax import generate
+from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
-from mamba_jax.data import json_tokenizer
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers import json_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.generation import generate_text
 from mamba_jax.generation.chat import STOP
-from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
 from ..data.small_tokenizers import byte_level
 from ..models.tiny import MAMBA, params_of
@@ -171,7 +171,7 @@ def test_a_model_twice_is_an_ensemble_that_says_what_it_says(run_dir, expected, 
 
 def test_an_ensemble_needs_one_tokenizer(run_dir, capsys, monkeypatch):
     tokenizers = iter([load_tokenizer("bytes"), load_tokenizer("gpt2")])
-    monkeypatch.setattr("mamba_jax.generation.checkpoints.load_saved", lambda *_: next(tokenizers))
+    monkeypatch.setattr("mamba_jax.generation.load.load_saved", lambda *_: next(tokenizers))
     ensemble = ["--ensemble", str(run_dir), str(run_dir / "step_2")]
     assert generate.main([*ensemble, "--prompt=def "]) == 2
     assert "error: the models of an ensemble need the same tokenizer" in capsys.readouterr().err

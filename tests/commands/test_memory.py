@@ -10,9 +10,10 @@ import pytest
 
 from mamba_jax import config as configuration
 from mamba_jax import memory, train
-from mamba_jax.presets import SIZES
-from mamba_jax.training import elastic, history
-from mamba_jax.training.checkpoint import read_metadata
+from mamba_jax.checkpoints.arrays import read_metadata
+from mamba_jax.config.presets import SIZES
+from mamba_jax.runs import metrics
+from mamba_jax.training import elastic
 from mamba_jax.training.step import make_train_step
 
 from ..training.tiny_run import quick_compiles  # noqa: F401
@@ -115,7 +116,7 @@ def place(tmp_path_factory) -> pathlib.Path:
 
 
 def losses_of(folder: pathlib.Path) -> dict[int, float]:
-    records = history.read(folder / history.NAME)
+    records = metrics.read(folder / metrics.NAME)
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mamba_jax import prepare_data, train
 from mamba_jax.config import DataConfig
-from mamba_jax.data import store
+from mamba_jax.data.cache import store
 from mamba_jax.data.pipeline import prepare
 
 
@@ -138,7 +138,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     code = """
 import concurrent.futures, multiprocessing, os, time
-from mamba_jax.data.store import _begin_worker
+from mamba_jax.data.cache.store import _begin_worker
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(1, context, initializer=_begin_worker)

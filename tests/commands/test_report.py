@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from mamba_jax import presets, report
-from mamba_jax.config import freeze, preset_config
-from mamba_jax.models import roofline
-from mamba_jax.training.checkpoint_folder import Metadata, write_metadata
-from mamba_jax.training.history import History
+from mamba_jax import report
+from mamba_jax.checkpoints.folder import Metadata, write_metadata
+from mamba_jax.config import freeze, preset_config, presets
+from mamba_jax.costs import roofline
+from mamba_jax.runs.metrics import History
 
 KEYS = [
     "name", "family", "d_model", "n_layers", "depth", "nominal", "parameters", "non_embedding",

@@ -12,9 +12,9 @@ import textwrap
 
 import pytest
 
+from mamba_jax.checkpoints.arrays import read_metadata
 from mamba_jax.config import DataConfig
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.training.checkpoint import read_metadata
 
 BATCH, SEQ_LEN = 16, 32
 CONFIG = f"""

@@ -6,12 +6,12 @@ import pathlib
 import jax
 import pytest
 
-import mamba_jax.training.checkpoint
+import mamba_jax.checkpoints.arrays
 from mamba_jax import generate, train
+from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.errors import UserError
 from mamba_jax.modules.mamba import resolve_scan
-from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
 from ..models.tiny import MAMBA, params_of
 
@@ -40,7 +40,7 @@ def test_generate_refuses_it_and_takes_another(tmp_path, capsys, monkeypatch):
     assert generate.main([*flags, "--scan=auto"]) == 0
     assert capsys.readouterr().out.startswith("a")
     reading = lambda *_, **__: pytest.fail("slow")
-    monkeypatch.setattr(mamba_jax.training.checkpoint, "restore_params", reading)
+    monkeypatch.setattr(mamba_jax.checkpoints.arrays, "restore_params", reading)
     assert generate.main(flags) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(REFUSED.format("gpu", "GPU")) and "--scan=auto" in last

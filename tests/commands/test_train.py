@@ -21,9 +21,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mamba_jax import background, explain, report, train
 from mamba_jax import config as configuration
+from mamba_jax.checkpoints import folder as checkpoint_folder
+from mamba_jax.checkpoints.arrays import read_metadata, restore
 from mamba_jax.parallel.mesh import make_mesh
-from mamba_jax.training import checkpoint_folder, history
-from mamba_jax.training.checkpoint import read_metadata, restore
+from mamba_jax.runs import metrics
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.state import abstract_state
 
@@ -94,7 +95,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     ):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
     measures = [
-        [r for r in history.read(run / history.NAME) if not r.keys() & {"tokens_per_sec", "run"}]
+        [r for r in metrics.read(run / metrics.NAME) if not r.keys() & {"tokens_per_sec", "run"}]
         for run in (one, other)
     ]
     assert measures[0] == measures[1]  # but for their speed, and when and from where they began
@@ -238,7 +239,7 @@ def test_a_process_stopped_by_signals_and_killed_equals_one_left_alone(place):
 
 
 def recorded_steps(output_dir: pathlib.Path) -> list[int]:
-    return [r["step"] for r in history.read(output_dir / history.NAME) if "loss" in r]
+    return [r["step"] for r in metrics.read(output_dir / metrics.NAME) if "loss" in r]
 
 
 def test_a_living_run_has_its_folder_for_itself(call, place, capsys):
@@ -305,7 +306,7 @@ def test_what_a_run_leaves(finished):
     metadata = read_metadata(finished / "final")
     assert metadata.step == 6 and metadata.samples_seen == 96
     assert metadata.config.model.vocab_size == 257  # the tokenizer's, found out on the way
-    records = history.read(finished / history.NAME)
+    records = metrics.read(finished / metrics.NAME)
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
     evaluations = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
     assert set(evaluations) == {3, 6} and metadata.metrics["eval_loss"] == evaluations[6]
@@ -331,7 +332,7 @@ def test_a_finished_run_is_extended_with_its_own_config(finished, place, capsys,
     assert train.main(["--resume=extended/final", "--config.training.max_steps=8"]) == 0
     assert "changed since that checkpoint: training.max_steps 6 → 8" in capsys.readouterr().out
     assert read_metadata(extended / "final").step == 8
-    assert [r["step"] for r in history.read(extended / history.NAME) if "loss" in r] == [
+    assert [r["step"] for r in metrics.read(extended / metrics.NAME) if "loss" in r] == [
         *range(1, 9)
     ]
 
@@ -484,16 +485,16 @@ def test_bad_input_is_one_line(finished, call, capsys, case):
 
 
 def test_a_full_disk_ends_the_run_in_one_line(call, place, monkeypatch, capsys):
-    from mamba_jax.training import checkpoint
+    from mamba_jax.checkpoints import arrays
 
     def full(path):
         if path.name == ".tmp-step_4":
             raise OSError(28, "No space left on device")
         write_manifest(path)
 
-    write_manifest = checkpoint.write_manifest
+    write_manifest = arrays.write_manifest
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_manifest", full)
+        patch.setattr(arrays, "write_manifest", full)
         assert call("--output_dir=full") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
@@ -573,7 +574,7 @@ def test_profile_writes_a_trace_of_its_steps(call, place, monkeypatch, capsys):
     assert any("hlo_op" in event.get("args", {}) for event in events)
     # What was traced was not timed: its steps are in no rate.
     rated = [
-        r["step"] for r in history.read(place / "profiled/metrics.jsonl") if "device_kind" in r
+        r["step"] for r in metrics.read(place / "profiled/metrics.jsonl") if "device_kind" in r
     ]
     assert rated == [5, 6]
     # The trace changes nothing of what is learnt.
@@ -609,7 +610,7 @@ def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, 
     assert "profile of the steps" not in told.out
     # Its clock goes on with the step after.
     rated = [
-        r["step"] for r in history.read(place / "full-profile/metrics.jsonl") if "device_kind" in r
+        r["step"] for r in metrics.read(place / "full-profile/metrics.jsonl") if "device_kind" in r
     ]
     assert rated == [3, 4, 5, 6]
 

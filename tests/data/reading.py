@@ -4,13 +4,13 @@ import pathlib
 import tempfile
 from collections.abc import Iterable
 
+from mamba_jax.data.cache.store import Store
 from mamba_jax.data.document import Piece
-from mamba_jax.data.plan import Settings, load_or_make
-from mamba_jax.data.readers import pieces
-from mamba_jax.data.sources import open_source
-from mamba_jax.data.store import Store
+from mamba_jax.data.sources.files import open_source
+from mamba_jax.data.sources.readers import pieces
 from mamba_jax.data.summary import Summary
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
+from mamba_jax.data.windows.plan import Settings, load_or_make
 
 
 def documents_of(pieces: Iterable[Piece]) -> list[list[tuple[str, bool]]]:

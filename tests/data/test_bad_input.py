@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import pytest
 
-from mamba_jax.data import decode, sources
-from mamba_jax.data.records import CHAT_NOT_UNDERSTOOD, LOOSE
+from mamba_jax.data.sources import decode
+from mamba_jax.data.sources import files as sources
+from mamba_jax.data.sources.records import CHAT_NOT_UNDERSTOOD, LOOSE
 from mamba_jax.errors import UserError
 from tests.data.conftest import words
 from tests.data.reading import read_folder

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mamba_jax.config import DataConfig, ModelConfig, RunConfig, default_config, freeze
-from mamba_jax.data.fill_in_the_middle import FillInTheMiddle
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.data.tokenizer import load_tokenizer, with_vocabulary
+from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
+from mamba_jax.data.windows.fill_in_the_middle import FillInTheMiddle
 from mamba_jax.errors import UserError
 
 EOT, IDS = 256, (257, 258, 259)

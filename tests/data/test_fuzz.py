@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.reading import read_folder
 from tests.data.test_readers import zst

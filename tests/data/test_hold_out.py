@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import repetition
+from mamba_jax.data.cache.store import Flat
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.data.repetition import SpanCounts
-from mamba_jax.data.store import Flat
+from mamba_jax.data.windows import repetition
+from mamba_jax.data.windows.repetition import SpanCounts
 from mamba_jax.errors import UserError
 from tests.data.conftest import BYTES_EOT, words
 
@@ -155,7 +155,7 @@ def test_tiny_text_loses_little(make, tmp_path, size, seq_len):
 
 def test_finer_blocks_have_a_fingerprint_of_their_own(make, tmp_path, monkeypatch):
     """A run of an earlier version, which held out other text, does not resume on this text."""
-    from mamba_jax.data import hold_out
+    from mamba_jax.data.windows import hold_out
 
     (tmp_path / "a.txt").write_text(words(100))
     fine = make(tmp_path / "a.txt").fingerprint

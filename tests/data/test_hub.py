@@ -10,9 +10,9 @@ import threading
 import pytest
 
 from mamba_jax.config import DataConfig, SourceConfig
-from mamba_jax.data import hub_access, hub_table
-from mamba_jax.data.hub import open_dataset
 from mamba_jax.data.pipeline import prepare
+from mamba_jax.data.sources import hub_access, hub_table
+from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.summary import Summary
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of, texts_of

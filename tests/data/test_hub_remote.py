@@ -9,13 +9,13 @@ import pyarrow.parquet
 import pytest
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import hub_stream, hub_table
-from mamba_jax.data import store as data_store
-from mamba_jax.data.hub_stream import open_stream
-from mamba_jax.data.hub_table import open_table
-from mamba_jax.data.store import Store
+from mamba_jax.data.cache import store as data_store
+from mamba_jax.data.cache.store import Store
+from mamba_jax.data.sources import hub_stream, hub_table
+from mamba_jax.data.sources.hub_stream import open_stream
+from mamba_jax.data.sources.hub_table import open_table
 from mamba_jax.data.summary import Summary
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.fake_hub import FakeHub
 from tests.data.reading import texts_of

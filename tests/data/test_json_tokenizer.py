@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data import json_tokenizer
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.data.tokenizer import StreamDecoder, load_saved, load_tokenizer
+from mamba_jax.data.tokenizers import json_tokenizer
+from mamba_jax.data.tokenizers.base import StreamDecoder
+from mamba_jax.data.tokenizers.load import load_saved, load_tokenizer
 from mamba_jax.errors import UserError
 
 from .small_tokenizers import EXACT, KINDS

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from mamba_jax.data.near_duplicates import first_of_similar
-from mamba_jax.data.store import Documents, Flat
+from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.windows.near_duplicates import first_of_similar
 from mamba_jax.errors import UserError
 
 

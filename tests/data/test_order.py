@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba_jax.data.order import Order
+from mamba_jax.data.windows.order import Order
 
 PHASES = [(0, (3.0, 1.0, 0.0)), (700, (0.0, 1.0, 1.0)), (100_000, (1.0, 1e-9, 2.0))]
 

@@ -10,9 +10,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from mamba_jax.checkpoints.folder import Metadata, read_metadata, write_metadata
 from mamba_jax.config import RunConfig
 from mamba_jax.data import pipeline
-from mamba_jax.training.checkpoint_folder import Metadata, read_metadata, write_metadata
 from tests.data.conftest import words
 
 

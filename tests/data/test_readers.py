@@ -11,13 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mamba_jax.data import decode, json_records, readers, text_cuts
-from mamba_jax.data.decode import Skip, probe, read_text
-from mamba_jax.data.json_records import read_values
-from mamba_jax.data.readers import is_readable, pieces
-from mamba_jax.data.records import document_of
+from mamba_jax.data import text_cuts
+from mamba_jax.data.sources import decode, json_records, readers
+from mamba_jax.data.sources.decode import Skip, probe, read_text
+from mamba_jax.data.sources.json_records import read_values
+from mamba_jax.data.sources.readers import is_readable, pieces
+from mamba_jax.data.sources.records import document_of
 from mamba_jax.data.summary import Summary
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of, read, texts_of
 

@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data.chats import chat_text
-from mamba_jax.data.hub import open_dataset
-from mamba_jax.data.readers import pieces
-from mamba_jax.data.records import (
+from mamba_jax.data.sources.chats import chat_text
+from mamba_jax.data.sources.hub import open_dataset
+from mamba_jax.data.sources.readers import pieces
+from mamba_jax.data.sources.records import (
     CHAT_NOT_UNDERSTOOD,
     CHOICE_BY_NUMBER,
     CHOSEN_ALONE,

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from mamba_jax.data.show import documents_begun, show_window
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 EOT = BYTES.eot_id

@@ -6,8 +6,8 @@ import sysconfig
 
 import pytest
 
-from mamba_jax.data import shards
-from mamba_jax.data.sources import open_source
+from mamba_jax.data.cache import shards
+from mamba_jax.data.sources.files import open_source
 from mamba_jax.errors import UserError
 from tests.data.reading import read_folder as read
 

@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mamba_jax.data.split import Units, cut_into_units, runs, split_units, stream_tokens
-from mamba_jax.data.store import Documents, Flat
-from mamba_jax.data.tokenizer import load_tokenizer
-from mamba_jax.data.windows import Joined, Windows
+from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.tokenizers.load import load_tokenizer
+from mamba_jax.data.windows.split import Units, cut_into_units, runs, split_units, stream_tokens
+from mamba_jax.data.windows.windows import Joined, Windows
 from mamba_jax.errors import UserError
 from tests.data.conftest import BYTES_EOT, words
 

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import xxhash
 
-from mamba_jax.data import plan, shards, sources, store
+from mamba_jax.data.cache import shards, store
 from mamba_jax.data.document import Piece
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.sources import files as sources
+from mamba_jax.data.tokenizers.load import load_tokenizer
+from mamba_jax.data.windows import plan
 from mamba_jax.errors import UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -566,7 +568,7 @@ def test_a_large_file_is_tokenised_in_bounded_memory(tmp_path):
 import resource
 from mamba_jax.config import DataConfig
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.base import load_tokenizer
 load_tokenizer("gpt2").encode("x" * 100)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()

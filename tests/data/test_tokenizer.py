@@ -19,9 +19,10 @@ from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
 
 from mamba_jax.data import text_cuts as module
-from mamba_jax.data import tiktoken_encodings
 from mamba_jax.data.text_cuts import cut_text, well_formed
-from mamba_jax.data.tokenizer import StreamDecoder, load_saved, load_tokenizer
+from mamba_jax.data.tokenizers import tiktoken_encodings
+from mamba_jax.data.tokenizers.base import StreamDecoder
+from mamba_jax.data.tokenizers.load import load_saved, load_tokenizer
 from mamba_jax.errors import UserError
 
 from .characters import text_and_owners

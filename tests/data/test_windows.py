@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mamba_jax.data.store import Flat
-from mamba_jax.data.windows import DocumentWindows, PackedWindows
+from mamba_jax.data.cache.store import Flat
+from mamba_jax.data.windows.windows import DocumentWindows, PackedWindows
 
 EOT = 99
 

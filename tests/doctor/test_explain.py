@@ -11,9 +11,10 @@ import sys
 import pytest
 
 import mamba_jax
-from mamba_jax import arguments, cli, explain
+from mamba_jax import explain
+from mamba_jax.cli import main, train_arguments
 from mamba_jax.doctor import rules, signals, text
-from mamba_jax.training import history
+from mamba_jax.runs import metrics
 
 from .synthetic import Plan, changed, records
 from .test_rules import NOISY, PLAIN, SHOWN, case, ended_by, layer, warn
@@ -30,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def write(folder, lines) -> None:
-    (folder / history.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / metrics.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_a_healthy_run(folder, capsys):
@@ -100,13 +101,15 @@ def test_what_is_advised_exists(row, command, tmp_path, monkeypatch):
             if words[0] == "python":
                 assert words[1] == "-m"
                 module, words = words[2], words[3:]
-                assert module in {place for place, _ in cli.COMMANDS.values()}
+                assert module in {place for place, _ in main.COMMANDS.values()}
                 if module != "mamba_jax.train":
                     continue
                 assert command and words[0] == "--resume"
                 assert words[1] in (str(tmp_path), str(tmp_path / "step_1000"))
                 words = words[2:]
-            arguments.read(words)  # an unknown flag, or a value that does not fit, is an error
+            train_arguments.read(
+                words
+            )  # an unknown flag, or a value that does not fit, is an error
 
 
 def test_json(folder, capsys):
@@ -129,9 +132,9 @@ def test_json(folder, capsys):
     [
         (lambda folder: folder.rmdir(), "out is no folder; give the output_dir of a run"),
         (lambda folder: None, "out: metrics.jsonl is missing"),
-        (lambda folder: (folder / history.NAME).touch(), "out: metrics.jsonl is empty or damaged"),
+        (lambda folder: (folder / metrics.NAME).touch(), "out: metrics.jsonl is empty or damaged"),
         (
-            lambda folder: (folder / history.NAME).write_bytes(b"\xff\xfe not JSON"),
+            lambda folder: (folder / metrics.NAME).write_bytes(b"\xff\xfe not JSON"),
             "out: metrics.jsonl is empty or damaged",
         ),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mamba_jax.doctor import rules, signals
-from mamba_jax.training import history
+from mamba_jax.runs import metrics
 
 from .synthetic import Plan, records
 
@@ -108,14 +108,14 @@ def test_a_resumed_run_is_that_of_its_file(tmp_path):
     """An error that a run has gone on from is no news, and its lost steps leave no trace."""
     lines = records(Plan(steps=1_000))
     cut = next(i for i, line in enumerate(lines) if line["step"] == 600)
-    first = history.History(tmp_path, 0)
+    first = metrics.History(tmp_path, 0)
     for line in lines[:cut]:
         first.append(**line)
     for step in range(600, 650):
         first.append(step=step, loss=1e9, learning_rate=1.0, gradient_norm=math.nan)
     first.append(step=599, ended="OSError: no space left on device")
     first.close()
-    again = history.History(tmp_path, 599)
+    again = metrics.History(tmp_path, 599)
     again.append(**lines[0] | {"step": 599})
     for line in lines[cut:]:
         again.append(**line)
@@ -128,7 +128,7 @@ def test_a_resumed_run_is_that_of_its_file(tmp_path):
 def test_a_cut_last_line(tmp_path):
     lines = records(Plan(steps=300))
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / history.NAME).write_text(text[:-20])
+    (tmp_path / metrics.NAME).write_text(text[:-20])
     assert told(rules.examine(signals.read(tmp_path))) == {}
 
 

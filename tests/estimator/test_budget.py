@@ -7,10 +7,10 @@ import stat
 import pytest
 
 from mamba_jax.config import RunConfig, VramConfig, default_config, freeze
+from mamba_jax.costs.devices import DEVICES, device_named
 from mamba_jax.errors import UserError
 from mamba_jax.estimator import budget as budgets
 from mamba_jax.estimator.budget import GIB, MIB, Machine, budget
-from mamba_jax.presets import DEVICES, device_named
 
 CARD = Machine("NVIDIA GeForce RTX 4080", "gpu", 1, 16_376 * MIB, source="the driver's figure")
 

@@ -9,14 +9,15 @@ import jax
 import pytest
 
 from mamba_jax.config import RunConfig, VramConfig, freeze, preset_config
+from mamba_jax.config.presets import SIZES
+from mamba_jax.costs.devices import DEVICES, device_named
+from mamba_jax.costs.flops import setting_of
+from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
 from mamba_jax.estimator import choose, exact, plan, planning
 from mamba_jax.estimator.account import account
 from mamba_jax.estimator.budget import GIB, Machine, of_device
 from mamba_jax.models import build
-from mamba_jax.models.cost import parameter_count
-from mamba_jax.models.flops import setting_of
-from mamba_jax.presets import DEVICES, SIZES, device_named
 from tests.estimator.test_targets import needs_compilers
 from tests.models.tiny import VARIANTS
 

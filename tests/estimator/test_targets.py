@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import pytest
 
 import mamba_jax
+from mamba_jax.costs.devices import DEVICES
 from mamba_jax.errors import UserError
 from mamba_jax.estimator.targets import LIMITS, cuda_target, tpu_target
 from mamba_jax.ops.selective_scan import pallas_gpu
-from mamba_jax.presets import DEVICES
 
 ROOT = pathlib.Path(mamba_jax.__file__).parents[1]
 COMPILERS = ROOT / ".compilers"

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
+from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
-from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
 from ..training.tiny_run import quick_compiles  # noqa: F401
 from .tiny_models import CONFIGS, model_of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mamba_jax import evaluate
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.evaluating import perplexity
 from mamba_jax.evaluating.scorer import Scorer, mean_probability

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.evaluating import lm_eval_tasks
 from mamba_jax.evaluating.scorer import Scorer, continue_texts

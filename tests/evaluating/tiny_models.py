@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.evaluating.scorer import Model
 
 from ..exporting.made import random_params

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 
+from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.models import build
-from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 from tests.models import tiny
 
 # Untied: the greedy text of a random tied model is one token again and again. The epsilon is

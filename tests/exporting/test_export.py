@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from mamba_jax import export
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.checkpoints.arrays import Metadata
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import hf, tensors
 from mamba_jax.exporting.card import model_card
 from mamba_jax.exporting.folder import new_folder
 from mamba_jax.generation.chat import prompt_of
-from mamba_jax.training.checkpoint import Metadata
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.models import tiny
 from tests.training.tiny_run import quick_compiles  # noqa: F401

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mamba_jax import export
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import chat_format, gguf_file, tensors, tokenizer_files
 from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from mamba_jax import export, import_hf
+from mamba_jax.checkpoints import arrays, resume
 from mamba_jax.config import ParallelConfig, apply_overrides, default_config, freeze, load_json
 from mamba_jax.config import merge as merge_fields
-from mamba_jax.data.tokenizer import load_saved
+from mamba_jax.data.tokenizers.load import load_saved
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import hf, reading, tensors, torch_file
 from mamba_jax.parallel.mesh import make_mesh
-from mamba_jax.training import checkpoint, resume
 from mamba_jax.training.state import abstract_state
 from tests.exporting.made import UNTIED, metadata_of, random_params
 from tests.exporting.test_tensors import assert_same
@@ -60,17 +60,17 @@ def test_export_then_import_is_the_identity(model, tmp_path):
     exported(source, model, params, tokenizer)
     assert import_hf.main(["--model", str(source), "--out", str(out)]) == 0
 
-    path = checkpoint.resolve(out, print)
-    metadata = checkpoint.read_metadata(path)
+    path = arrays.resolve(out, print)
+    metadata = arrays.read_metadata(path)
     assert same_structure(metadata.config.model, model)
-    assert_same(jax.tree.map(np.asarray, checkpoint.restore_params(path)), params)
+    assert_same(jax.tree.map(np.asarray, arrays.restore_params(path)), params)
     theirs = load_saved(path, metadata.config.data.tokenizer)
     text = "for x in 日本 <|endoftext|>"
     assert theirs.eot_id == tokenizer.eot_id
     assert theirs.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert not (path / "chat_template.jinja").exists()  # it is ours, and not kept apart
     # And back: the very bytes.
-    exported(again, metadata.config.model, checkpoint.restore_params(path), theirs)
+    exported(again, metadata.config.model, arrays.restore_params(path), theirs)
     assert {file.name for file in again.iterdir()} == {file.name for file in source.iterdir()}
     for file in source.iterdir():
         assert file.name == "README.md" or (again / file.name).read_bytes() == file.read_bytes()
@@ -127,13 +127,13 @@ def test_training_goes_on_from_it(tmp_path):
     assert pathlib.Path(config.data.tokenizer) == out / "step_0"  # not the file that is gone
     start = resume.find_start(config, str(out), print)
     assert start is not None and start.metadata.step == start.metadata.samples_seen == 0
-    from mamba_jax.data.tokenizer import load_tokenizer
+    from mamba_jax.data.tokenizers.load import load_tokenizer
 
     again = load_tokenizer(config.data.tokenizer)
     resume.check_same_tokenizer(start, again.name, again.identity)
     resume.check_same_data(start, "of whatever it is trained on")
     mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
-    state = checkpoint.restore(start.path, abstract_state(config, mesh))
+    state = arrays.restore(start.path, abstract_state(config, mesh))
     assert_same(jax.tree.map(np.asarray, state["params"]), reading.read(folder).params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state["opt_state"]))
 

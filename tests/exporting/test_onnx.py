@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 
 from mamba_jax import export
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.exporting import onnx_file, onnx_graph, onnx_model, tensors, verify
 from mamba_jax.models import build
 from tests.exporting.made import UNTIED, random_params, write_checkpoint

@@ -5,8 +5,8 @@ import json
 import pytest
 import tokenizers
 
-from mamba_jax.data import json_tokenizer, tiktoken_encodings
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers import json_tokenizer, tiktoken_encodings
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import tokenizer_files
 from mamba_jax.generation.chat import prompt_of

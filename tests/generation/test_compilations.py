@@ -8,7 +8,7 @@ import pytest
 from mamba_jax.evaluating import lm_eval_tasks
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 from mamba_jax.generation import Conversation, Sampling, generate_text
-from mamba_jax.generation.checkpoints import find
+from mamba_jax.generation.load import find
 
 from ..compilations import programs
 from ..evaluating.tiny_models import CONFIGS, TOKENIZER, model_of

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.data.tokenizer import Tokenizer
+from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.generation import Sampling, conversation, generate_text
 from mamba_jax.generation.chat import STOP, prompt_of
 from mamba_jax.generation.conversation import Conversation, exact_pieces

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.generation import Sampling, generate, generate_text
 from mamba_jax.generation.ensemble import Model, mean_logits

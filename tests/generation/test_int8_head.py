@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.generation import check_settings, generate_text
 from mamba_jax.models import build

@@ -17,16 +17,17 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from mamba_jax import presets, train
-from mamba_jax.arguments import read
-from mamba_jax.config import freeze, merge, preset_config
-from mamba_jax.data.hub import open_dataset
+from mamba_jax import train
+from mamba_jax.checkpoints import folder as checkpoint_folder
+from mamba_jax.checkpoints.folder import Metadata, read_metadata
+from mamba_jax.cli.train_arguments import read
+from mamba_jax.config import freeze, merge, preset_config, presets
+from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.summary import Summary
 from mamba_jax.estimator import planning
 from mamba_jax.estimator.budget import of_device
 from mamba_jax.parallel import mesh
-from mamba_jax.training import checkpoint_folder, history
-from mamba_jax.training.checkpoint_folder import Metadata, read_metadata
+from mamba_jax.runs import metrics
 from tests.data.reading import texts_of
 from tests.guide.blocks import GUIDE, Block, blocks, calls
 from tests.training.tiny_run import one_device, quick_compiles  # noqa: F401
@@ -368,10 +369,10 @@ def test_resuming_with_other_settings(resumed, place):
     # Step, position in the data and schedule go on, under the other peak.
     saved = read_metadata(second / "final")
     assert (saved.step, saved.samples_seen) == (4, 4 * 32)
-    assert [r["step"] for r in history.read(second / history.NAME) if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in metrics.read(second / metrics.NAME) if "loss" in r] == [1, 2, 3, 4]
     rates = {
         run: {
-            r["step"]: r["learning_rate"] for r in history.read(run / history.NAME) if "loss" in r
+            r["step"]: r["learning_rate"] for r in metrics.read(run / metrics.NAME) if "loss" in r
         }
         for run in resumed
     }

@@ -14,9 +14,9 @@ import time
 import pytest
 
 from mamba_jax import background
-from mamba_jax.launching import ending, supervisor
-from mamba_jax.launching.record import NAME, Record, is_running, read
-from mamba_jax.training.run_lock import RunLock
+from mamba_jax.runs import exit_status, supervisor
+from mamba_jax.runs.background import NAME, Record, is_running, read
+from mamba_jax.runs.lock import RunLock
 
 FAKE = [sys.executable, str(pathlib.Path(__file__).with_name("fake_run.py"))]
 OUT = pathlib.Path("out")
@@ -322,15 +322,15 @@ def test_the_end_is_written_into_room_that_was_kept(tmp_path):
 def test_the_reason_is_the_programs_last_word_or_the_last_exception(tmp_path, lines, reason):
     log = tmp_path / "log"
     log.write_text("\n".join(lines) + "\n")
-    found = ending.reason(log)
+    found = exit_status.reason(log)
     assert found.startswith(reason) and bool(found) == bool(reason)
 
 
 def test_full_disk_names_the_folder(monkeypatch, tmp_path):
-    assert ending.full_disk(tmp_path / "absent", tmp_path) == ""
+    assert exit_status.full_disk(tmp_path / "absent", tmp_path) == ""
     full = os.statvfs_result((4096, 4096, 100, 0, 0, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: full)
-    assert ending.full_disk(tmp_path) == f"the disk of {tmp_path} is full (0 bytes free)"
+    assert exit_status.full_disk(tmp_path) == f"the disk of {tmp_path} is full (0 bytes free)"
 
 
 def test_help_needs_no_training(capsys):

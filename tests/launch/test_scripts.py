@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from mamba_jax import arguments
+from mamba_jax.cli import train_arguments
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), ROOT / "launch/slurm.sbatch"]
@@ -66,7 +66,7 @@ def test_the_skypilot_task_runs_a_command_that_exists():
         assert checked.returncode == 0, checked.stderr
     (command,) = re.findall(r"-m mamba_jax.train (.*)", task["run"])
     words = command.replace("$FLAGS", task["envs"]["FLAGS"]).replace("$SKYPILOT_TASK_ID", "x")
-    asked = arguments.read(words.split())
+    asked = train_arguments.read(words.split())
     assert asked.config.output_dir == "/checkpoints/x" and asked.resume == "auto"
     assert asked.config.name == "medium"
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mamba_jax.training import history
+from mamba_jax.runs import metrics
 from tests.launch import slurm_cluster
 from tests.launch.test_whole_runs import place  # noqa: F401  # fixtures
 
@@ -56,7 +56,7 @@ def test_a_job_saves_goes_to_the_queue_resumes_and_can_be_cancelled(cluster, pla
     wait(lambda: cluster.state(job) in ("CANCELLED", "GONE"))
     time.sleep(8)  # longer than a requeued job has to wait
     assert cluster.state(job) in ("CANCELLED", "GONE")
-    steps = [r["step"] for r in history.read(place / "slurm" / history.NAME) if "loss" in r]
+    steps = [r["step"] for r in metrics.read(place / "slurm" / metrics.NAME) if "loss" in r]
     assert steps == list(range(1, len(steps) + 1))  # resumed: no step twice, none left out
 
 

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from mamba_jax.launching.record import is_running, read
-from mamba_jax.training import history
-from mamba_jax.training.checkpoint_folder import read_metadata
+from mamba_jax.checkpoints.folder import read_metadata
+from mamba_jax.runs import metrics
+from mamba_jax.runs.background import is_running, read
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -106,7 +106,7 @@ def test_a_background_run_is_started_watched_stopped_and_resumed(call):
             break
         time.sleep(0.1)
     assert read(out)["exit_code"] == 0
-    records = history.read(out / history.NAME)
+    records = metrics.read(out / metrics.NAME)
     assert [r["step"] for r in records if "loss" in r] == list(range(1, step + 3))
 
 

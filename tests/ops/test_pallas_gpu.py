@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mamba_jax import presets
+from mamba_jax.config import presets
 from mamba_jax.ops.selective_scan import pallas_gpu, reference
 from mamba_jax.ops.selective_scan.pallas_gpu import tuning
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import Math

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from mamba_jax import presets
-from mamba_jax.config import ModelConfig, with_scan
+from mamba_jax.config import ModelConfig, presets, with_scan
 from mamba_jax.errors import UserError
 from mamba_jax.ops.selective_scan import (
     IMPLEMENTATIONS,

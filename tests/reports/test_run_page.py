@@ -9,12 +9,12 @@ import shutil
 
 import pytest
 
-from mamba_jax import arguments as train_arguments
 from mamba_jax import report
+from mamba_jax.checkpoints.folder import Metadata, write_manifest, write_metadata
+from mamba_jax.cli import train_arguments as train_arguments
 from mamba_jax.config import from_dict
-from mamba_jax.reports.recorded import read_run
 from mamba_jax.reports.run_page import render
-from mamba_jax.training.checkpoint_folder import Metadata, write_manifest, write_metadata
+from mamba_jax.runs.recorded import read_run
 from tests.reports.made_run import Page, config, evaluated, rate, started, trained, write
 
 EVIL = '</script></pre><script>alert("x")</script><img src=x onerror=alert(1)> &amp; é'

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba_jax.data.tokenizer import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.serving.answers import Answer
 from mamba_jax.serving.protocol import (
     ChatRequest,

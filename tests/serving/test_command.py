@@ -15,8 +15,8 @@ import pytest
 from uvicorn.config import STARTUP_FAILURE
 
 from mamba_jax import serve
+from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
-from mamba_jax.training.checkpoint import CheckpointWriter, Metadata
 
 from ..evaluating.tiny_models import model_of
 from .conftest import offline

@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
+from mamba_jax.checkpoints.arrays import CheckpointWriter
 from mamba_jax.serving.server import open_app
 from mamba_jax.serving.settings import Settings
 from mamba_jax.serving.warm_up import WarmUp
-from mamba_jax.training.checkpoint import CheckpointWriter
 
 from ..compilations import compilations
 from ..evaluating.tiny_models import CONFIGS

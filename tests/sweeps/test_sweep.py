@@ -17,7 +17,7 @@ import pytest
 
 from mamba_jax import sweep
 from mamba_jax.config import RunConfig
-from mamba_jax.launching.record import Record, is_running, read
+from mamba_jax.runs.background import Record, is_running, read
 from mamba_jax.sweeps import executors, jobs, page
 
 FAKE = (sys.executable, "-u", str(pathlib.Path(__file__).with_name("fake_job.py")))

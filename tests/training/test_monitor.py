@@ -14,10 +14,11 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mamba_jax.config import RunConfig, TrainingConfig
+from mamba_jax.costs.parameters import ParameterCount
 from mamba_jax.errors import UserError
 from mamba_jax.models import build
-from mamba_jax.models.cost import ParameterCount
-from mamba_jax.training import history, loop, monitor
+from mamba_jax.runs import metrics as history
+from mamba_jax.training import loop, monitor
 from mamba_jax.training.evaluation import Evaluation, evaluate
 from mamba_jax.training.hardware import find_hardware
 from mamba_jax.training.monitor import Monitor

@@ -8,8 +8,8 @@ import pytest
 
 from mamba_jax.config import DataConfig, SourceConfig, default_config, freeze
 from mamba_jax.data.pipeline import prepare
+from mamba_jax.data.sources.task_rows import open_tasks
 from mamba_jax.data.summary import Summary
-from mamba_jax.data.task_rows import open_tasks
 from mamba_jax.data.tasks import SPLITS, TASKS, Problem, parse, problems
 from mamba_jax.data.tasks.problem import split_of
 from mamba_jax.errors import UserError
@@ -238,7 +238,7 @@ def test_a_corpus_learns_the_answers_alone(corpus_of):
 
 
 def test_problems_fill_parts_and_those_in_two_are_kept_once(corpus_of, monkeypatch):
-    monkeypatch.setattr("mamba_jax.data.task_rows._PART_PROBLEMS", 100)
+    monkeypatch.setattr("mamba_jax.data.sources.task_rows._PART_PROBLEMS", 100)
     parts = list(open_tasks("arithmetic:1", 250).parts())
     assert [part.count for part in parts] == [100, 100, 50]
     assert len({part.key() for part in parts}) == 3

@@ -1,0 +1,1 @@
+"""The console command, the arguments of ``train``, its dry run, and the terminal."""

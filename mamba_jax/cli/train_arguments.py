@@ -1,0 +1,409 @@
+"""The arguments of ``train``: presets, a config file and flags become one ``RunConfig``.
+
+What comes later wins::
+
+    built-in < --model_size < --training_preset < --config FILE < other flags < --config.field=
+
+A ``.json`` file sets the fields that it names. A ``.py`` file returns a whole config; so does the
+checkpoint that ``--resume`` names. Either takes the place of the built-in values, and a size or a
+preset is put into it where its flag is given: somebody who writes the flag means it.
+Nothing here imports JAX: ``--help`` and mistakes are answered at once.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from mamba_jax.config import (
+    RunConfig,
+    apply_overrides,
+    default_config,
+    freeze,
+    load_config,
+    load_json,
+    merge,
+    presets,
+    size_fields,
+    to_dict,
+    training_fields,
+)
+from mamba_jax.errors import UserError, did_you_mean
+
+DEFAULT_SIZE, DEFAULT_PRESET = "medium", "default"
+_AUTO = "auto"
+_DEFAULTS = RunConfig()
+_FIELDS = {  # flag → the field that it sets
+    "--vram_auto": "vram.auto",
+    "--vram": "vram.memory_gb",
+    "--vram_safety_margin": "vram.safety_margin_mb",
+    "--data_dir": "data.data_dir",
+    "--dataset": "data.dataset",
+    "--dataset_config": "data.dataset_config",
+    "--dataset_split": "data.dataset_split",
+    "--dataset_streaming": "data.dataset_streaming",
+    "--text_column": "data.text_column",
+    "--tokenizer": "data.tokenizer",
+    "--tasks": "data.tasks",
+    "--output_dir": "output_dir",
+    "--seed": "seed",
+}
+_FLAG_OF = {field: flag for flag, field in _FIELDS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the command line asks for.
+
+    Attributes:
+      config: of the run, checked.
+      resume: "", "auto" or a folder: see ``training.resume.find_start``.
+      profile: steps to run before a trace, and steps to trace; None: no trace.
+      dry_run: describe the run instead of starting it.
+      list_files: show what would be read instead.
+      clear_cache: remove all tokens first.
+      force: take the output_dir even from a run that may live.
+      notes: how the config came about where that may surprise, for the log.
+    """
+
+    config: RunConfig
+    resume: str = ""
+    profile: tuple[int, int] | None = None
+    dry_run: bool = False
+    list_files: bool = False
+    clear_cache: bool = False
+    notes: tuple[str, ...] = ()
+    force: bool = False
+
+
+def read(argv: list[str]) -> Arguments:
+    """Reads the arguments of ``train``.
+
+    Raises:
+      UserError: on an unknown flag, field or name, a value that does not fit, or a file or
+        checkpoint that cannot be read.
+      SystemExit: after ``--help``.
+    """
+    overrides, rest = _take_overrides(argv)
+    flags = _parser().parse_args(rest)
+    given = _given_fields(flags)
+    is_json = flags.config.endswith(".json")
+    file = load_json(flags.config) if is_json else {}
+    if flags.config and not is_json:
+        config, origin = load_config(flags.config), flags.config
+    else:
+        wanted = overrides.get("output_dir") or given.get("output_dir") or file.get("output_dir")
+        config, origin = _starting_config(flags.resume, wanted or _DEFAULTS.output_dir)
+    size = flags.model_size or ("" if origin else DEFAULT_SIZE)
+    preset = flags.training_preset or ("" if origin else DEFAULT_PRESET)
+    notes = []
+    for flag, name, fields_of in (
+        ("--model_size", size, size_fields),
+        ("--training_preset", preset, training_fields),
+    ):
+        if name:
+            # Of a checkpoint's fields the run itself says which have changed.
+            if origin and origin == flags.config and (changes := _changes(config, fields_of(name))):
+                notes.append(f"{flag} {name} instead of what {origin} says: {', '.join(changes)}")
+            merge(config, fields_of(name))
+    if not origin:
+        config.name = pathlib.Path(flags.config).stem if is_json else size
+    merge(config, file)
+    apply_overrides(config, given, _FLAG_OF)
+    apply_overrides(config, overrides)
+    return Arguments(
+        freeze(config),
+        flags.resume,
+        _profile(flags),
+        flags.dry_run,
+        flags.list_files,
+        flags.clear_cache,
+        tuple(notes),
+        flags.force,
+    )
+
+
+def _starting_config(resume: str, output_dir: str) -> tuple[ConfigDict, str]:
+    """Returns (config, its origin): of the checkpoint to continue, else built in and ""."""
+    from mamba_jax.checkpoints.folder import find_latest, read_metadata
+    from mamba_jax.checkpoints.resume import named_start
+
+    quiet: Callable[[str], None] = lambda _: None  # what is passed over is told by the run
+    checkpoint = None
+    if resume == _AUTO:
+        checkpoint = find_latest(pathlib.Path(output_dir), quiet)
+    elif resume:
+        checkpoint = named_start(pathlib.Path(resume), quiet)
+    if checkpoint is None:
+        return default_config(), ""
+    config = ConfigDict(to_dict(read_metadata(checkpoint).config))
+    config.output_dir = str(checkpoint.parent)  # the folder may have been moved since
+    return config, str(checkpoint)
+
+
+def _changes(config: ConfigDict, fields: dict[str, dict[str, Any]]) -> list[str]:
+    before = config.to_dict()
+    return [
+        f"{group}.{name} {old} → {new}"
+        for group, values in fields.items()
+        for name, new in values.items()
+        if (old := before.get(group, {}).get(name)) != new
+    ]
+
+
+def _given_fields(flags: argparse.Namespace) -> dict[str, str]:
+    """Returns field → text of the flags that set a field."""
+    given = {}
+    for flag, field in _FIELDS.items():
+        value = getattr(flags, flag.removeprefix("--"))
+        if value is not None:
+            given[field] = value
+    if flags.vram is not None:
+        given["vram.memory_gb"] = repr(_gigabytes(flags.vram))
+        given.setdefault("vram.auto", "false")  # of a file or checkpoint: now the size is given
+    return given
+
+
+def _gigabytes(text: str) -> float:
+    """Reads an amount of memory: "16gb", "24", "20.5", "16384mb"."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(g|gb|gib|m|mb|mib)?", text.strip().lower())
+    amount = float(match[1]) / (1024 if (match[2] or "g")[0] == "m" else 1) if match else 0.0
+    if not amount:
+        raise UserError(
+            f"--vram={text} is not an amount of memory; give GB such as 16gb, 24 or 20.5"
+        )
+    return amount
+
+
+def _profile(flags: argparse.Namespace) -> tuple[int, int] | None:
+    """Returns how many steps to run before a trace, and to trace; None: no trace."""
+    start, steps = flags.profile_start, flags.profile_steps
+    if flags.profile:
+        return 5 if start is None else start, 3 if steps is None else steps
+    for flag, value in (("--profile_start", start), ("--profile_steps", steps)):
+        if value is not None:
+            raise UserError(f"{flag}={value} has no use without --profile")
+    return None
+
+
+def _take_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes ``--config.field=value`` and ``--config.field value`` out of the arguments."""
+    overrides, rest, words = {}, [], iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if not equals and (value := next(words, None)) is None:
+            raise UserError(f"{flag} needs a value: {flag}=VALUE")
+        overrides[flag.removeprefix("--config.")] = value
+    return overrides, rest
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes as every part of the program does, and suggests the flag that was meant."""
+
+    def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        arguments, unknown = self.parse_known_args(args)
+        for word in unknown:
+            flag = word.partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f'unexpected argument "{word}"')
+            fields = [f"--config.{name}" for name in _field_names(default_config())]
+            same_leaf = [field for field in fields if field.endswith("." + flag.lstrip("-"))]
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = did_you_mean(flag, same_leaf) or did_you_mean(flag, [*flags, *fields])
+            self.error(f"unknown flag {flag}{near}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _field_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mamba_jax.train",
+        usage="%(prog)s [flags]",
+        description="Trains a Mamba or Hybrid Recursive Mamba language model.",
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model and schedule")
+    model.add_argument(
+        "--model_size", metavar="NAME", help=f"of the sizes below; default {DEFAULT_SIZE}"
+    )
+    model.add_argument(
+        "--training_preset", metavar="NAME", help=f'of those below; default "{DEFAULT_PRESET}"'
+    )
+    model.add_argument(
+        "--config",
+        metavar="FILE",
+        default="",
+        help="a .py file with a whole config, or a .json with fields",
+    )
+    model.add_argument(
+        "--config.GROUP.FIELD",
+        metavar="VALUE",
+        dest="_",
+        help="any field, e.g. --config.training.max_steps=200; mamba_jax/config.py lists them",
+    )
+    model.add_argument("--seed", metavar="N", help=f"default {_DEFAULTS.seed}")
+    add_data_flags(parser)
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--vram_auto",
+        action="store_const",
+        const="true",
+        help="fit the microbatch to the device's own memory",
+    )
+    memory.add_argument(
+        "--vram",
+        metavar="GB",
+        help=f"memory of the device, e.g. 16gb, 24, 20.5; default {_DEFAULTS.vram.memory_gb:g}gb",
+    )
+    memory.add_argument(
+        "--vram_safety_margin",
+        metavar="MB",
+        help=f"memory to leave free; default {_DEFAULTS.vram.safety_margin_mb}",
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--output_dir", metavar="PATH", help=f"for checkpoints; default {_DEFAULTS.output_dir}"
+    )
+    run.add_argument(
+        "--resume",
+        metavar="DIR|auto",
+        default="",
+        help="go on from a checkpoint with its own settings and those given beside it, from the "
+        "newest of a run's folder, or (auto) from the newest in output_dir if there is one",
+    )
+    run.add_argument(
+        "--force",
+        action="store_true",
+        help="take an output_dir that is locked by another run; if that run lives, the two can "
+        "damage each other's checkpoints and metrics until it ends at its next save",
+    )
+    run.add_argument(
+        "--dry_run", action="store_true", help="check and show what would be done, and stop"
+    )
+    run.add_argument(
+        "--profile",
+        action="store_true",
+        help="write a trace of a few steps into the run's TensorBoard folder",
+    )
+    run.add_argument("--profile_steps", metavar="N", type=int, help="steps to trace (default 3)")
+    run.add_argument(
+        "--profile_start",
+        metavar="N",
+        type=int,
+        help="steps to run before the trace, compilation among them (default 5)",
+    )
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags about text to a command."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_dir",
+        metavar="PATH",
+        help="a folder or file of text (.txt .md .py .json .jsonl, also as .gz or .zst; .parquet); "
+        "default: data, unless a dataset is given; where there is no ./data, the Python standard "
+        "library's source",
+    )
+    data.add_argument(
+        "--dataset",
+        metavar="ID",
+        help="of the Hugging Face Hub, or a folder laid out so; with --data_dir both are read",
+    )
+    data.add_argument("--dataset_config", metavar="NAME", help="where the dataset has several")
+    data.add_argument(
+        "--dataset_split",
+        metavar="SPLIT",
+        help=f"default {_DEFAULTS.data.dataset_split}; also a part of one: 'train[:10%%]'",
+    )
+    data.add_argument(
+        "--dataset_streaming",
+        action="store_const",
+        const="true",
+        help="tokenise rows as they arrive, for a dataset larger than the disk",
+    )
+    data.add_argument(
+        "--text_column",
+        metavar="A,B",
+        help="columns of a row's text, joined by a blank line; default text, where there is none "
+        "as the columns suggest (the log says which)",
+    )
+    data.add_argument(
+        "--tasks",
+        metavar="NAME:N,…",
+        help="problems with exact answers, of difficulty N or M-N: arithmetic, list_operations, "
+        "multi_hop, recall, state_tracking",
+    )
+    data.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="gpt2, bytes, an encoding of tiktoken such as cl100k_base, a tokenizer.json or a "
+        f"folder with one, or an id of the Hugging Face Hub; default {_DEFAULTS.data.tokenizer}",
+    )
+    data.add_argument(
+        "--list_files",
+        action="store_true",
+        help="show which files would be read, which not and why, and stop",
+    )
+    data.add_argument(
+        "--clear_cache",
+        action="store_true",
+        help="first remove all tokens that the cache holds, of any corpus",
+    )
+
+
+def _epilog() -> str:
+    sizes = "\n".join(
+        f"  {size.name:<22} {size.parameters / 1e6:>6.1f}M  {size.d_model:>5} × {size.n_layers:<2} "
+        f" {f'depth {size.depth}' if size.depth else '':<8} {size.nominal:>5}  {size.use_case}"
+        for size in presets.SIZES.values()
+    )
+    schedules = "\n".join(
+        f"  {name:<14} {row.max_steps:>9,} {row.learning_rate:>15.0e} {row.warmup_steps:>9,} "
+        f"{row.save_steps:>26,}"
+        for name, row in presets.TRAINING_PRESETS.items()
+    )
+    return f"""\
+sizes: parameters (with GPT-2's vocabulary), width × layers, recursion, the label known by
+{sizes}
+
+training presets:     steps   learning rate   warm-up    save and evaluate every
+{schedules}
+
+what wins:
+  built-in < --model_size < --training_preset < --config FILE < other flags < --config.field=
+  A .py file, or the checkpoint to resume, holds a whole config in place of the built-in one:
+  --model_size and --training_preset change it where they are given, and the log says what.
+
+examples:
+  python -m mamba_jax.train --vram_auto --model_size hybrid-small-standard --data_dir texts
+  python -m mamba_jax.train --dataset openai/gsm8k --text_column question,answer
+  python -m mamba_jax.train --config=configs/quickstart.py
+  python -m mamba_jax.train --config=custom.json --training_preset fast --dry_run
+  python -m mamba_jax.train --model_size=small --resume=auto    (go on where it stopped)
+  python -m mamba_jax.train --resume=checkpoints/step_5000 --training_preset=careful \\
+      --output_dir=checkpoints/longer                           (go on under another schedule)
+  python -m mamba_jax.train --config=configs/small.py --profile (traces steps 6 to 8)
+
+Ctrl-C or SIGTERM: the step is finished and saved; a second Ctrl-C stops at once.
+Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (told in one line).
+"""

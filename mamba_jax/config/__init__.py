@@ -1,0 +1,57 @@
+"""Configuration: an ``ml_collections.ConfigDict`` at the edge, frozen dataclasses inside.
+
+``schema`` holds the fields, ``presets`` the table of sizes and training presets, ``files`` reads files
+and overrides, ``checks`` refuses what cannot work.
+"""
+
+from mamba_jax.config.files import (
+    apply_overrides,
+    freeze,
+    from_dict,
+    from_json,
+    load_config,
+    load_json,
+)
+from mamba_jax.config.presets import (
+    default_config,
+    merge,
+    preset_config,
+    size_fields,
+    training_fields,
+    with_scan,
+)
+from mamba_jax.config.schema import (
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PhaseConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+    VramConfig,
+    to_dict,
+)
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "PhaseConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrainingConfig",
+    "VramConfig",
+    "apply_overrides",
+    "default_config",
+    "freeze",
+    "from_dict",
+    "from_json",
+    "load_config",
+    "load_json",
+    "merge",
+    "preset_config",
+    "size_fields",
+    "to_dict",
+    "training_fields",
+    "with_scan",
+]

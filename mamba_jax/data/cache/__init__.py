@@ -1,0 +1,1 @@
+"""Tokens on disk: shards by content, and the memory-mapped documents that they make up."""

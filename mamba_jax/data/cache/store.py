@@ -1,0 +1,404 @@
+"""The token cache: parts are tokenised once, whatever corpora they belong to.
+
+``<cache_dir>/tokens/<tokenizer>/`` holds ``shards`` (``data.shards``), each of some parts, named by
+their content; ``files.json``, by which an unchanged file is known without reading it; and ``plans``
+(``data.plan``).
+Nothing is locked: builds at once write shards of their own, and the same content has the same name.
+A build that is killed loses the shard it was writing.
+"""
+
+import bisect
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mamba_jax.data.cache.shards import (
+    Builder,
+    Entry,
+    Shard,
+    open_shards,
+    remove_abandoned,
+    remove_damaged,
+)
+from mamba_jax.data.document import Part
+from mamba_jax.data.tokenizers.base import Tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
+from mamba_jax.files import write_atomic
+
+# Raise it whenever the same parts would give other files, or the files another meaning.
+_FORMAT = 2
+_SHARD_BYTES, _SHARD_PARTS = 64_000_000, 4_000  # of text: a kill loses at most so much a process
+_CHECKED_BLOCKS = 64  # of 1 MiB, over all shards of a corpus
+_SETTLED_SECS = 2.0  # a file changed less long ago may change again and keep its time
+
+
+class Flat:
+    """Arrays seen as one: positions count through them in order."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self._arrays = list(arrays)
+        self._offsets = [0, *np.cumsum([len(array) for array in arrays]).tolist()]
+
+    def __len__(self) -> int:
+        return self._offsets[-1]
+
+    def __getitem__(self, stretch: slice) -> np.ndarray:
+        """Returns positions [start, stop), a view where they lie in one array."""
+        start, stop, _ = stretch.indices(len(self))
+        first = max(bisect.bisect_right(self._offsets, start) - 1, 0)
+        pieces = []
+        for number in range(first, len(self._arrays)):
+            base = self._offsets[number]
+            if base >= stop:
+                break
+            pieces.append(self._arrays[number][max(start - base, 0) : stop - base])
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
+
+    def forget(self) -> None:
+        """Lets go of what was read: it stays in the system's cache, not in this process."""
+        for array in self._arrays:
+            mapped = getattr(array.base, "obj", None)  # numpy has it in a memoryview
+            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """The documents of a corpus in its order. Shapes: d documents.
+
+    Attributes:
+      start_d, end_d: int64, of each with its marker, as positions of ``Store.tokens``.
+      digest_dk, lines_dk: uint8 (d, 16), of the text, and of its lines however they end.
+      bytes_d: int64, of the text in UTF-8.
+      source_d: int64, number of the source that each comes from.
+    """
+
+    start_d: np.ndarray
+    end_d: np.ndarray
+    digest_dk: np.ndarray
+    lines_dk: np.ndarray
+    bytes_d: np.ndarray
+    source_d: np.ndarray
+
+    @property
+    def token_count(self) -> int:
+        """Markers included."""
+        return int((self.end_d - self.start_d).sum())
+
+    def without_duplicates(self) -> "Documents":
+        """Keeps the first of equal documents; how their lines end makes no difference."""
+        kept = self
+        for column in ("digest_dk", "lines_dk"):  # by both: a shard may know only the first
+            digests = np.ascontiguousarray(getattr(kept, column)).view("V16").ravel()
+            kept = kept.chosen(np.sort(np.unique(digests, return_index=True)[1]))
+        return kept
+
+    def chosen(self, indices: np.ndarray) -> "Documents":
+        columns = (getattr(self, field.name)[indices] for field in dataclasses.fields(self))
+        return Documents(*columns)
+
+    def identity(self) -> bytes:
+        """Returns a hash of what they say and in which order, wherever they lie."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(self.digest_dk.tobytes())
+        digest.update((self.end_d - self.start_d).astype("<i8").tobytes())
+        digest.update(self.source_d.astype("<i8").tobytes())
+        return digest.digest()
+
+
+def cache_folder(cache_root: pathlib.Path) -> pathlib.Path:
+    """Returns the folder of all tokens, of any tokenizer."""
+    return cache_root / "tokens"
+
+
+def clear(cache_root: pathlib.Path) -> int:
+    """Removes all tokens; returns how many bytes they took.
+
+    Raises:
+      OSError: if they cannot be removed.
+    """
+    size = size_bytes(cache_root)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(cache_folder(cache_root))
+    return size
+
+
+def size_bytes(cache_root: pathlib.Path) -> int:
+    """Returns what all tokens take on the disk."""
+    total = 0
+    for folder, _, files in os.walk(cache_folder(cache_root)):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(folder, name)).st_blocks * 512
+    return total
+
+
+class Store:
+    """The tokens that one tokenizer has made."""
+
+    def __init__(self, cache_root: pathlib.Path, tokenizer: Tokenizer, log: Callable[[str], None]):
+        """Opens what is there.
+
+        Raises:
+          OSError: if it cannot be read.
+        """
+        identity = f"{_FORMAT}\n{tokenizer.identity}".encode()
+        name = pathlib.PurePath(tokenizer.name).name  # for people: of a path the last part
+        name = f"{name}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
+        self.root = cache_folder(cache_root) / name
+        self._shard_root = self.root / "shards"
+        self._tokenizer, self._log = tokenizer, log
+        self._shards: dict[str, Shard] = {}  # by name
+        self._places: dict[str, str] = {}  # key of a part → name of the shard
+        self._files = _read_files(self.root)
+        self._new_files: dict[str, list[Any]] = {}
+        self._look()
+
+    def _look(self) -> None:
+        for shard in open_shards(self._shard_root, self._log):
+            self._shards[shard.folder.name] = shard
+            for key in shard.keys:
+                self._places.setdefault(key, shard.folder.name)
+
+    def take(self, parts: Iterable[Part], workers: int) -> list[tuple[str, str]]:
+        """Tokenises what is not there yet; returns (key, name) of all parts in order.
+
+        Args:
+          parts: in the order of the corpus; those that are not ``parallel`` are tokenised before
+            the next is asked for.
+          workers: processes; 0 for as many as there are processors and the text is worth.
+
+        Raises:
+          OSError: if the folder cannot be written.
+          UserError: if a file changed while it was read.
+        """
+        taken: list[tuple[str, str]] = []
+        waiting: dict[str, Part] = {}
+        with contextlib.ExitStack() as stack:
+            builder: Builder | None = None
+            for part in parts:
+                key = self._key(part)
+                taken.append((key, part.name))
+                if key in self._places or key in waiting:
+                    continue
+                if part.parallel:
+                    waiting[key] = part
+                    continue
+                if builder is None:
+                    self._begin(part.name)
+                    builder = stack.enter_context(Builder(self._shard_root, self._tokenizer))
+                builder.add(part, key, lambda _: None)
+                if builder.text_bytes >= _SHARD_BYTES:
+                    builder.seal()
+                    builder = None
+            if builder is not None:
+                builder.seal()
+        if waiting:
+            self._build(list(waiting.items()), workers)
+        self._look()
+        self._write_files()
+        return taken
+
+    def _begin(self, what: str) -> None:
+        self._shard_root.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self._shard_root)
+        self._log(f"tokenising {what} into {self.root}, this once")
+
+    def _build(self, waiting: list[tuple[str, Part]], workers: int) -> None:
+        from tqdm import tqdm
+
+        sizes = [part.size_bytes for _, part in waiting]
+        total = sum(sizes)
+        self._begin(f"{total / 1e6:,.2f} MB")
+        groups: list[list[tuple[str, Part]]] = [[]]
+        filled = 0
+        for item, size in zip(waiting, sizes, strict=True):
+            if groups[-1] and (filled + size > _SHARD_BYTES or len(groups[-1]) >= _SHARD_PARTS):
+                groups.append([])
+                filled = 0
+            groups[-1].append(item)
+            filled += size
+        workers = min(workers or os.cpu_count() or 1, len(groups))
+        # disable=None: no bar where standard error is not a terminal.
+        bar = tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None)
+        with bar:
+            if workers == 1:
+                for group in groups:
+                    _build_shard(self._shard_root, self._tokenizer, group, bar.update)
+                return
+            # Not forked: this process may have threads by now. Each loads the tokenizer itself.
+            context = multiprocessing.get_context("spawn")
+            name = self._tokenizer.name
+            with concurrent.futures.ProcessPoolExecutor(
+                workers, context, initializer=_begin_worker
+            ) as pool:
+                jobs = [
+                    pool.submit(_build_in_worker, self._shard_root, name, group) for group in groups
+                ]
+                try:
+                    for job in concurrent.futures.as_completed(jobs):
+                        bar.update(job.result())
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+    def _key(self, part: Part) -> str:
+        stat = part.stat
+        if stat is None:
+            return part.key()
+        path, *rest = stat
+        known = self._files.get(path)
+        if known and known[:-1] == rest:
+            return known[-1]
+        key = part.key()
+        if time.time() - rest[0] / 1e9 > _SETTLED_SECS:
+            self._new_files[path] = [*rest, key]
+        return key
+
+    def _write_files(self) -> None:
+        """Remembers files by their times. Of two builds at once one may be forgotten, at the cost
+        of reading its files once more."""
+        if not self._new_files or not self.root.is_dir():
+            return
+        self._files = _read_files(self.root) | self._new_files
+        self._new_files = {}
+        keep(self.root / "files.json", json.dumps(self._files).encode())
+
+    def entries(self, taken: Sequence[tuple[str, str]]) -> list[tuple[str, Entry]]:
+        """Returns (name of the shard, entry) of parts, their paths as they are now."""
+        found = []
+        for key, name in taken:
+            entry = self._shards[self._places[key]].entry(key)
+            examples = entry.summary.examples
+            for reason, paths in examples.items():
+                examples[reason] = [path.replace(entry.name, name, 1) for path in paths]
+            found.append((self._places[key], entry))
+        return found
+
+    def known(self, parts: Iterable[Part]) -> tuple[int, Documents | None]:
+        """Returns how many parts were tokenised before, and their documents; tokenises nothing."""
+        keys = ((self._key(part), part.name) for part in parts if self._places)
+        taken = [(key, name) for key, name in keys if key in self._places]
+        entries = self.entries(taken)
+        names = list(dict.fromkeys(name for name, _ in entries))
+        return len(taken), self.documents(entries, names) if taken else None
+
+    def has(self, names: Sequence[str]) -> bool:
+        """Says whether shards are there; what was tokenised again may lie in others."""
+        return all(name in self._shards for name in names)
+
+    def check(self, names: Sequence[str]) -> bool:
+        """Says whether shards are what was written; those that are not are said and removed."""
+        sound = True
+        for name in names:
+            shard = self._shards.get(name)
+            why = shard.damage(-(-_CHECKED_BLOCKS // len(names))) if shard else "it is missing"
+            if why:
+                remove_damaged(self._shard_root / name, why, self._log)
+                sound = False
+        return sound
+
+    def documents(
+        self,
+        entries: Sequence[tuple[str, Entry]],
+        names: Sequence[str],
+        sources: Sequence[int] = (),
+    ) -> Documents:
+        """Returns the documents of parts; positions count through the shards named.
+
+        Args:
+          entries: from ``entries``.
+          names: of the shards.
+          sources: number of the source that each part belongs to; (): 0.
+        """
+        offsets, offset = {}, 0
+        for name in names:
+            offsets[name] = offset
+            offset += self._shards[name].token_count
+        indices = {name: self._shards[name].documents() for name in names}
+        columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("start_d", "end_d", "digest_dk", "lines_dk", "bytes_d")
+        }
+        for name, entry in entries:
+            for column, arrays in columns.items():
+                values = indices[name][column][entry.first : entry.first + entry.count]
+                at = offsets[name] if column in ("start_d", "end_d") else None
+                arrays.append(values if at is None else values + at)
+        counts = [entry.count for _, entry in entries]
+        return Documents(
+            **{column: np.concatenate(arrays) for column, arrays in columns.items()},
+            source_d=np.repeat(np.array(sources or [0] * len(entries), np.int64), counts),
+        )
+
+    def tokens(self, names: Sequence[str]) -> Flat:
+        """Returns the tokens of shards, mapped."""
+        return Flat([self._shards[name].tokens() for name in names])
+
+    def learn(self, names: Sequence[str]) -> Flat | None:
+        """Returns what are targets in them; None if everything is."""
+        masks = {name: self._shards[name].learn() for name in names}
+        if all(mask is None for mask in masks.values()):
+            return None
+        whole = lambda name: np.broadcast_to(np.uint8(1), self._shards[name].token_count)
+        return Flat([whole(name) if mask is None else mask for name, mask in masks.items()])
+
+
+def _build_shard(
+    root: pathlib.Path,
+    tokenizer: Tokenizer,
+    group: Sequence[tuple[str, Part]],
+    progress: Callable[[int], Any],
+) -> int:
+    with Builder(root, tokenizer) as builder:
+        for key, part in group:
+            builder.add(part, key, progress)
+        builder.seal()
+        return builder.text_bytes
+
+
+def _begin_worker() -> None:
+    """Leaves Ctrl-C to the parent, and ends with it even if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _build_in_worker(root: pathlib.Path, tokenizer: str, group: list[tuple[str, Part]]) -> int:
+    return _build_shard(root, load_tokenizer(tokenizer), group, lambda _: None)
+
+
+def _read_files(root: pathlib.Path) -> dict[str, list[Any]]:
+    with contextlib.suppress(OSError, ValueError):
+        files = json.loads((root / "files.json").read_bytes())
+        return files if isinstance(files, dict) else {}
+    return {}
+
+
+def keep(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file that saves time and no more, never half; not at all where that fails, as the
+    cache may be read-only."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, data)

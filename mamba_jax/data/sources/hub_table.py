@@ -1,0 +1,150 @@
+"""A dataset on disk: downloaded and built by the library, or written by ``save_to_disk``."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mamba_jax.config import DataConfig
+from mamba_jax.data.document import Piece
+from mamba_jax.data.sources.hub_access import (
+    check_within_reach,
+    is_folder,
+    is_saved,
+    library_errors,
+)
+from mamba_jax.data.sources.hub_rows import (
+    PART_ROWS,
+    ROWS_AT_A_TIME,
+    choose_columns,
+    choose_split,
+    load_library,
+    named_columns,
+    open_builder,
+    part_key,
+    pieces_of_batches,
+)
+from mamba_jax.data.summary import Summary
+from mamba_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsPart:
+    """Some thousand rows of a split on disk, cached as a whole.
+
+    Attributes:
+      name: for people.
+      origin: of the split they belong to.
+      identity: hash of the split's content; changes whenever a row may have changed.
+      table: datasets.Dataset of the columns alone.
+      columns: to read.
+      named: whether the user named them, in the order of the text.
+      start, stop: the rows.
+    """
+
+    origin: str
+    identity: str
+    table: Any
+    columns: tuple[str, ...]
+    named: bool
+    start: int
+    stop: int
+    stat: None = None
+    parallel: bool = True
+
+    @property
+    def size_bytes(self) -> int:
+        table = self.table.data
+        return table.nbytes * (self.stop - self.start) // max(len(table), 1)
+
+    @property
+    def name(self) -> str:
+        return f"{self.origin}, rows {self.start:,} to {self.stop:,}"
+
+    def key(self) -> str:
+        return part_key(self.identity, self.columns, self.named, self.start, self.stop)
+
+    def pieces(self, summary: Summary) -> Iterator[Piece]:
+        rows = self.table.select(range(self.start, self.stop)).iter(ROWS_AT_A_TIME)
+        return pieces_of_batches(rows, self.columns, self.named, self.origin, self.start, summary)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A split of a dataset, on disk."""
+
+    origin: str
+    identity: str
+    table: Any
+    columns: tuple[str, ...]
+    named: bool
+
+    def parts(self) -> Iterator[RowsPart]:
+        for start in range(0, len(self.table), PART_ROWS):
+            stop = min(start + PART_ROWS, len(self.table))
+            yield RowsPart(
+                *(self.origin, self.identity, self.table, self.columns, self.named, start, stop)
+            )
+
+
+def open_table(config: DataConfig, log: Callable[[str], None]) -> Rows:
+    """Finds the split and the columns that ``config`` names; downloads what is not in the cache.
+
+    Raises:
+      UserError: if the dataset cannot be had, or has no such configuration, split or column.
+    """
+    name = os.path.expanduser(config.dataset)
+    if not is_folder(name):
+        check_within_reach(name, log)
+    datasets = load_library()
+    with library_errors(name):
+        if is_saved(name):
+            identity, split, table = _saved(datasets, name, config, log)
+        else:
+            identity, split, table = _prepared(datasets, name, config, log)
+        columns = choose_columns(name, config.text_column, table.features, log)
+        return Rows(
+            f"dataset {name}, split {split}",
+            identity,
+            table.select_columns(list(columns)),
+            columns,
+            named=bool(named_columns(config.text_column)),
+        )
+
+
+def _prepared(
+    datasets: Any, name: str, config: DataConfig, log: Callable[[str], None]
+) -> tuple[str, str, Any]:
+    builder = open_builder(datasets, name, config.dataset_config, log)
+    split = choose_split(name, config.dataset_split, list(builder.info.splits or ()), log)
+    builder.download_and_prepare()
+    split = choose_split(name, split, list(builder.info.splits or ()), log)
+    table = builder.as_dataset(split=split)
+    return table._fingerprint, split, table
+
+
+def _saved(
+    datasets: Any, name: str, config: DataConfig, log: Callable[[str], None]
+) -> tuple[str, str, Any]:
+    """Opens a folder that ``save_to_disk`` wrote."""
+    if config.dataset_config:
+        raise UserError(
+            f"dataset {name} was written by save_to_disk and has no configurations: leave out "
+            f'--dataset_config "{config.dataset_config}"'
+        )
+    loaded = datasets.load_from_disk(name)
+    if isinstance(loaded, datasets.Dataset):
+        loaded = {str(loaded.split or "train"): loaded}
+    split = choose_split(name, config.dataset_split, list(loaded), log)
+    lengths = {key: len(table) for key, table in loaded.items()}
+    instructions = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    tables = [loaded[part.splitname].select(range(part.from_, part.to)) for part in instructions]
+    # The library keeps a fingerprint, but not of files that were changed by hand.
+    files = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(pathlib.Path(name).rglob("*"))
+    ]
+    identity = hashlib.blake2b(repr((split, files)).encode(), digest_size=16).hexdigest()
+    return identity, split, datasets.concatenate_datasets(tables)

@@ -1,0 +1,150 @@
+"""From a file to pieces of documents: the door to ``decode``, ``json_records`` and ``records``."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mamba_jax.data.document import Piece
+from mamba_jax.data.sources.chats import Parts
+from mamba_jax.data.sources.decode import Skip, probe, read_text, split_extension
+from mamba_jax.data.sources.json_records import read_values
+from mamba_jax.data.sources.records import (
+    TEMPLATE,
+    Document,
+    columns_with_strings,
+    document_of,
+    gathered,
+    usual_columns,
+)
+from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.text_cuts import cut_text
+from mamba_jax.errors import UserError
+
+# Raise it whenever the same file would give other pieces.
+VERSION = f"4 {TEMPLATE}"
+_TEXT, _JSON = (".txt", ".py", ".md"), (".json", ".jsonl")
+EXTENSIONS = (*_TEXT, *_JSON, ".parquet")
+_ROWS_AT_A_TIME = 1_000
+_MOST_HELD_CHARACTERS = 1 << 21
+
+
+def is_readable(path: str) -> bool:
+    """Says whether a file's name is one of those that ``pieces`` reads."""
+    extension, compression = split_extension(path)
+    return extension in (EXTENSIONS if not compression else (*_TEXT, *_JSON))
+
+
+def pieces(path: str, summary: Summary) -> Iterator[Piece]:
+    """Yields the documents of a file in pieces; none, and a line in the summary, if it has no text.
+
+    Plain text is one document; JSON is one per record, parquet one per row.
+
+    Raises:
+      UserError: if the file changed between the reading that examined it and this one.
+    """
+    begun = False
+    try:
+        for piece in _pieces(path, summary):
+            begun = True
+            yield piece
+    except Skip as skip:
+        if begun:
+            raise UserError(f"{shown(path)} changed while it was read; start again") from skip
+        size_bytes = 0
+        with contextlib.suppress(OSError):
+            size_bytes = os.path.getsize(path)
+        summary.skip(skip.reason, f"{path}:{skip.line}" if skip.line else path, size_bytes)
+    summary.files += begun
+
+
+def _pieces(path: str, summary: Summary) -> Iterator[Piece]:
+    extension = split_extension(path)[0]
+    if extension == ".parquet":
+        yield from _pieces_of(_parquet(path), path, "parquet without text", summary)
+        return
+    encoding = probe(path)
+    open_text = lambda: read_text(path, encoding)
+    if extension in _JSON:
+
+        def lose(reason: str, line: int) -> None:
+            summary.records += 1
+            summary.lose(reason, f"{path}:{line}")
+
+        values = read_values(open_text, lose)
+        yield from _pieces_of(values, path, "JSON without text", summary)
+    else:
+        yield from _cut(open_text(), begins=True, learn=True)
+    if encoding.doubt:
+        summary.repair(encoding.doubt, path)
+
+
+def _pieces_of(
+    records: Iterable[Any], path: str, reason_if_none: str, summary: Summary
+) -> Iterator[Piece]:
+    """Yields the documents that records are, in pieces.
+
+    Raises:
+      Skip: if that leaves none.
+    """
+    empty = True
+    for number, record in enumerate(gathered(records), 1):
+        document = document_of(record)
+        taken = note(document, f"{path} record {number}", summary)
+        empty = empty and not taken
+        if taken:
+            yield from pieces_of_document(document.parts)
+    if empty:
+        raise Skip(reason_if_none)
+
+
+def note(document: Document, where: str, summary: Summary) -> bool:
+    """Counts a record with its warnings, or why it is not taken; says whether it is."""
+    summary.records += 1
+    if document.skip:
+        summary.lose(document.skip, where)
+    taken = not (document.skip or document.is_blank)
+    for doubt in document.doubts if taken else ():
+        summary.repair(doubt, where)
+    return taken
+
+
+def pieces_of_document(parts: Parts) -> Iterator[Piece]:
+    """Yields one document, cut where ``learn`` changes and where it is long."""
+    for number, (text, learn) in enumerate(parts):
+        yield from _cut([text], begins=number == 0, learn=learn)
+
+
+def _cut(texts: Iterable[str], begins: bool, learn: bool) -> Iterator[Piece]:
+    """Cuts a text where the tokens of the pieces are the tokens of the whole."""
+    rest = ""
+    for text in texts:
+        rest += text
+        if len(rest) > _MOST_HELD_CHARACTERS:
+            *whole, rest = cut_text(rest)
+            for piece in whole:
+                yield Piece(piece, begins, learn)
+                begins = False
+    for piece in cut_text(rest):
+        yield Piece(piece, begins, learn)
+        begins = False
+
+
+def _parquet(path: str) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file; its columns are chosen as those of a dataset."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with open(path, "rb") as data, parquet.ParquetFile(data) as file:
+            _, usual = usual_columns(file.schema_arrow)
+            columns = list(usual) or columns_with_strings(file.schema_arrow)
+            read = lambda: file.iter_batches(_ROWS_AT_A_TIME, columns=columns)
+            for batch in read():
+                batch.validate(full=True)  # that its strings are UTF-8
+            for batch in read():
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):
+            raise Skip(f"unreadable ({error.strerror})") from error
+        raise Skip("damaged parquet") from error

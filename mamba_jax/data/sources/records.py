@@ -1,0 +1,334 @@
+"""From a record to a document: the one recogniser, of files and of datasets.
+
+A record is a JSON value, a row of parquet, or a row of a dataset. It becomes *parts* ``(text,
+learn)``: joined they are the text; ``learn`` is False where ``data.loss_on="answer"`` takes no
+loss. Each part after the first begins with the white space before it, so that the tokens of the
+parts are, as a rule, the tokens of the whole.
+
+Forms of records, by their keys and best first; the order of the keys changes nothing, and a form
+that gives no text leaves the record to the next:
+
+1. a turn, or a list of turns: a chat (``data.chats``);
+2. ``text``, ``content``: plain text, learnt as a whole;
+3. ``chosen``, with or without a prompt: the chosen answer, never the rejected one; with a warning;
+4. ``messages`` and its other names: a chat, maybe as JSON in a string, maybe with ``system``;
+5. a question or instruction and its answer (``_ANSWERED``): what is asked, a blank line, the
+   answer, which alone is learnt. If either is a list of turns, all of it is one chat. A
+   ``completion`` that begins with white space follows its prompt directly;
+6. ``code``: as text.
+
+Of other records a single list of turns is a chat, else their strings are joined, metadata left out
+(``data.values``). What looks like a chat and is not understood is skipped.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mamba_jax.data.sources.chats import (
+    NotUnderstood,
+    Parts,
+    Turn,
+    add,
+    are_turn_keys,
+    is_lone_turn,
+    render,
+    turns_in,
+)
+from mamba_jax.data.sources.values import is_metadata, leaves, value_text
+from mamba_jax.data.text_cuts import well_formed
+
+# Raise it whenever the same record would give other parts.
+TEMPLATE = 3
+
+_TEXT_KEYS = ("text", "content")
+_CHAT_KEYS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
+_SYSTEM_KEYS = ("system_prompt", "system")
+# (before, what is asked, behind, answers): the answer is the first that is not blank.
+_ANSWERED = (
+    (
+        ("instruction", "context"),
+        "question",
+        (),
+        ("answer", "answers", "response", "generated_solution", "solution", "output"),
+    ),
+    ((), "instruction", ("input", "context"), ("output", "response", "answer", "completion")),
+    ((), "prompt", ("input", "context"), ("completion", "response", "answer", "output")),
+    (("instruction", "context"), "query", (), ("response", "answer", "output", "completion")),
+    ((), "problem", (), ("solution", "generated_solution", "answer", "response")),
+    (("context",), "input", (), ("output", "target", "response", "answer")),
+    ((), "inputs", (), ("targets", "outputs")),
+    ((), "source", (), ("target",)),
+)
+# Alone in a record, these are asked and not answered.
+_ASKED = ("question", "instruction", "prompt", "query", "problem")
+_CHOICES = ("choices", "options")
+
+WITHOUT_ANSWER = 'record without an answer: no target with loss_on="answer"'
+CHOSEN_ALONE = "preference pair: chosen is taken, rejected is left out"
+LOOSE = "record of no known form: its strings are joined"
+CHAT_NOT_UNDERSTOOD = "chat that is not understood"
+UNDESIRABLE = "completion that is labelled undesirable (label false)"
+CHOICE_BY_NUMBER = "answer that is the number of a choice"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """What a record gives.
+
+    Attributes:
+      parts: its text.
+      doubts: warnings.
+      skip: why nothing is taken, though there is something; "" if it is taken.
+    """
+
+    parts: Parts = dataclasses.field(default_factory=list)
+    doubts: tuple[str, ...] = ()
+    skip: str = ""
+
+    @property
+    def is_blank(self) -> bool:
+        return not any(text.strip() for text, _ in self.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """Where a record of one form has what.
+
+    Attributes:
+      kind: "text", "chat", "preference" or "answer".
+      prompts: keys of what comes first, in order.
+      answers: keys, the first that is not blank is taken.
+      beside: keys that may rule a record out.
+    """
+
+    kind: str
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*self.prompts, *self.answers, *self.beside)
+
+
+class _Skipped(Exception):
+    """A record that is not taken, and why."""
+
+
+def document_of(record: Any) -> Document:
+    """Returns the document that a record is, whatever its form."""
+    return _checked(lambda: _recognised(record))
+
+
+def document_of_columns(row: Mapping[str, Any], columns: Sequence[str]) -> Document:
+    """Returns the document made of columns that the user named, in this order.
+
+    Of several columns the last is the answer and learnt; a single one is learnt whole, or as a
+    chat.
+    """
+    *prompts, answer = columns
+    chat = not prompts
+    return _checked(lambda: Document(_prompted(row, prompts, answer, is_chat=chat)))
+
+
+def _checked(read: Callable[[], Document]) -> Document:
+    try:
+        document = read()
+    except NotUnderstood:
+        return Document(skip=CHAT_NOT_UNDERSTOOD)
+    except _Skipped as skipped:
+        return Document(skip=str(skipped))
+    except UnicodeDecodeError:
+        return Document(skip="bytes that are not UTF-8")
+    if document.is_blank or any(learn for _, learn in document.parts):
+        return document
+    return dataclasses.replace(document, doubts=(*document.doubts, WITHOUT_ANSWER))
+
+
+def _recognised(record: Any) -> Document:
+    if is_lone_turn(record):
+        record = [record]
+    if isinstance(record, list) and (turns := turns_in(record, expected=False)) is not None:
+        return Document(render(turns))
+    if not isinstance(record, Mapping):
+        return Document(_joined((), "\n\n".join(leaves(record, numbers=False))))
+    is_known = False
+    for form in _forms(record):
+        is_known = True
+        if not (document := _read(form, record)).is_blank:
+            return document
+    return Document() if is_known else _loose(record)
+
+
+def _forms(names: Collection[str]) -> Iterator[_Form]:
+    """Yields the forms that a record with these keys may have, best first."""
+    here = lambda keys: tuple(key for key in keys if key in names)
+    system = here(_SYSTEM_KEYS)[:1]
+    for key in here(_TEXT_KEYS):
+        yield _Form("text", (), (key,))
+    asked = []
+    for before, prompt, behind, answers in _ANSWERED:
+        if prompt in names:
+            prompts = (*system, *here(before), prompt, *here(behind))
+            asked.append((prompts, here(answers)))
+    if "chosen" in names:
+        prompts = next((prompts for prompts, _ in asked), None)
+        yield _Form("preference", prompts or (*system, *here(_CHAT_KEYS)[:1]), ("chosen",))
+    for key in here(_CHAT_KEYS):
+        yield _Form("chat", system, (key,))
+    for prompts, answers in asked:
+        if answers:
+            yield _Form("answer", prompts, answers, here((*_CHOICES, "label")))
+    if "code" in names:
+        yield _Form("text", (), ("code",))
+
+
+def _read(form: _Form, record: Mapping[str, Any]) -> Document:
+    if form.kind == "text" and isinstance(text := record[form.answers[0]], str):
+        return Document([(well_formed(text), True)])
+    answer, *others = form.answers
+    if others:
+        answer = next((key for key in form.answers if _text(record, key).strip()), answer)
+    if record.get("label") is False and "label" in form.beside and "prompt" in form.prompts:
+        raise _Skipped(UNDESIRABLE)
+    is_number = isinstance(record[answer], int | float) and not isinstance(record[answer], bool)
+    if is_number and any(record.get(key) for key in _CHOICES):
+        raise _Skipped(CHOICE_BY_NUMBER)
+    parts = _prompted(record, form.prompts, answer, is_chat=form.kind == "chat")
+    return Document(parts, (CHOSEN_ALONE,) if form.kind == "preference" else ())
+
+
+def _loose(record: Mapping[str, Any]) -> Document:
+    """Returns a record of no known form: its one chat, or its strings."""
+    kept = {key: value for key, value in record.items() if not is_metadata(str(key))}
+    if turns := _nested_chat(kept):
+        return Document(render(turns))
+    texts = {key: list(leaves(value, numbers=False)) for key, value in kept.items()}
+    keys = [key for key, found in texts.items() if found]
+    text = "\n\n".join(text for key in keys for text in texts[key])
+    if len(keys) == 1 and keys[0] in _ASKED:
+        return Document(_joined([text], ""))
+    return Document(_joined((), text), (LOOSE,) if len(keys) > 1 else ())
+
+
+def _nested_chat(value: Any) -> list[Turn] | None:
+    """Returns the only chat inside a list or object, itself included.
+
+    Raises:
+      NotUnderstood: if there are several.
+    """
+    found, stack = None, [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list) and (turns := turns_in(value, expected=False)) is not None:
+            if found:
+                raise NotUnderstood
+            found = turns
+        elif isinstance(value, list | dict):
+            stack.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+def _chat_in(value: Any, *, expected: bool = False) -> list[Turn] | None:
+    turns = turns_in(value, expected=expected)
+    return _nested_chat(value) if turns is None else turns
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
+    try:
+        return value_text(record[key])
+    except UnicodeDecodeError:
+        raise _Skipped(f'bytes that are not UTF-8 in "{key}"') from None
+
+
+def _prompted(
+    record: Mapping[str, Any], prompts: Sequence[str], answer: str, *, is_chat: bool
+) -> Parts:
+    """Renders what is asked and the answer, as text or, if one of them holds turns, as a chat."""
+    asked = [_chat_in(record[key]) for key in prompts]
+    answered = _chat_in(record[answer], expected=is_chat)
+    if answered is None and all(turns is None for turns in asked):
+        texts = [_text(record, key) for key in prompts]
+        follows = answer == "completion"
+        return _joined(texts, _text(record, answer), follows=follows)
+    turns: list[Turn] = []
+    for key, found in zip(prompts, asked, strict=True):
+        role = "system" if key in _SYSTEM_KEYS else "user"
+        for turn in [(role, _text(record, key), False)] if found is None else found:
+            turns.append((*turn[:2], False))
+    if answered is None:
+        answered = [("assistant", _text(record, answer), True)]
+    # An answer that begins with what was asked has all of it.
+    begins = answered[0][0] if answered else ""
+    if begins in ("system", "user"):
+        turns = [turn for turn in turns if turn[0] == "system" != begins]
+    return render([turn for turn in (*turns, *answered) if turn[1].strip()])
+
+
+def _joined(prompts: Iterable[str], answer: str, *, follows: bool = False) -> Parts:
+    """Joins texts by a blank line, leaving out white space alone; the answer is learnt.
+
+    Args:
+      prompts: what is not learnt.
+      answer: what is.
+      follows: whether white space at the answer's start takes the place of the blank line.
+    """
+    parts: Parts = []
+    for text in prompts:
+        if text.strip():
+            add(parts, f"\n\n{text}" if parts else text, False)
+    if answer.strip():
+        is_joined = not parts or (follows and answer[0].isspace())
+        add(parts, answer if is_joined else f"\n\n{answer}", True)
+    return parts
+
+
+def gathered(records: Iterable[Any]) -> Iterator[Any]:
+    """Yields records; where each is a turn and nothing else, all of them as one conversation."""
+    turns: list[Any] | None = []
+    for record in records:
+        if turns is not None and is_lone_turn(record):
+            turns.append(record)
+            continue
+        yield from turns or ()
+        turns = None
+        yield record
+    if turns:
+        yield turns
+
+
+def usual_columns(schema: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns what to take of a table with this Arrow schema, by the forms of records.
+
+    Returns:
+      The columns of the best form that the table may have, and those to read: of all of them, as
+      a row may be of another form. Both () if nothing suggests itself.
+    """
+    names = list(dict.fromkeys(schema.names))
+    if are_turn_keys(names):
+        return tuple(names), tuple(names)
+    if forms := list(_forms(names)):
+        keys = {key for form in forms for key in form.keys}
+        best = forms[0]
+        return (*best.prompts, best.answers[0]), tuple(name for name in names if name in keys)
+    strings = tuple(columns_with_strings(schema))
+    return (strings, strings) if len(strings) == 1 else ((), ())
+
+
+def columns_with_strings(schema: Any) -> list[str]:
+    """Returns the columns of an Arrow schema that hold strings, be it deep inside, and no
+    metadata."""
+    return [f.name for f in schema if _has_strings(f.type) and not is_metadata(f.name)]
+
+
+def _has_strings(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _has_strings(kind.value_type)
+    if hasattr(kind, "storage_type"):  # an extension
+        return _has_strings(kind.storage_type)
+    inner = [kind.field(i) for i in range(kind.num_fields)]
+    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return is_string or any(_has_strings(field.type) for field in inner)

@@ -1,0 +1,140 @@
+"""Text ↔ token ids: what every tokenizer does, and the door to all of them.
+
+User text never becomes a control token: ``encode`` emits neither the end-of-text id nor any other
+special one, whatever the text spells, so that document boundaries can be found again in the token
+stream alone.
+"""
+
+import abc
+import codecs
+import types
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+# Of prefix, suffix and middle, as those of OpenAI, of StarCoder and their kin name them.
+_FIM_NAMES = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+
+class Tokenizer(abc.ABC):
+    """Text ↔ ids.
+
+    Attributes:
+      name: what ``load_tokenizer`` was asked for.
+      identity: changes whenever the same text might give other tokens; part of cache keys.
+      eot_id: begins every document and ends it when sampled. Never made by ``encode``.
+      pieces: the bytes of each token, by id; those of special tokens and of gaps are empty.
+      token_bytes: int32 (vocab_size,), the lengths of ``pieces``.
+      files: name → content of what a checkpoint carries, to need neither network nor the user's
+        files; empty if the name is enough.
+      special_ids: name → id of tokens that no text spells.
+      doubt: why texts may not come back as they were; "" if they do.
+      remark: what was changed about it when it was loaded; "" if nothing was.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        identity: str,
+        eot_id: int,
+        pieces: list[bytes],
+        *,
+        files: Mapping[str, bytes] = types.MappingProxyType({}),
+        special_ids: Mapping[str, int] = types.MappingProxyType({}),
+        doubt: str = "",
+        remark: str = "",
+    ):
+        self.name = name
+        self.identity = identity
+        self.eot_id = eot_id
+        self.pieces = pieces
+        self.token_bytes = np.array([len(piece) for piece in pieces], np.int32)
+        self.files = files
+        self.special_ids = special_ids
+        self.doubt = doubt
+        self.remark = remark
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def fim_ids(self) -> tuple[int, int, int]:
+        """Ids that stand before prefix, suffix and middle: the tokenizer's own where it has them,
+        else the three after its last, which the model's tables then need."""
+        for names in _FIM_NAMES:
+            if self.special_ids.keys() >= set(names):
+                prefix_id, suffix_id, middle_id = (self.special_ids[name] for name in names)
+                return prefix_id, suffix_id, middle_id
+        return self.vocab_size, self.vocab_size + 1, self.vocab_size + 2
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of ``text``, int32 (tokens,). Lone surrogates become U+FFFD."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ``ids``; special ones are empty, bytes that are not UTF-8 are U+FFFD.
+
+        Raises:
+          ValueError: on an id outside the vocabulary.
+        """
+        return b"".join(self.piece(token) for token in ids).decode("utf-8", "replace")
+
+    def piece(self, token: int) -> bytes:
+        """Returns the bytes of one token, checked: a negative id would index from the end."""
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token id {token} is outside 0 … {self.vocab_size - 1} ({self.name})")
+        return self.pieces[int(token)]
+
+    def document_encoder(self) -> "DocumentEncoder":
+        """Returns what encodes one document that comes in pieces."""
+        return DocumentEncoder(self)
+
+
+class DocumentEncoder:
+    """Encodes a document piece by piece; this one where tokens never cross from piece to piece."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def push(self, text: str) -> np.ndarray:
+        """Returns ids that are certain by now, int32 (tokens,); ``text`` may be held back."""
+        return self._tokenizer.encode(text)
+
+    def cut(self) -> np.ndarray:
+        """Returns the ids of what is held back: a token ends here. More text may come."""
+        return np.zeros(0, np.int32)
+
+
+class StreamDecoder:
+    """Decodes token by token, holding back bytes until they form whole characters.
+
+    A character that is still incomplete when the text ends is not part of it.
+
+    Attributes:
+      n_chars: characters returned so far.
+      start: index of the character that the first byte of the last token belongs to.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.n_chars = self.start = 0
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the last character is incomplete."""
+        return bool(self._decoder.getstate()[0])
+
+    def push(self, token: int) -> str:
+        """Returns the text that became complete with ``token``; may be empty."""
+        piece = self._tokenizer.piece(token)
+        # The first byte alone: it may also show that the bytes before it are no character.
+        text = self._decoder.decode(piece[:1])
+        self.start = self.n_chars + len(text) - (text != "" and not self.holds_back)
+        text += self._decoder.decode(piece[1:])
+        self.n_chars += len(text)
+        return text

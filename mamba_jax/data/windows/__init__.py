@@ -1,0 +1,1 @@
+"""From documents to windows: duplicates, the held-out split, order and cuts."""

@@ -1,0 +1,57 @@
+"""Documents that are nearly equal, by MinHash of their tokens: ``data.deduplicate="near"``."""
+
+from typing import Any
+
+import numpy as np
+
+from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.errors import need
+
+_SIMILARITY = 0.8  # of the sets of shingles (Jaccard) from which on a document counts as a copy
+_SHINGLE_TOKENS = 5
+_PERMUTATIONS = 128
+_AT_A_TIME = 20_000  # shingles: each takes 1 kB for a moment
+
+
+def first_of_similar(tokens: Flat, documents: Documents) -> np.ndarray:
+    """Returns the indices, ascending, of documents that are not like an earlier one that is kept.
+
+    Documents shorter than a shingle are all kept.
+
+    Raises:
+      UserError: if the library is not installed.
+    """
+    datasketch = need("datasketch", "dedup")
+    seen = datasketch.MinHashLSH(threshold=_SIMILARITY, num_perm=_PERMUTATIONS)
+    empty = datasketch.MinHash(num_perm=_PERMUTATIONS, hashfunc=lambda shingle: shingle)
+    signatures: dict[Any, Any] = {}  # by the number of their document
+    kept = []
+    for number, (start, end) in enumerate(zip(documents.start_d, documents.end_d, strict=True)):
+        shingles = _shingles(tokens[int(start) + 1 : int(end)])
+        tokens.forget()
+        if len(shingles):
+            signature = empty.copy()
+            for at in range(0, len(shingles), _AT_A_TIME):
+                signature.update_batch(shingles[at : at + _AT_A_TIME])
+            # The candidates of the index are likely ones; the signatures decide.
+            if any(
+                signature.jaccard(signatures[other]) >= _SIMILARITY
+                for other in seen.query(signature)
+            ):
+                continue
+            seen.insert(number, signature)
+            signatures[number] = signature
+        kept.append(number)
+    return np.array(kept, np.int64)
+
+
+def _shingles(tokens: np.ndarray) -> np.ndarray:
+    """Returns uint64, below 2**32: a hash of each different run of tokens."""
+    count = len(tokens) - _SHINGLE_TOKENS + 1
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    hash_ = np.zeros(count, np.uint64)
+    for i in range(_SHINGLE_TOKENS):
+        hash_ = (hash_ ^ tokens[i : i + count].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        hash_ ^= hash_ >> np.uint64(32)
+    return np.unique(hash_ & np.uint64(0xFFFFFFFF))

@@ -1,0 +1,160 @@
+"""Random access to the windows of tokens that lie in runs of the token cache.
+
+A token that is no target is written as ``~token``, which is negative: one array carries both. The
+first token of a window is no target anyway. A separator is a target where the token before it is
+one and ends its document: behind a prompt without an answer nothing is learnt, not even to stop.
+"""
+
+import bisect
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mamba_jax.data.cache.store import Flat
+from mamba_jax.data.windows.split import stream_tokens
+
+
+class Windows(Protocol):
+    """Windows of ``seq_len + 1`` tokens, int32."""
+
+    stream_tokens: int  # of the runs, markers included
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns window ``index`` as int32 (seq_len + 1,)."""
+        ...
+
+
+class _Cache:
+    """The cache's tokens, those that are no targets as ``~token``."""
+
+    def __init__(self, tokens: Flat, learn: Flat | None, eot_id: int):
+        self._tokens, self._learn, self._eot_id = tokens, learn, eot_id
+
+    def copy(self, start: int, stop: int, out: np.ndarray) -> None:
+        out[:] = self._tokens[start:stop]
+        if self._learn is not None:
+            learn = self._learn[start:stop] != 0
+            for at in np.flatnonzero(out == self._eot_id).tolist():
+                learn[at] = start + at > 0 and self._is_learnt(start + at - 1)
+            np.invert(out, out=out, where=~learn)
+
+    def separator(self, end: int) -> int:
+        """Returns the separator behind a stretch that ends at ``end``, as a window has it."""
+        is_target = self._learn is None or (self._ends_document(end) and self._is_learnt(end - 1))
+        return self._eot_id if is_target else ~self._eot_id
+
+    def _is_learnt(self, position: int) -> bool:
+        """Says whether a token of a text is a target; a separator there has no text behind it."""
+        assert self._learn is not None
+        here = slice(position, position + 1)
+        return bool(self._learn[here][0]) and int(self._tokens[here][0]) != self._eot_id
+
+    def _ends_document(self, end: int) -> bool:
+        return end == len(self._tokens) or int(self._tokens[end : end + 1][0]) == self._eot_id
+
+
+class PackedWindows:
+    """Windows of a stream of documents; neighbours share one token, so that each is a target once.
+
+    Window i holds positions ``i * seq_len … (i + 1) * seq_len`` of the stream, both included. The
+    rest of the stream that fills no window (fewer than ``seq_len`` tokens) is not used.
+    """
+
+    def __init__(
+        self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int, learn: Flat | None = None
+    ):
+        """Args:
+        tokens: of the cache.
+        runs: int64 (r, 2), see ``split``; the first token of each reads as ``eot_id``.
+        seq_len: inputs, and targets, of one window.
+        learn: 0 where a token of the cache is no target; None: all are.
+        """
+        self.seq_len = seq_len
+        self.stream_tokens = stream_tokens(runs)
+        self._cache = _Cache(tokens, learn, eot_id)
+        self._eot_id = eot_id
+        # Plain integers: ten times faster than numpy's in the loop of `_read`.
+        self._runs: list[tuple[int, int]] = [(start, end) for start, end in runs.tolist()]
+        self._offsets = [0, *np.cumsum(runs[:, 1] - runs[:, 0]).tolist()]
+
+    def __len__(self) -> int:
+        return max(self.stream_tokens - 1, 0) // self.seq_len
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index * self.seq_len
+        return self._read(start, start + self.seq_len + 1)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Returns positions [start, stop) of the stream."""
+        out = np.empty(stop - start, np.int32)
+        run = bisect.bisect_right(self._offsets, start) - 1
+        filled = 0
+        while filled < len(out):
+            run_start, run_end = self._runs[run]
+            skip = start + filled - self._offsets[run]
+            count = min(run_end - run_start - skip, len(out) - filled)
+            first = run_start + skip
+            self._cache.copy(first, first + count, out[filled : filled + count])
+            if skip == 0:  # the first of all has no document before it, and is no target anyway
+                out[filled] = self._cache.separator(self._runs[run - 1][1]) if run else self._eot_id
+            filled += count
+            run += 1
+        return out
+
+
+class DocumentWindows:
+    """Windows that hold one document each, ended by a marker and filled up with markers that are
+    no targets; a document longer than a window takes several, neighbours of which share a token."""
+
+    def __init__(
+        self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int, learn: Flat | None = None
+    ):
+        """Args as of ``PackedWindows``, each run a document or a part of one."""
+        self.seq_len = seq_len
+        self.stream_tokens = stream_tokens(runs)
+        self._cache = _Cache(tokens, learn, eot_id)
+        self._eot_id, self._runs = eot_id, runs
+        # A run of n tokens with its marker has as many targets: the last one is the marker behind.
+        windows_r = -(-(runs[:, 1] - runs[:, 0]) // seq_len)
+        self._firsts = np.concatenate([[0], np.cumsum(windows_r)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        run = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        start, end = (int(edge) for edge in self._runs[run])
+        first = start + (index - int(self._firsts[run])) * self.seq_len
+        out = np.full(self.seq_len + 1, ~np.int32(self._eot_id), np.int32)
+        count = min(end - first, len(out))
+        self._cache.copy(first, first + count, out[:count])
+        if first == start:
+            out[0] = self._eot_id
+        if count < len(out):
+            out[count] = self._cache.separator(end)
+        return out
+
+
+class Joined:
+    """The windows of several sources, one after another."""
+
+    def __init__(self, sources: Sequence[Windows]):
+        self.sources = tuple(sources)
+        self.stream_tokens = sum(source.stream_tokens for source in sources)
+        self._firsts = [0, *np.cumsum([len(source) for source in sources]).tolist()]
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        source = bisect.bisect_right(self._firsts, index) - 1
+        return self.sources[source][index - self._firsts[source]]

@@ -1,0 +1,59 @@
+"""Trained models on the disk, and what it takes to run them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+from mamba_jax.checkpoints import arrays
+from mamba_jax.checkpoints.arrays import Metadata
+from mamba_jax.config import ModelConfig, with_scan
+from mamba_jax.data.tokenizers.base import Tokenizer
+from mamba_jax.data.tokenizers.load import load_saved
+from mamba_jax.generation.ensemble import Model
+from mamba_jax.models.language_model import matmul_dtype
+from mamba_jax.modules.mamba import resolve_scan
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A checkpoint whose weights have not been read."""
+
+    path: pathlib.Path
+    metadata: Metadata
+    tokenizer: Tokenizer
+
+    def runnable(self, scan: str | None = None) -> ModelConfig:
+        """Returns the model's structure.
+
+        Args:
+          scan: implementation of the selective scan; None: the checkpoint's.
+
+        Raises:
+          UserError: if there is no such scan, or it does not run here.
+        """
+        model = self.metadata.config.model
+        if scan is not None:
+            model = with_scan(model, scan)
+        resolve_scan(model, matmul_dtype(model))
+        return model
+
+    def load(self, scan: str | None = None) -> Model:
+        """Reads the weights; raises as ``runnable``, before it does."""
+        model = self.runnable(scan)
+        return Model(arrays.restore_params(self.path), model, self.tokenizer)
+
+
+def find(folder: str, log: Callable[[str], None]) -> Found:
+    """Finds a checkpoint and tells which.
+
+    Args:
+      folder: a checkpoint's, or a run's: its newest intact one.
+      log: takes a line.
+
+    Raises:
+      UserError: if there is none.
+    """
+    path = arrays.resolve(folder, log)
+    metadata = arrays.read_metadata(path)
+    log(f"{path}: {metadata.config.name}, step {metadata.step}")
+    return Found(path, metadata, load_saved(path, metadata.config.data.tokenizer))

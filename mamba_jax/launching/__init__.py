@@ -1,1 +1,0 @@
-"""Runs that outlive the terminal: who runs in an output_dir, where its log is, how it ended."""

@@ -1,0 +1,263 @@
+"""A run as its folder tells of it: ``metrics.jsonl``, else the config of its newest checkpoint."""
+
+import bisect
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from mamba_jax.checkpoints.folder import Metadata, list_checkpoints, read_metadata
+from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config.schema import Value, flatten
+from mamba_jax.costs.parameters import parameter_count
+from mamba_jax.errors import UserError
+from mamba_jax.runs import background as background
+from mamba_jax.runs import exit_status
+from mamba_jax.runs import metrics as history
+
+DONE, RUNNING, FAILED, STOPPED, NEW, UNKNOWN = (
+    *("done", "running", "failed", "stopped", "new", "not finished"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The begin of a run, or of its going on."""
+
+    step: int
+    started: str  # local time; "": not recorded
+    config: Mapping[str, Value]  # by dotted name; empty: not recorded
+
+    @property
+    def step_tokens(self) -> int | None:
+        """Tokens that a step trains on; None: not known."""
+        try:
+            batch = self.config["vram.effective_batch_size"]
+            return int(batch) * int(self.config["model.max_seq_len"])
+        except (KeyError, ValueError):
+            return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is known of a run."""
+
+    folder: pathlib.Path
+    records: list[dict[str, Any]]
+    starts: list[Start]  # at least one
+    parameters: int | None
+    unigram_nll: float | None  # loss by the corpus's token frequencies alone, nats per token
+    device: str  # "": not recorded
+    saved_step: int  # of the newest checkpoint; 0: none is known
+    checkpoints: list[tuple[int, pathlib.Path]]  # (step, folder), newest first
+    state: str
+    why: str  # words on the state, where it needs them
+
+    @property
+    def config(self) -> Mapping[str, Value]:
+        """By dotted name; empty: not recorded."""
+        return self.starts[-1].config
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.folder.resolve().name)
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps taken, as far as they are recorded; without records, as saved."""
+        return max((r["step"] for r in self.records), default=self.saved_step)
+
+    @property
+    def planned_steps(self) -> int | None:
+        steps = self.config.get("training.max_steps")
+        return int(steps) if isinstance(steps, (int, float)) else None
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean of the last tenth of the steps; None: no step is recorded."""
+        losses = history.series(self.records, "loss")[1]
+        return history.mean_recent_loss(self.records) if losses else None
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [r for r in self.records if "eval_loss" in r]
+
+    @property
+    def best_evaluation(self) -> dict[str, Any] | None:
+        """The one of lowest loss; a loss that is no number is none."""
+        losses = [r for r in self.evaluations if r["eval_loss"] == r["eval_loss"]]
+        return min(losses, key=lambda r: r["eval_loss"], default=None)
+
+    @property
+    def best_checkpoint(self) -> tuple[int, pathlib.Path, float] | None:
+        """Step, folder and evaluation loss of the best checkpoint that is still there."""
+        losses = {r["step"]: r["eval_loss"] for r in self.evaluations}
+        found = [
+            (step, path, losses[step])
+            for step, path in self.checkpoints
+            if step in losses and not math.isnan(losses[step])
+        ]
+        return min(found, key=lambda each: each[2], default=None)
+
+    @property
+    def tokens_per_sec(self) -> float | None:
+        """Median over the intervals on the device that was used last."""
+        rated = [r for r in self.records if "tokens_per_sec" in r]
+        here = [r for r in rated if _device(r) == _device(rated[-1])]
+        return statistics.median(r["tokens_per_sec"] for r in here) if here else None
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """The peak that was recorded."""
+        return max(history.series(self.records, "memory_bytes")[1], default=None)
+
+    @property
+    def skipped_steps(self) -> list[int]:
+        return [r["step"] for r in self.records if r.get("skipped")]
+
+    @property
+    def training_secs(self) -> float | None:
+        """Time spent on steps, without compilation, evaluation and saving; None: not known.
+
+        An interval's rate stands for all of its steps.
+        """
+        steps, rates = history.series(self.records, "tokens_per_sec")
+        ends = [self.tokens_at(step) for step in (0, *steps)]
+        spans = zip(itertools.pairwise(ends), rates, strict=True)
+        known = [
+            (after - before) / rate
+            for (before, after), rate in spans
+            if before is not None and after is not None and rate > 0
+        ]
+        return sum(known) if known else None
+
+    @property
+    def token_line(self) -> list[tuple[int, int, int]] | None:
+        """How tokens follow from steps: (step, tokens by then, tokens a step from there on).
+
+        A run that goes on with another batch or length bends there. None: not known.
+        """
+        line: list[tuple[int, int, int]] = []
+        for start in self.starts:
+            if start.step_tokens is None:
+                return None
+            # What was trained before the first record had that record's batch, as far as we know.
+            step, tokens, rate = line[-1] if line else (0, 0, start.step_tokens)
+            line.append((start.step, tokens + (start.step - step) * rate, start.step_tokens))
+        return line
+
+    def tokens_at(self, step: int) -> int | None:
+        """Returns the tokens trained on by then; None: not known."""
+        line = self.token_line
+        if line is None:
+            return None
+        place = max(0, bisect.bisect_right(line, step, key=lambda bend: bend[0]) - 1)
+        begin, tokens, rate = line[place]
+        return tokens + (step - begin) * rate
+
+
+def read_run(folder: pathlib.Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+      UserError: if it is none.
+    """
+    metrics = folder / history.NAME
+    checkpoints = list_checkpoints(folder)
+    if not (metrics.is_file() or checkpoints or background.read(folder)):
+        raise UserError(f"{folder} is no run's folder: it {_lack(folder)}")
+    records = [r for r in history.read(metrics) if type(r["step"]) is int]
+    begun = [r for r in records if isinstance(r.get("run"), dict)]
+    saved = _newest_metadata(checkpoints)
+    saved_config = flat_config(saved.laid_out) if saved else {}
+    starts = [
+        Start(r["step"], str(r["run"].get("started", "")), flatten(r["run"].get("config", {})))
+        for r in begun
+    ]
+    # Steps recorded by a version that did not record the run itself are those of the checkpoint.
+    if not starts or starts[0].step > min(r["step"] for r in records):
+        starts.insert(0, Start(0, "", saved_config))
+    about = begun[-1]["run"] if begun else {}
+    parameters, unigram_nll = about.get("parameters"), about.get("unigram_nll")
+    if parameters is None and saved and saved.config.model.vocab_size:
+        parameters = parameter_count(saved.config.model).total
+    rated = [r for r in records if "device_kind" in r]
+    device = saved.device if saved else ""
+    if rated:
+        kind, count = _device(rated[-1])
+        device = f"{count} × {kind}"
+    # Attempts to start at the same step have left nothing but their start.
+    starts = list({start.step: start for start in starts}.values())
+    saved_step = saved.step if saved else 0
+    run = Run(
+        folder,
+        records,
+        starts,
+        parameters,
+        unigram_nll,
+        device,
+        saved_step,
+        checkpoints,
+        NEW,
+        "",
+    )
+    state, why = _state(run)
+    return dataclasses.replace(run, state=state, why=why)
+
+
+def _device(record: dict[str, Any]) -> tuple[Any, Any]:
+    return record.get("device_kind"), record.get("device_count")
+
+
+def _state(run: Run) -> tuple[str, str]:
+    """Returns how the run stands, and words on it."""
+    if background.is_running(run.folder):
+        return RUNNING, ""
+    begun = max((i for i, r in enumerate(run.records) if "run" in r), default=0)
+    ended = [str(r["ended"]) for r in run.records[begun:] if "ended" in r]
+    evaluated = {r["step"] for r in run.evaluations}
+    if ended:
+        by_hand = ended[-1].startswith(("KeyboardInterrupt", "StoppedEarly"))
+        return STOPPED if by_hand else FAILED, ended[-1].removeprefix("UserError: ").strip(": ")
+    if run.planned_steps is not None and run.planned_steps <= run.last_step in evaluated:
+        return DONE, ""
+    facts = background.read(run.folder)
+    if isinstance(code := facts.get("exit_code"), int) and code != 0:
+        state = STOPPED if code == exit_status.PREEMPTED else FAILED
+        return state, f"{exit_status.meaning(code)}. {facts.get('why', '')}".strip(". ")
+    if not run.records and run.saved_step:
+        done = run.planned_steps is not None and run.planned_steps <= run.saved_step
+        return DONE if done else UNKNOWN, f"{history.NAME} is empty or missing"
+    if not any("loss" in r for r in run.records):
+        return NEW, "no step is recorded yet"
+    return UNKNOWN, "stopped or killed, or still running in the foreground"
+
+
+def _lack(folder: pathlib.Path) -> str:
+    """Returns what is missing there, and where it may be instead."""
+    if not folder.is_dir():
+        return "does not exist" if not folder.exists() else "is a file; give the output_dir"
+    lack = f"has neither {history.NAME} nor a checkpoint; give the output_dir of a run"
+    parent = folder.resolve().parent
+    if (parent / history.NAME).is_file():
+        return f"{lack}, here {folder.parent if folder.name else parent}"
+    below = sorted(path.parent for path in folder.glob(f"*/{history.NAME}"))
+    return f"{lack}, such as {below[0]}" if below else lack
+
+
+def _newest_metadata(checkpoints: list[tuple[int, pathlib.Path]]) -> Metadata | None:
+    """Returns that of the newest checkpoint whose description can be read."""
+    for _, path in checkpoints:
+        with contextlib.suppress(UserError):  # damaged: an older one may do
+            return read_metadata(path)
+    return None
+
+
+def flat_config(config: RunConfig) -> dict[str, Value]:
+    """Returns the fields by dotted name, as they look when read from ``metrics.jsonl``."""
+    return flatten(json.loads(json.dumps(to_dict(config))))
