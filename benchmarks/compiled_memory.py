@@ -1,6 +1,6 @@
 """What each scan's gradient needs on a card that need not be here, as its compiler tells.
 
-    ./launch/compilers.sh
+    ./scripts/compilers.sh
     PYTHONPATH=.compilers JAX_PLATFORMS=cpu python -m benchmarks.compiled_memory [CARD]
 
 Writes benchmarks/results/compiled_memory_<card>.json. Nothing is run, so nothing is timed.

@@ -1,6 +1,6 @@
 """The memory estimator's formula against the compiler, for a card that need not be here.
 
-    ./launch/compilers.sh
+    ./scripts/compilers.sh
     python -m benchmarks.estimator                    all cases for the RTX 4080, about ten minutes
     python -m benchmarks.estimator --sizes medium     some of them, printed and not written
 
@@ -144,7 +144,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"{len(rows)} train steps, bfloat16, accumulated over 2 microbatches, compiled on "
         f"{record['date']} by jax {record['jax']} (commit {record['commit'][:12]}); nothing was "
         f"run. Largest error {worst['error']:+.1%} ({_name(worst)}, {worst['remat']}, "
-        f"{worst['seq_len']}), mean {mean:.1%}. To make it again: `./launch/compilers.sh`, then "
+        f"{worst['seq_len']}), mean {mean:.1%}. To make it again: `./scripts/compilers.sh`, then "
         "`python -m benchmarks.estimator`.",
         "",
         "| size | remat | window × microbatch | compiled GiB | formula GiB | error |",

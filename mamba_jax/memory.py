@@ -7,13 +7,14 @@ import json
 import sys
 from typing import Any, NoReturn
 
-from mamba_jax.cli import train_arguments as train_arguments
+from mamba_jax.cli import train_arguments
 from mamba_jax.cli.terminal import print_table
 from mamba_jax.config import RunConfig, freeze, preset_config, presets
+from mamba_jax.costs.devices import DEVICES, Device, device_named
 from mamba_jax.errors import UserError, command, did_you_mean
 from mamba_jax.estimator.budget import GIB, Machine, of_device, this_machine, visible_cards
 
-_STAND_IN = "RTX-4080"  # the guide's own card, where there is none here
+_STAND_IN = "RTX-4080"  # planned for where there is no card: one with 16 GB
 
 _DESCRIPTION = """\
 Plans a run as training would: microbatch × accumulation, remat policy and loss chunk, with the
@@ -27,39 +28,10 @@ examples:
   python -m mamba_jax.memory --table
 """
 
-# The guide's tables, "VRAM" of each size in GB and the sizes it recommends for a GPU.
-_GUIDE_SIZES = {
-    "small": "4-6",
-    "medium-lite": "8-10",
-    "medium-plus": "10-12",
-    "medium-x": "12-14",
-    "medium": "14-16",
-    "medium-extra": "16-18",
-    "large-lite": "18-20",
-    "large-plus": "22-24",
-    "large": "28-32",
-    "xlarge": "45-50",
-    "xxlarge": "70-80",
-    "hybrid-small": "8-10",
-    "hybrid-small-mini": "11-13",
-    "hybrid-small-standard": "13-14.5",
-    "hybrid-small-plus": "13-15",
-    "hybrid-small-pro": "15-16",
-    "hybrid-medium": "18-20",
-    "hybrid-large": "40-45",
-}
-_GUIDE_CARDS = {
-    "RTX 3060": ("medium-lite", "medium-plus", "hybrid-small"),
-    "RTX 3070": ("small", "medium-lite"),
-    "RTX 3080": ("medium-lite", "medium-plus"),
-    "RTX 3090": ("medium-extra", "large-lite", "large-plus", "hybrid-medium"),
-    "RTX 4070 Ti": ("medium-plus", "medium-x", "hybrid-small"),
-    "RTX 4080": ("medium-x", "medium", "hybrid-small-standard"),
-    "RTX 4090": ("large-lite", "large-plus", "hybrid-medium"),
-    "A100 40GB": ("large", "xlarge", "hybrid-large"),
-    "A100 80GB": ("xxlarge", "hybrid-large"),
-    "H100": ("xxlarge", "hybrid-large"),
-}
+_CARDS = (
+    *("RTX 3060", "RTX 3070", "RTX 3080", "RTX 3090", "RTX 4070 Ti", "RTX 4080", "RTX 4090"),
+    *("A100 40GB", "A100 80GB", "H100"),
+)
 
 
 @command
@@ -77,12 +49,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="compile the step (half a minute; see launch/compilers.sh), not by formula",
+        help="compile the step (half a minute; see scripts/compilers.sh), not by formula",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--table", action="store_true", help="all sizes on the guide's GPUs, beside its figures"
-    )
+    parser.add_argument("--table", action="store_true", help="all sizes on ten common GPUs")
     parser.error = _refuse  # type: ignore[method-assign]
     own, rest = parser.parse_known_args(argv)
     if own.table:
@@ -118,13 +88,13 @@ def _with_length(config: RunConfig, text: str) -> RunConfig:
 
 
 def _device_names() -> list[str]:
-    return [device.name for device in presets.DEVICES]
+    return [device.name for device in DEVICES]
 
 
 def _machine(name: str | None) -> tuple[Machine, str]:
     """Returns what to plan for, and what to say of it."""
     if name is not None:
-        device = presets.device_named(name)
+        device = device_named(name)
         if device is None:
             names = _device_names()
             near = did_you_mean(name.replace(" ", "-").upper(), names)
@@ -161,20 +131,16 @@ def _record(planned: Any) -> dict[str, Any]:
 
 
 def _print_tables(as_json: bool) -> int:
-    """Prints the guide's two tables with our figures beside it."""
+    """Prints what each size needs, and its layout on each card."""
     sizes = {name: _size(name) for name in presets.SIZES}
-    layouts = {card: {name: _on_card(name, card) for name in sizes} for card in _GUIDE_CARDS}
+    layouts = {card: {name: _on_card(name, card) for name in sizes} for card in _CARDS}
     if as_json:
-        cards = {
-            card: {"guide": list(_GUIDE_CARDS[card]), "layouts": layouts[card]}
-            for card in _GUIDE_CARDS
-        }
-        print(json.dumps({"measured": False, "sizes": sizes, "cards": cards}, indent=2))
+        print(json.dumps({"measured": False, "sizes": sizes, "cards": layouts}, indent=2))
         return 0
     print(
         "Computed, not measured: windows of 2048 tokens, an effective batch of 32, bfloat16.\n\n"
-        "Memory of a size in GiB: the guide's, the least that a step needs (one sequence a\n"
-        "microbatch, full remat), and what the layout chosen for an RTX 4080 needs.\n"
+        "Memory of a size in GiB: the least that a step needs (one sequence per microbatch, full\n"
+        "remat), and what the layout chosen for an RTX 4080 needs.\n"
     )
     rows = []
     for name, figures in sizes.items():
@@ -183,29 +149,19 @@ def _print_tables(as_json: bool) -> int:
             [
                 name,
                 f"{figures['parameters'] / 1e6:,.0f}M",
-                figures["guide_gb"],
                 f"{figures['least_bytes'] / GIB:.1f}",
                 f"{chosen['needs_bytes'] / GIB:.1f}" if chosen else "does not fit",
                 _layout_text(chosen),
             ]
         )
-    header = ["size", "parameters", "guide", "least", "RTX 4080", "microbatch, remat"]
+    header = ["size", "parameters", "least", "RTX 4080", "microbatch, remat"]
     print_table(header, rows, n_text_columns=1)
     print(
         "\nMicrobatch of each size on each GPU, of 32; n: no remat, d: dots, f: full; -: does not\n"
-        "fit; *: the guide recommends it there.\n"
+        "fit.\n"
     )
-    rows = [
-        [
-            name,
-            *(
-                _short(layouts[card][name]) + ("*" if name in _GUIDE_CARDS[card] else "")
-                for card in _GUIDE_CARDS
-            ),
-        ]
-        for name in sizes
-    ]
-    print_table(["size", *_GUIDE_CARDS], rows, n_text_columns=1)
+    rows = [[name, *(_short(layouts[card][name]) for card in _CARDS)] for name in sizes]
+    print_table(["size", *_CARDS], rows, n_text_columns=1)
     return 0
 
 
@@ -217,7 +173,6 @@ def _size(name: str) -> dict[str, Any]:
     config = _run_of(name)
     return {
         "parameters": parameter_count(config.model).total,
-        "guide_gb": _GUIDE_SIZES[name],
         "least_bytes": smallest_bytes(config, of_device(_preset(_STAND_IN))),
     }
 
@@ -236,8 +191,8 @@ def _on_card(name: str, card: str) -> dict[str, Any] | None:
     return {key: record[key] for key in kept}
 
 
-def _preset(name: str) -> presets.Device:
-    device = presets.device_named(name)
+def _preset(name: str) -> Device:
+    device = device_named(name)
     assert device is not None, name
     return device
 

@@ -10,6 +10,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs that tests start
@@ -19,3 +20,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before the backend starts: sharding is tested on the devices that a pod would have.
 jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook(["mamba_jax.ops", "mamba_jax.models"], "beartype.beartype")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Plans for one card with memory enough: what this machine has does not count."""
+    from mamba_jax.config import ParallelConfig
+    from mamba_jax.costs.devices import device_named
+    from mamba_jax.estimator import planning
+    from mamba_jax.estimator.budget import of_device
+    from mamba_jax.parallel import mesh
+
+    one_device = mesh.make_mesh(ParallelConfig(), jax.devices()[:1])
+    monkeypatch.setattr(planning, "this_machine", lambda: of_device(device_named("A100-80GB")))
+    monkeypatch.setattr(mesh, "make_mesh", lambda _: one_device)

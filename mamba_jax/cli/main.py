@@ -5,9 +5,12 @@ Each command is a module with ``main(argv) -> exit status``, imported only when 
 """
 
 import importlib
+import importlib.metadata
+import platform
 import sys
 
-from mamba_jax.errors import UserError, command, did_you_mean
+import mamba_jax
+from mamba_jax.errors import UserError, command, did_you_mean, shortly
 
 COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
@@ -38,8 +41,25 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {about}\n" for name, (_, about) in COMMANDS.items()]
     return (
         "usage: mamba-jax <command> [arguments]\n\ncommands:\n"
-        f"{''.join(lines)}\n`mamba-jax <command> --help` lists the arguments of one command."
+        f"{''.join(lines)}\n`mamba-jax <command> --help` lists the arguments of one command; "
+        "`mamba-jax --version` prints what a bug report needs."
     )
+
+
+def version() -> str:
+    """Returns the versions of this package and of what it computes with, and the devices."""
+    lines = [f"mamba_jax {mamba_jax.__version__}"]
+    lines.append(f"Python {platform.python_version()} on {platform.platform()}")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    lines.append(", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
+    try:
+        import jax
+
+        kinds = [device.device_kind for device in jax.devices()]
+        lines += [f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)]
+    except Exception as error:  # a driver that does not fit is what such a report is about
+        lines.append(f"no device: {shortly(error)}")
+    return "\n".join(lines)
 
 
 @command
@@ -51,6 +71,9 @@ def main(argv: list[str]) -> int:
     name, *arguments = argv
     if name in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if name in ("-V", "--version"):
+        print(version())
         return 0
     if name not in COMMANDS:
         raise UserError(

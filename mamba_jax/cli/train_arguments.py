@@ -1,6 +1,6 @@
 """The arguments of ``train``: presets, a config file and flags become one ``RunConfig``.
 
-What comes later wins::
+Precedence, lowest to highest::
 
     built-in < --model_size < --training_preset < --config FILE < other flags < --config.field=
 
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import pathlib
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -32,11 +33,13 @@ from mamba_jax.config import (
     to_dict,
     training_fields,
 )
+from mamba_jax.config.fields import describe, fields
 from mamba_jax.errors import UserError, did_you_mean
 
 DEFAULT_SIZE, DEFAULT_PRESET = "medium", "default"
 _AUTO = "auto"
 _DEFAULTS = RunConfig()
+SCHEMA = {field.name: field for field in fields(RunConfig)}
 _FIELDS = {  # flag → the field that it sets
     "--vram_auto": "vram.auto",
     "--vram": "vram.memory_gb",
@@ -61,7 +64,7 @@ class Arguments:
 
     Attributes:
       config: of the run, checked.
-      resume: "", "auto" or a folder: see ``training.resume.find_start``.
+      resume: "", "auto" or a folder: see ``checkpoints.resume.find_start``.
       profile: steps to run before a trace, and steps to trace; None: no trace.
       dry_run: describe the run instead of starting it.
       list_files: show what would be read instead.
@@ -234,7 +237,7 @@ def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="mamba_jax.train",
+        prog="mamba-jax train",
         usage="%(prog)s [flags]",
         description="Trains a Mamba or Hybrid Recursive Mamba language model.",
         epilog=_epilog(),
@@ -243,10 +246,12 @@ def _parser() -> Parser:
     )
     model = parser.add_argument_group("model and schedule")
     model.add_argument(
-        "--model_size", metavar="NAME", help=f"of the sizes below; default {DEFAULT_SIZE}"
+        "--model_size", metavar="NAME", help=f"one of the sizes below (default: {DEFAULT_SIZE})"
     )
     model.add_argument(
-        "--training_preset", metavar="NAME", help=f'of those below; default "{DEFAULT_PRESET}"'
+        "--training_preset",
+        metavar="NAME",
+        help=f"one of the presets below (default: {DEFAULT_PRESET})",
     )
     model.add_argument(
         "--config",
@@ -258,37 +263,30 @@ def _parser() -> Parser:
         "--config.GROUP.FIELD",
         metavar="VALUE",
         dest="_",
-        help="any field, e.g. --config.training.max_steps=200; mamba_jax/config.py lists them",
+        help="any field, e.g. --config.training.max_steps=200; --help_config lists them",
     )
-    model.add_argument("--seed", metavar="N", help=f"default {_DEFAULTS.seed}")
+    model.add_argument(
+        "--help_config", action=_HelpConfig, nargs=0, help="show every field of the config and stop"
+    )
+    _add_field_flag(model, "--seed", "N")
     add_data_flags(parser)
     memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--vram_auto",
-        action="store_const",
-        const="true",
-        help="fit the microbatch to the device's own memory",
-    )
+    _add_field_flag(memory, "--vram_auto")
     memory.add_argument(
         "--vram",
         metavar="GB",
-        help=f"memory of the device, e.g. 16gb, 24, 20.5; default {_DEFAULTS.vram.memory_gb:g}gb",
+        help="memory of the device, e.g. 16gb, 24, 20.5, 16384mb "
+        f"(default: {_DEFAULTS.vram.memory_gb:g}gb)",
     )
-    memory.add_argument(
-        "--vram_safety_margin",
-        metavar="MB",
-        help=f"memory to leave free; default {_DEFAULTS.vram.safety_margin_mb}",
-    )
+    _add_field_flag(memory, "--vram_safety_margin", "MB")
     run = parser.add_argument_group("the run")
-    run.add_argument(
-        "--output_dir", metavar="PATH", help=f"for checkpoints; default {_DEFAULTS.output_dir}"
-    )
+    _add_field_flag(run, "--output_dir", "PATH")
     run.add_argument(
         "--resume",
         metavar="DIR|auto",
         default="",
-        help="go on from a checkpoint with its own settings and those given beside it, from the "
-        "newest of a run's folder, or (auto) from the newest in output_dir if there is one",
+        help="resume from a checkpoint with its own settings and those given beside it, from the "
+        "newest in a run's folder, or (auto) from the newest in output_dir if there is one",
     )
     run.add_argument(
         "--force",
@@ -304,61 +302,61 @@ def _parser() -> Parser:
         action="store_true",
         help="write a trace of a few steps into the run's TensorBoard folder",
     )
-    run.add_argument("--profile_steps", metavar="N", type=int, help="steps to trace (default 3)")
+    run.add_argument("--profile_steps", metavar="N", type=int, help="steps to trace (default: 3)")
     run.add_argument(
         "--profile_start",
         metavar="N",
         type=int,
-        help="steps to run before the trace, compilation among them (default 5)",
+        help="steps to run before the trace, compilation among them (default: 5)",
     )
     return parser
+
+
+def _add_field_flag(
+    group: argparse._ArgumentGroup | argparse.ArgumentParser, flag: str, metavar: str | None = None
+) -> None:
+    """Adds a flag that sets a field, with the field's help and default."""
+    field = SCHEMA[_FIELDS[flag]]
+    first, space, rest = field.help.rstrip(".").partition(" ")
+    text = (first.lower() if first.istitle() else first) + space + rest  # as argparse writes
+    if field.default not in ("", False):
+        text += f" (default: {field.default})"
+    text = text.replace("%", "%%")
+    if field.type is bool:
+        group.add_argument(flag, action="store_const", const="true", help=text)
+    else:
+        group.add_argument(flag, metavar=metavar, help=text)
+
+
+class _HelpConfig(argparse.Action):
+    """Prints every field of the config, as ``--help`` does the flags."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(fields_text())
+        parser.exit()
+
+
+def fields_text() -> str:
+    """Returns every field of the config with its default and help, for a terminal."""
+    lines, indent = [], " " * 8
+    for field in SCHEMA.values():
+        kind = " | ".join(field.choices) or describe(field.type)
+        lines += [f"--config.{field.name}={field.default!r}", f"{indent}({kind})"]
+        lines += textwrap.wrap(field.help, 90, initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags about text to a command."""
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data_dir",
-        metavar="PATH",
-        help="a folder or file of text (.txt .md .py .json .jsonl, also as .gz or .zst; .parquet); "
-        "default: data, unless a dataset is given; where there is no ./data, the Python standard "
-        "library's source",
-    )
-    data.add_argument(
-        "--dataset",
-        metavar="ID",
-        help="of the Hugging Face Hub, or a folder laid out so; with --data_dir both are read",
-    )
-    data.add_argument("--dataset_config", metavar="NAME", help="where the dataset has several")
-    data.add_argument(
-        "--dataset_split",
-        metavar="SPLIT",
-        help=f"default {_DEFAULTS.data.dataset_split}; also a part of one: 'train[:10%%]'",
-    )
-    data.add_argument(
-        "--dataset_streaming",
-        action="store_const",
-        const="true",
-        help="tokenise rows as they arrive, for a dataset larger than the disk",
-    )
-    data.add_argument(
-        "--text_column",
-        metavar="A,B",
-        help="columns of a row's text, joined by a blank line; default text, where there is none "
-        "as the columns suggest (the log says which)",
-    )
-    data.add_argument(
-        "--tasks",
-        metavar="NAME:N,…",
-        help="problems with exact answers, of difficulty N or M-N: arithmetic, list_operations, "
-        "multi_hop, recall, state_tracking",
-    )
-    data.add_argument(
-        "--tokenizer",
-        metavar="NAME",
-        help="gpt2, bytes, an encoding of tiktoken such as cl100k_base, a tokenizer.json or a "
-        f"folder with one, or an id of the Hugging Face Hub; default {_DEFAULTS.data.tokenizer}",
-    )
+    _add_field_flag(data, "--data_dir", "PATH")
+    _add_field_flag(data, "--dataset", "ID")
+    _add_field_flag(data, "--dataset_config", "NAME")
+    _add_field_flag(data, "--dataset_split", "SPLIT")
+    _add_field_flag(data, "--dataset_streaming")
+    _add_field_flag(data, "--text_column", "A,B")
+    _add_field_flag(data, "--tasks", "NAME:N,…")
+    _add_field_flag(data, "--tokenizer", "NAME")
     data.add_argument(
         "--list_files",
         action="store_true",
@@ -389,21 +387,21 @@ sizes: parameters (with GPT-2's vocabulary), width × layers, recursion, the lab
 training presets:     steps   learning rate   warm-up    save and evaluate every
 {schedules}
 
-what wins:
+precedence, lowest to highest:
   built-in < --model_size < --training_preset < --config FILE < other flags < --config.field=
   A .py file, or the checkpoint to resume, holds a whole config in place of the built-in one:
   --model_size and --training_preset change it where they are given, and the log says what.
 
 examples:
-  python -m mamba_jax.train --vram_auto --model_size hybrid-small-standard --data_dir texts
-  python -m mamba_jax.train --dataset openai/gsm8k --text_column question,answer
-  python -m mamba_jax.train --config=configs/quickstart.py
-  python -m mamba_jax.train --config=custom.json --training_preset fast --dry_run
-  python -m mamba_jax.train --model_size=small --resume=auto    (go on where it stopped)
-  python -m mamba_jax.train --resume=checkpoints/step_5000 --training_preset=careful \\
-      --output_dir=checkpoints/longer                           (go on under another schedule)
-  python -m mamba_jax.train --config=configs/small.py --profile (traces steps 6 to 8)
+  mamba-jax train --vram_auto --model_size hybrid-small-standard --data_dir texts
+  mamba-jax train --dataset openai/gsm8k --text_column question,answer
+  mamba-jax train --config=configs/quickstart.py
+  mamba-jax train --config=custom.json --training_preset fast --dry_run
+  mamba-jax train --model_size=small --resume=auto    (resume where it stopped)
+  mamba-jax train --resume=checkpoints/step_5000 --training_preset=careful \\
+      --output_dir=checkpoints/longer                           (resume with another schedule)
+  mamba-jax train --config=configs/small.py --profile (traces steps 6 to 8)
 
-Ctrl-C or SIGTERM: the step is finished and saved; a second Ctrl-C stops at once.
-Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (told in one line).
+Ctrl-C or SIGTERM: the run finishes its step and saves; a second Ctrl-C stops at once.
+Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (reported in one line).
 """

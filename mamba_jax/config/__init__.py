@@ -1,7 +1,7 @@
 """Configuration: an ``ml_collections.ConfigDict`` at the edge, frozen dataclasses inside.
 
-``schema`` holds the fields, ``presets`` the table of sizes and training presets, ``files`` reads files
-and overrides, ``checks`` refuses what cannot work.
+``schema`` holds the fields, ``presets`` the tables of sizes and training presets, ``files`` reads
+config files and overrides, ``checks`` refuses what cannot work.
 """
 
 from mamba_jax.config.files import (

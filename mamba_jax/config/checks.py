@@ -4,79 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mamba_jax.config.fields import fields
 from mamba_jax.config.schema import DataConfig, ModelConfig, RunConfig, VramConfig
 from mamba_jax.errors import UserError, did_you_mean
 
-_CHOICES = {
-    "model.family": ("mamba", "hybrid"),
-    "model.dtype": ("auto", "bfloat16", "float32"),
-    "model.remat": ("auto", "none", "dots", "full"),
-    "model.scan": (
-        "auto",
-        "reference",
-        "sequential",
-        "associative",
-        "chunked",
-        "pallas_gpu",
-        "pallas_tpu",
-    ),
-    "model.fusion": ("residual_norm", "norm", "sum"),
-    "data.deduplicate": ("exact", "near", "none"),
-    "data.window": ("packed", "concat", "document"),
-    "data.loss_on": ("all", "answer"),
-}
 _TRACKERS = ("wandb", "mlflow")
-_POSITIVE = (
-    "model.d_model",
-    "model.n_layers",
-    "model.d_state",
-    "model.d_conv",
-    "model.expand_factor",
-    "model.max_seq_len",
-    "model.norm_eps",
-    "model.recursion_expand",
-    "model.attention_window",
-    "training.learning_rate",
-    "training.max_steps",
-    "training.gradient_clip",
-    "training.adam_eps",
-    "training.max_gradient_norm",
-    "training.log_steps",
-    "training.save_steps",
-    "training.eval_steps",
-    "training.keep_last",
-    "vram.effective_batch_size",
-    "vram.memory_gb",
-    "parallel.fsdp",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "model.dt_rank",
-    "model.vocab_size",
-    "model.recursion_depth",
-    "model.attention_head_size",
-    "training.warmup_steps",
-    "training.loss_chunk_tokens",
-    "training.weight_decay",
-    "training.skip_spikes",
-    "training.eval_windows",
-    "data.tokenise_workers",
-    "training.keep_every",
-    "vram.batch_size",
-    "vram.gradient_accumulation_steps",
-    "vram.safety_margin_mb",
-)
-_SHARES = (
-    "model.dropout",
-    "model.gate_skip_threshold",
-    "training.beta1",
-    "training.beta2",
-    "training.min_learning_rate_ratio",
-    "data.eval_fraction",
-)
+_FIELDS = {field.name: field for field in fields(RunConfig)}
 
 
-def check(run: "RunConfig") -> None:
+def check(run: RunConfig) -> None:
     """Refuses values that cannot work.
 
     Raises:
@@ -89,27 +25,17 @@ def check(run: "RunConfig") -> None:
             target = getattr(target, part)
         return target
 
-    for name in _CHOICES:
-        check_choice(name, value(name))
-    for name in _POSITIVE:
-        if not value(name) > 0:
-            raise UserError(f"{name}={value(name)} must be greater than 0")
-    for name in _NOT_NEGATIVE:
-        if not value(name) >= 0:
-            raise UserError(f"{name}={value(name)} must not be negative")
-    for name in _SHARES:
-        if not 0 <= value(name) <= 1 or (
-            name != "training.min_learning_rate_ratio" and value(name) == 1
-        ):
-            raise UserError(f"{name}={value(name)} must lie between 0 and 1")
+    for name, field in _FIELDS.items():
+        if field.choices:
+            check_choice(name, value(name))
+        if field.constraint and not field.constraint.holds(value(name)):
+            shown = f"{name}={value(name)}" if value(name) != "" else name
+            raise UserError(f"{shown} {field.constraint.words}")
     _check_model(run.model)
     _check_data(run.data)
     _check_vram(run.vram)
     if run.seed >= 2**32:
         raise UserError(f"seed={run.seed} must be below 2**32")
-    for name in ("name", "output_dir", "log_dir", "tensorboard_dir"):
-        if not value(name):
-            raise UserError(f"{name} must not be empty")
     for tracker in run.tracker_names:
         if tracker not in _TRACKERS:
             raise UserError(
@@ -118,9 +44,7 @@ def check(run: "RunConfig") -> None:
             )
 
 
-def _check_data(data: "DataConfig") -> None:
-    if not 0 <= data.fim_rate <= 1:
-        raise UserError(f"data.fim_rate={data.fim_rate} must lie between 0 and 1")
+def _check_data(data: DataConfig) -> None:
     if data.fim_rate and data.loss_on == "answer":
         raise UserError(
             f"data.fim_rate={data.fim_rate} tears answers from their prompts; with "
@@ -154,7 +78,7 @@ def _check_weights(name: str, weights: Sequence[float], count: int) -> None:
         raise UserError(f"{name} has weights {tuple(weights)}: give numbers from 0 up, one above 0")
 
 
-def _check_source(data: "DataConfig") -> None:
+def _check_source(data: DataConfig) -> None:
     if data.task_examples < 1:
         raise UserError(f"data.task_examples={data.task_examples} must be at least 1")
     if data.dataset:
@@ -171,7 +95,7 @@ def _check_source(data: "DataConfig") -> None:
             raise UserError(f'data.{name}="{given}" has no use without a data.dataset (--dataset)')
 
 
-def _check_vram(vram: "VramConfig") -> None:
+def _check_vram(vram: VramConfig) -> None:
     effective, accumulation = vram.effective_batch_size, vram.gradient_accumulation_steps
     if not vram.batch_size and accumulation and effective % accumulation:
         raise UserError(
@@ -194,7 +118,7 @@ def _check_vram(vram: "VramConfig") -> None:
 
 def check_choice(name: str, value: Any) -> None:
     """Refuses a value that is none of a field's choices; suggests the nearest."""
-    choices = _CHOICES[name]
+    choices = _FIELDS[name].choices
     if value not in choices:
         raise UserError(
             f'{name}="{value}" is not one of {", ".join(choices)}'
@@ -202,7 +126,7 @@ def check_choice(name: str, value: Any) -> None:
         )
 
 
-def _check_model(model: "ModelConfig") -> None:
+def _check_model(model: ModelConfig) -> None:
     if model.family == "mamba":
         return
     if model.attention_scales:

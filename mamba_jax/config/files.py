@@ -17,9 +17,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mamba_jax import paths
 from mamba_jax.config import checks
+from mamba_jax.config.fields import describe, fields
 from mamba_jax.config.schema import RunConfig, to_dict
 from mamba_jax.errors import UserError, did_you_mean
+
+_TYPES = {field.name: field.type for field in fields(RunConfig)}  # dotted name → type
 
 
 def load_config(path: str) -> ConfigDict:
@@ -114,11 +118,10 @@ def apply_overrides(
     Raises:
       UserError: if a field does not exist (suggesting the nearest) or the text does not fit it.
     """
-    fields = _field_types(RunConfig)
     for name, text in overrides.items():
         flag = (flags or {}).get(name, f"--config.{name}")
-        if name not in fields:
-            raise UserError(f"unknown config field {flag}{_nearest_field(name, fields)}")
+        if name not in _TYPES:
+            raise UserError(f"unknown config field {flag}{_nearest_field(name, _TYPES)}")
         *groups, leaf = name.split(".")
         target: Any = config
         for group in groups:
@@ -126,7 +129,7 @@ def apply_overrides(
                 raise UserError(f"{flag}: the config file has no group {group}")
             target = target[group]
         with target.unlocked(), target.ignore_type():
-            target[leaf] = _parse(text, fields[name], flag)
+            target[leaf] = _parse(text, _TYPES[name], flag)
 
 
 def freeze(config: ConfigDict) -> RunConfig:
@@ -154,7 +157,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     types_ = typing.get_type_hints(cls)
     for name in values:
         if name not in types_:
-            known = types_ if "[" in prefix else _field_types(RunConfig)  # in a list
+            known = types_ if "[" in prefix else _TYPES  # in a list
             near = (
                 did_you_mean(name, known) if "[" in prefix else _nearest_field(prefix + name, known)
             )
@@ -169,17 +172,6 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             value = paths.expand(name, value) if isinstance(value, str) else value
             made[name] = _coerce(value, types_[name], prefix + name)
     return cls(**made)
-
-
-def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Returns dotted name → type of every leaf field."""
-    leaves: dict[str, Any] = {}
-    for name, type_ in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(type_):
-            leaves |= _field_types(typing.cast(type, type_), f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = type_
-    return leaves
 
 
 def _nearest_field(name: str, fields: Mapping[str, Any]) -> str:
@@ -197,11 +189,13 @@ def _parse(text: str, type_: Any, name: str) -> Any:
     try:
         return _coerce(ast.literal_eval(text), type_, name)
     except (ValueError, SyntaxError):
-        raise UserError(f"{name}={text!r} is not {_describe(type_)}") from None
+        raise UserError(f"{name}={text!r} is not {describe(type_)}") from None
 
 
 def _coerce(value: Any, type_: Any, name: str) -> Any:
     """Accepts ``value`` as ``type_``: whole floats as int (3e4), ints as float, lists as tuple."""
+    if typing.get_origin(type_) is typing.Literal:  # ``checks`` compares it with the choices
+        type_ = str
     if isinstance(type_, types.GenericAlias):  # tuple[int, ...]
         if isinstance(value, (list, tuple)):
             item = typing.get_args(type_)[0]
@@ -212,7 +206,7 @@ def _coerce(value: Any, type_: Any, name: str) -> Any:
         return float(value)
     elif type(value) is type_:
         return value
-    raise UserError(f"{name}={value!r} is not {_describe(type_)}")
+    raise UserError(f"{name}={value!r} is not {describe(type_)}")
 
 
 def _coerce_item(value: Any, type_: Any, name: str) -> Any:
@@ -223,8 +217,3 @@ def _coerce_item(value: Any, type_: Any, name: str) -> Any:
     if not isinstance(value, Mapping):
         raise UserError(f"{name} must hold fields, not {value!r}")
     return _build(typing.cast(type, type_), value, f"{name}.")
-
-
-def _describe(type_: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(type_, "a list such as (1,2,4)")

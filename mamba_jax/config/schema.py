@@ -1,18 +1,16 @@
-"""Configuration: an ``ml_collections.ConfigDict`` at the edge, frozen dataclasses inside.
+"""The fields of a run's config: frozen dataclasses, each field with its type, limits and help.
 
-A config file is a Python file with ``get_config() -> ConfigDict``; it starts from
-``default_config()`` or ``preset_config(size, training_preset)`` and changes fields. Every field can
-be overridden on the command line as ``--config.group.field=value``. ``freeze`` turns the result
-into a ``RunConfig``; whatever is wrong with it is a ``UserError`` that names the value.
+``config/fields.py`` reads the annotations; checks, ``docs/reference/config.md`` and ``--help`` come
+from them.
 """
 
 import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mamba_jax.config import checks as checks
+from mamba_jax.config.fields import FRACTION, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE
 
 Value = bool | int | float | str  # a field of a flattened config
 
@@ -23,32 +21,84 @@ _TABLE_ROWS = 64  # a tile of tensor cores and of TPUs' matrix units divides by 
 class ModelConfig:
     """The structure of a model. Both families share it; the hybrid's fields say so."""
 
-    family: str = "mamba"  # "mamba" or "hybrid"
-    d_model: int = 768
-    n_layers: int = 12
-    d_state: int = 16
-    d_conv: int = 4
-    expand_factor: int = 2
-    dt_rank: int = 0  # 0: ceil(d_model / 16)
-    vocab_size: int = 0  # 0: as many as the tokenizer has
-    max_seq_len: int = 2048  # tokens in a training window; generation has no limit
-    dropout: float = 0.0
-    tie_embeddings: bool = True
-    norm_eps: float = 1e-5
-    dtype: str = "auto"  # of matmuls: "bfloat16", "float32"; "auto": float32 on CPU, else bfloat16
-    remat: str = "auto"  # "none", "dots", "full"; "auto": dots on CPU, else full
-    scan: str = "auto"  # an implementation of ops.selective_scan
-    # Hybrid Recursive Mamba only. Each part can be switched off for an ablation.
-    recursion_depth: int = 3  # steps of the shared processor; 0: no recursion
-    recursion_expand: int = 2  # its hidden width, in units of d_model
-    recursion_reads_attention: bool = True  # False: attention once, after the recursion
-    gate_skip_threshold: float = 0.0  # generating: skip a step no gate exceeds this at; 0: never
-    gate_bias: float = 0.0  # of the depth gate at the start; 0: each step half open
-    attention_scales: tuple[int, ...] = (1, 2, 4)  # pooling factors; (): no attention
-    attention_window: int = 256  # pooled positions that a query sees at each scale
-    attention_head_size: int = 0  # 0: 64 where it divides d_model, else 32, 16 …
-    fusion: str = "residual_norm"  # or "norm" (no residual around it), "sum" (no projection)
-    fusion_gain: float = 0.3  # of the fusion's norm at the start
+    family: Annotated[
+        Literal["mamba", "hybrid"],
+        "Plain Mamba, or Hybrid Recursive Mamba.",
+    ] = "mamba"
+    d_model: Annotated[int, POSITIVE, "Width of the residual stream."] = 768
+    n_layers: Annotated[int, POSITIVE, "Number of layers."] = 12
+    d_state: Annotated[int, POSITIVE, "State size of each channel of the scan."] = 16
+    d_conv: Annotated[int, POSITIVE, "Width of the causal convolution, in tokens."] = 4
+    expand_factor: Annotated[int, POSITIVE, "Channels of the mixer, in units of d_model."] = 2
+    dt_rank: Annotated[int, NOT_NEGATIVE, "Rank of the projection to Δ; 0: ceil(d_model / 16)."] = 0
+    vocab_size: Annotated[int, NOT_NEGATIVE, "Token ids; 0: as many as the tokenizer has."] = 0
+    max_seq_len: Annotated[
+        int,
+        POSITIVE,
+        "Tokens in a training window; generation has no limit.",
+    ] = 2048
+    dropout: Annotated[float, FRACTION, "Share of activations that training drops."] = 0.0
+    tie_embeddings: Annotated[bool, "Use the embedding as the head's matrix."] = True
+    norm_eps: Annotated[float, POSITIVE, "Added to the mean square in RMSNorm."] = 1e-5
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        "Dtype of matmuls; auto: float32 on a CPU, otherwise bfloat16.",
+    ] = "auto"
+    remat: Annotated[
+        Literal["auto", "none", "dots", "full"],
+        "What the backward pass recomputes: nothing, all but matmuls, all; auto: dots on a "
+        "CPU, otherwise full.",
+    ] = "auto"
+    scan: Annotated[
+        Literal[
+            "auto", "reference", "sequential", "associative", "chunked", "pallas_gpu", "pallas_tpu"
+        ],
+        "Implementation of the selective scan; auto: by device and shape.",
+    ] = "auto"
+    recursion_depth: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Hybrid: steps of the shared processor; 0: no recursion.",
+    ] = 3
+    recursion_expand: Annotated[
+        int,
+        POSITIVE,
+        "Hybrid: hidden width of the processor, in units of d_model.",
+    ] = 2
+    recursion_reads_attention: Annotated[
+        bool,
+        "Hybrid: attend within each recursion step; false: once, after the recursion.",
+    ] = True
+    gate_skip_threshold: Annotated[
+        float,
+        FRACTION,
+        "Hybrid, at inference: skip a recursion step when every token's gate is below this; 0 "
+        "disables.",
+    ] = 0.0
+    gate_bias: Annotated[
+        float,
+        "Hybrid: initial bias of the depth gate; 0: each step starts half open.",
+    ] = 0.0
+    attention_scales: Annotated[
+        tuple[int, ...],
+        "Hybrid: pooling factors of the attention; (): no attention.",
+    ] = (1, 2, 4)
+    attention_window: Annotated[
+        int,
+        POSITIVE,
+        "Hybrid: pooled positions that a query attends to at each scale.",
+    ] = 256
+    attention_head_size: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Hybrid: size of an attention head; 0: 64 where it divides d_model, otherwise 32, 16 …",
+    ] = 0
+    fusion: Annotated[
+        Literal["residual_norm", "norm", "sum"],
+        "Hybrid: how mixer and recursion are combined; norm: no residual around it, sum: no "
+        "projection.",
+    ] = "residual_norm"
+    fusion_gain: Annotated[float, "Hybrid: initial gain of the fusion's norm."] = 0.3
 
     @property
     def padded_vocab_size(self) -> int:
@@ -79,24 +129,60 @@ class ModelConfig:
 class TrainingConfig:
     """Optimizer, schedule and what happens when."""
 
-    learning_rate: float = 3e-4  # the peak
-    min_learning_rate_ratio: float = 0.1  # where the cosine ends, as a share of the peak
-    warmup_steps: int = 2_000  # in a run too short for them: a tenth of max_steps
-    max_steps: int = 100_000
-    gradient_clip: float = 1.0  # largest global norm of the gradient
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    weight_decay: float = 0.1
-    loss_chunk_tokens: int = 0  # logits are made for so many tokens at a time; 0: by device
-    skip_spikes: float = 0.0  # skip a step whose gradient norm exceeds this × its mean; 0: never
-    max_gradient_norm: float = 1e4  # above it the run stops as diverged
-    log_steps: int = 10
-    save_steps: int = 5_000
-    eval_steps: int = 5_000
-    eval_windows: int = 256  # held-out windows per evaluation, the same each time; 0: all
-    keep_last: int = 3  # newest checkpoints to keep; the best by eval loss is kept as well
-    keep_every: int = 0  # keep each checkpoint at a multiple of this step; 0: none
+    learning_rate: Annotated[float, POSITIVE, "Peak of the schedule."] = 3e-4
+    min_learning_rate_ratio: Annotated[
+        float,
+        SHARE,
+        "Where the cosine ends, as a share of the peak.",
+    ] = 0.1
+    warmup_steps: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Steps of linear warm-up; in a run that is too short for them, a tenth of max_steps.",
+    ] = 2_000
+    max_steps: Annotated[int, POSITIVE, "Optimizer steps of the run."] = 100_000
+    gradient_clip: Annotated[float, POSITIVE, "Largest global norm of the gradient."] = 1.0
+    beta1: Annotated[float, FRACTION, "AdamW: decay of the first moment."] = 0.9
+    beta2: Annotated[float, FRACTION, "AdamW: decay of the second moment."] = 0.95
+    adam_eps: Annotated[float, POSITIVE, "AdamW: added to the root of the second moment."] = 1e-8
+    weight_decay: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "AdamW: decay of matrices, not of norms, biases, A_log and D.",
+    ] = 0.1
+    loss_chunk_tokens: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Compute the logits for so many tokens at a time; 0: by device.",
+    ] = 0
+    skip_spikes: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "Skip a step whose gradient norm exceeds so many times its running mean; 0: never.",
+    ] = 0.0
+    max_gradient_norm: Annotated[
+        float,
+        POSITIVE,
+        "Stop the run as diverged above this gradient norm.",
+    ] = 1e4
+    log_steps: Annotated[int, POSITIVE, "Steps between log lines."] = 10
+    save_steps: Annotated[int, POSITIVE, "Steps between checkpoints."] = 5_000
+    eval_steps: Annotated[int, POSITIVE, "Steps between evaluations."] = 5_000
+    eval_windows: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Held-out windows per evaluation, the same each time; 0: all.",
+    ] = 256
+    keep_last: Annotated[
+        int,
+        POSITIVE,
+        "Newest checkpoints to keep; the best by evaluation loss is kept too.",
+    ] = 3
+    keep_every: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Also keep each checkpoint at a multiple of this step; 0: none.",
+    ] = 0
 
     @property
     def resolved_warmup_steps(self) -> int:
@@ -111,55 +197,102 @@ class SourceConfig:
     Fields as in ``DataConfig``.
     """
 
-    data_dir: str = ""
-    dataset: str = ""
-    dataset_config: str = ""
-    dataset_split: str = "train"
-    dataset_streaming: bool = False
-    text_column: str = ""
-    tasks: str = ""
-    task_examples: int = 10_000
-    weight: float = 1.0  # its share of the windows is this by the sum of all
+    data_dir: Annotated[str, "Folder or file of text."] = ""
+    dataset: Annotated[str, "Id of the Hugging Face Hub, or a folder."] = ""
+    dataset_config: Annotated[str, "One of the dataset's configurations."] = ""
+    dataset_split: Annotated[str, "A split or a slice of one."] = "train"
+    dataset_streaming: Annotated[bool, "Tokenise rows as they arrive."] = False
+    text_column: Annotated[str, "Columns of the text."] = ""
+    tasks: Annotated[str, "Problems with exact answers."] = ""
+    task_examples: Annotated[int, "Problems of each task and difficulty."] = 10_000
+    weight: Annotated[float, "Share of the windows: this divided by the sum over sources."] = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
     """From a step on, other weights."""
 
-    step: int = 0
-    weights: tuple[float, ...] = ()  # one for each source of the mixture
+    step: Annotated[int, "The step that the phase begins at."] = 0
+    weights: Annotated[tuple[float, ...], "One weight for each source of the mixture."] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from and how it becomes windows of tokens."""
 
-    # "": the dataset; without one ./data where it exists, else the Python standard library's source
-    data_dir: str = ""
-    dataset: str = ""  # an id on the Hugging Face Hub, or a folder; beside data_dir: both are read
-    dataset_config: str = ""  # one of the dataset's configurations, where it has several
-    dataset_split: str = "train"  # or another, or a part of one: "train[:10%]"
-    dataset_streaming: bool = False  # tokenise rows as they arrive, and keep no download
-    text_column: str = ""  # "a,b": joined by a blank line; "": text, else as the columns suggest
-    tasks: str = ""  # problems to learn from, as "arithmetic:1-3,recall:4": task and difficulties
-    task_examples: int = 10_000  # of each task and difficulty
-    # Several sources in place of one, each with a share of every stretch of the training.
-    mixture: tuple[SourceConfig, ...] = ()
-    curriculum: tuple[PhaseConfig, ...] = ()  # by step; (): the weights of the mixture throughout
-    # "packed": documents one after another, the state reset at each; "concat": not reset;
-    # "document": each begins a window of its own, filled up with targets that are not learnt
-    window: str = "packed"
-    loss_on: str = "all"  # "answer": of rows with prompts, chats included, learn the answers alone
-    # "gpt2", "bytes", an encoding of tiktoken, a tokenizer.json or its folder, an id of the Hub
-    tokenizer: str = "gpt2"
-    # Share of documents learnt as prefix, suffix, then the middle between them, as for code
-    fim_rate: float = 0.0
-    deduplicate: str = (
-        "exact"  # leave out equal documents; "near": and similar ones; "none": keep all
-    )
-    tokenise_workers: int = 0  # processes; 0: as many as there are processors and the text is worth
-    eval_fraction: float = 0.01  # of the tokens, held out by content hash
-    cache_dir: str = ""  # tokenised shards; "": $XDG_CACHE_HOME/mamba_jax
+    data_dir: Annotated[
+        str,
+        "Folder or file of text (.txt .md .py .json .jsonl, also as .gz or .zst; .parquet); "
+        "default: ./data if it exists and no dataset is given, otherwise the source of "
+        "Python's standard library.",
+    ] = ""
+    dataset: Annotated[
+        str,
+        "Id of the Hugging Face Hub, or a folder with the layout of a dataset; with data_dir, "
+        "both are read.",
+    ] = ""
+    dataset_config: Annotated[str, "One of the dataset's configurations, if it has several."] = ""
+    dataset_split: Annotated[str, "A split of the dataset, or a slice: 'train[:10%]'."] = "train"
+    dataset_streaming: Annotated[
+        bool,
+        "Tokenise rows as they arrive and keep no download, for a dataset larger than the disk.",
+    ] = False
+    text_column: Annotated[
+        str,
+        "Columns of a row's text, joined by a blank line: A,B; default: by the form of the "
+        "rows (the log says which).",
+    ] = ""
+    tasks: Annotated[
+        str,
+        'Problems with exact answers, with difficulties N or M-N: "arithmetic:1-3,recall:4"; '
+        "also list_operations, multi_hop, state_tracking.",
+    ] = ""
+    task_examples: Annotated[int, "Problems of each task and difficulty."] = 10_000
+    mixture: Annotated[
+        tuple[SourceConfig, ...],
+        "Several sources in place of one, each with a weight.",
+    ] = ()
+    curriculum: Annotated[
+        tuple[PhaseConfig, ...],
+        "Weights of the mixture by step; (): the same throughout.",
+    ] = ()
+    window: Annotated[
+        Literal["packed", "concat", "document"],
+        "packed: documents one after another, the state reset at each; concat: not reset; "
+        "document: each begins a window, the rest of which is not trained on.",
+    ] = "packed"
+    loss_on: Annotated[
+        Literal["all", "answer"],
+        "answer: train on the answers alone of rows with prompts, chats included.",
+    ] = "all"
+    tokenizer: Annotated[
+        str,
+        "gpt2, bytes, an encoding of tiktoken such as cl100k_base, a tokenizer.json or a "
+        "folder with one, or an id of the Hugging Face Hub.",
+    ] = "gpt2"
+    fim_rate: Annotated[
+        float,
+        SHARE,
+        "Share of documents that are trained on as prefix, suffix, then the middle between them.",
+    ] = 0.0
+    deduplicate: Annotated[
+        Literal["exact", "near", "none"],
+        "Leave out equal documents; near: similar ones too; none: keep all.",
+    ] = "exact"
+    tokenise_workers: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Processes that tokenise; 0: as many as processors, if the text is worth it.",
+    ] = 0
+    eval_fraction: Annotated[
+        float,
+        FRACTION,
+        "Share of the tokens to hold out, chosen by content hash.",
+    ] = 0.01
+    cache_dir: Annotated[
+        str,
+        "Folder of tokenised shards; default: $XDG_CACHE_HOME/mamba_jax.",
+    ] = ""
 
     @property
     def sources(self) -> tuple["DataConfig", ...]:
@@ -187,12 +320,24 @@ class DataConfig:
 class VramConfig:
     """How the effective batch is laid out on the device."""
 
-    effective_batch_size: int = 32  # sequences per optimizer step
-    batch_size: int = 0  # sequences per microbatch, over all devices; 0: the most that fit
-    gradient_accumulation_steps: int = 0  # 0: effective_batch_size / batch_size
-    memory_gb: float = 16.0  # GiB of each device, where it is not detected
-    auto: bool = False  # use all the memory that the device is found to have
-    safety_margin_mb: int = 2048  # MiB of it that a run leaves free
+    effective_batch_size: Annotated[int, POSITIVE, "Sequences per optimizer step."] = 32
+    batch_size: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Sequences per microbatch, over all devices; 0: the most that fit.",
+    ] = 0
+    gradient_accumulation_steps: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Microbatches per step; 0: effective_batch_size / batch_size.",
+    ] = 0
+    memory_gb: Annotated[float, POSITIVE, "GiB of each device, where it is not detected."] = 16.0
+    auto: Annotated[bool, "Fit the microbatch to all the memory that the device has."] = False
+    safety_margin_mb: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "MiB of the device's memory to leave free.",
+    ] = 2048
 
     @property
     def accumulation_steps(self) -> int:
@@ -212,20 +357,35 @@ class VramConfig:
 class ParallelConfig:
     """The device mesh; the data axis takes every device that fsdp leaves."""
 
-    fsdp: int = 1  # devices that share one copy of parameters and optimizer state
+    fsdp: Annotated[
+        int,
+        POSITIVE,
+        "Devices that share one copy of parameters and optimizer state; the data axis takes "
+        "the others.",
+    ] = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything a run depends on: a run is a pure function of it and of the data."""
 
-    name: str = "mamba"
-    seed: int = 42
-    output_dir: str = "checkpoints"
-    log_dir: str = "logs"
-    tensorboard_dir: str = "runs"
-    sample_prompt: str = ""  # when not empty, a sample from it follows each evaluation
-    trackers: str = ""  # "wandb", "mlflow" or "wandb,mlflow"; each needs the extra of its name
+    name: Annotated[str, NOT_EMPTY, "Name of the run in logs and trackers."] = "mamba"
+    seed: Annotated[
+        int,
+        NOT_NEGATIVE,
+        "Seed of initialisation, data order, held-out split and dropout.",
+    ] = 42
+    output_dir: Annotated[str, NOT_EMPTY, "Folder of checkpoints and metrics."] = "checkpoints"
+    log_dir: Annotated[str, NOT_EMPTY, "Folder of log files."] = "logs"
+    tensorboard_dir: Annotated[str, NOT_EMPTY, "Folder of TensorBoard's events."] = "runs"
+    sample_prompt: Annotated[
+        str,
+        "If not empty, sample a continuation of it after each evaluation.",
+    ] = ""
+    trackers: Annotated[
+        str,
+        "wandb, mlflow or wandb,mlflow; each needs the extra of its name.",
+    ] = ""
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()

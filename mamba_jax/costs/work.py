@@ -1,4 +1,4 @@
-"""What a part of a model does for each token; ``models.flops`` says how it is counted."""
+"""What a part of a model does for each token; ``costs.flops`` says how it is counted."""
 
 import dataclasses
 import operator

@@ -27,7 +27,7 @@ _OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # jax refuses to start with bo
 class Machine:
     """The devices that a run has."""
 
-    kind: str  # what jax calls them, or a row of ``presets.DEVICES``
+    kind: str  # what jax calls them, or a row of ``costs.devices.DEVICES``
     platform: str  # "gpu", "tpu" or "cpu"
     count: int = 1
     total_bytes: int | None = None  # of each; None: not known

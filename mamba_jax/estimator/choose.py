@@ -3,7 +3,7 @@
 The effective batch, the model and the length of its windows are the user's and never change. What
 the user has set of the layout stays as well. Of what is left open, the fastest is taken that fits:
 
-* Speed is the floor of ``models.flops`` on the device's published peaks: "dots" and "full" make
+* Speed is the floor of ``costs.flops`` on the device's published peaks: "dots" and "full" make
   more again, smaller microbatches read weights and add up gradients more often. What "none" keeps
   beyond "dots" a fused program would never have written: it is written and read once more, which on
   a card with slow memory costs more than making it again. (The order is computed; it has not been

@@ -1,6 +1,6 @@
 """What a step needs by its compiler's own figure, for the device here or a card that is not.
 
-A card that is not here needs its compiler (``launch/compilers.sh``, or the extra ``estimate``) and
+A card that is not here needs its compiler (``scripts/compilers.sh``, or the extra ``estimate``) and
 a process of its own, ``mamba_jax.estimator.compiled``: XLA reads its flags once. A compile takes
 about ten seconds of a CPU core, so figures are kept, by all that they depend on.
 """
@@ -121,7 +121,7 @@ def _find_compilers(machine: Machine) -> str:
     """Returns the folder to put on the path of the compiler's process; "": none is needed."""
     import jax
 
-    how = "run ./launch/compilers.sh, or install the extra estimate"
+    how = "run ./scripts/compilers.sh, or install the extra estimate"
     preset = machine.preset
     if preset is None or preset.cuda is None or machine.count > 1:
         raise Unavailable(f"no compiler is known for {machine.count} × {machine.kind}")

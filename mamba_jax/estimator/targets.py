@@ -1,6 +1,6 @@
 """Cards to compile for without having them: what a program needs there, read off the result.
 
-``launch/compilers.sh`` installs the compilers into ``.compilers``, which must be on the path of a
+``scripts/compilers.sh`` installs the compilers into ``.compilers``, which must be on the path of a
 process of its own: ``PYTHONPATH=.compilers JAX_PLATFORMS=cpu python …``. Then
 
     sharding = cuda_target("H200")
@@ -125,7 +125,7 @@ def _need(module: str) -> pathlib.Path:
         spec = None
     if spec is None or spec.origin is None:
         raise UserError(
-            f"{module} is not importable: run ./launch/compilers.sh, then set "
+            f"{module} is not importable: run ./scripts/compilers.sh, then set "
             "PYTHONPATH=.compilers and JAX_PLATFORMS=cpu"
         )
     return pathlib.Path(spec.origin).resolve().parent

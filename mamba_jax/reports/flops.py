@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_jax.cli.terminal import print_table
 from mamba_jax.config import RunConfig, freeze, preset_config, presets
+from mamba_jax.costs.devices import DEVICES
 from mamba_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def add_arguments(flops: argparse.ArgumentParser) -> None:
 
 
 def _device_names() -> str:
-    return ", ".join(device.name for device in presets.DEVICES)
+    return ", ".join(device.name for device in DEVICES)
 
 
 def print_flops(arguments: argparse.Namespace) -> int:
@@ -89,7 +90,7 @@ def _peaks(arguments: argparse.Namespace, dtype: str, kind: str = "") -> "Peaks 
     if not arguments.device:
         device = roofline.find_device(kind)
         return roofline.published(device, dtype) if device else None
-    names = {device.name.lower(): device for device in presets.DEVICES}
+    names = {device.name.lower(): device for device in DEVICES}
     device = names.get(arguments.device.lower()) or roofline.find_device(arguments.device)
     if device is None:
         near = did_you_mean(arguments.device.lower(), names)
@@ -265,7 +266,7 @@ def _print_run(arguments: argparse.Namespace) -> int:
         )
     else:
         print(
-            f'the peaks of "{kind}" are not published in presets.py: add --measure on that '
+            f'the peaks of "{kind}" are not published in costs/devices.py: add --measure on that '
             "machine, or --device NAME, for MFU and the share of the floor"
         )
     return 0

@@ -19,7 +19,7 @@ from mamba_jax.reports.charts import (
     trailing_mean,
 )
 from mamba_jax.reports.page import duration, number, size
-from mamba_jax.runs import metrics as history
+from mamba_jax.runs import metrics
 from mamba_jax.runs.recorded import Run, flat_config
 
 _MOST_SAMPLES, _MOST_WARNINGS, _LONGEST_TEXT = 20, 50, 4_000
@@ -85,7 +85,7 @@ def render(run: Run) -> str:
 
 
 def _loss_chart(run: Run) -> list[dict[str, Any]]:
-    steps, losses = history.series(run.records, "loss")
+    steps, losses = metrics.series(run.records, "loss")
     curves = []
     if steps:
         width, points = smoothing_width(len(steps)), thin(steps, losses)
@@ -94,7 +94,7 @@ def _loss_chart(run: Run) -> list[dict[str, Any]]:
         if smoothed:
             smooth = trailing_mean(losses, width).tolist()
             curves.append(curve(f"mean of {width:,} steps", thin(steps, smooth), colour=0))
-    evaluated, eval_losses = history.series(run.records, "eval_loss")
+    evaluated, eval_losses = metrics.series(run.records, "eval_loss")
     if evaluated:
         curves.append(curve("evaluation", thin(evaluated, eval_losses), "dots", colour=1))
     if curves and run.unigram_nll is not None:
@@ -110,7 +110,7 @@ def _loss_chart(run: Run) -> list[dict[str, Any]]:
 def _charts(run: Run) -> list[dict[str, Any]]:
     made = []
     for recorded, key, title, unit, note, log in _CURVES:
-        steps, values = history.series(run.records, recorded)
+        steps, values = metrics.series(run.records, recorded)
         if steps:
             evaluated = recorded.startswith("eval_")
             look, colour = ("dots", 1) if evaluated else ("line", 0)
@@ -123,7 +123,7 @@ def _charts(run: Run) -> list[dict[str, Any]]:
 def _layer_charts(run: Run) -> list[dict[str, Any]]:
     made = []
     for recorded, key, title, unit, note in _LAYER_CURVES:
-        steps, layers = history.layer_series(run.records, recorded)
+        steps, layers = metrics.layer_series(run.records, recorded)
         curves = [
             curve(
                 f"layer {place}",
@@ -165,7 +165,7 @@ def _missing(charts: list[dict[str, Any]]) -> str:
     """Tells what would have been a curve had it been recorded."""
     if not charts:
         return page.paragraph(
-            f"No curves: no measurement is in {history.NAME}, which fills while the run trains."
+            f"No curves: no measurement is in {metrics.NAME}, which fills while the run trains."
         )
     have = {each["key"] for each in charts}
     titles = [("loss", "Loss"), *((key, title) for _, key, title, *_ in (*_CURVES, *_LAYER_CURVES))]
@@ -239,10 +239,10 @@ def _time(run: Run) -> tuple[str, str]:
 
 
 def _written(run: Run) -> str:
-    metrics = run.folder / history.NAME
-    if not metrics.is_file():
+    file = run.folder / metrics.NAME
+    if not file.is_file():
         return ""
-    then = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(metrics.stat().st_mtime))
+    then = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(file.stat().st_mtime))
     return f"last written {then}"
 
 

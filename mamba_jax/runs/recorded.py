@@ -17,8 +17,7 @@ from mamba_jax.config.schema import Value, flatten
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
 from mamba_jax.runs import background as background
-from mamba_jax.runs import exit_status
-from mamba_jax.runs import metrics as history
+from mamba_jax.runs import exit_status, metrics
 
 DONE, RUNNING, FAILED, STOPPED, NEW, UNKNOWN = (
     *("done", "running", "failed", "stopped", "new", "not finished"),
@@ -80,8 +79,8 @@ class Run:
     @property
     def train_loss(self) -> float | None:
         """Mean of the last tenth of the steps; None: no step is recorded."""
-        losses = history.series(self.records, "loss")[1]
-        return history.mean_recent_loss(self.records) if losses else None
+        losses = metrics.series(self.records, "loss")[1]
+        return metrics.mean_recent_loss(self.records) if losses else None
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -114,7 +113,7 @@ class Run:
     @property
     def memory_bytes(self) -> float | None:
         """The peak that was recorded."""
-        return max(history.series(self.records, "memory_bytes")[1], default=None)
+        return max(metrics.series(self.records, "memory_bytes")[1], default=None)
 
     @property
     def skipped_steps(self) -> list[int]:
@@ -126,7 +125,7 @@ class Run:
 
         An interval's rate stands for all of its steps.
         """
-        steps, rates = history.series(self.records, "tokens_per_sec")
+        steps, rates = metrics.series(self.records, "tokens_per_sec")
         ends = [self.tokens_at(step) for step in (0, *steps)]
         spans = zip(itertools.pairwise(ends), rates, strict=True)
         known = [
@@ -167,11 +166,11 @@ def read_run(folder: pathlib.Path) -> Run:
     Raises:
       UserError: if it is none.
     """
-    metrics = folder / history.NAME
+    file = folder / metrics.NAME
     checkpoints = list_checkpoints(folder)
-    if not (metrics.is_file() or checkpoints or background.read(folder)):
+    if not (file.is_file() or checkpoints or background.read(folder)):
         raise UserError(f"{folder} is no run's folder: it {_lack(folder)}")
-    records = [r for r in history.read(metrics) if type(r["step"]) is int]
+    records = [r for r in metrics.read(file) if type(r["step"]) is int]
     begun = [r for r in records if isinstance(r.get("run"), dict)]
     saved = _newest_metadata(checkpoints)
     saved_config = flat_config(saved.laid_out) if saved else {}
@@ -232,7 +231,7 @@ def _state(run: Run) -> tuple[str, str]:
         return state, f"{exit_status.meaning(code)}. {facts.get('why', '')}".strip(". ")
     if not run.records and run.saved_step:
         done = run.planned_steps is not None and run.planned_steps <= run.saved_step
-        return DONE if done else UNKNOWN, f"{history.NAME} is empty or missing"
+        return DONE if done else UNKNOWN, f"{metrics.NAME} is empty or missing"
     if not any("loss" in r for r in run.records):
         return NEW, "no step is recorded yet"
     return UNKNOWN, "stopped or killed, or still running in the foreground"
@@ -242,11 +241,11 @@ def _lack(folder: pathlib.Path) -> str:
     """Returns what is missing there, and where it may be instead."""
     if not folder.is_dir():
         return "does not exist" if not folder.exists() else "is a file; give the output_dir"
-    lack = f"has neither {history.NAME} nor a checkpoint; give the output_dir of a run"
+    lack = f"has neither {metrics.NAME} nor a checkpoint; give the output_dir of a run"
     parent = folder.resolve().parent
-    if (parent / history.NAME).is_file():
+    if (parent / metrics.NAME).is_file():
         return f"{lack}, here {folder.parent if folder.name else parent}"
-    below = sorted(path.parent for path in folder.glob(f"*/{history.NAME}"))
+    below = sorted(path.parent for path in folder.glob(f"*/{metrics.NAME}"))
     return f"{lack}, such as {below[0]}" if below else lack
 
 

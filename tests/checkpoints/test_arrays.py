@@ -413,16 +413,16 @@ def test_kill_in_mid_save_leaves_the_earlier_one(tmp_path):
         import pathlib, sys, time
         import numpy as np
         from mamba_jax.config import RunConfig
-        from mamba_jax.training import checkpoint
+        from mamba_jax.checkpoints import arrays
         folder = pathlib.Path(sys.argv[1])
-        writer = checkpoint.CheckpointWriter(folder, keep_last=1, keep_every=0, log=print)
-        data = lambda step: checkpoint.Metadata(RunConfig(), step, step, "")
+        writer = arrays.CheckpointWriter(folder, keep_last=1, keep_every=0, log=print)
+        data = lambda step: arrays.Metadata(RunConfig(), step, step, "")
         writer.save("step_1", {"params": {"w": np.ones(9)}, "step": np.int32(1)}, data(1))
         writer.wait()
         def stuck(path):
             print("in mid-save", flush=True)
             time.sleep(60)
-        checkpoint.write_manifest = stuck
+        arrays.write_manifest = stuck
         writer.save("step_2", {"params": {"w": np.ones(9)}, "step": np.int32(1)}, data(2))
         writer.wait()
     """

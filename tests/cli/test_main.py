@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
+import mamba_jax
 from mamba_jax import paths
 from mamba_jax.cli import main, train_arguments
 from mamba_jax.config import default_config, freeze
@@ -45,9 +47,9 @@ def test_commands_exist(module):
 def test_help_needs_no_jax(arguments):
     program = f"""
 import sys
-from mamba_jax import cli
+from mamba_jax.cli import main
 try:
-    status = cli.main({train_arguments!r})
+    status = main.main({arguments!r})
 except SystemExit as exit:  # argparse leaves this way
     status = exit.code
 assert status == 0, status
@@ -151,3 +153,25 @@ def test_fields_of_a_config_file_are_expanded(tmp_path, monkeypatch):
     file.write_text('{"output_dir": "~/out"}')
     assert train_arguments.read([f"--config={file}"]).config.output_dir == f"{tmp_path}/out"
     assert not os.path.exists("~")
+
+
+def test_version_names_packages_and_devices():
+    ran = subprocess.run(
+        [sys.executable, "-m", "mamba_jax", "--version"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    first, python, packages, *devices = ran.stdout.splitlines()
+    assert first == f"mamba_jax {mamba_jax.__version__}" and ran.returncode == 0
+    assert python.startswith(f"Python {sys.version.split()[0]} on ")
+    assert f"jax {jax.__version__}, jaxlib " in packages and "orbax-checkpoint " in packages
+    assert devices == ["1 x cpu"]
+
+
+def test_version_without_a_working_device_says_why(monkeypatch):
+    def fail():
+        raise RuntimeError("no such driver\nand more")
+
+    monkeypatch.setattr(jax, "devices", fail)
+    assert main.version().splitlines()[-1] == "no device: no such driver"

@@ -49,8 +49,9 @@ TRAIN = """
 PREPARE = """
     import sys, time
     from mamba_jax import prepare_data
-    from mamba_jax.data import store, tokenizer
-    store._SHARD_PARTS, encode, count = 7, tokenizer._Bytes.encode, 0
+    from mamba_jax.data.cache import store
+    from mamba_jax.data.tokenizers import load
+    store._SHARD_PARTS, encode, count = 7, load._Bytes.encode, 0
     def slow(self, text):
         global count
         count += 1
@@ -58,7 +59,7 @@ PREPARE = """
             print("reached", flush=True)
             time.sleep(60)
         return encode(self, text)
-    tokenizer._Bytes.encode = slow
+    load._Bytes.encode = slow
     sys.exit(prepare_data.main(sys.argv[2:]))
 """
 

@@ -335,7 +335,8 @@ def program(folder, cache_dir, patch):
     code = f"""
 import os, time
 from mamba_jax.config import DataConfig
-from mamba_jax.data import store, tokenizer
+from mamba_jax.data.cache import store
+from mamba_jax.data.tokenizers import load
 from mamba_jax.data.pipeline import prepare
 store._SHARD_PARTS = 7
 {patch}
@@ -350,14 +351,14 @@ print(corpus.fingerprint, flush=True)
 
 
 STOP_WHILE_TOKENISING = """
-count, encode = [], tokenizer._Bytes.encode
+count, encode = [], load._Bytes.encode
 def slow(self, text):
     count.append(text)
     if len(count) == 20:
         print("reached", flush=True)
         time.sleep(60)
     return encode(self, text)
-tokenizer._Bytes.encode = slow
+load._Bytes.encode = slow
 """
 STOP_BEFORE_RENAME = """
 rename, renamed = os.rename, []
@@ -401,8 +402,8 @@ def test_killed_in_the_middle(make, many_files, tmp_path, patch, encoded, small_
 def test_killed_at_any_time(make, many_files, tmp_path, small_shards):
     """Again and again, at moments drawn by chance, until a run comes to its end."""
     slow = """
-encode = tokenizer._Bytes.encode
-tokenizer._Bytes.encode = lambda self, text: time.sleep(0.02) or encode(self, text)
+encode = load._Bytes.encode
+load._Bytes.encode = lambda self, text: time.sleep(0.02) or encode(self, text)
 """
     random_ = random.Random(0)
     for _ in range(8):
@@ -420,13 +421,13 @@ def test_two_at_once(make, many_files, tmp_path):
     """Both are in the middle of building before either is let go on."""
     patch = f"""
 import pathlib
-encode = tokenizer._Bytes.encode
+encode = load._Bytes.encode
 def wait(self, text):
     pathlib.Path({str(tmp_path)!r}, f"at-{{os.getpid()}}").touch()
     while len(list(pathlib.Path({str(tmp_path)!r}).glob("at-*"))) < 2:
         time.sleep(0.01)
     return encode(self, text)
-tokenizer._Bytes.encode = wait
+load._Bytes.encode = wait
 """
     processes = [program(many_files, tmp_path / "cache", patch) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
@@ -568,7 +569,7 @@ def test_a_large_file_is_tokenised_in_bounded_memory(tmp_path):
 import resource
 from mamba_jax.config import DataConfig
 from mamba_jax.data.pipeline import prepare
-from mamba_jax.data.tokenizers.base import load_tokenizer
+from mamba_jax.data.tokenizers.load import load_tokenizer
 load_tokenizer("gpt2").encode("x" * 100)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()

@@ -213,7 +213,7 @@ def test_building_opens_no_socket(monkeypatch):
 def packaged_ranks():
     """Where tiktoken looks for the ranks of r50k_base that were downloaded from this address."""
     address = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-    file = Path(tiktoken_encodings.__file__).parent / "assets" / "gpt2.tiktoken"
+    file = Path(tiktoken_encodings.__file__).parents[1] / "assets" / "gpt2.tiktoken"
     return hashlib.sha1(address.encode()).hexdigest(), file.read_bytes()
 
 

@@ -12,7 +12,8 @@ import pytest
 
 import mamba_jax
 from mamba_jax import explain
-from mamba_jax.cli import main, train_arguments
+from mamba_jax.cli import train_arguments
+from mamba_jax.cli.main import COMMANDS
 from mamba_jax.doctor import rules, signals, text
 from mamba_jax.runs import metrics
 
@@ -101,7 +102,7 @@ def test_what_is_advised_exists(row, command, tmp_path, monkeypatch):
             if words[0] == "python":
                 assert words[1] == "-m"
                 module, words = words[2], words[3:]
-                assert module in {place for place, _ in main.COMMANDS.values()}
+                assert module in {place for place, _ in COMMANDS.values()}
                 if module != "mamba_jax.train":
                     continue
                 assert command and words[0] == "--resume"

@@ -233,7 +233,7 @@ def test_exact_steps_down_where_the_line_was_too_low(monkeypatch):
 def test_without_a_compiler_the_plan_is_quick_and_says_so(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(exact, "_ROOT", tmp_path)
-    why = "launch/compilers.sh"
+    why = "scripts/compilers.sh"
     if jax.__version_info__ >= (0, 11):  # it could not use them
         why = "compiles a whole step only for devices that are here"
     planned = plan(run_of("small"), level="exact", machine=RTX)

@@ -1,7 +1,7 @@
 """The kernels compile for cards that are not here, within the memory they promise.
 
-The compilers are not part of the environment (see ``launch/compilers.sh``): what needs them runs in
-a process of its own, and is skipped without them. Lowering needs no compiler.
+The compilers are not part of the environment (see ``scripts/compilers.sh``): what needs them runs
+in a process of its own, and is skipped without them. Lowering needs no compiler.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def compilers_fit():
 
 
 needs_compilers = pytest.mark.skipif(
-    not compilers_fit(), reason="no .compilers for this jax: run ./launch/compilers.sh"
+    not compilers_fit(), reason="no .compilers for this jax: run ./scripts/compilers.sh"
 )
 CARDS_TO_TRY = ("A100", "RTX 4080", "H200", "12.0")
 

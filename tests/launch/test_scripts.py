@@ -12,7 +12,11 @@ import yaml
 from mamba_jax.cli import train_arguments
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), ROOT / "launch/slurm.sbatch"]
+SCRIPTS = [
+    *sorted(ROOT.glob("launch/*.sh")),
+    *sorted(ROOT.glob("scripts/*.sh")),
+    ROOT / "launch/slurm.sbatch",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

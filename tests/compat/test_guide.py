@@ -24,13 +24,10 @@ from mamba_jax.cli.train_arguments import read
 from mamba_jax.config import freeze, merge, preset_config, presets
 from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.summary import Summary
-from mamba_jax.estimator import planning
-from mamba_jax.estimator.budget import of_device
-from mamba_jax.parallel import mesh
 from mamba_jax.runs import metrics
+from tests.compat.blocks import GUIDE, Block, blocks, calls
 from tests.data.reading import texts_of
-from tests.guide.blocks import GUIDE, Block, blocks, calls
-from tests.training.tiny_run import one_device, quick_compiles  # noqa: F401
+from tests.training.tiny_run import quick_compiles  # noqa: F401
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SHELL = [block for block in blocks() if block.language == "bash"]
@@ -161,14 +158,6 @@ def here(place, monkeypatch):
 
     monkeypatch.chdir(place)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "hf")
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """Plans for one card with memory enough: what this machine has does not count."""
-    row = next(device for device in presets.DEVICES if device.name == "A100-80GB")
-    monkeypatch.setattr(planning, "this_machine", lambda: of_device(row))
-    monkeypatch.setattr(mesh, "make_mesh", lambda _: one_device())
 
 
 def commands(block: Block, place: pathlib.Path) -> list[list[str]]:
