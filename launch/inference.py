@@ -3,7 +3,7 @@
 
 import sys
 
-from mamba_jax.cli import main
+from mamba_jax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main.main(["generate", *sys.argv[1:]]))
+    sys.exit(main(["generate", *sys.argv[1:]]))

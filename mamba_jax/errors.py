@@ -25,7 +25,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
-def shortly(error: BaseException | str) -> str:
+def first_line(error: BaseException | str) -> str:
     """Returns the first line of an error's message, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -44,7 +44,7 @@ def need(name: str, extra: str) -> Any:
         ) from error
 
 
-def reader_has_gone() -> None:
+def handle_broken_pipe() -> None:
     """Ends the output quietly: its reader, such as ``head``, has seen enough.
 
     Python flushes stdout once more at exit; into the closed pipe it would complain.
@@ -56,16 +56,23 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
     """Wraps a command's ``main(argv) -> exit status``.
 
     Its ``argv`` has the home folder in place of ``~``. A mistake that the user can mend is one
-    line and status 2; a Ctrl-C that the command does not handle itself is one line and 130.
+    line and status 2; a Ctrl-C that the command does not handle itself is one line and 130; a
+    reader that has seen enough, such as ``head``, ends the command without a word.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         try:
-            return main(expand_arguments(sys.argv[1:] if argv is None else argv))
+            try:
+                return main(expand_arguments(sys.argv[1:] if argv is None else argv))
+            finally:
+                sys.stdout.flush()  # here, where a closed pipe is no error
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except BrokenPipeError:
+            handle_broken_pipe()
+            return 0
         except OSError as error:  # a disk, a permission, a name too long: the machine's, not ours
             if error.filename is None:
                 raise

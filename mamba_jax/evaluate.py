@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mamba_jax.cli.terminal import print_table
-from mamba_jax.errors import UserError, command, reader_has_gone
+from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
 
 if TYPE_CHECKING:
@@ -30,10 +30,7 @@ _PROBLEMS = 200
 def main(argv: list[str]) -> int:
     """Runs the command."""
     arguments = parse(argv)
-    try:
-        run(arguments)
-    except BrokenPipeError:
-        reader_has_gone()
+    run(arguments)
     return 0
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 
 from mamba_jax.cli.terminal import has_colours
-from mamba_jax.errors import command, reader_has_gone
+from mamba_jax.errors import command
 
 _ABOUT = """\
 Reads what a run has recorded (metrics.jsonl in its output_dir), finished or still going, and says
@@ -42,10 +42,7 @@ def main(argv: list[str]) -> int:
         # Wider lines than these are hard to read.
         width = min(100, shutil.get_terminal_size().columns or 80)
         said = text.render(run, diagnosis, text.Page(width, has_colours(sys.stdout)))
-    try:
-        print(said, flush=True)
-    except BrokenPipeError:
-        reader_has_gone()
+    print(said)
     return 0
 
 

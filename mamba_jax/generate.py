@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from mamba_jax.errors import UserError, command, reader_has_gone
+from mamba_jax.errors import UserError, command
 
 if TYPE_CHECKING:
     from mamba_jax.generation import Conversation
@@ -35,8 +35,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(flush=True)
         return 130
-    except BrokenPipeError:
-        reader_has_gone()
     return 0
 
 

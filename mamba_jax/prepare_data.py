@@ -11,7 +11,7 @@ import sys
 from mamba_jax.cli import train_arguments
 from mamba_jax.cli.terminal import has_colours
 from mamba_jax.config import RunConfig
-from mamba_jax.errors import UserError, command, reader_has_gone
+from mamba_jax.errors import UserError, command
 
 _INSPECTED = 3
 
@@ -120,8 +120,6 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        reader_has_gone()
     return 0
 
 

@@ -34,7 +34,7 @@ from mamba_jax.checkpoints.folder import (
     write_manifest,
     write_metadata,
 )
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, first_line
 from mamba_jax.models import build
 
 __all__ = [
@@ -244,7 +244,7 @@ def _load_tree(path: pathlib.Path, abstract: Any) -> Any:
             return checkpointer.restore(path.absolute(), args=ocp.args.StandardRestore(targets))
     except ValueError as error:
         raise UserError(
-            f"checkpoint {path.parent} does not hold the arrays of this model: {shortly(error)}"
+            f"checkpoint {path.parent} does not hold the arrays of this model: {first_line(error)}"
         ) from error
 
 

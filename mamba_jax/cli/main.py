@@ -10,7 +10,7 @@ import platform
 import sys
 
 import mamba_jax
-from mamba_jax.errors import UserError, command, did_you_mean, shortly
+from mamba_jax.errors import UserError, command, did_you_mean, first_line
 
 COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
@@ -58,7 +58,7 @@ def version() -> str:
         kinds = [device.device_kind for device in jax.devices()]
         lines += [f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)]
     except Exception as error:  # a driver that does not fit is what such a report is about
-        lines.append(f"no device: {shortly(error)}")
+        lines.append(f"no device: {first_line(error)}")
     return "\n".join(lines)
 
 

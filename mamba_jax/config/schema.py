@@ -305,7 +305,7 @@ class DataConfig:
         return tuple(made) or (plain,)
 
     @property
-    def has_unlearnt(self) -> bool:
+    def has_loss_mask(self) -> bool:
         """Whether a window may hold tokens that are no targets, written as ``~token``."""
         return self.window == "document" or self.loss_on == "answer"
 

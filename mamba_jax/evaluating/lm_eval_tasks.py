@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mamba_jax.errors import UserError, did_you_mean, need, shortly
+from mamba_jax.errors import UserError, did_you_mean, first_line, need
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 
 _MAX_NEW_TOKENS = 256  # where a task names no limit: lm_eval's own default
@@ -66,7 +66,7 @@ def on_tasks(
             log_samples=True,
         )
     except (OSError, ValueError) as error:  # no network is a ConnectionError, no file an OSError
-        raise UserError(f"cannot run {','.join(tasks)}: {shortly(error)}") from error
+        raise UserError(f"cannot run {','.join(tasks)}: {first_line(error)}") from error
     assert results is not None
     return _metrics(results), _samples(results["samples"], n_samples)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from mamba_jax.config import ModelConfig, checks, from_dict
 from mamba_jax.data.sources import hub_access
-from mamba_jax.errors import UserError, need, shortly
+from mamba_jax.errors import UserError, first_line, need
 from mamba_jax.exporting import hf, tensors, torch_file
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
@@ -67,7 +67,7 @@ def find(name: str) -> pathlib.Path:
         if not list(folder.glob("*.safetensors")):
             folder = get("*.bin")
     except (OSError, ValueError) as error:  # the library's errors are of these
-        reason = f"the Hub is out of reach: {why}" if why else shortly(error)
+        reason = f"the Hub is out of reach: {why}" if why else first_line(error)
         raise UserError(
             f"model {name} is neither a folder nor in the cache, and cannot be downloaded "
             f"({reason})"
@@ -262,7 +262,7 @@ def _load(file: pathlib.Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # the library has one of its own
-        raise UserError(f"{file} is damaged: {shortly(error)}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {shortly(error)}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
     if not isinstance(record, dict):
         raise UserError(f"{file} holds no JSON object")
     return record

@@ -11,7 +11,7 @@ from typing import Any
 
 from mamba_jax.data.tokenizers import chat_opening
 from mamba_jax.data.tokenizers.base import Tokenizer
-from mamba_jax.errors import UserError, need, shortly
+from mamba_jax.errors import UserError, first_line, need
 from mamba_jax.exporting import chat_format
 
 FILE_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
@@ -141,7 +141,7 @@ def own_template(folder: pathlib.Path) -> str:
             template = (folder / TEMPLATE_NAME).read_text("utf-8")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: the chat template cannot be read: {shortly(error)}; mend or remove it"
+            f"{folder}: the chat template cannot be read: {first_line(error)}; mend or remove it"
         ) from error
     return template if isinstance(template, str) and not is_ours(template) else ""
 

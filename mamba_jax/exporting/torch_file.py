@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, first_line
 
 _STORAGES = {
     "FloatStorage": np.float32,
@@ -68,7 +68,7 @@ def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
             raise
         raise UserError(
             f"{path} is no file of tensors that torch ≥ 1.6 saved, or is damaged "
-            f"({shortly(error)}); a model.safetensors beside it would be read in its place"
+            f"({first_line(error)}); a model.safetensors beside it would be read in its place"
         ) from error
     for name, value in found.items() if isinstance(found, dict) else ():
         if isinstance(value, _Unsupported):

@@ -16,8 +16,7 @@ from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.config.schema import Value, flatten
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
-from mamba_jax.runs import background as background
-from mamba_jax.runs import exit_status, metrics
+from mamba_jax.runs import background, exit_status, metrics
 
 DONE, RUNNING, FAILED, STOPPED, NEW, UNKNOWN = (
     *("done", "running", "failed", "stopped", "new", "not finished"),

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, first_line
 from mamba_jax.generation.ensemble import Model
 from mamba_jax.generation.generate import prepare
 from mamba_jax.serving import rows as device
@@ -214,7 +214,7 @@ class Engine:
                 self._closing = True
                 waiting = [*self._waiting]
                 self._waiting.clear()
-            self._fail_all(f"the engine has stopped: {shortly(error)}", waiting)
+            self._fail_all(f"the engine has stopped: {first_line(error)}", waiting)
 
     def _round(self) -> bool:
         """Serves a little; False at the end."""
@@ -236,7 +236,7 @@ class Engine:
             self._step()
         except Exception as error:  # out of memory, above all: these requests fail, others may not
             _log.exception("a step failed")
-            self._fail_all(f"the step failed: {shortly(error)}")
+            self._fail_all(f"the step failed: {first_line(error)}")
         self._observer.round(
             n_waiting, len(self._reading), self._n_decoding(), self._prefixes.bytes
         )

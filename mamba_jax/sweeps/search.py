@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, first_line
 from mamba_jax.runs import exit_status, metrics
 from mamba_jax.sweeps.hyper import Settings, Sweep
 from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
@@ -91,7 +91,7 @@ class OptunaSearch:
             yield
         except (self._optuna.exceptions.OptunaError, SQLAlchemyError) as error:
             raise UserError(
-                f"the study {self._file} cannot be used: {shortly(error)}; mend that, then the "
+                f"the study {self._file} cannot be used: {first_line(error)}; mend that, then the "
                 "same command resumes the sweep"
             ) from error
 
@@ -191,8 +191,8 @@ def _check_intact(file: pathlib.Path) -> None:
         found = str(error)
     if found != "ok":
         raise UserError(
-            f"the study {file} cannot be read ({shortly(found)}); if it is damaged, move it away "
-            "to search anew: the runs beside it are kept"
+            f"the study {file} cannot be read ({first_line(found)}); if it is damaged, move it "
+            "away to search anew: the runs beside it are kept"
         )
 
 

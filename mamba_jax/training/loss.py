@@ -36,7 +36,7 @@ def token_nll(
       config: its ``model`` and ``training.loss_chunk_tokens`` are used.
       mesh: the devices that the batch is divided over.
       windows: (b, t + 1) int32; the first t tokens are inputs, the last t targets. Under
-        ``data.has_unlearnt`` a token that is no target is written as ``~token``.
+        ``data.has_loss_mask`` a token that is no target is written as ``~token``.
       eot_id: the id that starts a document.
       dropout_key: None: no dropout.
       initial_cache: the final one of the windows before these, to train long documents over
@@ -82,7 +82,7 @@ def loss_sums(
     Returns:
       Weighted sum of the nll (float32), then (weighted number of target tokens (float32), aux).
     """
-    masked = config.data.has_unlearnt
+    masked = config.data.has_loss_mask
     weights = target_weights(config, windows, weights_b) if masked else weights_b
     windows = _tokens(config, windows)
     x_btd, aux, _ = _hidden(params, config, windows, eot_id, dropout_key, None)
@@ -105,13 +105,13 @@ def loss_sums(
 
 def target_weights(config: RunConfig, windows: jax.Array, weights_b: jax.Array) -> jax.Array:
     """Returns how much each target counts, float32 (b, t)."""
-    learnt_bt = windows[:, 1:] >= 0 if config.data.has_unlearnt else jnp.ones_like(windows[:, 1:])
+    learnt_bt = windows[:, 1:] >= 0 if config.data.has_loss_mask else jnp.ones_like(windows[:, 1:])
     return weights_b[:, None] * learnt_bt.astype(jnp.float32)
 
 
 def _tokens(config: RunConfig, windows: jax.Array) -> jax.Array:
     """Returns the windows' tokens, those that are no targets as well."""
-    return jnp.where(windows < 0, ~windows, windows) if config.data.has_unlearnt else windows
+    return jnp.where(windows < 0, ~windows, windows) if config.data.has_loss_mask else windows
 
 
 def _hidden(

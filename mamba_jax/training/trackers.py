@@ -16,7 +16,7 @@ from typing import Protocol
 
 from mamba_jax.config import RunConfig
 from mamba_jax.config.schema import Value
-from mamba_jax.errors import UserError
+from mamba_jax.errors import UserError, first_line
 
 _PROJECT = "mamba_jax"  # unless the tracker's own environment variable names another
 _MOST_PARAMETERS = 100  # that MLflow takes at once
@@ -141,9 +141,6 @@ def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, T
         except ImportError as error:
             raise _not_installed(config, name) from error
         except Exception as error:  # whatever a tracker, its network or its server comes up with
-            warn(f"{name} cannot start ({_first_line(error)}); training goes on without it")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            warn(f"{name} cannot start ({reason}); training goes on without it")
     return trackers
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -60,7 +60,7 @@ assert not {{"jax", "flax", "orbax", "matplotlib"}} & set(sys.modules)
     assert "usage" in ran.stdout
 
 
-ROOT = pathlib.Path(main.__file__).parents[1]
+ROOT = pathlib.Path(main.__file__).parents[2]
 PROGRAMS = [
     *(["-m", module] for module, _ in main.COMMANDS.values()),
     *([str(ROOT / "launch" / script)] for script in ("sweep.py", "inference.py")),
@@ -175,3 +175,10 @@ def test_version_without_a_working_device_says_why(monkeypatch):
 
     monkeypatch.setattr(jax, "devices", fail)
     assert main.version().splitlines()[-1] == "no device: no such driver"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    shell = f"{sys.executable} -m mamba_jax train --help_config | head -n 1"
+    ran = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True)
+    assert ran.stdout.startswith("--config.name=") and ran.stderr == ""
+    assert ran.returncode == 0

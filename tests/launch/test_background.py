@@ -14,7 +14,9 @@ import time
 import pytest
 
 from mamba_jax import background
+from mamba_jax.errors import UserError
 from mamba_jax.runs import exit_status, supervisor
+from mamba_jax.runs import lock as run_lock
 from mamba_jax.runs.background import NAME, Record, is_running, read
 from mamba_jax.runs.lock import RunLock
 
@@ -92,6 +94,32 @@ def test_start_tells_what_to_do_next_and_only_one_run_has_a_folder(place, capfd)
     assert "out: running since " in told and f"pid {pid}" in told
     assert "step 1/10  loss 4.2500" in told and "step 1: eval loss 4.5000" in told
     assert (OUT / "exit_code").read_text().strip() == "running"
+
+
+def test_a_background_run_has_the_lock_until_its_end(place, capfd):
+    assert launch("run", "--requeue") == 0
+    wait(lambda: starts() == 1)
+    with pytest.raises(UserError, match=rf"out is in use by a run on .* \(pid {read(OUT)['pid']}"):
+        RunLock.acquire(OUT)
+    text = (OUT / NAME).read_text()
+    (OUT / NAME).write_text(text.replace(f'"host": "{socket.gethostname()}"', '"host": "node7"'))
+    assert background.main(["--stop"]) == 2  # its process numbers are those of others here
+    assert "the run in out is on host node7, not on " in capfd.readouterr().err
+    (OUT / NAME).write_text(text)
+    assert background.main(["--stop"]) == 0
+    wait(lambda: not (OUT / run_lock.NAME).exists())
+    RunLock.acquire(OUT).release()
+
+
+def test_force_takes_the_folder_and_is_not_handed_to_the_run(place):
+    with RunLock.acquire(OUT) as lock:
+        assert launch("run") == 2
+        assert launch("run", "--force") == 0
+        with pytest.raises(UserError, match="was taken over by"):
+            lock.check()
+        wait(lambda: starts() == 1)
+        assert "--force" not in pathlib.Path("starts").read_text()
+        assert background.main(["--stop"]) == 0
 
 
 def test_stop_lets_the_run_save_and_reports(place, capfd):

@@ -11,7 +11,7 @@ import pytest
 
 from mamba_jax import report
 from mamba_jax.checkpoints.folder import Metadata, write_manifest, write_metadata
-from mamba_jax.cli import train_arguments as train_arguments
+from mamba_jax.cli import train_arguments
 from mamba_jax.config import from_dict
 from mamba_jax.reports.run_page import render
 from mamba_jax.runs.recorded import read_run

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, first_line
 
 _PATIENCE_SECS = 1.5  # for the Hub's first sign of life; the library itself would wait for 24
 PARQUET_COPY = "refs/convert/parquet"  # the branch on which the Hub keeps its own conversion
@@ -70,7 +70,7 @@ def library_errors(name: str) -> Iterator[None]:
 
 def _explained(name: str, error: Exception) -> str:
     cause = error.__cause__ or error  # the library wraps the cause of a failed build
-    words = shortly(cause)
+    words = first_line(cause)
     kinds = {kind.__name__ for link in (error, cause) for kind in type(link).__mro__}
     if "CastError" in kinds:
         return _different_columns(name, cause)
@@ -191,14 +191,14 @@ def tokenizer_file(name: str, file: str, beside: str) -> pathlib.Path:
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
             f"{what} is neither a file here nor in the cache, and the Hugging Face Hub is out of "
-            f"reach ({why or shortly(error)}); go online once, or give a tokenizer.json"
+            f"reach ({why or first_line(error)}); go online once, or give a tokenizer.json"
         ) from error
     except errors.EntryNotFoundError as error:
         raise UserError(
             f"{what}: that model has no {file}; take one that has, or convert its tokenizer"
         ) from error
     except (OSError, ValueError) as error:  # of the connection, the disk, the form of the id
-        raise UserError(f"{what} cannot be downloaded: {shortly(error)}") from error
+        raise UserError(f"{what} cannot be downloaded: {first_line(error)}") from error
 
 
 def unreachable(name: str, why: str) -> str:

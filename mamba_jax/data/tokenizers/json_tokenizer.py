@@ -22,7 +22,7 @@ from mamba_jax.data.sources import hub_access
 from mamba_jax.data.text_cuts import well_formed
 from mamba_jax.data.tokenizers import chat_opening
 from mamba_jax.data.tokenizers.base import DocumentEncoder, Tokenizer
-from mamba_jax.errors import UserError, need, shortly
+from mamba_jax.errors import UserError, first_line, need
 
 FILE_NAME = "tokenizer.json"
 _CONFIG_NAME = "tokenizer_config.json"
@@ -150,7 +150,7 @@ class _Json(Tokenizer):
         except Exception as error:  # the library raises Exception itself
             raise UserError(
                 f"the tokenizer {self.name} cannot encode what it does not know "
-                f"({shortly(error)}): give it an unknown token, or take another"
+                f"({first_line(error)}): give it an unknown token, or take another"
             ) from error
 
     def _spelt_out(
@@ -280,7 +280,7 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
         raise
     except BaseException as error:  # the library raises Exception itself, and panics beside it
         raise UserError(
-            f'data.tokenizer="{name}": {path} cannot be used: {shortly(error)}'
+            f'data.tokenizer="{name}": {path} cannot be used: {first_line(error)}'
         ) from error
 
 
@@ -299,7 +299,7 @@ def _named_end(path: pathlib.Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {shortly(error)}; mend or remove it") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}; mend or remove it") from error
 
 
 def _usual_end(encoding: Any) -> str:

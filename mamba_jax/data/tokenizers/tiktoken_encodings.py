@@ -13,7 +13,7 @@ import numpy as np
 
 from mamba_jax.data.text_cuts import cut_text, well_formed
 from mamba_jax.data.tokenizers.base import Tokenizer
-from mamba_jax.errors import UserError, shortly
+from mamba_jax.errors import UserError, first_line
 
 GPT2 = "gpt2"
 FILE_NAME = "tiktoken.json"
@@ -76,8 +76,8 @@ def load(name: str) -> Tokenizer:
         folder = os.environ.get("TIKTOKEN_CACHE_DIR")
         hint = f"the folder {folder} (TIKTOKEN_CACHE_DIR)" if folder else "TIKTOKEN_CACHE_DIR"
         raise UserError(
-            f'data.tokenizer="{name}" cannot be downloaded ({shortly(error)}); go online once, put '
-            f"tiktoken's file of it into {hint}, or take gpt2, which is packaged"
+            f'data.tokenizer="{name}" cannot be downloaded ({first_line(error)}); go online once, '
+            f"put tiktoken's file of it into {hint}, or take gpt2, which is packaged"
         ) from error
     if _END_OF_TEXT not in encoding._special_tokens:
         raise UserError(
@@ -114,7 +114,7 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
         encoding = _encoding(name, record["pattern"], ranks, record["special_tokens"])
         return _BytePair(name, _identity(data), encoding, {FILE_NAME: data})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the tokenizer's file {path} is damaged: {shortly(error)}") from error
+        raise UserError(f"the tokenizer's file {path} is damaged: {first_line(error)}") from error
 
 
 def _identity(data: bytes) -> str:
