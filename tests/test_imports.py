@@ -46,22 +46,20 @@ ALLOWED: dict[str, set[str]] = {
         "config",
     },
     "cli": {
-        *("estimator", "training", "checkpoints", "data", "parallel", "models", "modules"),
-        *("costs", "config"),
+        *("estimator", "training", "runs", "checkpoints", "data", "costs", "config"),
     },
     "reports": {"cli", "runs", "checkpoints", "costs", "models", "data", "config"},
 }
 
 
-def imports(file: pathlib.Path, at_start_only: bool = False) -> set[str]:
-    """The modules of mamba_jax that a file imports: anywhere in it, or when it is imported itself.
+def imports(file: pathlib.Path) -> set[str]:
+    """The modules of mamba_jax that a file imports, anywhere in it.
 
     ``from mamba_jax.data import store`` names the module ``mamba_jax.data.store``.
     """
     tree = ast.parse(file.read_text())
-    nodes = list(tree.body) if at_start_only else list(ast.walk(tree))
     found = set()
-    for node in nodes:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""``train --dry_run``: what a run would be, and every refusal that ``starting`` can find.
+"""``train --dry_run``: what a run would be, and every refusal of ``training.set_up``.
 
 It reads no text, makes no array and writes nothing; it does start jax, to see the devices.
 """
@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mamba_jax import starting
 from mamba_jax.cli.train_arguments import Arguments
 from mamba_jax.config import DataConfig, RunConfig, presets, size_fields, training_fields
 
@@ -22,27 +21,32 @@ def describe(arguments: Arguments) -> str:
     """Returns the resolved plan for people.
 
     Raises:
-      UserError: where the run would end with it before its first step.
+      UserError: where the run would end with it before it reads its text.
     """
-    from mamba_jax.checkpoints.resume import find_start
+    from mamba_jax.estimator import plan_run
     from mamba_jax.runs import lock
+    from mamba_jax.training.set_up import Complete, set_up
 
     config, said = arguments.config, list(arguments.notes)
     # The order of what is refused is that of the run.
     lock.check_free(pathlib.Path(config.output_dir), arguments.force, said.append)
-    start = find_start(config, arguments.resume, said.append)
+    # A card that another run is using stays that run's.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    setup = set_up(
+        config, arguments.resume, said.append, plan_run=plan_run, profile=arguments.profile
+    )
     parts = {"said": said}
-    if not starting.is_complete(start, config):
-        # A card that another run is using stays that run's.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        prepared = starting.prepare(config, start, arguments.profile)
+    if isinstance(setup, Complete):
+        step = setup.start.metadata.step
+        parts["output"] = [f"{config.output_dir}: nothing to do, complete at step {step}"]
+    else:
         parts |= {
-            "model": [*_model(prepared.asked), f"selective scan: {prepared.scan}"],
+            "model": [*_model(setup.config), f"selective scan: {setup.scan}"],
             "training": _training(config),
             "data": [line for source in config.data.sources for line in _data(source)],
-            "memory": prepared.plan.text().splitlines(),
+            "memory": setup.plan.text().splitlines(),
+            "output": [_output(config, setup.start)],
         }
-    parts["output"] = [_output(config, start)]
     lines = [f'dry run of "{config.name}": nothing is started']
     for label, texts in parts.items():
         lines += [f"{label if not i else '':<{_LABEL_WIDTH}}{text}" for i, text in enumerate(texts)]
@@ -109,6 +113,4 @@ def _output(config: RunConfig, start: "Start | None") -> str:
     folder = pathlib.Path(config.output_dir)
     if start is None:
         return f"{folder}: a new run"
-    if starting.is_complete(start, config):
-        return f"{folder}: nothing to do, complete at step {start.metadata.step}"
     return f"{folder}: {max(config.training.max_steps - start.metadata.step, 0):,} steps to go"

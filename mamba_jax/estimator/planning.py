@@ -6,7 +6,14 @@ from mamba_jax.checkpoints.resume import Start, laid_out_as_before
 from mamba_jax.config import RunConfig
 from mamba_jax.estimator import choose
 from mamba_jax.estimator.account import Account
-from mamba_jax.estimator.budget import Budget, Machine, budget, gib, this_machine
+from mamba_jax.estimator.budget import (
+    Budget,
+    Machine,
+    budget,
+    gib,
+    set_client_fraction,
+    this_machine,
+)
 from mamba_jax.estimator.choose import Layout
 from mamba_jax.estimator.exact import Compiler, Unavailable
 
@@ -117,9 +124,12 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
 def plan_run(config: RunConfig, start: Start | None) -> Plan:
     """Lays out a run on this machine, where it can as the run that it continues was.
 
+    Starts JAX, with the share of the device's memory that the run may use.
+
     Raises:
       UserError: as ``plan``.
     """
+    set_client_fraction(config.vram)  # before JAX starts
     planned = plan(config)
     if start is None:
         return planned
