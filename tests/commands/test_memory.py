@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from mamba_jax import config as configuration
+import mamba_jax
 from mamba_jax import memory, train
 from mamba_jax.checkpoints.arrays import read_metadata
 from mamba_jax.config.presets import SIZES
@@ -110,7 +110,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("place")
     (folder / "tiny.py").write_text(CONFIG)
     (folder / "texts").mkdir()
-    for source in pathlib.Path(configuration.__file__).parent.glob("*.py"):
+    for source in pathlib.Path(mamba_jax.__file__).parent.glob("*.py"):
         shutil.copy(source, folder / "texts")
     return folder
 

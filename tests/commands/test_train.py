@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import mamba_jax
 from mamba_jax import background, explain, report, train
-from mamba_jax import config as configuration
 from mamba_jax.checkpoints import folder as checkpoint_folder
 from mamba_jax.checkpoints.arrays import read_metadata, restore
 from mamba_jax.parallel.mesh import make_mesh
@@ -52,7 +52,7 @@ def place(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("place")
     (folder / "tiny.py").write_text(CONFIG)
     (folder / "texts").mkdir()
-    for source in pathlib.Path(configuration.__file__).parent.glob("*.py"):
+    for source in pathlib.Path(mamba_jax.__file__).parent.glob("*.py"):
         shutil.copy(source, folder / "texts")
     return folder
 
@@ -201,7 +201,7 @@ class Process:
 def test_a_process_stopped_by_signals_and_killed_equals_one_left_alone(place):
     whole, parts = place / "process-whole", place / "process-parts"
     (place / "few").mkdir()
-    text = (place / "texts" / "config.py").read_text()[:11_000]
+    text = (place / "texts" / "generate.py").read_text()[:11_000]
     (place / "few" / "a.py").write_text(text)  # 60 steps are more than two epochs
     flags = ("--data_dir=few", "--config.training.max_steps=60", "--config.training.save_steps=4")
     alone = Process(place, *flags, f"--output_dir={whole}")
