@@ -53,15 +53,13 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
-def imports(file: pathlib.Path, at_start_only: bool = False) -> set[str]:
-    """The modules of mamba_jax that a file imports: anywhere in it, or when it is imported itself.
+def imports(file: pathlib.Path) -> set[str]:
+    """The modules of mamba_jax that a file imports, inside its functions too.
 
     ``from mamba_jax.data import store`` names the module ``mamba_jax.data.store``.
     """
-    tree = ast.parse(file.read_text())
-    nodes = list(tree.body) if at_start_only else list(ast.walk(tree))
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

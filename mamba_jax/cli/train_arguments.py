@@ -15,7 +15,7 @@ import dataclasses
 import pathlib
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
@@ -216,7 +216,7 @@ class Parser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             if not flag.startswith("-"):
                 self.error(f'unexpected argument "{word}"')
-            fields = [f"--config.{name}" for name in _field_names(default_config())]
+            fields = [f"--config.{name}" for name in SCHEMA]
             same_leaf = [field for field in fields if field.endswith("." + flag.lstrip("-"))]
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             near = did_you_mean(flag, same_leaf) or did_you_mean(flag, [*flags, *fields])
@@ -225,14 +225,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _field_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def _parser() -> Parser:
@@ -341,6 +333,7 @@ def fields_text() -> str:
     lines, indent = [], " " * 8
     for field in SCHEMA.values():
         kind = " | ".join(field.choices) or describe(field.type)
+        kind += f"; {field.constraint.words}" if field.constraint else ""
         lines += [f"--config.{field.name}={field.default!r}", f"{indent}({kind})"]
         lines += textwrap.wrap(field.help, 90, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)

@@ -21,8 +21,8 @@ class Constraint:
 
 POSITIVE = Constraint("must be greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = Constraint("must not be negative", lambda value: value >= 0)
-FRACTION = Constraint("must lie between 0 and 1", lambda value: 0 <= value < 1)
-SHARE = Constraint("must lie between 0 and 1", lambda value: 0 <= value <= 1)
+FRACTION = Constraint("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Constraint("must be between 0 and 1", lambda value: 0 <= value <= 1)
 NOT_EMPTY = Constraint("must not be empty", bool)
 
 
@@ -74,5 +74,7 @@ def fields(cls: type, prefix: str = "") -> Iterator[Field]:
 def describe(type_: Any) -> str:
     """Returns the words for a type: "a whole number"."""
     if isinstance(type_, types.GenericAlias):
+        if dataclasses.is_dataclass(typing.get_args(type_)[0]):
+            return "a list of groups of fields such as ({'name': value},)"
         return "a list such as (1,2,4)"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[type_]
