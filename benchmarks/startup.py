@@ -1,4 +1,4 @@
-"""How long a user waits: imports, ``--help``, and compiling the training step of a guide size.
+"""How long a user waits: imports, ``--help``, and compiling a preset size's training step.
 
 Every sample is a fresh Python process. Compiling is timed inside it, tracing and lowering included:
 without a cache ("cold"), and with JAX's persistent cache filled by another process ("warm").

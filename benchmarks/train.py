@@ -35,7 +35,7 @@ MEMORY_SHARE = 0.5  # promised of the peer with mambapy
 
 
 def cases(context: Context) -> list[dict[str, Any]]:
-    """Guide sizes, small first, over the length."""
+    """Preset sizes, small first, over the length."""
     if context.platform == "cpu":
         shape = {"B": 1, "L": 128} if context.quick else {"B": 2, "L": 512}
         return [{"size": "small", **shape}]

@@ -21,8 +21,8 @@ from jax.sharding import SingleDeviceSharding
 from mamba_jax.costs.devices import DEVICES, Device, device_named
 from mamba_jax.errors import UserError, did_you_mean
 
-# By compute capability (CUDA C++ programming guide, table of technical specifications): float32
-# lanes, threads and bytes of shared memory of a multiprocessor.
+# By compute capability (NVIDIA's CUDA C++ documentation, table of technical specifications):
+# float32 lanes, threads and bytes of shared memory of a multiprocessor.
 LIMITS = {
     "8.0": (64, 2048, 164 * 1024),
     "8.6": (128, 1536, 100 * 1024),
