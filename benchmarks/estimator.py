@@ -27,7 +27,7 @@ from mamba_jax.config import DataConfig, RunConfig, freeze, preset_config
 from mamba_jax.costs.devices import device_named
 from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
 from mamba_jax.estimator.budget import GIB, Machine, of_device
-from mamba_jax.estimator.choose import CHUNK_TOKENS, Layout, laid_out, quick
+from mamba_jax.estimator.choose import CHUNK_TOKENS, StepLayout, laid_out, quick
 from mamba_jax.estimator.exact import Compiler
 from mamba_jax.estimator.planning import resolved
 
@@ -85,14 +85,14 @@ def cases() -> list[Case]:
     return made + [Case(*other) for other in (*OTHERS, *CHANGED)]
 
 
-def run_of(case: Case, machine: Machine) -> tuple[RunConfig, Layout]:
+def run_of(case: Case, machine: Machine) -> tuple[RunConfig, StepLayout]:
     """Returns the run of a case, of two microbatches at least, and its layout."""
     config = freeze(preset_config(case.size))
     model = dataclasses.replace(config.model, max_seq_len=case.length, **case.changes)
     vram = dataclasses.replace(config.vram, effective_batch_size=2 * case.rows)
     config = dataclasses.replace(config, model=model, vram=vram)
     config = resolved(with_vocabulary(config, load_tokenizer("gpt2")), machine)
-    return config, Layout(case.rows, case.policy, CHUNK_TOKENS[False])
+    return config, StepLayout(case.rows, case.policy, CHUNK_TOKENS[False])
 
 
 def measure(chosen: list[Case], machine: Machine, jobs: int) -> list[dict[str, Any]]:

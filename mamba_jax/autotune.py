@@ -67,7 +67,7 @@ def tune(
     """Improves a row of the table, one direction and then the chunk after the other.
 
     Args:
-      row: a ``tuning.Row``, the first candidate.
+      row: a ``tuning.CardTuning``, the first candidate.
       shapes: what to measure; the geometric mean of the times decides.
       measure: (row, shape, direction) → seconds; infinity where the row does not run.
       quick: whether to try tiles only.

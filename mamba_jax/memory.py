@@ -119,7 +119,7 @@ def _record(planned: Any) -> dict[str, Any]:
         "fits": planned.fits,
         "level": planned.level,
         "measured": False,
-        "parts_bytes": planned.account.parts,
+        "parts_bytes": planned.breakdown.parts,
         "batch_size": config.vram.batch_size,
         "gradient_accumulation_steps": config.vram.accumulation_steps,
         "effective_batch_size": config.vram.effective_batch_size,

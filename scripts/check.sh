@@ -50,7 +50,8 @@ case ${1:-} in
     lint
     exec pytest --numprocesses 2 --dist worksteal -m "not slow and not exhaustive" \
       tests/test_imports.py tests/test_public.py tests/test_project.py tests/cli tests/ops/test_causal_conv1d.py \
-      tests/models/test_golden.py tests/training/test_step.py tests/training/test_loss.py \
+      tests/models/test_golden.py tests/training/test_loss.py \
+      tests/training/test_step.py::test_accumulation_equals_the_full_batch \
       tests/checkpoints tests/data/test_windows.py tests/data/test_split.py tests/generation/test_sampling.py
     ;;
   files) files "${@:2}" ;;

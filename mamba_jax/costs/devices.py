@@ -18,8 +18,8 @@ class Device:
     """The published peaks of one accelerator, dense (without structured sparsity), at boost clock.
 
     A GPU's special functions (exp2, log2, rsqrt …) run 16 a clock on each multiprocessor (NVIDIA's
-    CUDA C++ documentation, arithmetic throughput, capabilities 7.0 to 12.0), against 64 or 128 float32
-    multiply-adds: 1/8 or 1/16 of the float32 figure. A TPU's vector peaks are not published.
+    CUDA C++ documentation, arithmetic throughput, capabilities 7.0 to 12.0), against 64 or 128
+    float32 multiply-adds: 1/8 or 1/16 of the float32 figure. A TPU's vector peaks are not published.
     """
 
     name: str  # for ``--device``

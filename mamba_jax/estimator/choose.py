@@ -23,7 +23,7 @@ from mamba_jax.costs.devices import Device
 from mamba_jax.costs.flops import Setting, parts, setting_of
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
-from mamba_jax.estimator.account import Account, account, kept_bytes
+from mamba_jax.estimator.breakdown import MemoryBreakdown, kept_bytes, memory_breakdown
 from mamba_jax.estimator.budget import Budget, Machine, gib
 
 CPU_TOKENS = 4_096  # of a device's microbatch: a CPU core gains nothing from more
@@ -34,7 +34,7 @@ POLICIES = ("dots", "none", "full")  # fastest first, where nothing is known of 
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """One way to lay out a step."""
 
     batch_size: int  # sequences of a microbatch, over all devices
@@ -42,7 +42,7 @@ class Layout:
     chunk_tokens: int
 
 
-def laid_out(config: RunConfig, layout: Layout) -> RunConfig:
+def laid_out(config: RunConfig, layout: StepLayout) -> RunConfig:
     """Returns a run with a layout filled in."""
     whole = config.vram.effective_batch_size
     return dataclasses.replace(
@@ -57,13 +57,13 @@ def laid_out(config: RunConfig, layout: Layout) -> RunConfig:
     )
 
 
-def quick(config: RunConfig, machine: Machine, layout: Layout) -> Account:
-    """Accounts for a layout by the formula; the run's vocabulary must be set."""
+def quick(config: RunConfig, machine: Machine, layout: StepLayout) -> MemoryBreakdown:
+    """Returns the bytes of a layout by the formula; the run's vocabulary must be set."""
     setting = _setting(config, machine, layout)
-    return account(config.model, setting, chunk_tokens=layout.chunk_tokens)
+    return memory_breakdown(config.model, setting, chunk_tokens=layout.chunk_tokens)
 
 
-def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
+def candidates(config: RunConfig, machine: Machine) -> list[list[StepLayout]]:
     """Returns the layouts that a run leaves open, by size of the loss chunk, largest first.
 
     Raises:
@@ -90,7 +90,7 @@ def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
         policies = ("dots", "full") if on_cpu else POLICIES
     chunk = config.training.loss_chunk_tokens
     chunks = [chunk] if chunk else _halves(CHUNK_TOKENS[on_cpu])
-    return [[Layout(s, p, chunk) for p in policies for s in sizes] for chunk in chunks]
+    return [[StepLayout(s, p, chunk) for p in policies for s in sizes] for chunk in chunks]
 
 
 def _halves(chunk: int) -> list[int]:
@@ -98,14 +98,14 @@ def _halves(chunk: int) -> list[int]:
     return [chunk >> i for i in range(count)]
 
 
-def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list[Layout]:
+def by_speed(config: RunConfig, machine: Machine, layouts: list[StepLayout]) -> list[StepLayout]:
     """Sorts layouts by the speed to expect, fastest first."""
     preset = machine.preset
     if preset is None:
         return sorted(layouts, key=lambda one: (POLICIES.index(one.remat), -one.batch_size))
     secs = {layout: expected_secs(config, machine, preset, layout) for layout in layouts}
     needs = {layout: quick(config, machine, layout).total_bytes for layout in layouts}
-    ordered: list[Layout] = []
+    ordered: list[StepLayout] = []
     left = set(layouts)
     while left:
         fastest = min(secs[layout] for layout in left)
@@ -115,7 +115,7 @@ def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list
     return ordered
 
 
-def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: Layout) -> float:
+def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: StepLayout) -> float:
     """Returns the least time for a token with a layout, on a device of the table."""
     from mamba_jax.costs.roofline import floor_secs, published
 
@@ -129,14 +129,14 @@ def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: L
     return secs
 
 
-def _setting(config: RunConfig, machine: Machine, layout: Layout) -> Setting:
+def _setting(config: RunConfig, machine: Machine, layout: StepLayout) -> Setting:
     on_cpu = machine.platform == "cpu"
     return setting_of(laid_out(config, layout), devices=machine.count, on_cpu=on_cpu)
 
 
 def first_that_fits(
-    layouts: Iterable[Layout], needs: Callable[[Layout], int], limit_bytes: int
-) -> tuple[Layout, int] | None:
+    layouts: Iterable[StepLayout], needs: Callable[[StepLayout], int], limit_bytes: int
+) -> tuple[StepLayout, int] | None:
     """Returns the first layout within the limit and what it needs; None: there is none."""
     for layout in layouts:
         needed = needs(layout)

@@ -5,9 +5,9 @@ import dataclasses
 from mamba_jax.checkpoints.resume import Start, laid_out_as_before
 from mamba_jax.config import RunConfig
 from mamba_jax.estimator import choose
-from mamba_jax.estimator.account import Account
+from mamba_jax.estimator.breakdown import MemoryBreakdown
 from mamba_jax.estimator.budget import Budget, Machine, budget, gib, this_machine
-from mamba_jax.estimator.choose import Layout
+from mamba_jax.estimator.choose import StepLayout
 from mamba_jax.estimator.exact import Compiler, Unavailable
 
 HOPELESS = 1.3  # times the budget by the formula: not worth a compile
@@ -21,7 +21,7 @@ class Plan:
     config: RunConfig  # with the layout filled in
     machine: Machine
     budget: Budget
-    account: Account  # by the formula
+    breakdown: MemoryBreakdown  # by the formula
     needs_bytes: int  # on each device, by ``level``
     level: str  # "quick" or "exact"
     notes: tuple[str, ...] = ()
@@ -40,8 +40,8 @@ class Plan:
         config, vram = self.config, self.config.vram
         found = {"quick": "by formula", "exact": "compiled"}[self.level]
         verdict = "" if self.fits else "; MORE THAN IT MAY USE: it can run out of memory"
-        width = max(map(len, self.account.parts))
-        parts = (f"  {part:<{width}}  {gib(n)}" for part, n in self.account.parts.items())
+        width = max(map(len, self.breakdown.parts))
+        parts = (f"  {part:<{width}}  {gib(n)}" for part, n in self.breakdown.parts.items())
         lines = (
             f"memory of {self.device}: {self.budget.text()}",
             f"layout: microbatch {vram.batch_size} × {vram.accumulation_steps} = "
@@ -107,7 +107,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
         config=choose.laid_out(config, layout),
         machine=machine,
         budget=limit,
-        account=choose.quick(whole, machine, layout),
+        breakdown=choose.quick(whole, machine, layout),
         needs_bytes=needs_bytes,
         level=level,
         notes=notes,
@@ -150,7 +150,7 @@ class _Exact:
         self._machine, self._compiler = machine, compiler
         self._limit_bytes = limit_bytes
 
-    def best(self, layouts: list[Layout]) -> tuple[Layout, int] | None:
+    def best(self, layouts: list[StepLayout]) -> tuple[StepLayout, int] | None:
         """Returns the first layout that fits, and what it needs."""
         for layout in layouts:
             about = choose.quick(self._config, self._machine, layout).total_bytes
@@ -163,7 +163,7 @@ class _Exact:
                 return layout, needed
         return None
 
-    def _on_the_line(self, layout: Layout, layouts: list[Layout]) -> float:
+    def _on_the_line(self, layout: StepLayout, layouts: list[StepLayout]) -> float:
         same = lambda other: dataclasses.replace(other, batch_size=layout.batch_size) == layout
         sizes = sorted(other.batch_size for other in layouts if same(other))
         low = sizes[0]
@@ -174,7 +174,7 @@ class _Exact:
         slope = (at(high) - at(low)) / (high - low)
         return at(low) + slope * (layout.batch_size - low)
 
-    def _compiled(self, layout: Layout) -> int:
+    def _compiled(self, layout: StepLayout) -> int:
         return self._compiler.step_bytes(choose.laid_out(self._config, layout))
 
 

@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan.associative import then
-from mamba_jax.ops.selective_scan.contract import SAVEABLE, compute_dtype, start_state
+from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, compute_dtype, start_state
 
 CHUNK_TOKENS = 64  # 32 and 128 need 0.7 and 1.8 times the memory, for twice and half the launches
 

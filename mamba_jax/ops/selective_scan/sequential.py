@@ -20,12 +20,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from mamba_jax.ops.selective_scan.contract import SAVEABLE, complete
+from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, with_epilogue
 
 CHUNK_TOKENS = 32  # 16 to 64 are equally fast
 
 
-@complete
+@with_epilogue
 def scan(
     x_bte: Float[Array, "b t e"],
     dt_bte: Float[Array, "b t e"],
@@ -35,7 +35,7 @@ def scan(
     initial_state_ben: Float[Array, "b e n"],
     reset_bt: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
-    """See ``contract.complete``."""
+    """See ``epilogue.with_epilogue``."""
     b, t, e = x_bte.shape
     k = -(-t // CHUNK_TOKENS)
     c = -(-t // k)  # chunks of equal length: 33 tokens are 2 × 17, not 2 × 32

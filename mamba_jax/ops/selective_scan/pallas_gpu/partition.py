@@ -13,7 +13,7 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Arrays
 
 # The inputs that every row shares; all others, and all outputs, have the rows on their first axis.
 SHARED = ("A", "D", "dt_bias")

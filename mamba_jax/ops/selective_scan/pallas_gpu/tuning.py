@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from mamba_jax.files import write_atomic
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Tile
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Tile
 
 DEFAULT_CARD = "default"
 
@@ -48,8 +48,8 @@ class Pass:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What the table knows of a card.
+class CardTuning:
+    """One entry of the table: how scans run on a card.
 
     Attributes:
       measured: whether the choice was timed on the card, or is arithmetic.
@@ -67,7 +67,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ScanPlan:
     """What one scan does."""
 
     chunk_tokens: int
@@ -77,19 +77,19 @@ class Plan:
     backward_segments: int
 
 
-def choose(b: int, t: int, e: int) -> Plan:
+def choose(b: int, t: int, e: int) -> ScanPlan:
     """Returns the plan for a scan of b rows, t tokens and e channels on this machine's GPU."""
-    return plan_for(this_row(), b, t, e)
+    return plan_for(this_tuning(), b, t, e)
 
 
-def this_row() -> Row:
-    """Returns the row of the table for this machine's GPU."""
+def this_tuning() -> CardTuning:
+    """Returns the table's entry for this machine's GPU."""
     return table().get(this_card(), table()[DEFAULT_CARD])
 
 
-def plan_for(row: Row, b: int, t: int, e: int) -> Plan:
+def plan_for(row: CardTuning, b: int, t: int, e: int) -> ScanPlan:
     """Returns the plan that a row of the table means."""
-    return Plan(
+    return ScanPlan(
         chunk_tokens=row.chunk_tokens,
         forward=row.forward.tile,
         backward=row.backward.tile,
@@ -111,7 +111,7 @@ def user_table_path() -> pathlib.Path:
 
 
 @functools.cache
-def table() -> dict[str, Row]:
+def table() -> dict[str, CardTuning]:
     """Returns the rows by card.
 
     Raises:
@@ -122,7 +122,7 @@ def table() -> dict[str, Row]:
     return rows | read(path) if path.is_file() else rows
 
 
-def read(path: pathlib.Path) -> dict[str, Row]:
+def read(path: pathlib.Path) -> dict[str, CardTuning]:
     """Reads a table. Raises: ValueError, naming the file, if it is damaged."""
     try:
         return {card: _parse(row) for card, row in json.loads(path.read_text()).items()}
@@ -133,14 +133,14 @@ def read(path: pathlib.Path) -> dict[str, Row]:
         ) from error
 
 
-def write(path: pathlib.Path, rows: dict[str, Row]) -> None:
+def write(path: pathlib.Path, rows: dict[str, CardTuning]) -> None:
     """Writes a table that ``read`` reads; a run that starts meanwhile reads the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({card: dataclasses.asdict(row) for card, row in rows.items()}, indent=2)
     write_atomic(path, text + "\n")
 
 
-def _parse(row: dict[str, Any]) -> Row:
+def _parse(row: dict[str, Any]) -> CardTuning:
     _check({name: row[name] for name in ("schedulers", "chunk_tokens")})
     passes = {}
     for name in ("forward", "backward"):
@@ -148,7 +148,7 @@ def _parse(row: dict[str, Any]) -> Row:
         _check(values["tile"])
         _check({"warps_per_scheduler": values["warps_per_scheduler"]}, least=0)
         passes[name] = Pass(**(values | {"tile": Tile(**values["tile"])}))
-    return Row(**(row | passes))
+    return CardTuning(**(row | passes))
 
 
 def _check(sizes: dict[str, Any], least: int = 1) -> None:

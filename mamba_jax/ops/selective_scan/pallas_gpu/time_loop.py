@@ -1,8 +1,8 @@
-"""How a kernel walks along time: segments of chunks of groups of tokens.
+"""How a kernel loops over time: segments of chunks of groups of tokens.
 
-A program walks one segment. A state is saved at each chunk's start, and a group is the tokens whose
-loads are issued together and whose states fit in registers. Lengths are static, so that the last
-chunk and the last group, whatever their lengths, are code of their own: no masks, no padding.
+A program processes one segment. A state is saved at each chunk's start, and a group is the tokens
+whose loads are issued together and whose states fit in registers. Lengths are static, so that the
+last chunk and the last group, whatever their lengths, are code of their own: no masks, no padding.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class TimeLoop:
     """A division of ``tokens``; ``segments`` may end up smaller than asked for (see ``divide``)."""
 
     tokens: int
@@ -24,7 +24,7 @@ class Walk:
     chunks_per_segment: int
 
     @classmethod
-    def divide(cls, tokens: int, chunk_tokens: int, group_tokens: int, segments: int) -> "Walk":
+    def divide(cls, tokens: int, chunk_tokens: int, group_tokens: int, segments: int) -> "TimeLoop":
         """Makes segments of equally many chunks, only the last one shorter, and none empty."""
         chunks = -(-tokens // chunk_tokens)
         per_segment = -(-chunks // segments)

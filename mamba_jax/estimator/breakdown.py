@@ -25,7 +25,7 @@ _SCHEDULER_WARPS = 1_056  # warps up to which the backward scan splits a sequenc
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class MemoryBreakdown:
     """Bytes by part at the moment that needs most."""
 
     parts: dict[str, int]
@@ -35,8 +35,8 @@ class Account:
         return sum(self.parts.values())
 
 
-def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Account:
-    """Accounts for a step.
+def memory_breakdown(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> MemoryBreakdown:
+    """Returns the bytes of each part of a step.
 
     Args:
       model: with its ``vocab_size`` set.
@@ -76,7 +76,7 @@ def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Accou
     else:
         parts["gradients"] += _F * layers
         parts["workspace"] = workspace
-    return Account({part: round(size) for part, size in parts.items()})
+    return MemoryBreakdown({part: round(size) for part, size in parts.items()})
 
 
 def _starts(model: ModelConfig) -> float:
