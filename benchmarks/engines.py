@@ -99,7 +99,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"| {row['folder_bytes'] / 1e3:,.0f} kB |"
         )
     lines.append("")
-    lines.append("llama.cpp is asked for log-probabilities of its 20 likeliest tokens, not logits.")
+    lines.append("llama.cpp reports log-probabilities of its 20 likeliest tokens, not logits.")
     return "\n".join(lines) + "\n"
 
 

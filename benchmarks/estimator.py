@@ -96,7 +96,7 @@ def run_of(case: Case, machine: Machine) -> tuple[RunConfig, StepLayout]:
 
 
 def measure(chosen: list[Case], machine: Machine, jobs: int) -> list[dict[str, Any]]:
-    """Compiles the cases, ``jobs`` at a time, and sets the formula beside."""
+    """Compiles the cases, ``jobs`` at a time, and compares the formula."""
     own = threading.local()  # a compiler's process for each thread
     compilers: list[Compiler] = []
 
@@ -167,7 +167,9 @@ def _name(row: dict[str, Any]) -> str:
 def main() -> int:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description="The memory formula against the compiler.")
-    parser.add_argument("--sizes", default="", help="only these, by commas; nothing is written")
+    parser.add_argument(
+        "--sizes", default="", help="only these, separated by commas; writes no files"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="compiles at a time")
     given = parser.parse_args()
     device = device_named(CARD)

@@ -336,7 +336,7 @@ def measure_isolated(
     *,
     memory: bool,
 ) -> None:
-    """Adds what only separate processes can tell to the rows of ``measure``.
+    """Adds to the rows of ``measure`` what only separate processes can measure.
 
     Args:
       benchmark, candidates, case, context: as in ``isolate``.

@@ -61,7 +61,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's own name, or its architecture where the system does not tell."""
+    """The processor's own name, or its architecture where the system does not report it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = re.findall(r"model name\s*:\s*(.+)", file.read())

@@ -141,7 +141,7 @@ class Server:
         self._folder.cleanup()
 
     def expected(self, prompt: str, max_tokens: int) -> str:
-        """What offline generation says, each prompt asked once."""
+        """The texts of offline generation, one for each prompt."""
         from mamba_jax.generation import generate_text
 
         if (prompt, max_tokens) not in self._known:

@@ -1,4 +1,4 @@
-"""``python -m mamba_jax.memory``: what a run needs of a device, and which layout fits it."""
+"""``mamba-jax memory``: the memory that a run needs on a device, and a layout that fits."""
 
 import argparse
 import dataclasses
@@ -18,14 +18,14 @@ _STAND_IN = "RTX-4080"  # planned for where there is no card: one with 16 GB
 
 _DESCRIPTION = """\
 Plans a run as training would: microbatch × accumulation, remat policy and loss chunk, with the
-bytes of each part. Takes the flags of mamba_jax.train that say what to train (--model_size,
+bytes of each part. Takes the flags of `mamba-jax train` that say what to train (--model_size,
 --training_preset, --config, --vram, --vram_safety_margin, --config.GROUP.FIELD=VALUE …) and:
 """
 _EPILOG = """\
 examples:
-  python -m mamba_jax.memory --model_size hybrid-small-standard --vram 16gb
-  python -m mamba_jax.memory --model_size large --device "A100 40GB" --seq_len 8192 --exact
-  python -m mamba_jax.memory --table
+  mamba-jax memory --model_size hybrid-small-standard --vram 16gb
+  mamba-jax memory --model_size large --device "A100 40GB" --seq_len 8192 --exact
+  mamba-jax memory --table
 """
 
 _CARDS = (
@@ -45,19 +45,20 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--device", metavar="NAME", help="plan for: " + ", ".join(_device_names()))
-    parser.add_argument("--seq_len", metavar="N", help="tokens of a window")
+    parser.add_argument("--seq_len", metavar="N", help="tokens per window")
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="compile the step (half a minute; see scripts/compilers.sh), not by formula",
+        help="compile the step instead of using the formula (half a minute; see "
+        "scripts/compilers.sh)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--table", action="store_true", help="all sizes on ten common GPUs")
+    parser.add_argument("--table", action="store_true", help="print all sizes on ten common GPUs")
     parser.error = _refuse  # type: ignore[method-assign]
     own, rest = parser.parse_known_args(argv)
     if own.table:
         if own.device or own.exact or own.seq_len or rest:
-            raise UserError("--table goes with --json only: it is of all sizes and GPUs")
+            raise UserError("--table accepts only --json: it covers all sizes and GPUs")
         return _print_tables(own.json)
     config = train_arguments.read(rest).config
     if own.seq_len is not None:
@@ -92,7 +93,7 @@ def _device_names() -> list[str]:
 
 
 def _machine(name: str | None) -> tuple[Machine, str]:
-    """Returns what to plan for, and what to say of it."""
+    """Returns what to plan for, and a note about it."""
     if name is not None:
         device = device_named(name)
         if device is None:
@@ -103,7 +104,7 @@ def _machine(name: str | None) -> tuple[Machine, str]:
     if visible_cards():
         return this_machine(), "computed for this machine, not measured"
     stand_in = Machine(_STAND_IN, "gpu")
-    return stand_in, f"no GPU here: computed as for {_STAND_IN}, not measured"
+    return stand_in, f"no GPU found: computed for {_STAND_IN}, not measured"
 
 
 def _record(planned: Any) -> dict[str, Any]:
@@ -139,8 +140,8 @@ def _print_tables(as_json: bool) -> int:
         return 0
     print(
         "Computed, not measured: windows of 2048 tokens, an effective batch of 32, bfloat16.\n\n"
-        "Memory of a size in GiB: the least that a step needs (one sequence per microbatch, full\n"
-        "remat), and what the layout chosen for an RTX 4080 needs.\n"
+        "Memory of each size in GiB: the least that a step needs (one sequence per microbatch,\n"
+        "full remat), and what the layout chosen for an RTX 4080 needs.\n"
     )
     rows = []
     for name, figures in sizes.items():
@@ -157,8 +158,8 @@ def _print_tables(as_json: bool) -> int:
     header = ["size", "parameters", "least", "RTX 4080", "microbatch, remat"]
     print_table(header, rows, n_text_columns=1)
     print(
-        "\nMicrobatch of each size on each GPU, of 32; n: no remat, d: dots, f: full; -: does not\n"
-        "fit.\n"
+        "\nMicrobatch of each size on each GPU, out of 32; n: no remat, d: dots, f: full; -: does\n"
+        "not fit.\n"
     )
     rows = [[name, *(_short(layouts[card][name]) for card in _CARDS)] for name in sizes]
     print_table(["size", *_CARDS], rows, n_text_columns=1)

@@ -1,4 +1,4 @@
-"""What is said about a field of the config where it is declared: constraint, choices and help.
+"""The constraint, choices and help of a config field, declared together with the field.
 
 A field is ``name: Annotated[type, CONSTRAINT, "help"] = default``; the constraint is optional, and
 a ``Literal`` type lists the choices. Checks, ``--help`` and the reference are made from these.
@@ -13,9 +13,9 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What a single value must be, beyond its type."""
+    """A condition on a single value, beyond its type."""
 
-    words: str  # completes "field=value …"
+    words: str  # complete the message "field=value …"
     holds: Callable[[Any], bool]
 
 
@@ -33,8 +33,8 @@ class Field:
     Attributes:
       name: dotted, as after ``--config.``.
       type: without its annotations; ``str`` for a choice.
-      default: of the field.
-      choices: the values that a text may have; (): any.
+      default: the default value.
+      choices: the permitted values of a text field; (): any value.
       constraint: None: any value of the type.
       help: one sentence or a few, for users.
     """

@@ -19,7 +19,7 @@ class Device:
 
     A GPU's special functions (exp2, log2, rsqrt …) run 16 a clock on each multiprocessor (NVIDIA's
     CUDA C++ documentation, arithmetic throughput, capabilities 7.0 to 12.0), against 64 or 128
-    float32 multiply-adds: 1/8 or 1/16 of the float32 figure. A TPU's vector peaks are not published.
+    float32 multiply-adds: 1/8 or 1/16 of the float32 figure. TPUs' vector peaks are not published.
     """
 
     name: str  # for ``--device``
@@ -121,14 +121,14 @@ DEVICES: tuple[Device, ...] = (
 def device_named(name: str) -> Device | None:
     """Returns the row that a user means, or jax names by its ``device_kind``; None: there is none.
 
-    Case, spaces and hyphens do not matter; "4080" and "v5e" will do, and "A100" is the first of its
-    rows.
+    Case, spaces and hyphens do not matter; "4080" and "v5e" are enough, and "A100" is the first
+    of its rows.
     """
-    asked = _words(name)
+    wanted = _words(name)
     for device in DEVICES:
         words = _words(device.name)
         short = words[1:] if words[0] in ("rtx", "tpu") else words[:1]
-        if name in device.kinds or asked in (words, short):
+        if name in device.kinds or wanted in (words, short):
             return device
     return None
 

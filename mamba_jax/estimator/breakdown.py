@@ -103,7 +103,7 @@ def kept_bytes(model: ModelConfig, setting: Setting) -> float:
 
 
 def _masks(model: ModelConfig, setting: Setting) -> int:
-    """Of each tap and channel whether it lies in the document: made once, for all layers."""
+    """Whether each tap and channel is in the document: computed once, for all layers."""
     return model.d_conv * model.d_inner if setting.remat == "none" else 0
 
 
@@ -132,7 +132,7 @@ def _reads_inside(model: ModelConfig) -> bool:
 
 
 def _reads(model: ModelConfig) -> int:
-    """How often the attention is read."""
+    """How often the model reads the attention."""
     return model.recursion_depth if _reads_inside(model) else 1
 
 

@@ -1,17 +1,18 @@
 """Chooses how a run's effective batch is laid out: microbatch, remat policy, loss chunk.
 
 The effective batch, the model and the length of its windows are the user's and never change. What
-the user has set of the layout stays as well. Of what is left open, the fastest is taken that fits:
+the user has set of the layout stays as well. Among the layouts left open, the fastest that fits
+wins:
 
-* Speed is the floor of ``costs.flops`` on the device's published peaks: "dots" and "full" make
-  more again, smaller microbatches read weights and add up gradients more often. What "none" keeps
-  beyond "dots" a fused program would never have written: it is written and read once more, which on
-  a card with slow memory costs more than making it again. (The order is computed; it has not been
-  timed on a card. On a CPU it has: there "dots" is the fastest.) Of layouts within 1% of the
-  fastest, the one that needs least is taken.
+* Speed is the floor of ``costs.flops`` on the device's published peaks: "dots" and "full"
+  recompute more, smaller microbatches read weights and add up gradients more often. What "none"
+  keeps beyond "dots" a fused program would never have written: it is written and read once more,
+  which on a card with slow memory costs more than recomputing it. (The order is computed; it has
+  not been timed on a card. On a CPU it has: there "dots" is the fastest.) Among layouts within 1%
+  of the fastest, the one that needs the least memory wins.
 * Without published peaks (a CPU, an unknown card) "dots" comes first, then "none", then "full", and
   a larger microbatch before a smaller one. On a CPU a microbatch ends at ``CPU_TOKENS`` tokens.
-* The loss is made in the usual chunks; only where nothing fits, in halves of them.
+* The loss is computed in chunks of the usual size, halved only where nothing fits.
 """
 
 import dataclasses
@@ -152,7 +153,7 @@ def smallest_bytes(config: RunConfig, machine: Machine) -> int:
 
 
 def nothing_fits(config: RunConfig, machine: Machine, limit: Budget) -> UserError:
-    """Returns the error that names what would fit, and the knob to turn."""
+    """Returns the error that names what would fit, and the settings to change."""
     model = config.model
     fitting = [
         size
@@ -161,22 +162,22 @@ def nothing_fits(config: RunConfig, machine: Machine, limit: Budget) -> UserErro
         and smallest_bytes(_resized(config, size.name), machine) <= limit.bytes
     ]
     count = lambda size: parameter_count(_resized(config, size.name).model).total
-    knobs = []
+    remedies = []
     if fitting:
-        knobs.append(f'the largest size that fits is "{max(fitting, key=count).name}"')
+        remedies.append(f'the largest size that fits is "{max(fitting, key=count).name}"')
     length = model.max_seq_len
     while length > 64:
         length //= 2
         shorter = dataclasses.replace(model, max_seq_len=length)
         if smallest_bytes(dataclasses.replace(config, model=shorter), machine) <= limit.bytes:
-            knobs.append(f"this one fits with model.max_seq_len={length}")
+            remedies.append(f"this one fits with model.max_seq_len={length}")
             break
-    knobs.append("else give it more memory (--vram, a smaller --vram_safety_margin)")
+    remedies.append("or give it more memory (--vram, a smaller --vram_safety_margin)")
     if machine.count > 1 and config.parallel.fsdp < machine.count:
-        knobs.append(f"or divide the state (parallel.fsdp={machine.count})")
+        remedies.append(f"or shard the state (parallel.fsdp={machine.count})")
     return UserError(
         f"{config.name} needs at least {gib(smallest_bytes(config, machine))} on each device and "
-        f"may use {limit.text()}: {', '.join(knobs)}"
+        f"may use {limit.text()}; {', '.join(remedies)}"
     )
 
 

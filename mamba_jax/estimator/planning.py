@@ -36,17 +36,17 @@ class Plan:
         return f"{self.machine.count} × {self.machine.kind}"
 
     def text(self) -> str:
-        """Returns lines that tell the plan and where its bytes go."""
+        """Returns lines that describe the plan and where its bytes go."""
         config, vram = self.config, self.config.vram
         found = {"quick": "by formula", "exact": "compiled"}[self.level]
-        verdict = "" if self.fits else "; MORE THAN IT MAY USE: it can run out of memory"
+        verdict = "" if self.fits else "; OVER BUDGET: the run can run out of memory"
         width = max(map(len, self.breakdown.parts))
         parts = (f"  {part:<{width}}  {gib(n)}" for part, n in self.breakdown.parts.items())
         lines = (
             f"memory of {self.device}: {self.budget.text()}",
             f"layout: microbatch {vram.batch_size} × {vram.accumulation_steps} = "
             f"{vram.effective_batch_size} sequences of {config.model.max_seq_len} tokens, remat "
-            f"{config.model.remat}, loss by {config.training.loss_chunk_tokens} tokens",
+            f"{config.model.remat}, loss in chunks of {config.training.loss_chunk_tokens} tokens",
             f"needs {gib(self.needs_bytes)} on each device ({found}){verdict}; by formula:",
             *parts,
             *self.notes,
@@ -54,7 +54,7 @@ class Plan:
         return "\n".join(lines)
 
     def compared(self) -> str:
-        """Tells the estimate beside the peak of the first device; "" where that tells none."""
+        """Compares the estimate with the first device's peak; "" if it reports none."""
         import jax
 
         peak_bytes = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -99,7 +99,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
     if found is None:
         if not (config.vram.batch_size or config.vram.gradient_accumulation_steps):
             raise choose.nothing_fits(whole, machine, limit)
-        # The user's own microbatch is not refused: with the least of what is left open.
+        # The user's own microbatch is not refused: choose the least for what is left open.
         layout = min((one for group in groups for one in group), key=formula)
         level, found = "quick", (layout, formula(layout))
     layout, needs_bytes = found
@@ -115,7 +115,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
 
 
 def plan_run(config: RunConfig, start: Start | None) -> Plan:
-    """Lays out a run on this machine, where it can as the run that it continues was.
+    """Lays out a run on this machine, if possible like the run that it resumes.
 
     Raises:
       UserError: as ``plan``.
@@ -128,7 +128,7 @@ def plan_run(config: RunConfig, start: Start | None) -> Plan:
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:
-    """Returns the run with as many embeddings as the tokenizer has ids, if it leaves that open."""
+    """Returns the run with the tokenizer's number of ids, if it leaves the vocabulary open."""
     if config.model.vocab_size:  # the tokenizer takes a tenth of a second
         return config
     from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
@@ -137,10 +137,10 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
 
 
 class _Exact:
-    """Searches by what the compiler says: a line through two microbatches, then the choice itself.
+    """Searches by the compiler's figures: a line through two microbatches, then the choice itself.
 
-    Memory grows by the same amount with every sequence, so two compiles of a remat policy tell all
-    its microbatches nearly; what is chosen is compiled, and stepped down from if it is over.
+    Memory grows by the same amount with every sequence, so two compiles of a remat policy nearly
+    determine all its microbatches; the choice is compiled too, and lowered if it does not fit.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Cards to compile for without having them: what a program needs there, read off the result.
+"""Compiles for cards that this machine does not have, to read what a program needs there.
 
 ``scripts/compilers.sh`` installs the compilers into ``.compilers``, which must be on the path of a
 process of its own: ``PYTHONPATH=.compilers JAX_PLATFORMS=cpu python …``. Then
@@ -64,7 +64,7 @@ def cuda_target(card: str) -> SingleDeviceSharding:
         )
     plugin = _need("jax_plugins.xla_cuda12")
     cuda = plugin.parents[1] / "nvidia" / "cuda_nvcc"
-    os.environ["PATH"] = f"{cuda / 'bin'}{os.pathsep}{os.environ['PATH']}"  # where ptxas lies
+    os.environ["PATH"] = f"{cuda / 'bin'}{os.pathsep}{os.environ['PATH']}"  # where ptxas is
     # There is no card to measure candidates on; libdevice is where it was installed.
     flags = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={cuda}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

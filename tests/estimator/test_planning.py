@@ -132,7 +132,7 @@ def test_what_the_user_set_stays_even_where_it_does_not_fit():
     run = with_model(run_of("xxlarge", batch_size=16), remat="none")
     planned = plan(run, machine=RTX)
     assert planned.config.vram.batch_size == 16 and planned.config.model.remat == "none"
-    assert not planned.fits and "MORE THAN IT MAY USE" in planned.text()
+    assert not planned.fits and "OVER BUDGET" in planned.text()
     # What it leaves open is chosen as carefully as can be.
     assert plan(run_of("xxlarge", batch_size=16), machine=RTX).config.model.remat == "full"
     by_accumulation = plan(run_of("small", gradient_accumulation_steps=8), machine=RTX)
@@ -235,7 +235,7 @@ def test_without_a_compiler_the_plan_is_quick_and_says_so(monkeypatch, tmp_path)
     monkeypatch.setattr(exact, "_ROOT", tmp_path)
     why = "scripts/compilers.sh"
     if jax.__version_info__ >= (0, 11):  # it could not use them
-        why = "compiles a whole step only for devices that are here"
+        why = "compiles a whole step only for devices of this machine"
     planned = plan(run_of("small"), level="exact", machine=RTX)
     assert planned.level == "quick" and why in planned.text()
     planned = plan(run_of("small"), level="exact", machine=of_device(device_named("TPU v5e")))

@@ -4,7 +4,7 @@ On a CPU core an associative scan makes log(c) extra passes over the states, aut
 stores every state and reads it back, and an XLA `reduce` inside a time loop may become a library
 call of 70 µs. Hence one small step per iteration, with the states laid out (b, n, e), e in the
 vector lanes; sums over n or e are dots or trees of additions, never `reduce`; and only the state at
-each chunk's start is kept, the others are made again in the backward: O(B·L·D) memory.
+each chunk's start is kept, the others are recomputed in the backward: O(B·L·D) memory.
 
 The adjoint, with g_t the gradient of the state h_t by all that comes after (and y_t):
   g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1},   q_t = g_t exp(dt_t A) h_{t-1}  (of the exponent dt A)

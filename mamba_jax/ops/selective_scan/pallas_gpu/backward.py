@@ -5,10 +5,10 @@ output before the gate, σ the sigmoid and dp = dy silu(z):
   g_t = C_t dp_t + a_{t+1} g_{t+1},   q_t = g_t a_t h_{t-1}  (the gradient of the exponent Δ_t A)
   dC_t = Σ_e h_t dp_t,   dB_t = Σ_e g_t Δ_t x_t,   dz = dy p σ(z) (1 + z (1 - σ(z)))
   dx_t = Δ_t Σ_n g_t B_t + D dp_t,   dΔ_t = x_t Σ_n g_t B_t + Σ_n q_t A,   dA = Σ_t q_t Δ_t
-The forward saved the states before chunks. A chunk's are made again twice: first those before its
-groups, into a scratch that its program reuses for every chunk (so that it stays in the L2 cache),
-then those within a group, in registers. dB and dC are summed over a program's channels only; the
-caller adds the programs' sums, in an order that is always the same.
+The forward saved the states before chunks. A chunk's states are recomputed twice: first those
+before its groups, into a scratch that its program reuses for every chunk (so that it stays in the
+L2 cache), then those within a group, in registers. dB and dC are summed over a program's channels
+only; the caller adds the programs' sums, in an order that is always the same.
 
 Shapes: b batch, t time, e d_inner, n d_state, s segment, k chunk, j block of channels.
 """

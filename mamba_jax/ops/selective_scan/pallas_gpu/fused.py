@@ -25,7 +25,7 @@ DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 def supports(d_inner: int, d_state: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Returns None if the kernels take this shape and dtype, else a sentence that says why not.
 
-    Where this machine has a GPU, it must be one that they run on; another machine's is not judged.
+    Where this machine has a GPU, it must be one that they run on; another machine's is not checked.
 
     Raises:
       ValueError: if the user's tuning table is damaged (see ``tuning.table``).
@@ -67,15 +67,15 @@ def scan(
     interpret: bool = False,
     plan: tuning.ScanPlan | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the scan with all that surrounds it fused: the arguments of ``selective_scan``.
+    """Runs the scan with its prologue and epilogue fused; arguments as of ``selective_scan``.
 
-    x, z, B, C and dt are bfloat16 or float32, each as it likes; all sums are float32. A reset
+    x, z, B, C and dt are each bfloat16 or float32; all sums are float32. A reset
     multiplies the state before it by 0, so that state must be finite.
 
     Args:
       interpret: whether to run the kernels as plain JAX, on any platform, slowly.
-      plan: the shape of the programs; None: the one tuned for this GPU and for as many rows as
-        each device has.
+      plan: the shape of the programs; None: the one tuned for this GPU and for the rows of
+        each device.
 
     Raises:
       ValueError: for a shape or a dtype that the kernels do not take (see ``supports``).

@@ -19,7 +19,7 @@ from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import LOG2_E, Math
 from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 # Added to the exponent of a decay, it makes the decay exactly 0: what came before is dropped. It
-# is finite, lest it meet an infinity.
+# is finite, so that it never meets an infinity.
 DROP = -1e30
 
 Arrays = dict[str, jax.Array]

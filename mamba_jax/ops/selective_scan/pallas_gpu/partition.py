@@ -1,7 +1,7 @@
 """Rows on several devices: each device runs the kernels on its own rows.
 
-XLA cannot look into a kernel, so it would gather the whole batch on every device. Here it is told
-that the leading axis, where an array has it, may be divided, and no other.
+XLA cannot look into a kernel, so it would gather the whole batch on every device. The rule here
+allows it to divide the leading axis of each array that has rows, and no other axis.
 """
 
 import functools
@@ -20,7 +20,7 @@ SHARED = ("A", "D", "dt_bias")
 
 
 def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays, key: str) -> Arrays:
-    """Returns ``function(inputs)``, computed where the rows lie.
+    """Returns ``function(inputs)``, computed on the devices that hold the rows.
 
     Args:
       function: works on any number of rows, each for itself.

@@ -15,7 +15,7 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class TimeLoop:
-    """A division of ``tokens``; ``segments`` may end up smaller than asked for (see ``divide``)."""
+    """A division of ``tokens``; ``segments`` may end up smaller than requested (see ``divide``)."""
 
     tokens: int
     chunk_tokens: int

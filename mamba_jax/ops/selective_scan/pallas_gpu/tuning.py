@@ -1,7 +1,7 @@
-"""Which tiles and how many segments: a small table, a row for each card.
+"""The tiles and segments of a scan: a small table with an entry for each card.
 
-The table beside this file can be overridden, card by card, by a file that
-``python -m mamba_jax.autotune`` writes: ``user_table_path()``. Both are read once.
+The table in this folder can be overridden, card by card, by a file that
+``mamba-jax autotune`` writes: ``user_table_path()``. Both are read once.
 
 Shapes: b batch, t time, e d_inner.
 """
@@ -129,12 +129,12 @@ def read(path: pathlib.Path) -> dict[str, CardTuning]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a tuning table ({type(error).__name__}: {error}); delete it "
-            "(python -m mamba_jax.autotune makes a new one)"
+            "(mamba-jax autotune writes a new one)"
         ) from error
 
 
 def write(path: pathlib.Path, rows: dict[str, CardTuning]) -> None:
-    """Writes a table that ``read`` reads; a run that starts meanwhile reads the old or the new."""
+    """Writes a table for ``read``; a run that starts at the same time reads the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({card: dataclasses.asdict(row) for card, row in rows.items()}, indent=2)
     write_atomic(path, text + "\n")
@@ -154,6 +154,6 @@ def _parse(row: dict[str, Any]) -> CardTuning:
 def _check(sizes: dict[str, Any], least: int = 1) -> None:
     for name, value in sizes.items():
         if type(value) is not int or value < least:
-            raise ValueError(f"{name} is {value!r}, not a whole number from {least} on")
+            raise ValueError(f"{name} is {value!r}, not a whole number of at least {least}")
         if name in ("block_channels", "num_warps") and value & (value - 1):
             raise ValueError(f"{name} is {value}, not a power of two")
