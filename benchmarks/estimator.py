@@ -36,8 +36,8 @@ LENGTHS = (512, 1024, 2048, 8192)
 # Tokens of a microbatch: what leaves a step of these sizes between 1 and 20 GiB.
 POLICIES = {"none": 8_192, "dots": 8_192, "full": 16_384}
 SIZES = ("medium", "large", "hybrid-small-standard")
-# Of the other sizes one case each, by turns of policy, length and tokens of a microbatch; the last
-# ones were compiled when the formula was finished.
+# One case for each of the other sizes, by turns of policy, length and tokens of a microbatch; the
+# last ones were compiled when the formula was finished.
 OTHERS = (
     ("small", "none", 2048, 8_192),
     ("medium-lite", "dots", 1024, 8_192),

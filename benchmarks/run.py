@@ -36,7 +36,7 @@ ALL_CORES = ("startup", "serving")  # as a user has them
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs one benchmark; returns 0 also where a check failed: the report says so."""
+    """Runs one benchmark; returns 0 even if a check failed: the report says so."""
     listing = "\n".join(f"  {name:<9} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",

@@ -117,7 +117,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 
 
 def main() -> None:
-    """Compiles the step of the size that is named and says how long that took."""
+    """Compiles the step of the named size and reports how long it took."""
     import jax
     import numpy as np
 

@@ -22,7 +22,7 @@ from benchmarks.report import bars, case_key, colours, length_axis, ratio
 
 BASELINE = "mamba_jax"
 TRANSFORMER, TRANSFORMER_REMAT = "Transformer in JAX", "Transformer in JAX, remat"
-# Of glibc. Not its default: what is kept may grow to several times what is used.
+# A setting of glibc, not its default: what is kept may grow to several times what is used.
 KEEP_FREED = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",

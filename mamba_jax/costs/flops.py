@@ -4,12 +4,12 @@ Four amounts are kept apart, as a device has a limit of its own for each:
 
 * matmul FLOPs: 2·m·n·k of every matrix product. *Model FLOPs* are those of the forward and, for
   training, its gradient (twice the forward). They measure use (MFU), so nothing that an
-  implementation adds is in them. *Hardware FLOPs* (HFU) add what is made again in the backward:
+  implementation adds is in them. *Hardware FLOPs* (HFU) add what is recomputed in the backward:
   the attention scores, and the layers under a remat policy.
 * elementwise FLOPs: additions, products, comparisons. A backward has twice those of the forward
   unless said otherwise.
 * special operations: exp, log, sin, rsqrt, reciprocal. softplus is two (exp, log), a sigmoid or
-  silu is two (exp, reciprocal). A backward makes them again.
+  silu is two (exp, reciprocal). A backward recomputes them.
 * bytes: every operation reads its inputs and writes its outputs once; a backward reads the inputs
   and the output's gradient, and writes the inputs' gradients. Values between matrix products are
   of the matmul dtype; the residual stream, Δ and the recursion's state are float32. Logits, scores
@@ -151,7 +151,7 @@ def _unneeded_macs(config: ModelConfig) -> dict[str, int]:
     """Returns, by part, the last product of a layer if it is only added to the residual stream.
 
     No backward needs its result, so that XLA does not make it again. What the recursion adds is
-    made again all the same, as its steps are one loop.
+    recomputed all the same, as its steps are one loop.
     """
     hybrid = config.family == "hybrid"
     if hybrid and config.fusion != "sum":
@@ -228,7 +228,7 @@ def _scan(config: ModelConfig, setting: Setting) -> Part:
     Forward: for each of n states dt·A, its exp, decay·h + (dt x)·B and the sum with C make 6
     elementwise FLOPs and one exp; bias, softplus and dt·x another 4, and 2 special operations.
 
-    Backward, per state: the states made again (4), then the gradients by C (2), by the state (3)
+    Backward, per state: the states recomputed (4), then the gradients by C (2), by the state (3)
     and through the decay (1), by dt·x (2), B (2), the exponent (1), A (2) and dt (2): 19. Special
     operations are those of the fused adjoint: the exps once more, softplus and its derivative (7).
     """

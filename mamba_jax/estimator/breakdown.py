@@ -18,7 +18,7 @@ from mamba_jax.costs.flops import Setting
 from mamba_jax.costs.parameters import layer_parameters, parameter_count
 
 _F = 4
-# Of the fused scan: tokens from one kept state to the next, channels of a program (each makes its
+# For the fused scan: tokens from one kept state to the next, channels of a program (each makes its
 # own sums of dB and dC), tokens whose states are in registers together.
 _CHUNK_TOKENS, _BLOCK_CHANNELS, _GROUP_TOKENS = 32, 32, 2
 _SCHEDULER_WARPS = 1_056  # warps up to which the backward scan splits a sequence
@@ -143,7 +143,7 @@ def _step(model: ModelConfig, a: int) -> float:
 
 
 def _read(model: ModelConfig, a: int) -> float:
-    """What the backward of a read of the attention needs, but for scores: they are made again."""
+    """What the backward of a read of the attention needs, but for scores: they are recomputed."""
     scales = len(model.attention_scales)
     return (3 + scales) * _F * model.d_model + (1 + scales) * a * model.d_model
 
@@ -155,7 +155,7 @@ def _workspace(model: ModelConfig, setting: Setting) -> float:
     # The gradient of the stream; x, z, y and their gradients; Δ and its gradient.
     work = _F * d + a * d + 5 * a * e + 2 * _F * e + partial + _starts(model)
     if setting.remat == "full":
-        work += a * d + 3 * a * e  # the norm, x and z, made again
+        work += a * d + 3 * a * e  # the norm, x and z, recomputed
     if model.family == "mamba":
         return work
     stream = 6 * _F * d  # of the parts of the block, and of their gradients
