@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from mamba_jax.cli import train_arguments
 from mamba_jax.cli.terminal import print_table
 from mamba_jax.config import RunConfig, freeze, preset_config, presets
-from mamba_jax.costs.devices import DEVICES, Device, device_named
-from mamba_jax.errors import UserError, command, did_you_mean
+from mamba_jax.costs.devices import DEVICES, device_of_flag
+from mamba_jax.errors import UserError, command
 from mamba_jax.estimator.budget import GIB, Machine, of_device, this_machine, visible_cards
 
 _STAND_IN = "RTX-4080"  # planned for where there is no card: one with 16 GB
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--device", metavar="NAME", help="plan for: " + ", ".join(_device_names()))
+    names = (device.name for device in DEVICES)
+    parser.add_argument("--device", metavar="NAME", help="plan for: " + ", ".join(names))
     parser.add_argument("--seq_len", metavar="N", help="tokens per window")
     parser.add_argument(
         "--exact",
@@ -88,18 +89,10 @@ def _with_length(config: RunConfig, text: str) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _device_names() -> list[str]:
-    return [device.name for device in DEVICES]
-
-
 def _machine(name: str | None) -> tuple[Machine, str]:
     """Returns what to plan for, and a note about it."""
     if name is not None:
-        device = device_named(name)
-        if device is None:
-            names = _device_names()
-            near = did_you_mean(name.replace(" ", "-").upper(), names)
-            raise UserError(f'unknown --device "{name}"{near} (choices: {", ".join(names)})')
+        device = device_of_flag(name)
         return of_device(device), f"computed for {device.name}, not measured"
     if visible_cards():
         return this_machine(), "computed for this machine, not measured"
@@ -174,7 +167,7 @@ def _size(name: str) -> dict[str, Any]:
     config = _run_of(name)
     return {
         "parameters": parameter_count(config.model).total,
-        "least_bytes": smallest_bytes(config, of_device(_preset(_STAND_IN))),
+        "least_bytes": smallest_bytes(config, of_device(device_of_flag(_STAND_IN))),
     }
 
 
@@ -183,19 +176,14 @@ def _on_card(name: str, card: str) -> dict[str, Any] | None:
     """Returns the layout chosen for a size on a card; None: it does not fit."""
     from mamba_jax.estimator import plan
 
+    machine = of_device(device_of_flag(card))
     try:
-        planned = plan(_run_of(name), machine=of_device(_preset(card)))
+        planned = plan(_run_of(name), machine=machine)
     except UserError:
         return None
     kept = ("batch_size", "gradient_accumulation_steps", "remat", "needs_bytes", "budget_bytes")
     record = _record(planned)
     return {key: record[key] for key in kept}
-
-
-def _preset(name: str) -> Device:
-    device = device_named(name)
-    assert device is not None, name
-    return device
 
 
 def _run_of(name: str) -> RunConfig:

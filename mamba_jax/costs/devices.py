@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from mamba_jax.errors import UserError, did_you_mean
+
 
 @dataclasses.dataclass(frozen=True)
 class Cuda:
@@ -131,6 +133,20 @@ def device_named(name: str) -> Device | None:
         if name in device.kinds or wanted in (words, short):
             return device
     return None
+
+
+def device_of_flag(name: str) -> Device:
+    """Returns the row that ``--device`` names.
+
+    Raises:
+      UserError: if there is none; it suggests the nearest.
+    """
+    device = device_named(name)
+    if device is None:
+        names = [device.name for device in DEVICES]
+        near = did_you_mean(name.replace(" ", "-").upper(), names)
+        raise UserError(f'unknown --device "{name}"{near} (choices: {", ".join(names)})')
+    return device
 
 
 def _words(name: str) -> list[str]:
