@@ -82,7 +82,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"Models of {FIELDS['n_layers']} layers, d_model {FIELDS['d_model']}, trained "
         f"{training['steps']} steps of {training['tokens_per_step']} bytes; three prompts, "
         "64 greedy tokens after each. The file in the other engine against the same rounded "
-        "weights in JAX float32. To make it again: `python -m benchmarks.engines`.",
+        "weights in JAX float32. To reproduce it: `python -m benchmarks.engines`.",
         "",
         "| model | engine | weights | largest difference | of logits up to | greedy tokens equal "
         "| rounding the weights moves logits by | folder |",

@@ -144,7 +144,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"{len(rows)} train steps, bfloat16, accumulated over 2 microbatches, compiled on "
         f"{record['date']} by jax {record['jax']} (commit {record['commit'][:12]}); nothing was "
         f"run. Largest error {worst['error']:+.1%} ({_name(worst)}, {worst['remat']}, "
-        f"{worst['seq_len']}), mean {mean:.1%}. To make it again: `./scripts/compilers.sh`, then "
+        f"{worst['seq_len']}), mean {mean:.1%}. To reproduce it: `./scripts/compilers.sh`, then "
         "`python -m benchmarks.estimator`.",
         "",
         "| size | remat | window × microbatch | compiled GiB | formula GiB | error |",

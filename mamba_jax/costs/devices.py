@@ -1,4 +1,4 @@
-"""Published peaks of devices, as data, and what a compiler has to know of them."""
+"""Published peaks of devices, as data, and what a compiler needs to know about them."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from mamba_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Cuda:
-    """What a compiler has to know of an NVIDIA card, at boost clock."""
+    """What a compiler needs to know about an NVIDIA card, at boost clock."""
 
     capability: str
     multiprocessors: int

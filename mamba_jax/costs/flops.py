@@ -132,7 +132,7 @@ def _operation(
 
 
 def _remade(part: Part, config: ModelConfig, setting: Setting) -> Part:
-    """Adds what the remat policy makes again of a layer's part."""
+    """Adds what the remat policy recomputes of a layer's part."""
     if setting.remat == "none":
         return part
     again = part.forward
@@ -150,7 +150,7 @@ def _remade(part: Part, config: ModelConfig, setting: Setting) -> Part:
 def _unneeded_macs(config: ModelConfig) -> dict[str, int]:
     """Returns, by part, the last product of a layer if it is only added to the residual stream.
 
-    No backward needs its result, so that XLA does not make it again. What the recursion adds is
+    No backward needs its result, so that XLA does not recompute it. What the recursion adds is
     recomputed all the same, as its steps are one loop.
     """
     hybrid = config.family == "hybrid"
@@ -319,7 +319,7 @@ def mean_keys(seq_len: int, window: int, scale: int) -> float:
 def _scores(config: ModelConfig, setting: Setting, scale: int) -> Part:
     """One read of one scale: scores, softmax and the weighted sum of values.
 
-    The backward makes the scores and their softmax again, as every form of linear memory does.
+    The backward recomputes the scores and their softmax, as every form of linear memory does.
     """
     d, h, a = config.d_model, config.n_heads, setting.dtype_bytes
     keys = mean_keys(setting.seq_len, config.attention_window, scale)

@@ -184,7 +184,7 @@ def _bands(model: ModelConfig, seq_len: int) -> list[int]:
 
 
 def _scratch(model: ModelConfig, rows: int, seq_len: int) -> int:
-    """The states that a program of the backward scan makes again, for all that run side by side."""
+    """The states that the backward scan recomputes, for all programs that run in parallel."""
     segments = 1
     warps = rows * model.d_inner // _BLOCK_CHANNELS
     while warps * segments * 2 <= _SCHEDULER_WARPS and seq_len >= 2 * segments * 128:

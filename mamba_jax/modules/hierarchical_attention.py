@@ -189,7 +189,7 @@ def pool(
       partial_bmhp: sums over the tokens of an incomplete block before the row.
 
     Returns:
-      (b, c, m, h, p) means; slots beyond ``layout.count_b`` hold nothing of use. And (b, m, h, p)
+      (b, c, m, h, p) means; slots beyond ``layout.count_b`` are unused. And (b, m, h, p)
       sums over the incomplete block at the row's end.
     """
     if scale == 1:

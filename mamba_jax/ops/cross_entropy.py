@@ -38,7 +38,7 @@ def cross_entropy(
 ) -> Float32[Array, "n"]:
     """Returns −log softmax(x Wᵀ)[target] of each row, in nats.
 
-    The logits of ``chunk_tokens`` rows at most exist at any time; the backward makes them again.
+    The logits of ``chunk_tokens`` rows at most exist at any time; the backward recomputes them.
     Rows that shall not count are the caller's to weigh by zero.
 
     Args:

@@ -1,7 +1,7 @@
 """The sequence in segments: what flows from one into the next.
 
 A segment maps the state before it to exp(A ΣΔ) h + (its end from zeros): so its end from zeros and
-the sum of its Δ are all that the others need to know of it. So it is with gradients, backwards.
+the sum of its Δ are all that the others need. The same holds for gradients, backwards.
 
 Shapes: b batch, t time, e d_inner, n d_state, s segment.
 """

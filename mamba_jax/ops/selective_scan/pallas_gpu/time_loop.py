@@ -25,7 +25,7 @@ class TimeLoop:
 
     @classmethod
     def divide(cls, tokens: int, chunk_tokens: int, group_tokens: int, segments: int) -> "TimeLoop":
-        """Makes segments of equally many chunks, only the last one shorter, and none empty."""
+        """Makes segments of the same number of chunks; only the last is shorter, none is empty."""
         chunks = -(-tokens // chunk_tokens)
         per_segment = -(-chunks // segments)
         return cls(tokens, chunk_tokens, group_tokens, -(-chunks // per_segment), per_segment)

@@ -68,7 +68,7 @@ class CardTuning:
 
 @dataclasses.dataclass(frozen=True)
 class ScanPlan:
-    """What one scan does."""
+    """The tiles and segments of one scan."""
 
     chunk_tokens: int
     forward: Tile
@@ -88,7 +88,7 @@ def this_tuning() -> CardTuning:
 
 
 def plan_for(row: CardTuning, b: int, t: int, e: int) -> ScanPlan:
-    """Returns the plan that a row of the table means."""
+    """Returns the plan that an entry of the table gives."""
     return ScanPlan(
         chunk_tokens=row.chunk_tokens,
         forward=row.forward.tile,
