@@ -65,7 +65,10 @@ case ${1:-} in
     set_up dev
     exec pytest --numprocesses 2 --dist worksteal -m exhaustive
     ;;
-  wheel) set_up dev && wheel ;;
+  wheel)
+    set_up dev # not before &&, where bash ignores failures inside a function
+    wheel
+    ;;
   *)
     sed -n 's/^#   //p' "$0" >&2
     exit 2
