@@ -88,7 +88,7 @@ def _check_source(data: DataConfig) -> None:
         if data.tasks:
             raise UserError(
                 f'data.tasks="{data.tasks}" cannot be combined with data.dataset="{data.dataset}"; '
-                "make each a source of a data.mixture"
+                "make each a source of a mixture"
             )
         if not data.dataset_split:
             raise UserError("data.dataset_split must not be empty")
