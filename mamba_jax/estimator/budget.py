@@ -103,7 +103,7 @@ def budget(vram: VramConfig, machine: Machine) -> Budget:
 def of_device(device: Device) -> Machine:
     """Returns a machine with one device of the table: to plan for what is not here."""
     platform = "tpu" if device.name.startswith("TPU") else "gpu"
-    return Machine(device.name, platform, 1, device.memory_bytes, source=f"of {device.name}")
+    return Machine(device.name, platform, 1, device.memory_bytes, source=device.name)
 
 
 def this_machine() -> Machine:
@@ -127,7 +127,7 @@ def this_machine() -> Machine:
         return dataclasses.replace(found, total_bytes=limit, source="the runtime's limit")
     if found.preset is not None:
         return dataclasses.replace(
-            found, total_bytes=found.preset.memory_bytes, source=f"of {found.preset.name}"
+            found, total_bytes=found.preset.memory_bytes, source=found.preset.name
         )
     return found
 

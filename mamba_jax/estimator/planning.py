@@ -47,7 +47,7 @@ class Plan:
             f"layout: microbatch {vram.batch_size} × {vram.accumulation_steps} = "
             f"{vram.effective_batch_size} sequences of {config.model.max_seq_len} tokens, remat "
             f"{config.model.remat}, loss in chunks of {config.training.loss_chunk_tokens} tokens",
-            f"needs {gib(self.needs_bytes)} on each device ({found}){verdict}; by formula:",
+            f"needs {gib(self.needs_bytes)} on each device ({found}){verdict}; parts by formula:",
             *parts,
             *self.notes,
         )
