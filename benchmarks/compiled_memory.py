@@ -1,4 +1,4 @@
-"""What each scan's gradient needs on a card that need not be here, as its compiler tells.
+"""The memory of each scan's gradient on a card, as its compiler reports it; no card is needed.
 
     ./scripts/compilers.sh
     PYTHONPATH=.compilers JAX_PLATFORMS=cpu python -m benchmarks.compiled_memory [CARD]

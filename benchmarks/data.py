@@ -28,7 +28,7 @@ BATCH_TOKENS = SEQ_LEN * BATCH
 TOKENS_PER_CPU_SEC, BYTES_PER_SEC = 50e6, 8e6  # at least
 GROWTH_BYTES, FIRST_BATCH_SECS = 300e6, 1.0  # at most
 RATE, SPEED, GROWTH = "tokens_per_cpu_sec", "MB_per_cpu_sec", "growth_bytes"
-_TOLD = "measured "
+_REPORTED = "measured "
 
 
 def cases(context: Context) -> list[dict[str, Any]]:
@@ -215,20 +215,20 @@ def in_process(*words: str) -> dict[str, float]:
         capture_output=True,
         text=True,
     )
-    told = [line for line in done.stdout.splitlines() if line.startswith(_TOLD)]
-    if done.returncode or not told:
+    reported = [line for line in done.stdout.splitlines() if line.startswith(_REPORTED)]
+    if done.returncode or not reported:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise harness.NotMeasured(f"its process failed: {last}"[:160])
-    return json.loads(told[-1].removeprefix(_TOLD))
+    return json.loads(reported[-1].removeprefix(_REPORTED))
 
 
 def prepare_tokenising(who: str, megabytes: float) -> Prepared:
     """Tokenises one file of text in a process of its own; CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
         write_text(pathlib.Path(folder, "text.py"), int(megabytes * 1e6))
-        told = in_process("tokenise", who, folder)
-    secs = told.pop("secs")
-    return Prepared(lambda: secs, metrics=told)  # once: it takes minutes
+        reported = in_process("tokenise", who, folder)
+    secs = reported.pop("secs")
+    return Prepared(lambda: secs, metrics=reported)  # once: it takes minutes
 
 
 def write_text(path: pathlib.Path, size_bytes: int) -> None:
@@ -412,7 +412,8 @@ def main(argv: list[str]) -> int:
     """``--in_process`` measures here; anything else are the words of ``benchmarks.run data``."""
     if argv[:1] == ["--in_process"]:
         task, *words = argv[1:]
-        print(_TOLD + json.dumps({"tokenise": tokenise, "first_batch": first_batch}[task](*words)))
+        measured = {"tokenise": tokenise, "first_batch": first_batch}[task](*words)
+        print(_REPORTED + json.dumps(measured))
         return 0
     from benchmarks import run
 

@@ -72,7 +72,7 @@ def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
         candidate_secs=15.0,
         deadline=context.deadline,
     )
-    # Of a prompt all tokens but the first have to be read; of a text each has to be made.
+    # All tokens of a prompt but the first have to be prefilled; each token of a text is decoded.
     workloads.add_token_rates(rows, case, case["batch"] * (case["tokens"] or case["context"]))
 
 

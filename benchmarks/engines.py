@@ -22,7 +22,7 @@ from mamba_jax.errors import UserError
 
 ENGINES = {"hf": "transformers", "gguf": "llama.cpp", "onnx": "onnxruntime"}
 PACKAGES = ("jax", "torch", "transformers", "gguf", "xllamacpp", "onnx", "onnxruntime")
-# Untied, like the tests: a tiny tied model soon says one token again and again.
+# Untied, like the tests: a tiny tied model soon repeats a single token.
 FIELDS = {"d_model": 64, "n_layers": 2, "max_seq_len": 128, "tie_embeddings": False}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {},
@@ -58,9 +58,9 @@ def compare(checkpoint: pathlib.Path, form: str, dtype: str, out: pathlib.Path) 
     from mamba_jax.exporting import tensors, verify
     from mamba_jax.generation.load import find
 
-    asked = ["--checkpoint", str(checkpoint), "--format", form, "--dtype", dtype]
+    arguments = ["--checkpoint", str(checkpoint), "--format", form, "--dtype", dtype]
     try:
-        export.run(export.parse([*asked, "--out", str(out)]))
+        export.run(export.parse([*arguments, "--out", str(out)]))
         found = find(str(checkpoint), print)
         assert found.metadata.step == STEPS, found.metadata.step
         model = found.load()
@@ -82,7 +82,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"Models of {FIELDS['n_layers']} layers, d_model {FIELDS['d_model']}, trained "
         f"{training['steps']} steps of {training['tokens_per_step']} bytes; three prompts, "
         "64 greedy tokens after each. The file in the other engine against the same rounded "
-        "weights in JAX float32. To make it again: `python -m benchmarks.engines`.",
+        "weights in JAX float32. To reproduce it: `python -m benchmarks.engines`.",
         "",
         "| model | engine | weights | largest difference | of logits up to | greedy tokens equal "
         "| rounding the weights moves logits by | folder |",
@@ -99,7 +99,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"| {row['folder_bytes'] / 1e3:,.0f} kB |"
         )
     lines.append("")
-    lines.append("llama.cpp is asked for log-probabilities of its 20 likeliest tokens, not logits.")
+    lines.append("llama.cpp reports log-probabilities of its 20 likeliest tokens, not logits.")
     return "\n".join(lines) + "\n"
 
 

@@ -27,7 +27,7 @@ from mamba_jax.config import DataConfig, RunConfig, freeze, preset_config
 from mamba_jax.costs.devices import device_named
 from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
 from mamba_jax.estimator.budget import GIB, Machine, of_device
-from mamba_jax.estimator.choose import CHUNK_TOKENS, Layout, laid_out, quick
+from mamba_jax.estimator.choose import CHUNK_TOKENS, StepLayout, laid_out, quick
 from mamba_jax.estimator.exact import Compiler
 from mamba_jax.estimator.planning import resolved
 
@@ -36,8 +36,8 @@ LENGTHS = (512, 1024, 2048, 8192)
 # Tokens of a microbatch: what leaves a step of these sizes between 1 and 20 GiB.
 POLICIES = {"none": 8_192, "dots": 8_192, "full": 16_384}
 SIZES = ("medium", "large", "hybrid-small-standard")
-# Of the other sizes one case each, by turns of policy, length and tokens of a microbatch; the last
-# ones were compiled when the formula was finished.
+# One case for each of the other sizes, by turns of policy, length and tokens of a microbatch; the
+# last ones were compiled when the formula was finished.
 OTHERS = (
     ("small", "none", 2048, 8_192),
     ("medium-lite", "dots", 1024, 8_192),
@@ -85,18 +85,18 @@ def cases() -> list[Case]:
     return made + [Case(*other) for other in (*OTHERS, *CHANGED)]
 
 
-def run_of(case: Case, machine: Machine) -> tuple[RunConfig, Layout]:
+def run_of(case: Case, machine: Machine) -> tuple[RunConfig, StepLayout]:
     """Returns the run of a case, of two microbatches at least, and its layout."""
     config = freeze(preset_config(case.size))
     model = dataclasses.replace(config.model, max_seq_len=case.length, **case.changes)
     vram = dataclasses.replace(config.vram, effective_batch_size=2 * case.rows)
     config = dataclasses.replace(config, model=model, vram=vram)
     config = resolved(with_vocabulary(config, load_tokenizer("gpt2")), machine)
-    return config, Layout(case.rows, case.policy, CHUNK_TOKENS[False])
+    return config, StepLayout(case.rows, case.policy, CHUNK_TOKENS[False])
 
 
 def measure(chosen: list[Case], machine: Machine, jobs: int) -> list[dict[str, Any]]:
-    """Compiles the cases, ``jobs`` at a time, and sets the formula beside."""
+    """Compiles the cases, ``jobs`` at a time, and compares the formula."""
     own = threading.local()  # a compiler's process for each thread
     compilers: list[Compiler] = []
 
@@ -144,7 +144,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"{len(rows)} train steps, bfloat16, accumulated over 2 microbatches, compiled on "
         f"{record['date']} by jax {record['jax']} (commit {record['commit'][:12]}); nothing was "
         f"run. Largest error {worst['error']:+.1%} ({_name(worst)}, {worst['remat']}, "
-        f"{worst['seq_len']}), mean {mean:.1%}. To make it again: `./scripts/compilers.sh`, then "
+        f"{worst['seq_len']}), mean {mean:.1%}. To reproduce it: `./scripts/compilers.sh`, then "
         "`python -m benchmarks.estimator`.",
         "",
         "| size | remat | window × microbatch | compiled GiB | formula GiB | error |",
@@ -167,7 +167,9 @@ def _name(row: dict[str, Any]) -> str:
 def main() -> int:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description="The memory formula against the compiler.")
-    parser.add_argument("--sizes", default="", help="only these, by commas; nothing is written")
+    parser.add_argument(
+        "--sizes", default="", help="only these, separated by commas; writes no files"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="compiles at a time")
     given = parser.parse_args()
     device = device_named(CARD)

@@ -288,15 +288,15 @@ def isolate(
         while (line := lines.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
             if not line.startswith("{"):
                 continue  # a library's own words
-            told = json.loads(line)
-            if "begins" in told:
+            reported = json.loads(line)
+            if "begins" in reported:
                 began = time.monotonic()
-            elif "sample_secs" in told:
-                result.samples_secs.append(told["sample_secs"])
-            elif "note" in told:
-                result.note = told["note"]
+            elif "sample_secs" in reported:
+                result.samples_secs.append(reported["sample_secs"])
+            elif "note" in reported:
+                result.note = reported["note"]
             else:
-                result.peak_rss_bytes, finished = told["peak_rss_bytes"], True
+                result.peak_rss_bytes, finished = reported["peak_rss_bytes"], True
     except queue.Empty:
         result.note = f"stopped after {limit_secs:.0f} s"
         result.unfinished_secs = time.monotonic() - began if began else 0.0
@@ -336,7 +336,7 @@ def measure_isolated(
     *,
     memory: bool,
 ) -> None:
-    """Adds what only separate processes can tell to the rows of ``measure``.
+    """Adds to the rows of ``measure`` what only separate processes can measure.
 
     Args:
       benchmark, candidates, case, context: as in ``isolate``.

@@ -21,17 +21,17 @@ def main() -> None:
     try:
         prepared = candidate.prepare()
         for _ in range(request["repetitions"]):
-            tell({"begins": True})
+            send({"begins": True})
             begin = time.perf_counter()
             counted = prepared.run()
-            tell({"sample_secs": time.perf_counter() - begin if counted is None else counted})
+            send({"sample_secs": time.perf_counter() - begin if counted is None else counted})
     except Exception as error:
-        tell({"note": reason(error)})
+        send({"note": reason(error)})
     else:
-        tell({"peak_rss_bytes": peak_rss_bytes()})
+        send({"peak_rss_bytes": peak_rss_bytes()})
 
 
-def tell(message: dict) -> None:
+def send(message: dict) -> None:
     """Prints one line for the parent, at once: it may end this process at any time."""
     print(json.dumps(message), flush=True)
 

@@ -61,7 +61,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's own name, or its architecture where the system does not tell."""
+    """The processor's own name, or its architecture where the system does not report it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = re.findall(r"model name\s*:\s*(.+)", file.read())
@@ -173,7 +173,7 @@ def markdown(result: Result) -> str:
                     spread(row.samples_secs),
                     "–" if times is None else f"{bound}{times:.2f}",
                     *(
-                        # Of a time known from below, a rate is known from above.
+                        # A lower bound of a time is an upper bound of a rate.
                         ("< " if row.at_least and key.endswith("_per_sec") else "")
                         + metric_text(key, row.metrics.get(key))
                         for key in metrics

@@ -36,7 +36,7 @@ ALL_CORES = ("startup", "serving")  # as a user has them
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs one benchmark; returns 0 also where a check failed: the report says so."""
+    """Runs one benchmark; returns 0 even if a check failed: the report says so."""
     listing = "\n".join(f"  {name:<9} {what}" for name, what in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
@@ -50,7 +50,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few small cases: about a minute")
     parser.add_argument("--output", metavar="DIR", type=pathlib.Path, default=RESULTS)
     parser.add_argument(
-        "--budget_secs", metavar="S", type=float, default=float("inf"), help="begin nothing later"
+        "--budget_secs",
+        metavar="S",
+        type=float,
+        default=float("inf"),
+        help="start no case after this",
     )
     parser.add_argument(
         "--threads",
@@ -67,7 +71,7 @@ def main(argv: list[str]) -> int:
     if threads is None:
         threads = 0 if name in ALL_CORES or has_accelerator() else 1
     if not 0 <= threads <= os.cpu_count():
-        raise UserError(f"--threads={threads} must lie between 0 (all) and {os.cpu_count()}")
+        raise UserError(f"--threads={threads} must be between 0 (all) and {os.cpu_count()}")
     if not arguments.budget_secs > 0:
         raise UserError(f"--budget_secs={arguments.budget_secs} must be greater than 0")
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
 
 
 def length_of(row: Row) -> int:
-    """The length that a row's name tells."""
+    """The length in a row's name."""
     return int(row.name.removeprefix("L = "))
 
 

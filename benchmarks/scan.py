@@ -35,7 +35,7 @@ CANDIDATE_SECS = 2.0  # of timed work per case; a sample at least
 
 
 def cases(context: Context) -> list[dict[str, Any]]:
-    """Batch, length and width; the first tells most, as a budget may end the run early."""
+    """Batch, length and width; the most informative first, as a budget may end the run early."""
     if context.platform != "cpu":
         sizes = [(8, 2048, 1536), (1, 2048, 1536), (32, 2048, 1536), (8, 512, 1536)]
         if not context.quick:

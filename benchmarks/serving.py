@@ -96,7 +96,7 @@ _metrics: dict[tuple[str, str], dict[str, float]] = {}  # by task and candidate
 
 
 class Server:
-    """A process that serves a checkpoint, and what offline generation says of it."""
+    """A process that serves a checkpoint, and what offline generation gives for it."""
 
     def __init__(self, quick: bool):
         from mamba_jax.data.tokenizers.load import load_tokenizer
@@ -141,7 +141,7 @@ class Server:
         self._folder.cleanup()
 
     def expected(self, prompt: str, max_tokens: int) -> str:
-        """What offline generation says, each prompt asked once."""
+        """The texts of offline generation, one for each prompt."""
         from mamba_jax.generation import generate_text
 
         if (prompt, max_tokens) not in self._known:
@@ -228,18 +228,18 @@ def prompts(count: int, seed: int = 0) -> list[str]:
 
 def together(server: Server) -> Prepared:
     """All clients at once."""
-    asked = prompts(CLIENTS)
+    sent = prompts(CLIENTS)
     metrics = _metrics["throughput", BASELINE] = {}
     kept: list[list[float]] = []
 
     def run() -> float:
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             begin = time.perf_counter()
-            answers = list(pool.map(functools.partial(ask, server), asked))
+            answers = list(pool.map(functools.partial(ask, server), sent))
             secs = time.perf_counter() - begin
         if metrics:  # the first run warms up
             kept.extend(times for _, times in answers)
-        check(server, asked, answers)
+        check(server, sent, answers)
         gaps = [b - a for times in kept for a, b in itertools.pairwise(times[:-1])]
         metrics[RATE] = CLIENTS * NEW_TOKENS / secs
         for name, values in (("first", [times[0] for times in kept]), ("next", gaps)):
@@ -252,14 +252,14 @@ def together(server: Server) -> Prepared:
 
 def one_by_one(server: Server) -> Prepared:
     """The same requests, each when the one before has ended."""
-    asked = prompts(CLIENTS)
+    sent = prompts(CLIENTS)
     metrics = _metrics["throughput", ALONE] = {}
 
     def run() -> float:
         begin = time.perf_counter()
-        answers = [ask(server, prompt) for prompt in asked]
+        answers = [ask(server, prompt) for prompt in sent]
         secs = time.perf_counter() - begin
-        check(server, asked, answers)
+        check(server, sent, answers)
         metrics[RATE] = CLIENTS * NEW_TOKENS / secs
         return secs
 
@@ -289,7 +289,7 @@ def long_text(first: str) -> str:
 
 def endurance(server: Server, count: int) -> Prepared:
     """Many requests from all clients; what is measured is by how much the server grows."""
-    asked = prompts(64, seed=3)
+    sent = prompts(64, seed=3)
     metrics = _metrics["endurance", BASELINE] = {}
 
     def run() -> float:
@@ -297,7 +297,7 @@ def endurance(server: Server, count: int) -> Prepared:
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             warm = count // 4
             for part in (warm, count - warm):
-                mine = [asked[(done + i) % len(asked)] for i in range(part)]
+                mine = [sent[(done + i) % len(sent)] for i in range(part)]
                 few = functools.partial(ask, server, max_tokens=FEW_TOKENS)
                 check(server, mine, list(pool.map(few, mine)), FEW_TOKENS)
                 done += part
@@ -313,12 +313,12 @@ def endurance(server: Server, count: int) -> Prepared:
 
 def check(
     server: Server,
-    asked: list[str],
+    sent: list[str],
     answers: list[tuple[str, list[float]]],
     max_tokens: int = NEW_TOKENS,
 ) -> None:
     """Holds every answer against offline generation."""
-    for prompt, (text, _) in zip(asked, answers, strict=True):
+    for prompt, (text, _) in zip(sent, answers, strict=True):
         if text != server.expected(prompt, max_tokens):
             raise harness.NotMeasured(f"a wrong answer to {prompt!r}: {text!r}"[:160])
 

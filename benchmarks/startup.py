@@ -1,4 +1,4 @@
-"""How long a user waits: imports, ``--help``, and compiling the training step of a guide size.
+"""How long a user waits: imports, ``--help``, and compiling a preset size's training step.
 
 Every sample is a fresh Python process. Compiling is timed inside it, tracing and lowering included:
 without a cache ("cold"), and with JAX's persistent cache filled by another process ("warm").
@@ -117,7 +117,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 
 
 def main() -> None:
-    """Compiles the step of the size that is named and says how long that took."""
+    """Compiles the step of the named size and reports how long it took."""
     import jax
     import numpy as np
 

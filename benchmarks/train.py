@@ -22,7 +22,7 @@ from benchmarks.report import bars, case_key, colours, length_axis, ratio
 
 BASELINE = "mamba_jax"
 TRANSFORMER, TRANSFORMER_REMAT = "Transformer in JAX", "Transformer in JAX, remat"
-# Of glibc. Not its default: what is kept may grow to several times what is used.
+# A setting of glibc, not its default: what is kept may grow to several times what is used.
 KEEP_FREED = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -35,7 +35,7 @@ MEMORY_SHARE = 0.5  # promised of the peer with mambapy
 
 
 def cases(context: Context) -> list[dict[str, Any]]:
-    """Guide sizes, small first, over the length."""
+    """Preset sizes, small first, over the length."""
     if context.platform == "cpu":
         shape = {"B": 1, "L": 128} if context.quick else {"B": 2, "L": 512}
         return [{"size": "small", **shape}]

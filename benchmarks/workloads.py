@@ -33,7 +33,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def model_of(size: str, **fields: Any) -> ModelConfig:
-    """The structure of a guide size with the GPT-2 vocabulary, with some fields changed."""
+    """The structure of a preset size with the GPT-2 vocabulary, with some fields changed."""
     model = from_dict(preset_config(size).to_dict()).model
     return dataclasses.replace(model, **{"vocab_size": GPT2_VOCABULARY, **fields})
 

@@ -1,13 +1,13 @@
 """Size "hybrid-large": Hybrid Recursive Mamba, depth 4, 1024 wide, 16 layers.
 
-    python -m mamba_jax.train --config=configs/hybrid_large.py
+    mamba-jax train --config=configs/hybrid_large.py
 
 Parameters: 326,078,272 with the GPT-2 vocabulary, 274,566,976 of them outside the embedding;
-known as "550M", which is a label and not a count.
+known as "550M", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 3.9 GB, a gradient 1.3 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

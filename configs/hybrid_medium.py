@@ -1,13 +1,13 @@
 """Size "hybrid-medium": Hybrid Recursive Mamba, depth 3, 768 wide, 12 layers.
 
-    python -m mamba_jax.train --config=configs/hybrid_medium.py
+    mamba-jax train --config=configs/hybrid_medium.py
 
 Parameters: 154,730,196 with the GPT-2 vocabulary, 116,096,724 of them outside the embedding;
-known as "220M", which is a label and not a count.
+known as "220M", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 1.9 GB, a gradient 0.6 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

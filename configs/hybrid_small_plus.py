@@ -1,13 +1,13 @@
 """Size "hybrid-small-plus": Hybrid Recursive Mamba, depth 3, 640 wide, 10 layers.
 
-    python -m mamba_jax.train --config=configs/hybrid_small_plus.py
+    mamba-jax train --config=configs/hybrid_small_plus.py
 
 Parameters: 99,505,610 with the GPT-2 vocabulary, 67,311,050 of them outside the embedding;
-known as "125M", which is a label and not a count.
+known as "125M", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 1.2 GB, a gradient 0.4 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

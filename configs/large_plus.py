@@ -1,13 +1,13 @@
 """Size "large-plus": Mamba, 960 wide, 15 layers.
 
-    python -m mamba_jax.train --config=configs/large_plus.py
+    mamba-jax train --config=configs/large_plus.py
 
 Parameters: 136,291,200 with the GPT-2 vocabulary, 87,999,360 of them outside the embedding;
-known as "400M", which is a label and not a count.
+known as "400M", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 1.6 GB, a gradient 0.5 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

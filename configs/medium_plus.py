@@ -1,13 +1,13 @@
 """Size "medium-plus": Mamba, 640 wide, 9 layers.
 
-    python -m mamba_jax.train --config=configs/medium_plus.py
+    mamba-jax train --config=configs/medium_plus.py
 
 Parameters: 55,874,560 with the GPT-2 vocabulary, 23,680,000 of them outside the embedding;
-known as "120M", which is a label and not a count.
+known as "120M", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 0.7 GB, a gradient 0.2 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """Quick start: a small Hybrid Recursive Mamba, trained on the Python standard library's own source.
 
-    ./launch/quickstart.sh        or        python -m mamba_jax.train --config=configs/quickstart.py
+    ./launch/quickstart.sh        or        mamba-jax train --config=configs/quickstart.py
 
 Parameters: 7,282,712 with the GPT-2 vocabulary, 843,800 of them outside the embedding.
 

@@ -1,13 +1,13 @@
 """Size "small": Mamba, 384 wide, 6 layers.
 
-    python -m mamba_jax.train --config=configs/small.py
+    mamba-jax train --config=configs/small.py
 
 Parameters: 25,102,464 with the GPT-2 vocabulary, 5,785,728 of them outside the embedding;
-known as "50M", which is a label and not a count.
+known as "50M", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 0.3 GB, a gradient 0.1 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
 """Size "xlarge": Mamba, 1280 wide, 20 layers.
 
-    python -m mamba_jax.train --config=configs/xlarge.py
+    mamba-jax train --config=configs/xlarge.py
 
 Parameters: 272,032,000 with the GPT-2 vocabulary, 207,642,880 of them outside the embedding;
-known as "750M", which is a label and not a count.
+known as "750M", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 3.3 GB, a gradient 1.1 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
 """Size "xxlarge": Mamba, 1536 wide, 24 layers.
 
-    python -m mamba_jax.train --config=configs/xxlarge.py
+    mamba-jax train --config=configs/xxlarge.py
 
 Parameters: 435,254,784 with the GPT-2 vocabulary, 357,987,840 of them outside the embedding;
-known as "1B", which is a label and not a count.
+known as "1B", which is a label, not a count.
 
 What to expect: 100,000 steps of 32 windows of 2,048 tokens, 6.6 billion tokens in all. Weights and
 the optimizer's two moments take 5.2 GB, a gradient 1.7 GB more, activations come on top:
-the microbatch is chosen so that they fit `--vram` (`python -m mamba_jax.memory` tells how).
+the microbatch is chosen so that they fit `--vram` (`mamba-jax memory` shows the plan).
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Measures the scan's tiles on this machine's GPU: ``python -m mamba_jax.autotune [--quick]``."""
+"""``mamba-jax autotune``: measures the scan's tiles on this machine's GPU."""
 
 import argparse
 import dataclasses
@@ -26,10 +26,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mamba-jax autotune",
         description="Measure which tiles of the selective scan are fastest on this NVIDIA GPU. "
-        "Without --output, the result takes effect from the next start on.",
+        "Without --output, the result takes effect at the next start.",
     )
     parser.add_argument("--quick", action="store_true", help="one shape and fewer candidates")
-    parser.add_argument("--output", type=pathlib.Path, help="file to write (default: user's cache)")
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="file to write (default: in the user's cache)"
+    )
     arguments = parser.parse_args(argv)
 
     import jax
@@ -51,7 +53,9 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     if fault:
-        raise UserError(f"autotune cannot run: {fault}; such a card scans by XLA, without tiles")
+        raise UserError(
+            f"autotune cannot run: {fault}; on such a card XLA computes the scan, without tiles"
+        )
     start = rows.get(device.device_kind, rows[tuning.DEFAULT_CARD])
     schedulers = 4 * getattr(device, "core_count", start.schedulers // 4)
     start = dataclasses.replace(start, measured=True, schedulers=schedulers)
@@ -64,10 +68,10 @@ def main(argv: list[str]) -> int:
 def tune(
     row: Any, shapes: Sequence[tuple[int, int, int]], measure: Callable[..., float], quick: bool
 ) -> Any:
-    """Improves a row of the table, one direction and then the chunk after the other.
+    """Improves a row of the table: each direction in turn, then the chunk.
 
     Args:
-      row: a ``tuning.Row``, the first candidate.
+      row: a ``tuning.CardTuning``, the first candidate.
       shapes: what to measure; the geometric mean of the times decides.
       measure: (row, shape, direction) → seconds; infinity where the row does not run.
       quick: whether to try tiles only.
@@ -84,8 +88,8 @@ def tune(
         times = [mean(row) for row in rows]
         if math.isinf(min(times)):
             raise UserError(
-                f"none of {len(rows)} candidates for the {direction} pass runs on this GPU: see "
-                "why above; the table is left as it was"
+                f"none of the {len(rows)} candidates for the {direction} pass runs on this GPU, "
+                "for the reasons above; the table is unchanged"
             )
         print(f"{direction}: best of {len(rows)} is {rows[times.index(min(times))]}", flush=True)
         return rows[times.index(min(times))]

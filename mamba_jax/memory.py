@@ -1,4 +1,4 @@
-"""``python -m mamba_jax.memory``: what a run needs of a device, and which layout fits it."""
+"""``mamba-jax memory``: the memory that a run needs on a device, and a layout that fits."""
 
 import argparse
 import dataclasses
@@ -10,22 +10,22 @@ from typing import Any, NoReturn
 from mamba_jax.cli import train_arguments
 from mamba_jax.cli.terminal import print_table
 from mamba_jax.config import RunConfig, freeze, preset_config, presets
-from mamba_jax.costs.devices import DEVICES, Device, device_named
-from mamba_jax.errors import UserError, command, did_you_mean
+from mamba_jax.costs.devices import DEVICES, device_of_flag
+from mamba_jax.errors import UserError, command
 from mamba_jax.estimator.budget import GIB, Machine, of_device, this_machine, visible_cards
 
 _STAND_IN = "RTX-4080"  # planned for where there is no card: one with 16 GB
 
 _DESCRIPTION = """\
 Plans a run as training would: microbatch × accumulation, remat policy and loss chunk, with the
-bytes of each part. Takes the flags of mamba_jax.train that say what to train (--model_size,
+bytes of each part. Takes the flags of `mamba-jax train` that say what to train (--model_size,
 --training_preset, --config, --vram, --vram_safety_margin, --config.GROUP.FIELD=VALUE …) and:
 """
 _EPILOG = """\
 examples:
-  python -m mamba_jax.memory --model_size hybrid-small-standard --vram 16gb
-  python -m mamba_jax.memory --model_size large --device "A100 40GB" --seq_len 8192 --exact
-  python -m mamba_jax.memory --table
+  mamba-jax memory --model_size hybrid-small-standard --vram 16gb
+  mamba-jax memory --model_size large --device "A100 40GB" --seq_len 8192 --exact
+  mamba-jax memory --table
 """
 
 _CARDS = (
@@ -44,20 +44,22 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--device", metavar="NAME", help="plan for: " + ", ".join(_device_names()))
-    parser.add_argument("--seq_len", metavar="N", help="tokens of a window")
+    names = (device.name for device in DEVICES)
+    parser.add_argument("--device", metavar="NAME", help="plan for: " + ", ".join(names))
+    parser.add_argument("--seq_len", metavar="N", help="tokens per window")
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="compile the step (half a minute; see scripts/compilers.sh), not by formula",
+        help="compile the step instead of using the formula (half a minute; see "
+        "scripts/compilers.sh)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--table", action="store_true", help="all sizes on ten common GPUs")
+    parser.add_argument("--table", action="store_true", help="print all sizes on ten common GPUs")
     parser.error = _refuse  # type: ignore[method-assign]
     own, rest = parser.parse_known_args(argv)
     if own.table:
         if own.device or own.exact or own.seq_len or rest:
-            raise UserError("--table goes with --json only: it is of all sizes and GPUs")
+            raise UserError("--table accepts only --json: it covers all sizes and GPUs")
         return _print_tables(own.json)
     config = train_arguments.read(rest).config
     if own.seq_len is not None:
@@ -87,23 +89,15 @@ def _with_length(config: RunConfig, text: str) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _device_names() -> list[str]:
-    return [device.name for device in DEVICES]
-
-
 def _machine(name: str | None) -> tuple[Machine, str]:
-    """Returns what to plan for, and what to say of it."""
+    """Returns what to plan for, and a note about it."""
     if name is not None:
-        device = device_named(name)
-        if device is None:
-            names = _device_names()
-            near = did_you_mean(name.replace(" ", "-").upper(), names)
-            raise UserError(f'unknown --device "{name}"{near} (choices: {", ".join(names)})')
+        device = device_of_flag(name)
         return of_device(device), f"computed for {device.name}, not measured"
     if visible_cards():
         return this_machine(), "computed for this machine, not measured"
     stand_in = Machine(_STAND_IN, "gpu")
-    return stand_in, f"no GPU here: computed as for {_STAND_IN}, not measured"
+    return stand_in, f"no GPU found: computed for {_STAND_IN}, not measured"
 
 
 def _record(planned: Any) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def _record(planned: Any) -> dict[str, Any]:
         "fits": planned.fits,
         "level": planned.level,
         "measured": False,
-        "parts_bytes": planned.account.parts,
+        "parts_bytes": planned.breakdown.parts,
         "batch_size": config.vram.batch_size,
         "gradient_accumulation_steps": config.vram.accumulation_steps,
         "effective_batch_size": config.vram.effective_batch_size,
@@ -139,8 +133,8 @@ def _print_tables(as_json: bool) -> int:
         return 0
     print(
         "Computed, not measured: windows of 2048 tokens, an effective batch of 32, bfloat16.\n\n"
-        "Memory of a size in GiB: the least that a step needs (one sequence per microbatch, full\n"
-        "remat), and what the layout chosen for an RTX 4080 needs.\n"
+        "Memory of each size in GiB: the least that a step needs (one sequence per microbatch,\n"
+        "full remat), and what the layout chosen for an RTX 4080 needs.\n"
     )
     rows = []
     for name, figures in sizes.items():
@@ -157,8 +151,8 @@ def _print_tables(as_json: bool) -> int:
     header = ["size", "parameters", "least", "RTX 4080", "microbatch, remat"]
     print_table(header, rows, n_text_columns=1)
     print(
-        "\nMicrobatch of each size on each GPU, of 32; n: no remat, d: dots, f: full; -: does not\n"
-        "fit.\n"
+        "\nMicrobatch of each size on each GPU, out of 32; n: no remat, d: dots, f: full; -: does\n"
+        "not fit.\n"
     )
     rows = [[name, *(_short(layouts[card][name]) for card in _CARDS)] for name in sizes]
     print_table(["size", *_CARDS], rows, n_text_columns=1)
@@ -173,7 +167,7 @@ def _size(name: str) -> dict[str, Any]:
     config = _run_of(name)
     return {
         "parameters": parameter_count(config.model).total,
-        "least_bytes": smallest_bytes(config, of_device(_preset(_STAND_IN))),
+        "least_bytes": smallest_bytes(config, of_device(device_of_flag(_STAND_IN))),
     }
 
 
@@ -182,19 +176,14 @@ def _on_card(name: str, card: str) -> dict[str, Any] | None:
     """Returns the layout chosen for a size on a card; None: it does not fit."""
     from mamba_jax.estimator import plan
 
+    machine = of_device(device_of_flag(card))
     try:
-        planned = plan(_run_of(name), machine=of_device(_preset(card)))
+        planned = plan(_run_of(name), machine=machine)
     except UserError:
         return None
     kept = ("batch_size", "gradient_accumulation_steps", "remat", "needs_bytes", "budget_bytes")
     record = _record(planned)
     return {key: record[key] for key in kept}
-
-
-def _preset(name: str) -> Device:
-    device = device_named(name)
-    assert device is not None, name
-    return device
 
 
 def _run_of(name: str) -> RunConfig:

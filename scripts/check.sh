@@ -2,8 +2,9 @@
 # The checks of a change, in the environment of launch/test.sh.
 #
 #   ./scripts/check.sh lint           lint, format and types
-#   ./scripts/check.sh quick          lint, and the tests that find most mistakes soonest
+#   ./scripts/check.sh quick          lint and the most telling tests, in under two minutes
 #   ./scripts/check.sh shard 2 4      the second quarter of all tests
+#   ./scripts/check.sh files 2 4      its files
 #   ./scripts/check.sh exhaustive     the tests between cases that always run
 #   ./scripts/check.sh wheel          build the wheel, install it alone, and call it
 
@@ -16,10 +17,15 @@ lint() {
   pyright
 }
 
-# The files of tests, dealt out in turns by size, so that shards take about as long.
-shard() {
-  local number=$1 of=$2
-  git ls-files -z 'tests/**/test_*.py' 'tests/test_*.py' | xargs -0 ls -S |
+# Prints the test files of one shard of several. Files are dealt out in turn, largest first, so that
+# all shards take about equally long.
+files() {
+  local number=${1:-} of=${2:-}
+  if [[ ! $number =~ ^[1-9][0-9]*$ || ! $of =~ ^[1-9][0-9]*$ ]] || ((number > of)); then
+    echo "error: no shard ${number:-?} of ${of:-?}; give its number and how many there are: 2 4" >&2
+    return 2
+  fi
+  find tests -name 'test_*.py' -print0 | LC_ALL=C xargs -0 ls -S |
     awk -v number="$number" -v of="$of" 'NR % of == number % of'
 }
 
@@ -29,7 +35,7 @@ wheel() {
   python -m pip wheel --quiet --no-deps --wheel-dir "$folder" .
   "$(find_python)" -m venv "$folder/venv"
   "$folder/venv/bin/python" -m pip install --quiet --constraint constraints.txt "$folder"/*.whl
-  # From elsewhere: what lies in the checkout must not stand in for what the wheel lacks.
+  # Not from the checkout: its files would stand in for files that the wheel lacks.
   (cd "$folder" && venv/bin/mamba-jax --version && venv/bin/mamba-jax --help >/dev/null)
   rm -r "$folder"
 }
@@ -44,19 +50,25 @@ case ${1:-} in
     lint
     exec pytest --numprocesses 2 --dist worksteal -m "not slow and not exhaustive" \
       tests/test_imports.py tests/test_public.py tests/test_project.py tests/cli tests/ops/test_causal_conv1d.py \
-      tests/models/test_golden.py tests/training/test_step.py tests/training/test_loss.py \
+      tests/models/test_golden.py tests/training/test_loss.py \
+      tests/training/test_step.py::test_accumulation_equals_the_full_batch \
       tests/checkpoints tests/data/test_windows.py tests/data/test_split.py tests/generation/test_sampling.py
     ;;
+  files) files "${@:2}" ;;
   shard)
+    listed=$(files "${@:2}")
     set_up dev
-    mapfile -t files < <(shard "$2" "$3")
-    exec pytest --numprocesses 2 --dist worksteal "${files[@]}"
+    # shellcheck disable=SC2086
+    exec pytest --numprocesses 2 --dist worksteal $listed
     ;;
   exhaustive)
     set_up dev
     exec pytest --numprocesses 2 --dist worksteal -m exhaustive
     ;;
-  wheel) set_up dev && wheel ;;
+  wheel)
+    set_up dev # not before &&, where bash ignores failures inside a function
+    wheel
+    ;;
   *)
     sed -n 's/^#   //p' "$0" >&2
     exit 2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs compilers for GPUs and TPUs that this machine need not have, into .compilers: with them
-# the tests compile the kernels for real cards and read their memory and registers off the result.
+# Installs compilers for GPUs and TPUs into .compilers; this machine needs no such device. With them,
+# the tests compile the kernels for real cards and read their memory and registers from the result.
 #
 #   ./scripts/compilers.sh                                   about 1 GB
 #   PYTHONPATH=.compilers JAX_PLATFORMS=cpu python …          to use them (see mamba_jax/estimator/targets.py)

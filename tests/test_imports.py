@@ -53,13 +53,12 @@ ALLOWED: dict[str, set[str]] = {
 
 
 def imports(file: pathlib.Path) -> set[str]:
-    """The modules of mamba_jax that a file imports, anywhere in it.
+    """The modules of mamba_jax that a file imports, inside its functions too.
 
     ``from mamba_jax.data import store`` names the module ``mamba_jax.data.store``.
     """
-    tree = ast.parse(file.read_text())
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

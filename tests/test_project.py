@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -43,6 +44,23 @@ def test_workflows_call_scripts_of_the_project(workflow):
         assert scripts, name
         for path in scripts:
             assert (ROOT / path).is_file(), f"{name}: {path}"
+
+
+def test_every_test_file_is_in_exactly_one_shard():
+    command = [ROOT / "scripts" / "check.sh", "files"]
+    shards = [subprocess.check_output([*command, str(i), "4"], text=True) for i in range(1, 5)]
+    files = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/**/test_*.py"))
+    assert sorted("".join(shards).splitlines()) == files
+    sizes = [sum((ROOT / file).stat().st_size for file in shard.splitlines()) for shard in shards]
+    assert max(sizes) < 1.2 * min(sizes)
+
+
+@pytest.mark.parametrize("words", ["5 4", "0 4", "4", "", "a 4"])
+def test_a_shard_that_does_not_exist_is_an_error(words):
+    """Without files, pytest would run all tests."""
+    script = ROOT / "scripts" / "check.sh"
+    ran = subprocess.run([script, "shard", *words.split()], capture_output=True, text=True)
+    assert ran.returncode == 2 and "error: no shard" in ran.stderr and not ran.stdout
 
 
 @pytest.mark.parametrize("form", sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")), ids=str)

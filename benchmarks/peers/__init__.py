@@ -1,1 +1,1 @@
-"""Other implementations of the same work; each imports its library only when it is asked for."""
+"""Other implementations of the same work; each imports its library only when it is used."""

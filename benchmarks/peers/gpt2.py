@@ -1,4 +1,4 @@
-"""A plain Transformer in JAX, shaped like GPT-2, with as many parameters as a given Mamba.
+"""A plain Transformer in JAX, shaped like GPT-2, with the parameter count of a given Mamba.
 
 Pre-norm layers of causal attention (``jax.nn.dot_product_attention``; cuDNN's on a GPU) and an MLP
 with GELU, biases, tied embeddings. Positions are a fixed sinusoidal table, so that the number of

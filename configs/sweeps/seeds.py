@@ -4,7 +4,7 @@
         --sweep=configs/sweeps/seeds.py --out checkpoints/ensemble
 
 Weights, data order, dropout and the held-out split follow the seed. A difference between other
-settings that is smaller than that between these three says nothing.
+settings that is smaller than that between these three means nothing.
 """
 
 

@@ -1,6 +1,6 @@
 """The console command: ``mamba-jax <command> [arguments]``.
 
-Each command is a module with ``main(argv) -> exit status``, imported only when it is asked for;
+Each command is a module with ``main(argv) -> exit status``, imported only when it is called;
 ``python -m mamba_jax.<command>`` runs the same function.
 """
 
@@ -14,24 +14,27 @@ from mamba_jax.errors import UserError, command, did_you_mean, first_line
 
 COMMANDS = {  # name → (module, what it does)
     "train": ("mamba_jax.train", "train a model from a config file, or resume a run"),
-    "prepare_data": ("mamba_jax.prepare_data", "tokenise a corpus ahead, and tell about it"),
+    "prepare_data": ("mamba_jax.prepare_data", "tokenise a corpus in advance and report on it"),
     "generate": ("mamba_jax.generate", "continue prompts with a trained model"),
     "evaluate": (
         "mamba_jax.evaluate",
-        "perplexity of text, and answers to tasks",
+        "measure perplexity on text and accuracy on tasks",
     ),
     "export": ("mamba_jax.export", "write a trained model for transformers, vLLM, llama.cpp"),
-    "import_hf": ("mamba_jax.import_hf", "make a checkpoint of a model of Hugging Face's"),
+    "import_hf": ("mamba_jax.import_hf", "convert a Hugging Face model into a checkpoint"),
     "serve": ("mamba_jax.serve", "serve a trained model over HTTP"),
-    "memory": ("mamba_jax.memory", "what a run needs of a device, and which layout fits it"),
+    "memory": ("mamba_jax.memory", "estimate a run's memory and find a layout that fits"),
     "report": (
         "mamba_jax.report",
-        "model sizes, FLOPs, a run's MFU; pages of curves of one run or several",
+        "model sizes, FLOPs and MFU; HTML pages of one run or several",
     ),
     "autotune": ("mamba_jax.autotune", "measure the fastest tiles of the scan on this GPU"),
-    "background": ("mamba_jax.background", "train in the background; watch and stop such runs"),
-    "explain": ("mamba_jax.explain", "what is wrong with a run, and what to do about it"),
-    "sweep": ("mamba_jax.sweep", "train with many settings and compare what comes out"),
+    "background": (
+        "mamba_jax.background",
+        "train in the background; watch and stop background runs",
+    ),
+    "explain": ("mamba_jax.explain", "find what is wrong with a run, and what to do about it"),
+    "sweep": ("mamba_jax.sweep", "train with many settings and compare the results"),
 }
 
 
@@ -57,7 +60,7 @@ def version() -> str:
 
         kinds = [device.device_kind for device in jax.devices()]
         lines += [f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)]
-    except Exception as error:  # a driver that does not fit is what such a report is about
+    except Exception as error:  # a broken driver may be what the report is about
         lines.append(f"no device: {first_line(error)}")
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""What commands share about terminals: tables, and whether there are colours."""
+"""Terminal output that commands share: tables and colours."""
 
 import os
 from typing import TextIO
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Whether to write in colours: to a terminal that has them, unless the user wants none."""
+    """Whether to write in colours: if the terminal has them and the user allows them."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") != "dumb"
     return wanted and stream.isatty()
 

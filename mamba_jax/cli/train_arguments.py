@@ -5,9 +5,8 @@ Precedence, lowest to highest::
     built-in < --model_size < --training_preset < --config FILE < other flags < --config.field=
 
 A ``.json`` file sets the fields that it names. A ``.py`` file returns a whole config; so does the
-checkpoint that ``--resume`` names. Either takes the place of the built-in values, and a size or a
-preset is put into it where its flag is given: somebody who writes the flag means it.
-Nothing here imports JAX: ``--help`` and mistakes are answered at once.
+checkpoint that ``--resume`` names. Either replaces the built-in values; a size or a preset changes
+it only if its flag is given. Nothing here imports JAX: ``--help`` and errors appear at once.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import dataclasses
 import pathlib
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
@@ -60,17 +59,17 @@ _FLAG_OF = {field: flag for flag, field in _FIELDS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What the command line asks for.
+    """The parsed command line.
 
     Attributes:
       config: of the run, checked.
       resume: "", "auto" or a folder: see ``checkpoints.resume.find_start``.
       profile: steps to run before a trace, and steps to trace; None: no trace.
       dry_run: describe the run instead of starting it.
-      list_files: show what would be read instead.
-      clear_cache: remove all tokens first.
-      force: take the output_dir even from a run that may live.
-      notes: how the config came about where that may surprise, for the log.
+      list_files: list the files that would be read instead.
+      clear_cache: delete all cached tokens first.
+      force: take over the output_dir even from a run that may still be active.
+      notes: how the config was built, where that may surprise, for the log.
     """
 
     config: RunConfig
@@ -109,9 +108,9 @@ def read(argv: list[str]) -> Arguments:
         ("--training_preset", preset, training_fields),
     ):
         if name:
-            # Of a checkpoint's fields the run itself says which have changed.
+            # For a checkpoint, the run itself logs the fields that have changed.
             if origin and origin == flags.config and (changes := _changes(config, fields_of(name))):
-                notes.append(f"{flag} {name} instead of what {origin} says: {', '.join(changes)}")
+                notes.append(f"{flag} {name} overrides {origin}: {', '.join(changes)}")
             merge(config, fields_of(name))
     if not origin:
         config.name = pathlib.Path(flags.config).stem if is_json else size
@@ -135,7 +134,7 @@ def _starting_config(resume: str, output_dir: str) -> tuple[ConfigDict, str]:
     from mamba_jax.checkpoints.folder import find_latest, read_metadata
     from mamba_jax.checkpoints.resume import named_start
 
-    quiet: Callable[[str], None] = lambda _: None  # what is passed over is told by the run
+    quiet: Callable[[str], None] = lambda _: None  # the run itself logs what it skips
     checkpoint = None
     if resume == _AUTO:
         checkpoint = find_latest(pathlib.Path(output_dir), quiet)
@@ -167,7 +166,9 @@ def _given_fields(flags: argparse.Namespace) -> dict[str, str]:
             given[field] = value
     if flags.vram is not None:
         given["vram.memory_gb"] = repr(_gigabytes(flags.vram))
-        given.setdefault("vram.auto", "false")  # of a file or checkpoint: now the size is given
+        given.setdefault(
+            "vram.auto", "false"
+        )  # even if a file or checkpoint sets it: the size is given
     return given
 
 
@@ -189,7 +190,7 @@ def _profile(flags: argparse.Namespace) -> tuple[int, int] | None:
         return 5 if start is None else start, 3 if steps is None else steps
     for flag, value in (("--profile_start", start), ("--profile_steps", steps)):
         if value is not None:
-            raise UserError(f"{flag}={value} has no use without --profile")
+            raise UserError(f"{flag}={value} has no effect without --profile")
     return None
 
 
@@ -208,7 +209,7 @@ def _take_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes as every part of the program does, and suggests the flag that was meant."""
+    """Raises mistakes as ``UserError``, and suggests the flag that was likely meant."""
 
     def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]
         arguments, unknown = self.parse_known_args(args)
@@ -216,7 +217,7 @@ class Parser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             if not flag.startswith("-"):
                 self.error(f'unexpected argument "{word}"')
-            fields = [f"--config.{name}" for name in _field_names(default_config())]
+            fields = [f"--config.{name}" for name in SCHEMA]
             same_leaf = [field for field in fields if field.endswith("." + flag.lstrip("-"))]
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             near = did_you_mean(flag, same_leaf) or did_you_mean(flag, [*flags, *fields])
@@ -225,14 +226,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
-
-
-def _field_names(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _field_names(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def _parser() -> Parser:
@@ -257,7 +250,7 @@ def _parser() -> Parser:
         "--config",
         metavar="FILE",
         default="",
-        help="a .py file with a whole config, or a .json with fields",
+        help="a .py file with a complete config, or a .json file with some fields",
     )
     model.add_argument(
         "--config.GROUP.FIELD",
@@ -266,7 +259,10 @@ def _parser() -> Parser:
         help="any field, e.g. --config.training.max_steps=200; --help_config lists them",
     )
     model.add_argument(
-        "--help_config", action=_HelpConfig, nargs=0, help="show every field of the config and stop"
+        "--help_config",
+        action=_HelpConfig,
+        nargs=0,
+        help="print every field of the config and exit",
     )
     _add_field_flag(model, "--seed", "N")
     add_data_flags(parser)
@@ -285,17 +281,19 @@ def _parser() -> Parser:
         "--resume",
         metavar="DIR|auto",
         default="",
-        help="resume from a checkpoint with its own settings and those given beside it, from the "
-        "newest in a run's folder, or (auto) from the newest in output_dir if there is one",
+        help="resume from a checkpoint, from the newest in a run's folder, or (auto) from the "
+        "newest in output_dir if there is one; other flags override the checkpoint's settings",
     )
     run.add_argument(
         "--force",
         action="store_true",
-        help="take an output_dir that is locked by another run; if that run lives, the two can "
-        "damage each other's checkpoints and metrics until it ends at its next save",
+        help="take over an output_dir that another run has locked; if that run is still active, "
+        "the two can damage each other's checkpoints and metrics until it stops at its next save",
     )
     run.add_argument(
-        "--dry_run", action="store_true", help="check and show what would be done, and stop"
+        "--dry_run",
+        action="store_true",
+        help="check everything, show what the run would do, and exit",
     )
     run.add_argument(
         "--profile",
@@ -307,7 +305,7 @@ def _parser() -> Parser:
         "--profile_start",
         metavar="N",
         type=int,
-        help="steps to run before the trace, compilation among them (default: 5)",
+        help="steps to run before the trace, including compilation (default: 5)",
     )
     return parser
 
@@ -341,6 +339,7 @@ def fields_text() -> str:
     lines, indent = [], " " * 8
     for field in SCHEMA.values():
         kind = " | ".join(field.choices) or describe(field.type)
+        kind += f"; {field.constraint.words}" if field.constraint else ""
         lines += [f"--config.{field.name}={field.default!r}", f"{indent}({kind})"]
         lines += textwrap.wrap(field.help, 90, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
@@ -360,12 +359,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--list_files",
         action="store_true",
-        help="show which files would be read, which not and why, and stop",
+        help="list the files that would be read, and those skipped with the reason, and exit",
     )
     data.add_argument(
         "--clear_cache",
         action="store_true",
-        help="first remove all tokens that the cache holds, of any corpus",
+        help="first delete the cached tokens of every corpus",
     )
 
 
@@ -381,7 +380,7 @@ def _epilog() -> str:
         for name, row in presets.TRAINING_PRESETS.items()
     )
     return f"""\
-sizes: parameters (with GPT-2's vocabulary), width × layers, recursion, the label known by
+sizes: parameters (with GPT-2's vocabulary), width × layers, recursion, common label
 {sizes}
 
 training presets:     steps   learning rate   warm-up    save and evaluate every
@@ -389,8 +388,8 @@ training presets:     steps   learning rate   warm-up    save and evaluate every
 
 precedence, lowest to highest:
   built-in < --model_size < --training_preset < --config FILE < other flags < --config.field=
-  A .py file, or the checkpoint to resume, holds a whole config in place of the built-in one:
-  --model_size and --training_preset change it where they are given, and the log says what.
+  A .py file, or the checkpoint to resume, replaces the built-in config as a whole;
+  --model_size and --training_preset change it only if given, and the log reports the changes.
 
 examples:
   mamba-jax train --vram_auto --model_size hybrid-small-standard --data_dir texts
@@ -402,6 +401,6 @@ examples:
       --output_dir=checkpoints/longer                           (resume with another schedule)
   mamba-jax train --config=configs/small.py --profile (traces steps 6 to 8)
 
-Ctrl-C or SIGTERM: the run finishes its step and saves; a second Ctrl-C stops at once.
-Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (reported in one line).
+Ctrl-C or SIGTERM: the run finishes its step, saves and stops; a second Ctrl-C stops at once.
+Exit status: 0 done, 75 stopped by a signal and saved, 2 a mistake (one line).
 """

@@ -1,4 +1,4 @@
-"""What the values of a config must be, beyond their types; ``config.freeze`` asks."""
+"""Checks the values of a config, beyond their types; ``config.freeze`` calls it."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def check(run: RunConfig) -> None:
     """Refuses values that cannot work.
 
     Raises:
-      UserError: naming the first of them.
+      UserError: names the first invalid value.
     """
 
     def value(name: str) -> Any:
@@ -47,17 +47,20 @@ def check(run: RunConfig) -> None:
 def _check_data(data: DataConfig) -> None:
     if data.fim_rate and data.loss_on == "answer":
         raise UserError(
-            f"data.fim_rate={data.fim_rate} tears answers from their prompts; with "
-            'data.loss_on="answer" leave it at 0'
+            f"data.fim_rate={data.fim_rate} separates answers from their prompts; "
+            'set it to 0 with data.loss_on="answer"'
         )
     if not data.mixture:
         if data.curriculum:
-            raise UserError("data.curriculum has no use without a data.mixture")
+            raise UserError("data.curriculum has no effect without a data.mixture")
         _check_source(data)
         return
     for name in ("data_dir", "dataset", "tasks"):
         if value := getattr(data, name):
-            raise UserError(f'data.{name}="{value}" beside a data.mixture: make it a source of it')
+            raise UserError(
+                f'data.{name}="{value}" cannot be combined with a data.mixture; '
+                "make it a source of the mixture"
+            )
     for number, source in enumerate(data.mixture):
         if not source.data_dir and not source.dataset and not source.tasks:
             raise UserError(f"data.mixture[{number}] needs a data_dir, a dataset or tasks")
@@ -66,7 +69,7 @@ def _check_data(data: DataConfig) -> None:
     _check_weights("data.mixture", [source.weight for source in data.mixture], len(data.mixture))
     steps = [phase.step for phase in data.curriculum]
     if steps and (steps[0] != 0 or sorted(set(steps)) != steps):
-        raise UserError(f"data.curriculum has steps {steps}: they must begin with 0 and rise")
+        raise UserError(f"data.curriculum has steps {steps}: they must start at 0 and increase")
     for number, phase in enumerate(data.curriculum):
         _check_weights(f"data.curriculum[{number}]", phase.weights, len(data.mixture))
 
@@ -75,7 +78,7 @@ def _check_weights(name: str, weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
         raise UserError(f"{name} has {len(weights)} weights for {count} sources")
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
-        raise UserError(f"{name} has weights {tuple(weights)}: give numbers from 0 up, one above 0")
+        raise UserError(f"{name} has weights {tuple(weights)}: none may be negative, not all 0")
 
 
 def _check_source(data: DataConfig) -> None:
@@ -84,15 +87,17 @@ def _check_source(data: DataConfig) -> None:
     if data.dataset:
         if data.tasks:
             raise UserError(
-                f'data.tasks="{data.tasks}" beside data.dataset="{data.dataset}": make each a '
-                "source of a mixture"
+                f'data.tasks="{data.tasks}" cannot be combined with data.dataset="{data.dataset}"; '
+                "make each a source of a mixture"
             )
         if not data.dataset_split:
             raise UserError("data.dataset_split must not be empty")
         return
     for name in ("dataset_config", "dataset_split", "dataset_streaming", "text_column"):
         if (given := getattr(data, name)) != getattr(type(data), name):
-            raise UserError(f'data.{name}="{given}" has no use without a data.dataset (--dataset)')
+            raise UserError(
+                f'data.{name}="{given}" has no effect without a data.dataset (--dataset)'
+            )
 
 
 def _check_vram(vram: VramConfig) -> None:
@@ -117,7 +122,7 @@ def _check_vram(vram: VramConfig) -> None:
 
 
 def check_choice(name: str, value: Any) -> None:
-    """Refuses a value that is none of a field's choices; suggests the nearest."""
+    """Refuses a value that is not one of a field's choices; suggests the nearest."""
     choices = _FIELDS[name].choices
     if value not in choices:
         raise UserError(
@@ -134,8 +139,8 @@ def _check_model(model: ModelConfig) -> None:
             set(model.attention_scales)
         ) != len(model.attention_scales):
             raise UserError(
-                f"model.attention_scales={model.attention_scales} must be different "
-                "whole numbers from 1 up"
+                f"model.attention_scales={model.attention_scales} must be distinct "
+                "whole numbers of at least 1"
             )
         if model.d_model % 2:
             raise UserError(

@@ -1,4 +1,4 @@
-"""What is said about a field of the config where it is declared: constraint, choices and help.
+"""The constraint, choices and help of a config field, declared together with the field.
 
 A field is ``name: Annotated[type, CONSTRAINT, "help"] = default``; the constraint is optional, and
 a ``Literal`` type lists the choices. Checks, ``--help`` and the reference are made from these.
@@ -13,16 +13,16 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """What a single value must be, beyond its type."""
+    """A condition on a single value, beyond its type."""
 
-    words: str  # completes "field=value …"
+    words: str  # complete the message "field=value …"
     holds: Callable[[Any], bool]
 
 
 POSITIVE = Constraint("must be greater than 0", lambda value: value > 0)
 NOT_NEGATIVE = Constraint("must not be negative", lambda value: value >= 0)
-FRACTION = Constraint("must lie between 0 and 1", lambda value: 0 <= value < 1)
-SHARE = Constraint("must lie between 0 and 1", lambda value: 0 <= value <= 1)
+FRACTION = Constraint("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Constraint("must be between 0 and 1", lambda value: 0 <= value <= 1)
 NOT_EMPTY = Constraint("must not be empty", bool)
 
 
@@ -33,8 +33,8 @@ class Field:
     Attributes:
       name: dotted, as after ``--config.``.
       type: without its annotations; ``str`` for a choice.
-      default: of the field.
-      choices: the values that a text may have; (): any.
+      default: the default value.
+      choices: the permitted values of a text field; (): any value.
       constraint: None: any value of the type.
       help: one sentence or a few, for users.
     """
@@ -74,5 +74,7 @@ def fields(cls: type, prefix: str = "") -> Iterator[Field]:
 def describe(type_: Any) -> str:
     """Returns the words for a type: "a whole number"."""
     if isinstance(type_, types.GenericAlias):
+        if dataclasses.is_dataclass(typing.get_args(type_)[0]):
+            return "a list of groups of fields such as ({'name': value},)"
         return "a list such as (1,2,4)"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[type_]

@@ -2,7 +2,7 @@
 
 A config file is a Python file with ``get_config() -> ConfigDict``, or JSON with some fields. Every
 field can be overridden on the command line as ``--config.group.field=value``. ``freeze`` turns the
-result into a ``RunConfig``; a fault in it is a ``UserError`` that names the value.
+result into a ``RunConfig``; an invalid value raises a ``UserError`` that names it.
 """
 
 import ast
@@ -45,9 +45,9 @@ def load_config(path: str) -> ConfigDict:
         config = module.get_config()
     except UserError as error:
         raise UserError(f"config file {path}: {error}") from error
-    except Exception as error:  # a config file is a program: anything may come out of it
+    except Exception as error:  # a config file is a program: it can raise anything
         raise UserError(
-            f"config file {path} is broken: {type(error).__name__}: {error}; "
+            f"config file {path} failed: {type(error).__name__}: {error}; "
             "it must define get_config() and return a ConfigDict"
         ) from error
     if not isinstance(config, ConfigDict):
@@ -71,7 +71,9 @@ def load_json(path: str) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         if not isinstance(values, dict):
-            raise UserError(f'must hold an object of groups such as "model", not {values!r:.40}')
+            raise UserError(
+                f'must contain an object with groups such as "model", not {values!r:.40}'
+            )
         return _only(values, to_dict(from_dict(values)))
     except UserError as error:
         raise UserError(f"config file {path}: {error}") from error
@@ -89,7 +91,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _only(names: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns of ``values`` what ``names`` has, group by group."""
+    """Returns the entries of ``values`` that ``names`` has, group by group."""
     return {
         name: _only(names[name], value) if isinstance(value, Mapping) else value
         for name, value in values.items()
@@ -166,7 +168,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(types_[name]):
             if not isinstance(value, Mapping):
-                raise UserError(f"config group {prefix}{name} must hold fields, not {value!r}")
+                raise UserError(f"config group {prefix}{name} must contain fields, not {value!r}")
             made[name] = _build(typing.cast(type, types_[name]), value, f"{prefix}{name}.")
         else:
             value = paths.expand(name, value) if isinstance(value, str) else value
@@ -215,5 +217,5 @@ def _coerce_item(value: Any, type_: Any, name: str) -> Any:
     if isinstance(value, typing.cast(type, type_)):  # an override, parsed already
         return value
     if not isinstance(value, Mapping):
-        raise UserError(f"{name} must hold fields, not {value!r}")
+        raise UserError(f"{name} must contain fields, not {value!r}")
     return _build(typing.cast(type, type_), value, f"{name}.")

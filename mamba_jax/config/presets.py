@@ -1,8 +1,8 @@
-"""The tables of sizes, training presets and devices, as data.
+"""The tables of sizes and training presets, as data.
 
 ``d_model``, ``n_layers`` and ``depth`` govern. ``nominal`` is only the label under which a size is
-known: the true parameter count follows from the structure (``python -m mamba_jax.report presets``)
-and is printed beside it everywhere.
+known: the actual parameter count follows from the structure (``mamba-jax report presets``)
+and is always printed with it.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ def default_config() -> ConfigDict:
 
 
 def preset_config(model_size: str, training_preset: str = "default") -> ConfigDict:
-    """Returns the defaults with one row of each table of ``presets`` put in.
+    """Returns the defaults with the given row of each table of ``presets`` applied.
 
     Raises:
       UserError: if either name is unknown; it suggests the nearest.
@@ -95,7 +95,7 @@ def size_fields(name: str) -> dict[str, Any]:
     """Returns the fields that a row of ``SIZES`` sets, in their group.
 
     Raises:
-      UserError: if there is none of that name; it suggests the nearest.
+      UserError: if there is no such name; it suggests the nearest.
     """
     size = _look_up(SIZES, name, "model size")
     return {
@@ -113,7 +113,7 @@ def training_fields(preset: str) -> dict[str, Any]:
     """Returns the fields that a row of ``TRAINING_PRESETS`` sets, in their group.
 
     Raises:
-      UserError: if there is none of that name; it suggests the nearest.
+      UserError: if there is no such name; it suggests the nearest.
     """
     row = _look_up(TRAINING_PRESETS, preset, "training preset")
     return {"training": dataclasses.asdict(row)}
@@ -123,7 +123,7 @@ def merge(config: ConfigDict, values: Mapping[str, Any]) -> None:
     """Sets the given fields, group by group; ``config`` is changed.
 
     Raises:
-      UserError: if a group of ``config`` is none.
+      UserError: if a group of ``config`` is not a group.
     """
     with config.unlocked(), config.ignore_type():
         for name, value in values.items():
@@ -134,7 +134,7 @@ def merge(config: ConfigDict, values: Mapping[str, Any]) -> None:
                 config[name] = ConfigDict()
             group: Any = config[name]
             if not isinstance(group, ConfigDict):
-                raise UserError(f"config group {name} must hold fields, not {group!r}")
+                raise UserError(f"config group {name} must contain fields, not {group!r}")
             merge(group, value)
 
 
@@ -150,7 +150,7 @@ def with_scan(model: ModelConfig, scan: str) -> ModelConfig:
     """Returns the same model, computed by another implementation of the scan.
 
     Raises:
-      UserError: if there is none of that name.
+      UserError: if there is no such implementation.
     """
     checks.check_choice("model.scan", scan)
     return dataclasses.replace(model, scan=scan)

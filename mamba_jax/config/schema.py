@@ -31,13 +31,13 @@ class ModelConfig:
     d_conv: Annotated[int, POSITIVE, "Width of the causal convolution, in tokens."] = 4
     expand_factor: Annotated[int, POSITIVE, "Channels of the mixer, in units of d_model."] = 2
     dt_rank: Annotated[int, NOT_NEGATIVE, "Rank of the projection to Δ; 0: ceil(d_model / 16)."] = 0
-    vocab_size: Annotated[int, NOT_NEGATIVE, "Token ids; 0: as many as the tokenizer has."] = 0
+    vocab_size: Annotated[int, NOT_NEGATIVE, "Number of token ids; 0: that of the tokenizer."] = 0
     max_seq_len: Annotated[
         int,
         POSITIVE,
         "Tokens in a training window; generation has no limit.",
     ] = 2048
-    dropout: Annotated[float, FRACTION, "Share of activations that training drops."] = 0.0
+    dropout: Annotated[float, FRACTION, "Share of activations dropped in training."] = 0.0
     tie_embeddings: Annotated[bool, "Use the embedding as the head's matrix."] = True
     norm_eps: Annotated[float, POSITIVE, "Added to the mean square in RMSNorm."] = 1e-5
     dtype: Annotated[
@@ -102,8 +102,8 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the token tables: matrix units work on whole tiles. The rest are zeros for ever:
-        no id chooses them, and no logit is theirs."""
+        """Rows of the token tables, a multiple of a tile; the padding rows stay zero: no id selects
+        them, and they have no logits."""
         return -(-self.vocab_size // _TABLE_ROWS) * _TABLE_ROWS
 
     @property
@@ -127,7 +127,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Optimizer, schedule and what happens when."""
+    """Optimizer, schedule, and the steps at which to log, evaluate and save."""
 
     learning_rate: Annotated[float, POSITIVE, "Peak of the schedule."] = 3e-4
     min_learning_rate_ratio: Annotated[
@@ -138,7 +138,7 @@ class TrainingConfig:
     warmup_steps: Annotated[
         int,
         NOT_NEGATIVE,
-        "Steps of linear warm-up; in a run that is too short for them, a tenth of max_steps.",
+        "Steps of linear warm-up; a tenth of max_steps if the run is not longer than them.",
     ] = 2_000
     max_steps: Annotated[int, POSITIVE, "Optimizer steps of the run."] = 100_000
     gradient_clip: Annotated[float, POSITIVE, "Largest global norm of the gradient."] = 1.0
@@ -153,12 +153,12 @@ class TrainingConfig:
     loss_chunk_tokens: Annotated[
         int,
         NOT_NEGATIVE,
-        "Compute the logits for so many tokens at a time; 0: by device.",
+        "Tokens whose logits are computed at a time; 0: chosen by device.",
     ] = 0
     skip_spikes: Annotated[
         float,
         NOT_NEGATIVE,
-        "Skip a step whose gradient norm exceeds so many times its running mean; 0: never.",
+        "Skip a step whose gradient norm exceeds this multiple of its running mean; 0: never.",
     ] = 0.0
     max_gradient_norm: Annotated[
         float,
@@ -210,9 +210,9 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-    """From a step on, other weights."""
+    """Other weights of the mixture, from a step on."""
 
-    step: Annotated[int, "The step that the phase begins at."] = 0
+    step: Annotated[int, "The step at which the phase starts."] = 0
     weights: Annotated[tuple[float, ...], "One weight for each source of the mixture."] = ()
 
 
@@ -239,8 +239,8 @@ class DataConfig:
     ] = False
     text_column: Annotated[
         str,
-        "Columns of a row's text, joined by a blank line: A,B; default: by the form of the "
-        "rows (the log says which).",
+        "Columns of a row's text, joined by a blank line: A,B; default: chosen by the form "
+        "of the rows (the log says which).",
     ] = ""
     tasks: Annotated[
         str,
@@ -259,11 +259,11 @@ class DataConfig:
     window: Annotated[
         Literal["packed", "concat", "document"],
         "packed: documents one after another, the state reset at each; concat: not reset; "
-        "document: each begins a window, the rest of which is not trained on.",
+        "document: each starts a window, the rest of which is not trained on.",
     ] = "packed"
     loss_on: Annotated[
         Literal["all", "answer"],
-        "answer: train on the answers alone of rows with prompts, chats included.",
+        "answer: in rows with prompts, chats included, train only on the answers.",
     ] = "all"
     tokenizer: Annotated[
         str,
@@ -277,12 +277,12 @@ class DataConfig:
     ] = 0.0
     deduplicate: Annotated[
         Literal["exact", "near", "none"],
-        "Leave out equal documents; near: similar ones too; none: keep all.",
+        "exact: drop identical documents; near: similar ones too; none: keep all.",
     ] = "exact"
     tokenise_workers: Annotated[
         int,
         NOT_NEGATIVE,
-        "Processes that tokenise; 0: as many as processors, if the text is worth it.",
+        "Processes that tokenise; 0: one per processor if there is enough text.",
     ] = 0
     eval_fraction: Annotated[
         float,
@@ -306,12 +306,12 @@ class DataConfig:
 
     @property
     def has_loss_mask(self) -> bool:
-        """Whether a window may hold tokens that are no targets, written as ``~token``."""
+        """Whether a window may contain tokens that are not targets, written as ``~token``."""
         return self.window == "document" or self.loss_on == "answer"
 
     @property
     def cache_root(self) -> pathlib.Path:
-        """The folder of all that is kept between runs."""
+        """The folder of everything that is kept between runs."""
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return pathlib.Path(self.cache_dir or f"{home}/mamba_jax").expanduser()
 
@@ -324,15 +324,17 @@ class VramConfig:
     batch_size: Annotated[
         int,
         NOT_NEGATIVE,
-        "Sequences per microbatch, over all devices; 0: the most that fit.",
+        "Sequences per microbatch, over all devices; 0: chosen to fit the memory.",
     ] = 0
     gradient_accumulation_steps: Annotated[
         int,
         NOT_NEGATIVE,
         "Microbatches per step; 0: effective_batch_size / batch_size.",
     ] = 0
-    memory_gb: Annotated[float, POSITIVE, "GiB of each device, where it is not detected."] = 16.0
-    auto: Annotated[bool, "Fit the microbatch to all the memory that the device has."] = False
+    memory_gb: Annotated[
+        float, POSITIVE, "GiB of memory of each device, where it is not detected."
+    ] = 16.0
+    auto: Annotated[bool, "Fit the microbatch to the whole memory of the device."] = False
     safety_margin_mb: Annotated[
         int,
         NOT_NEGATIVE,
@@ -347,7 +349,7 @@ class VramConfig:
     def microbatches(self, devices: int) -> list[int]:
         """Returns the microbatches that make up the effective batch exactly, smallest first.
 
-        Each device gets equally many sequences of one.
+        Each device gets the same number of sequences.
         """
         whole = self.effective_batch_size
         return [size for size in range(devices, whole + 1, devices) if whole % size == 0]
@@ -367,7 +369,7 @@ class ParallelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a run depends on: a run is a pure function of it and of the data."""
+    """Everything a run depends on besides its data."""
 
     name: Annotated[str, NOT_EMPTY, "Name of the run in logs and trackers."] = "mamba"
     seed: Annotated[
@@ -403,7 +405,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Value]:
-    """Returns the fields of ``config.to_dict`` by dotted name; what is no plain value, as text."""
+    """Returns the fields of ``config.to_dict`` by dotted name; other values become text."""
     flat: dict[str, Value] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

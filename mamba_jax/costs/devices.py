@@ -1,11 +1,13 @@
-"""Published peaks of devices, as data, and what a compiler has to know of them."""
+"""Published peaks of devices, as data, and what a compiler needs to know about them."""
 
 import dataclasses
+
+from mamba_jax.errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
 class Cuda:
-    """What a compiler has to know of an NVIDIA card, at boost clock."""
+    """What a compiler needs to know about an NVIDIA card, at boost clock."""
 
     capability: str
     multiprocessors: int
@@ -17,9 +19,9 @@ class Cuda:
 class Device:
     """The published peaks of one accelerator, dense (without structured sparsity), at boost clock.
 
-    A GPU's special functions (exp2, log2, rsqrt …) run 16 a clock on each multiprocessor (CUDA C++
-    programming guide, arithmetic throughput, capabilities 7.0 to 12.0), against 64 or 128 float32
-    multiply-adds: 1/8 or 1/16 of the float32 figure. A TPU's vector peaks are not published.
+    A GPU's special functions (exp2, log2, rsqrt …) run 16 a clock on each multiprocessor (NVIDIA's
+    CUDA C++ documentation, arithmetic throughput, capabilities 7.0 to 12.0), against 64 or 128
+    float32 multiply-adds: 1/8 or 1/16 of the float32 figure. TPUs' vector peaks are not published.
     """
 
     name: str  # for ``--device``
@@ -121,16 +123,30 @@ DEVICES: tuple[Device, ...] = (
 def device_named(name: str) -> Device | None:
     """Returns the row that a user means, or jax names by its ``device_kind``; None: there is none.
 
-    Case, spaces and hyphens do not matter; "4080" and "v5e" will do, and "A100" is the first of its
-    rows.
+    Case, spaces and hyphens do not matter; "4080" and "v5e" are enough, and "A100" is the first
+    of its rows.
     """
-    asked = _words(name)
+    wanted = _words(name)
     for device in DEVICES:
         words = _words(device.name)
         short = words[1:] if words[0] in ("rtx", "tpu") else words[:1]
-        if name in device.kinds or asked in (words, short):
+        if name in device.kinds or wanted in (words, short):
             return device
     return None
+
+
+def device_of_flag(name: str) -> Device:
+    """Returns the row that ``--device`` names.
+
+    Raises:
+      UserError: if there is none; it suggests the nearest.
+    """
+    device = device_named(name)
+    if device is None:
+        names = [device.name for device in DEVICES]
+        near = did_you_mean(name.replace(" ", "-").upper(), names)
+        raise UserError(f'unknown --device "{name}"{near} (choices: {", ".join(names)})')
+    return device
 
 
 def _words(name: str) -> list[str]:

@@ -4,12 +4,12 @@ Four amounts are kept apart, as a device has a limit of its own for each:
 
 * matmul FLOPs: 2·m·n·k of every matrix product. *Model FLOPs* are those of the forward and, for
   training, its gradient (twice the forward). They measure use (MFU), so nothing that an
-  implementation adds is in them. *Hardware FLOPs* (HFU) add what is made again in the backward:
+  implementation adds is in them. *Hardware FLOPs* (HFU) add what is recomputed in the backward:
   the attention scores, and the layers under a remat policy.
 * elementwise FLOPs: additions, products, comparisons. A backward has twice those of the forward
   unless said otherwise.
 * special operations: exp, log, sin, rsqrt, reciprocal. softplus is two (exp, log), a sigmoid or
-  silu is two (exp, reciprocal). A backward makes them again.
+  silu is two (exp, reciprocal). A backward recomputes them.
 * bytes: every operation reads its inputs and writes its outputs once; a backward reads the inputs
   and the output's gradient, and writes the inputs' gradients. Values between matrix products are
   of the matmul dtype; the residual stream, Δ and the recursion's state are float32. Logits, scores
@@ -132,7 +132,7 @@ def _operation(
 
 
 def _remade(part: Part, config: ModelConfig, setting: Setting) -> Part:
-    """Adds what the remat policy makes again of a layer's part."""
+    """Adds what the remat policy recomputes of a layer's part."""
     if setting.remat == "none":
         return part
     again = part.forward
@@ -150,8 +150,8 @@ def _remade(part: Part, config: ModelConfig, setting: Setting) -> Part:
 def _unneeded_macs(config: ModelConfig) -> dict[str, int]:
     """Returns, by part, the last product of a layer if it is only added to the residual stream.
 
-    No backward needs its result, so that XLA does not make it again. What the recursion adds is
-    made again all the same, as its steps are one loop.
+    No backward needs its result, so that XLA does not recompute it. What the recursion adds is
+    recomputed all the same, as its steps are one loop.
     """
     hybrid = config.family == "hybrid"
     if hybrid and config.fusion != "sum":
@@ -228,7 +228,7 @@ def _scan(config: ModelConfig, setting: Setting) -> Part:
     Forward: for each of n states dt·A, its exp, decay·h + (dt x)·B and the sum with C make 6
     elementwise FLOPs and one exp; bias, softplus and dt·x another 4, and 2 special operations.
 
-    Backward, per state: the states made again (4), then the gradients by C (2), by the state (3)
+    Backward, per state: the states recomputed (4), then the gradients by C (2), by the state (3)
     and through the decay (1), by dt·x (2), B (2), the exponent (1), A (2) and dt (2): 19. Special
     operations are those of the fused adjoint: the exps once more, softplus and its derivative (7).
     """
@@ -319,7 +319,7 @@ def mean_keys(seq_len: int, window: int, scale: int) -> float:
 def _scores(config: ModelConfig, setting: Setting, scale: int) -> Part:
     """One read of one scale: scores, softmax and the weighted sum of values.
 
-    The backward makes the scores and their softmax again, as every form of linear memory does.
+    The backward recomputes the scores and their softmax, as every form of linear memory does.
     """
     d, h, a = config.d_model, config.n_heads, setting.dtype_bytes
     keys = mean_keys(setting.seq_len, config.attention_window, scale)

@@ -44,7 +44,7 @@ class Part:
     name: str
     forward: Work
     backward: Work  # of the gradient alone
-    recomputed: Work = Work()  # what the backward makes again of the forward
+    recomputed: Work = Work()  # what the backward recomputes of the forward
 
     def __mul__(self, times: Amount) -> "Part":
         works = (self.forward * times, self.backward * times, self.recomputed * times)
@@ -52,7 +52,7 @@ class Part:
 
     @property
     def training(self) -> Work:
-        """Forward and gradient, without what is made again: the model's share."""
+        """Forward and gradient, without what is recomputed: the model's share."""
         return self.forward + self.backward
 
     @property

@@ -1,11 +1,11 @@
-"""What memory a device has, and what of it a run may use.
+"""The memory that a device has, and how much of it a run may use.
 
-    total        what the device has: as NVIDIA's driver says, or the runtime, or ``--vram``
-    pool         what jax's allocator takes of it at once, before anything is computed
+    total        what the device has: from NVIDIA's driver, the runtime, or ``--vram``
+    pool         what jax's allocator reserves at once, before anything is computed
     budget       what a step may need by the estimate: total less the margin
 
-Half of the margin stays outside the pool, for the CUDA context and libraries; half lies in it, for
-the gaps that an allocator leaves. How much either takes has not been measured on a card yet.
+Half of the margin stays outside the pool, for the CUDA context and libraries; half is inside it,
+for the gaps that an allocator leaves. How much either takes has not been measured on a card yet.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ class Machine:
     count: int = 1
     total_bytes: int | None = None  # of each; None: not known
     pool_bytes: int | None = None  # of it, that jax's allocator may take; None: not known
-    source: str = ""  # who says so
+    source: str = ""  # where total_bytes comes from
     is_here: bool = False  # rather than only described
 
     @property
     def sharers(self) -> int:
-        """How many devices live on one memory: all that a CPU is made to be."""
+        """The devices that share one memory: all of those that a CPU is split into."""
         return self.count if self.platform == "cpu" else 1
 
     @property
@@ -54,7 +54,7 @@ class Budget:
     total_bytes: int
     margin_bytes: int
     source: str  # of the total
-    sharers: int = 1  # devices that live on that total
+    sharers: int = 1  # devices that share that total
 
     def text(self) -> str:
         """Returns e.g. ``14.00 GiB = 16.00 GiB (--vram) less a margin of 2.00 GiB``."""
@@ -103,7 +103,7 @@ def budget(vram: VramConfig, machine: Machine) -> Budget:
 def of_device(device: Device) -> Machine:
     """Returns a machine with one device of the table: to plan for what is not here."""
     platform = "tpu" if device.name.startswith("TPU") else "gpu"
-    return Machine(device.name, platform, 1, device.memory_bytes, source=f"of {device.name}")
+    return Machine(device.name, platform, 1, device.memory_bytes, source=device.name)
 
 
 def this_machine() -> Machine:
@@ -127,14 +127,14 @@ def this_machine() -> Machine:
         return dataclasses.replace(found, total_bytes=limit, source="the runtime's limit")
     if found.preset is not None:
         return dataclasses.replace(
-            found, total_bytes=found.preset.memory_bytes, source=f"of {found.preset.name}"
+            found, total_bytes=found.preset.memory_bytes, source=found.preset.name
         )
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """One NVIDIA card as its driver tells of it."""
+    """One NVIDIA card, as its driver reports it."""
 
     total_bytes: int
     used_bytes: int
@@ -166,7 +166,7 @@ def visible_cards() -> list[Card]:
 
 
 def set_client_fraction(vram: VramConfig) -> None:
-    """Lets jax's allocator take what the budget needs: by itself it stops at 75% of a card.
+    """Lets jax's allocator take what the budget needs: its default limit is 75% of a card.
 
     Call it before jax's backend starts. A fraction that the user has set stays. Without NVIDIA
     cards nothing happens.

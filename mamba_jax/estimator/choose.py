@@ -1,17 +1,18 @@
 """Chooses how a run's effective batch is laid out: microbatch, remat policy, loss chunk.
 
 The effective batch, the model and the length of its windows are the user's and never change. What
-the user has set of the layout stays as well. Of what is left open, the fastest is taken that fits:
+the user has set of the layout stays as well. Among the layouts left open, the fastest that fits
+wins:
 
-* Speed is the floor of ``costs.flops`` on the device's published peaks: "dots" and "full" make
-  more again, smaller microbatches read weights and add up gradients more often. What "none" keeps
-  beyond "dots" a fused program would never have written: it is written and read once more, which on
-  a card with slow memory costs more than making it again. (The order is computed; it has not been
-  timed on a card. On a CPU it has: there "dots" is the fastest.) Of layouts within 1% of the
-  fastest, the one that needs least is taken.
+* Speed is the floor of ``costs.flops`` on the device's published peaks: "dots" and "full"
+  recompute more, smaller microbatches read weights and add up gradients more often. What "none"
+  keeps beyond "dots" a fused program would never have written: it is written and read once more,
+  which on a card with slow memory costs more than recomputing it. (The order is computed; it has
+  not been timed on a card. On a CPU it has: there "dots" is the fastest.) Among layouts within 1%
+  of the fastest, the one that needs the least memory wins.
 * Without published peaks (a CPU, an unknown card) "dots" comes first, then "none", then "full", and
   a larger microbatch before a smaller one. On a CPU a microbatch ends at ``CPU_TOKENS`` tokens.
-* The loss is made in the usual chunks; only where nothing fits, in halves of them.
+* The loss is computed in chunks of the usual size, halved only where nothing fits.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from mamba_jax.costs.devices import Device
 from mamba_jax.costs.flops import Setting, parts, setting_of
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
-from mamba_jax.estimator.account import Account, account, kept_bytes
+from mamba_jax.estimator.breakdown import MemoryBreakdown, kept_bytes, memory_breakdown
 from mamba_jax.estimator.budget import Budget, Machine, gib
 
 CPU_TOKENS = 4_096  # of a device's microbatch: a CPU core gains nothing from more
@@ -34,7 +35,7 @@ POLICIES = ("dots", "none", "full")  # fastest first, where nothing is known of 
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class StepLayout:
     """One way to lay out a step."""
 
     batch_size: int  # sequences of a microbatch, over all devices
@@ -42,7 +43,7 @@ class Layout:
     chunk_tokens: int
 
 
-def laid_out(config: RunConfig, layout: Layout) -> RunConfig:
+def laid_out(config: RunConfig, layout: StepLayout) -> RunConfig:
     """Returns a run with a layout filled in."""
     whole = config.vram.effective_batch_size
     return dataclasses.replace(
@@ -57,13 +58,13 @@ def laid_out(config: RunConfig, layout: Layout) -> RunConfig:
     )
 
 
-def quick(config: RunConfig, machine: Machine, layout: Layout) -> Account:
-    """Accounts for a layout by the formula; the run's vocabulary must be set."""
+def quick(config: RunConfig, machine: Machine, layout: StepLayout) -> MemoryBreakdown:
+    """Returns the bytes of a layout by the formula; the run's vocabulary must be set."""
     setting = _setting(config, machine, layout)
-    return account(config.model, setting, chunk_tokens=layout.chunk_tokens)
+    return memory_breakdown(config.model, setting, chunk_tokens=layout.chunk_tokens)
 
 
-def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
+def candidates(config: RunConfig, machine: Machine) -> list[list[StepLayout]]:
     """Returns the layouts that a run leaves open, by size of the loss chunk, largest first.
 
     Raises:
@@ -90,7 +91,7 @@ def candidates(config: RunConfig, machine: Machine) -> list[list[Layout]]:
         policies = ("dots", "full") if on_cpu else POLICIES
     chunk = config.training.loss_chunk_tokens
     chunks = [chunk] if chunk else _halves(CHUNK_TOKENS[on_cpu])
-    return [[Layout(s, p, chunk) for p in policies for s in sizes] for chunk in chunks]
+    return [[StepLayout(s, p, chunk) for p in policies for s in sizes] for chunk in chunks]
 
 
 def _halves(chunk: int) -> list[int]:
@@ -98,14 +99,14 @@ def _halves(chunk: int) -> list[int]:
     return [chunk >> i for i in range(count)]
 
 
-def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list[Layout]:
+def by_speed(config: RunConfig, machine: Machine, layouts: list[StepLayout]) -> list[StepLayout]:
     """Sorts layouts by the speed to expect, fastest first."""
     preset = machine.preset
     if preset is None:
         return sorted(layouts, key=lambda one: (POLICIES.index(one.remat), -one.batch_size))
     secs = {layout: expected_secs(config, machine, preset, layout) for layout in layouts}
     needs = {layout: quick(config, machine, layout).total_bytes for layout in layouts}
-    ordered: list[Layout] = []
+    ordered: list[StepLayout] = []
     left = set(layouts)
     while left:
         fastest = min(secs[layout] for layout in left)
@@ -115,7 +116,7 @@ def by_speed(config: RunConfig, machine: Machine, layouts: list[Layout]) -> list
     return ordered
 
 
-def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: Layout) -> float:
+def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: StepLayout) -> float:
     """Returns the least time for a token with a layout, on a device of the table."""
     from mamba_jax.costs.roofline import floor_secs, published
 
@@ -129,14 +130,14 @@ def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: L
     return secs
 
 
-def _setting(config: RunConfig, machine: Machine, layout: Layout) -> Setting:
+def _setting(config: RunConfig, machine: Machine, layout: StepLayout) -> Setting:
     on_cpu = machine.platform == "cpu"
     return setting_of(laid_out(config, layout), devices=machine.count, on_cpu=on_cpu)
 
 
 def first_that_fits(
-    layouts: Iterable[Layout], needs: Callable[[Layout], int], limit_bytes: int
-) -> tuple[Layout, int] | None:
+    layouts: Iterable[StepLayout], needs: Callable[[StepLayout], int], limit_bytes: int
+) -> tuple[StepLayout, int] | None:
     """Returns the first layout within the limit and what it needs; None: there is none."""
     for layout in layouts:
         needed = needs(layout)
@@ -152,7 +153,7 @@ def smallest_bytes(config: RunConfig, machine: Machine) -> int:
 
 
 def nothing_fits(config: RunConfig, machine: Machine, limit: Budget) -> UserError:
-    """Returns the error that names what would fit, and the knob to turn."""
+    """Returns the error that names what would fit, and the settings to change."""
     model = config.model
     fitting = [
         size
@@ -161,22 +162,22 @@ def nothing_fits(config: RunConfig, machine: Machine, limit: Budget) -> UserErro
         and smallest_bytes(_resized(config, size.name), machine) <= limit.bytes
     ]
     count = lambda size: parameter_count(_resized(config, size.name).model).total
-    knobs = []
+    remedies = []
     if fitting:
-        knobs.append(f'the largest size that fits is "{max(fitting, key=count).name}"')
+        remedies.append(f'the largest size that fits is "{max(fitting, key=count).name}"')
     length = model.max_seq_len
     while length > 64:
         length //= 2
         shorter = dataclasses.replace(model, max_seq_len=length)
         if smallest_bytes(dataclasses.replace(config, model=shorter), machine) <= limit.bytes:
-            knobs.append(f"this one fits with model.max_seq_len={length}")
+            remedies.append(f"this one fits with model.max_seq_len={length}")
             break
-    knobs.append("else give it more memory (--vram, a smaller --vram_safety_margin)")
+    remedies.append("or give it more memory (--vram, a smaller --vram_safety_margin)")
     if machine.count > 1 and config.parallel.fsdp < machine.count:
-        knobs.append(f"or divide the state (parallel.fsdp={machine.count})")
+        remedies.append(f"or shard the state (parallel.fsdp={machine.count})")
     return UserError(
         f"{config.name} needs at least {gib(smallest_bytes(config, machine))} on each device and "
-        f"may use {limit.text()}: {', '.join(knobs)}"
+        f"may use {limit.text()}; {', '.join(remedies)}"
     )
 
 

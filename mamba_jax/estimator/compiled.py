@@ -49,7 +49,7 @@ def main(card: str) -> None:
             if devices is None:
                 devices = list(cuda_target(card).device_set)
             answer = {"bytes": step_bytes(from_dict(json.loads(line)), devices)}
-        except Exception as error:  # whatever it is, the parent has to tell it
+        except Exception as error:  # the parent reports it, whatever it is
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1,8 +1,8 @@
-"""What a step needs by its compiler's own figure, for the device here or a card that is not.
+"""The memory of a step by the compiler's figure, for this device or a card that is not here.
 
 A card that is not here needs its compiler (``scripts/compilers.sh``, or the extra ``estimate``) and
 a process of its own, ``mamba_jax.estimator.compiled``: XLA reads its flags once. A compile takes
-about ten seconds of a CPU core, so figures are kept, by all that they depend on.
+about ten seconds of a CPU core, so figures are cached by everything they depend on.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 class Unavailable(Exception):
-    """There is no compiler for the device here; the text says what to do."""
+    """No compiler for the device is installed; the text says what to do."""
 
 
 class Compiler:
-    """Compiles train steps and tells what they need; a context manager."""
+    """Compiles train steps and reports what they need; a context manager."""
 
     def __init__(self, machine: Machine, cache_dir: pathlib.Path):
         """
@@ -127,7 +127,8 @@ def _find_compilers(machine: Machine) -> str:
         raise Unavailable(f"no compiler is known for {machine.count} × {machine.kind}")
     if jax.__version_info__ >= (0, 11):
         raise Unavailable(
-            f"jax {jax.__version__} compiles a whole step only for devices that are here; 0.10 can"
+            f"jax {jax.__version__} compiles a whole step only for devices of this machine; "
+            "use jax 0.10"
         )
     for folder in (pathlib.Path(".compilers"), _ROOT / ".compilers"):
         note = folder / "installed"
@@ -137,13 +138,13 @@ def _find_compilers(machine: Machine) -> str:
         words = note.read_text().split()
         if {python, f"jax-cuda12-pjrt=={jax.__version__}"} <= set(words):
             return str(folder.resolve())
-        raise Unavailable(f"{folder} is of another Python or jax: {how}")
+        raise Unavailable(f"{folder} was installed for another Python or jax; {how}")
     try:
         found = importlib.util.find_spec(_PLUGIN) is not None
     except ModuleNotFoundError:  # not even the package above it
         found = False
     if not found:
-        raise Unavailable(f"there is no compiler for {machine.kind}: {how}")
+        raise Unavailable(f"there is no compiler for {machine.kind}; {how}")
     return ""
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from mamba_jax.checkpoints.resume import Start, laid_out_as_before
 from mamba_jax.config import RunConfig
 from mamba_jax.estimator import choose
-from mamba_jax.estimator.account import Account
+from mamba_jax.estimator.breakdown import MemoryBreakdown
 from mamba_jax.estimator.budget import (
     Budget,
     Machine,
@@ -14,7 +14,7 @@ from mamba_jax.estimator.budget import (
     set_client_fraction,
     this_machine,
 )
-from mamba_jax.estimator.choose import Layout
+from mamba_jax.estimator.choose import StepLayout
 from mamba_jax.estimator.exact import Compiler, Unavailable
 
 HOPELESS = 1.3  # times the budget by the formula: not worth a compile
@@ -28,7 +28,7 @@ class Plan:
     config: RunConfig  # with the layout filled in
     machine: Machine
     budget: Budget
-    account: Account  # by the formula
+    breakdown: MemoryBreakdown  # by the formula
     needs_bytes: int  # on each device, by ``level``
     level: str  # "quick" or "exact"
     notes: tuple[str, ...] = ()
@@ -43,25 +43,25 @@ class Plan:
         return f"{self.machine.count} × {self.machine.kind}"
 
     def text(self) -> str:
-        """Returns lines that tell the plan and where its bytes go."""
+        """Returns lines that describe the plan and where its bytes go."""
         config, vram = self.config, self.config.vram
         found = {"quick": "by formula", "exact": "compiled"}[self.level]
-        verdict = "" if self.fits else "; MORE THAN IT MAY USE: it can run out of memory"
-        width = max(map(len, self.account.parts))
-        parts = (f"  {part:<{width}}  {gib(n)}" for part, n in self.account.parts.items())
+        verdict = "" if self.fits else "; OVER BUDGET: the run can run out of memory"
+        width = max(map(len, self.breakdown.parts))
+        parts = (f"  {part:<{width}}  {gib(n)}" for part, n in self.breakdown.parts.items())
         lines = (
             f"memory of {self.device}: {self.budget.text()}",
             f"layout: microbatch {vram.batch_size} × {vram.accumulation_steps} = "
             f"{vram.effective_batch_size} sequences of {config.model.max_seq_len} tokens, remat "
-            f"{config.model.remat}, loss by {config.training.loss_chunk_tokens} tokens",
-            f"needs {gib(self.needs_bytes)} on each device ({found}){verdict}; by formula:",
+            f"{config.model.remat}, loss in chunks of {config.training.loss_chunk_tokens} tokens",
+            f"needs {gib(self.needs_bytes)} on each device ({found}){verdict}; parts by formula:",
             *parts,
             *self.notes,
         )
         return "\n".join(lines)
 
     def compared(self) -> str:
-        """Tells the estimate beside the peak of the first device; "" where that tells none."""
+        """Compares the estimate with the first device's peak; "" if it reports none."""
         import jax
 
         peak_bytes = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -106,7 +106,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
     if found is None:
         if not (config.vram.batch_size or config.vram.gradient_accumulation_steps):
             raise choose.nothing_fits(whole, machine, limit)
-        # The user's own microbatch is not refused: with the least of what is left open.
+        # The user's own microbatch is not refused: choose the least for what is left open.
         layout = min((one for group in groups for one in group), key=formula)
         level, found = "quick", (layout, formula(layout))
     layout, needs_bytes = found
@@ -114,7 +114,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
         config=choose.laid_out(config, layout),
         machine=machine,
         budget=limit,
-        account=choose.quick(whole, machine, layout),
+        breakdown=choose.quick(whole, machine, layout),
         needs_bytes=needs_bytes,
         level=level,
         notes=notes,
@@ -122,7 +122,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
 
 
 def plan_run(config: RunConfig, start: Start | None) -> Plan:
-    """Lays out a run on this machine, where it can as the run that it continues was.
+    """Lays out a run on this machine, if possible like the run that it resumes.
 
     Starts JAX, with the share of the device's memory that the run may use.
 
@@ -138,7 +138,7 @@ def plan_run(config: RunConfig, start: Start | None) -> Plan:
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:
-    """Returns the run with as many embeddings as the tokenizer has ids, if it leaves that open."""
+    """Returns the run with the tokenizer's number of ids, if it leaves the vocabulary open."""
     if config.model.vocab_size:  # the tokenizer takes a tenth of a second
         return config
     from mamba_jax.data.tokenizers.load import load_tokenizer, with_vocabulary
@@ -147,10 +147,10 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
 
 
 class _Exact:
-    """Searches by what the compiler says: a line through two microbatches, then the choice itself.
+    """Searches by the compiler's figures: a line through two microbatches, then the choice itself.
 
-    Memory grows by the same amount with every sequence, so two compiles of a remat policy tell all
-    its microbatches nearly; what is chosen is compiled, and stepped down from if it is over.
+    Memory grows by the same amount with every sequence, so two compiles of a remat policy nearly
+    determine all its microbatches; the choice is compiled too, and lowered if it does not fit.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class _Exact:
         self._machine, self._compiler = machine, compiler
         self._limit_bytes = limit_bytes
 
-    def best(self, layouts: list[Layout]) -> tuple[Layout, int] | None:
+    def best(self, layouts: list[StepLayout]) -> tuple[StepLayout, int] | None:
         """Returns the first layout that fits, and what it needs."""
         for layout in layouts:
             about = choose.quick(self._config, self._machine, layout).total_bytes
@@ -173,7 +173,7 @@ class _Exact:
                 return layout, needed
         return None
 
-    def _on_the_line(self, layout: Layout, layouts: list[Layout]) -> float:
+    def _on_the_line(self, layout: StepLayout, layouts: list[StepLayout]) -> float:
         same = lambda other: dataclasses.replace(other, batch_size=layout.batch_size) == layout
         sizes = sorted(other.batch_size for other in layouts if same(other))
         low = sizes[0]
@@ -184,7 +184,7 @@ class _Exact:
         slope = (at(high) - at(low)) / (high - low)
         return at(low) + slope * (layout.batch_size - low)
 
-    def _compiled(self, layout: Layout) -> int:
+    def _compiled(self, layout: StepLayout) -> int:
         return self._compiler.step_bytes(choose.laid_out(self._config, layout))
 
 

@@ -1,4 +1,4 @@
-"""Cards to compile for without having them: what a program needs there, read off the result.
+"""Compiles for cards that this machine does not have, to read what a program needs there.
 
 ``scripts/compilers.sh`` installs the compilers into ``.compilers``, which must be on the path of a
 process of its own: ``PYTHONPATH=.compilers JAX_PLATFORMS=cpu python …``. Then
@@ -21,8 +21,8 @@ from jax.sharding import SingleDeviceSharding
 from mamba_jax.costs.devices import DEVICES, Device, device_named
 from mamba_jax.errors import UserError, did_you_mean
 
-# By compute capability (CUDA C++ programming guide, table of technical specifications): float32
-# lanes, threads and bytes of shared memory of a multiprocessor.
+# By compute capability (NVIDIA's CUDA C++ documentation, table of technical specifications):
+# float32 lanes, threads and bytes of shared memory of a multiprocessor.
 LIMITS = {
     "8.0": (64, 2048, 164 * 1024),
     "8.6": (128, 1536, 100 * 1024),
@@ -64,7 +64,7 @@ def cuda_target(card: str) -> SingleDeviceSharding:
         )
     plugin = _need("jax_plugins.xla_cuda12")
     cuda = plugin.parents[1] / "nvidia" / "cuda_nvcc"
-    os.environ["PATH"] = f"{cuda / 'bin'}{os.pathsep}{os.environ['PATH']}"  # where ptxas lies
+    os.environ["PATH"] = f"{cuda / 'bin'}{os.pathsep}{os.environ['PATH']}"  # where ptxas is
     # There is no card to measure candidates on; libdevice is where it was installed.
     flags = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={cuda}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()

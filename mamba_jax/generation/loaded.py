@@ -47,8 +47,8 @@ class LoadedModel:
         Args:
           prompt: a text, or several.
           max_tokens: for each prompt, ≥ 1.
-          temperature: 0 takes the likeliest token each time.
-          top_k: sample among so many tokens only; 0: among all.
+          temperature: 0 always takes the likeliest token.
+          top_k: sample among this many likeliest tokens; 0: among all.
           top_p: sample among the fewest tokens that together have this probability; 1: among all.
           seed: 0 … 2³² - 1; the same seed gives the same text.
           stops: a text ends before the first of them.

@@ -61,8 +61,8 @@ def forward(
       initial_cache: what a previous call returned, to continue its rows: a row's first document is
         continued if its id equals the last one before (or no ids are given).
       dropout_key: None: no dropout.
-      generating: heed ``config.gate_skip_threshold``; training and evaluation never skip.
-      observing: report of each layer's Δ and A as well; needs a row with nothing before it.
+      generating: apply ``config.gate_skip_threshold``; training and evaluation never skip.
+      observing: also report each layer's Δ and A; needs a row with nothing before it.
 
     Returns:
       x_btd: float32, after the final norm.
@@ -119,7 +119,7 @@ def forward(
 def head_weight(params: Params, config: ModelConfig) -> Float[Array, "padded_v d"]:
     """Returns the head's matrix: the embedding when tied, unless it was prepared apart.
 
-    It has ``config.padded_vocab_size`` rows, the last of them of no token.
+    It has ``config.padded_vocab_size`` rows, the last of which belong to no token.
     """
     tied = config.tie_embeddings and "lm_head" not in params
     return params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
@@ -167,7 +167,7 @@ def apply(
 
 
 def init_cache(config: ModelConfig, batch_size: int) -> Cache:
-    """Makes the cache of rows that hold nothing yet.
+    """Makes the cache of empty rows.
 
     Leaves under ``layers`` have axes (l, b, …); ``segment`` and ``length``, the id and number of
     tokens of the row's current document, (b,).
@@ -197,10 +197,10 @@ def prefill(
     cache: Cache,
     segment_ids_bt: Int[Array, "b t"] | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:
-    """Reads a prompt, or the next piece of one, in parallel.
+    """Processes a prompt, or its next chunk, in parallel.
 
     ``params`` and ``cache`` may both be as ``prepare_for_decoding`` and ``unstack_cache`` make
-    them: the same results, sooner.
+    them: the same results, faster.
 
     Returns:
       float32 logits after the last token, and the cache after it.
@@ -219,7 +219,7 @@ def prefill(
 def decode_step(
     params: Params, config: ModelConfig, token_b: Int[Array, " b"], cache: Cache
 ) -> tuple[Float[Array, "b v"], Cache]:
-    """Reads one token per row; time and memory do not depend on how many came before.
+    """Processes one token per row; time and memory do not depend on the tokens before it.
 
     ``params`` and ``cache`` are as in ``prefill``.
     """
@@ -298,7 +298,7 @@ def _remat(layer: Any, config: ModelConfig) -> Any:
     policy = config.remat
     if policy == "auto":
         # On CPU "dots" is a tenth faster than "none", and takes a third of its memory: writing
-        # what is cheap to make again costs more than making it.
+        # what is cheap to recompute costs more than computing it.
         policy = "dots" if jax.default_backend() == "cpu" else "full"
     if policy == "none":
         return layer

@@ -62,7 +62,7 @@ class MambaBlock(nnx.Module):
         Args:
           x_btd: float32 residual stream.
           layout: the documents and blocks of the row.
-          cache: this layer's cache before the row; None: the row begins every document.
+          cache: this layer's cache before the row; None: every document starts in the row.
           key: of this layer's dropout; None: no dropout.
 
         Returns:

@@ -16,8 +16,7 @@ from mamba_jax.ops.dot_by_rows import dot_by_rows
 class Fusion(nnx.Module):
     """``h + gain · rms(W [m ; r])``, or without ``h +`` when ``config.fusion`` is "norm".
 
-    The plain norm is the guide's literal form; it cuts the residual path, so that deep models train
-    worse, and is kept for comparison.
+    "norm" cuts the residual path, so that deep models train worse; it is kept for comparison.
     """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):

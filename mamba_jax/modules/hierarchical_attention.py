@@ -6,9 +6,8 @@ Projecting before pooling gives the same keys and values as projecting after (th
 linear), so that one projection serves all scales. Norm and RoPE come after the pooling: pooling
 shrinks norms and does not commute with rotation.
 
-Deviation from the guide's sketch: there the queries are pooled too and the result is repeated for
-each token of a block, which shows a token its block's future. The scales are mixed by learned
-weights per head.
+Pooling the queries too, and repeating the result for each token of a block, would show a token its
+block's future. The scales are mixed by learned weights per head.
 
 Legend: b batch, t time, d d_model, h heads, p head size, c blocks, w window, s scales.
 """
@@ -190,7 +189,7 @@ def pool(
       partial_bmhp: sums over the tokens of an incomplete block before the row.
 
     Returns:
-      (b, c, m, h, p) means; slots beyond ``layout.count_b`` hold nothing of use. And (b, m, h, p)
+      (b, c, m, h, p) means; slots beyond ``layout.count_b`` are unused. And (b, m, h, p)
       sums over the incomplete block at the row's end.
     """
     if scale == 1:

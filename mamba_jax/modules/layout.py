@@ -1,7 +1,7 @@
-"""Where each token stands: in its document, and among the pooled blocks of each scale.
+"""The place of each token: in its document, and among the pooled blocks of each scale.
 
-Everything that must not cross a document's start (conv, scan state, attention) is told so by the
-arrays made here, once per forward pass.
+The arrays made here, once per forward pass, keep conv, scan state and attention from crossing a
+document's start.
 
 Legend: b batch, t time, c blocks completed inside the row.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 class Documents:
     """The place of every token in its document.
 
-    A row may hold several documents, and its first one may have begun before the row.
+    A row may contain several documents, and its first one may have started before the row.
     """
 
     position_bt: jax.Array  # int32, tokens of the same document before this one
@@ -96,14 +96,14 @@ def blocks(where: Documents, scale: int) -> Blocks:
     t = position_bt.shape[1]
     done_bt = (position_bt + 1) % scale == 0
     done_so_far_bt = jnp.cumsum(done_bt, axis=1, dtype=jnp.int32)
-    # Completions lie at least `scale` tokens apart, the first maybe at once (if begun before).
+    # Completions are at least `scale` tokens apart; the first may be at once (an older document).
     slots = -(-t // scale)
     end_bc = jax.vmap(lambda done_t: jnp.nonzero(done_t, size=slots, fill_value=t - 1)[0])(done_bt)
     start_bt = jnp.arange(t) - position_bt
     before_document_bt = jnp.where(
         start_bt > 0,
         jnp.take_along_axis(done_so_far_bt, jnp.maximum(start_bt - 1, 0), axis=1),
-        # A document begun before the row: its earlier blocks lie before slot 0.
+        # A document that started before the row: its earlier blocks are before slot 0.
         -(jnp.maximum(-start_bt, 0) // scale),
     )
     return Blocks(

@@ -73,7 +73,7 @@ def resolve_scan(config: ModelConfig, dtype: jnp.dtype) -> str:
     if reason:
         raise UserError(
             f'model.scan="{config.scan}" cannot be used: {reason}; '
-            "give auto (train: --config.model.scan=auto, generate: --scan=auto)"
+            "use auto (train: --config.model.scan=auto, generate: --scan=auto)"
         )
     return config.scan
 

@@ -1,8 +1,8 @@
 """Cross-entropy from the last hidden layer, without ever storing the logits of all tokens.
 
 For evaluation ``cross_entropy`` gives each row's; for training ``weighted_cross_entropy`` gives
-their weighted sum, whose gradients are made beside the logits, one chunk at a time: three matrix
-products, where a backward that makes the logits again needs four.
+their weighted sum, whose gradients are computed with the logits, one chunk at a time: three matrix
+products, where a backward that recomputes the logits needs four.
 
 The head may have more rows than there are ids, as matrix units like whole tiles: the logits of the
 rest are −∞, so that they take no probability and get no gradient.
@@ -38,7 +38,7 @@ def cross_entropy(
 ) -> Float32[Array, "n"]:
     """Returns −log softmax(x Wᵀ)[target] of each row, in nats.
 
-    The logits of ``chunk_tokens`` rows at most exist at any time; the backward makes them again.
+    The logits of ``chunk_tokens`` rows at most exist at any time; the backward recomputes them.
     Rows that shall not count are the caller's to weigh by zero.
 
     Args:
@@ -75,7 +75,7 @@ def weighted_cross_entropy(
     """Returns Σ row_weight · −log softmax(x Wᵀ)[target], in nats: to be differentiated once.
 
     Its cotangent is one number, so the gradients can be made, up to that factor, while a chunk's
-    logits are there. They are kept until the backward: as much memory as the gradients take anyhow.
+    logits are there. They are kept until the backward: the gradients take that memory anyway.
     Without differentiation they are not made.
 
     Args:

@@ -1,7 +1,7 @@
 """``lax.dot_general`` on rows: one axis for all the tokens, whatever their batch and time axes.
 
-The gradient of a kernel contracts batch and time. XLA's CPU backend contracts a single axis where
-it lies, but copies both factors to bring two axes together.
+The gradient of a kernel contracts batch and time. XLA's CPU backend contracts a single axis in
+place, but copies both factors to bring two axes together.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def dot_by_rows(
     Args:
       x: the input.
       kernel: the weights.
-      dimension_numbers: what the layer asks for, which is this.
+      dimension_numbers: what the layer requests, which is this.
       args, options: the others of ``lax.dot_general``.
     """
     last = x.ndim - 1

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
 
-# Of a block in float32, which so stays in the core's own cache from its making to its use. From
+# Size of a block in float32, so that it stays in the core's cache until it is used. From
 # 0.2 to 0.6 MB it was as fast within noise; with 1.6 MB a tenth slower, a quarter for four rows.
 _BLOCK_BYTES = 2**18
 

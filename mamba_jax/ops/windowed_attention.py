@@ -25,7 +25,7 @@ def windowed_attention(
     """Each query t reads the keys ``low_bt … high_bt``; without any, the result is zero.
 
     A chunk of consecutive queries reads one band of keys, so that scores take
-    O(t · (window + chunk / stride)) memory; the backward makes them again.
+    O(t · (window + chunk / stride)) memory; the backward recomputes them.
 
     Args:
       q_bthp: queries, scaled here by 1/√p.

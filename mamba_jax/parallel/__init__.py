@@ -1,1 +1,1 @@
-"""Many devices as one: the mesh, and which axis of which array is divided over it."""
+"""The device mesh, and the axis of each array that is sharded over it."""

@@ -7,9 +7,9 @@ import jax
 
 
 def cache_compilations(cache_root: pathlib.Path) -> None:
-    """Keeps compiled programs on the disk, unless the environment says where or whether."""
+    """Keeps compiled programs on the disk, unless the environment sets where or disables it."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_root / "compiled"))
-    # Else a program for several GPUs is never found again: the scan's part of it, which is made
-    # when it is divided, has an address in it. Its name tells such parts apart.
+    # Otherwise a program for several GPUs is never found again: the scan's part of it, created when
+    # XLA partitions the program, contains an address. Its name identifies such parts.
     jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)

@@ -40,7 +40,7 @@ def make_mesh(config: ParallelConfig, devices: Sequence[Any] | None = None) -> M
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Checks that every device gets equally many sequences of a microbatch.
+    """Checks that every device gets the same number of sequences of a microbatch.
 
     Args:
       batch_size: sequences in a microbatch, over all devices (``vram.batch_size``).

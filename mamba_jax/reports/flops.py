@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mamba_jax.cli.terminal import print_table
 from mamba_jax.config import RunConfig, freeze, preset_config, presets
-from mamba_jax.costs.devices import DEVICES
-from mamba_jax.errors import UserError, did_you_mean
+from mamba_jax.costs.devices import DEVICES, device_of_flag
+from mamba_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mamba_jax.costs.flops import Setting
@@ -90,12 +90,7 @@ def _peaks(arguments: argparse.Namespace, dtype: str, kind: str = "") -> "Peaks 
     if not arguments.device:
         device = roofline.find_device(kind)
         return roofline.published(device, dtype) if device else None
-    names = {device.name.lower(): device for device in DEVICES}
-    device = names.get(arguments.device.lower()) or roofline.find_device(arguments.device)
-    if device is None:
-        near = did_you_mean(arguments.device.lower(), names)
-        raise UserError(f'unknown --device "{arguments.device}"{near} (choices: {_device_names()})')
-    return roofline.published(device, dtype)
+    return roofline.published(device_of_flag(arguments.device), dtype)
 
 
 def _size_cost(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def error(
 
 
 class GenerateAnswer:
-    """The answer to the guide's request: its text alone, or pieces of it that add up to it."""
+    """The answer to ``/generate``: its text alone, or pieces of it that add up to it."""
 
     def first(self) -> list[Json]:
         """Returns the chunks that come before any event: none."""

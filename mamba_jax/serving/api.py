@@ -1,4 +1,4 @@
-"""The server's paths: the guide's ``/generate``, OpenAI's ``/v1/…``, and those that watch it."""
+"""The server's paths: this project's ``/generate``, OpenAI's ``/v1/…``, and those that watch it."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What clients may ask: the guide's ``/generate`` and OpenAI's completions and chats.
+"""The requests that clients may send: ``/generate``, OpenAI's completions and chats.
 
 Unknown fields are ignored, as OpenAI's own servers do for older clients; known fields that this
 server does not offer are refused where they would change the answer. ``null`` is a field left out.
@@ -145,7 +145,7 @@ class _Sampled(BaseModel):
 
 
 class GenerateRequest(_Sampled):
-    """The guide's, with 100 tokens at temperature 0.7 where it does not say."""
+    """A request to ``/generate``; by default 100 tokens at temperature 0.7."""
 
     prompt: StrictStr
 
@@ -277,7 +277,7 @@ class Translator:
         self._tokenizer, self._limits, self._fills_in = tokenizer, limits, fills_in
 
     def generate(self, request: GenerateRequest) -> list[Asked]:
-        """Translates the guide's request."""
+        """Translates a request to ``/generate``."""
         prompt = self._checked(self._of_text(request.prompt), "prompt")
         return self._choices(
             request,

@@ -25,7 +25,7 @@ def test_mistakes_are_one_line_with_the_remedy(capsys):
     assert run.main(["scann"]) == 2
     assert 'unknown benchmark "scann"; did you mean "scan"?' in capsys.readouterr().err
     assert run.main(["scan", "--threads=-1"]) == 2
-    assert "--threads=-1 must lie between 0 (all)" in capsys.readouterr().err
+    assert "--threads=-1 must be between 0 (all)" in capsys.readouterr().err
     assert run.main(["scan", "--budget_secs=0"]) == 2
     assert "--budget_secs=0.0 must be greater than 0" in capsys.readouterr().err
 

@@ -144,7 +144,7 @@ def test_a_size_or_preset_beside_a_python_file_wins_and_says_so():
     arguments = read(["--config=mine.py", "--training_preset=fast"])
     assert arguments.config.training.max_steps == 50_000 and arguments.config.model.d_model == 96
     (note,) = arguments.notes
-    assert note.startswith("--training_preset fast instead of what mine.py says: ")
+    assert note.startswith("--training_preset fast overrides mine.py: ")
     assert "training.max_steps 450 → 50000" in note and "training.learning_rate 0.003 → " in note
     assert "gradient_clip" not in note  # the same in both
 
@@ -171,9 +171,9 @@ BAD_JSON = {
     '{"model": {"d_model": "wide"}}': "model.d_model='wide' is not a whole number",
     '{"model": {"d_model": 2.5}}': "model.d_model=2.5 is not a whole number",
     '{"model": {"d_model": 4, "d_model": 8}}': '"d_model" is given twice',
-    '{"model": 3}': "config group model must hold fields, not 3",
+    '{"model": 3}': "config group model must contain fields, not 3",
     '{"model": {"d_model": 2},}': "is not JSON: ",
-    "[1]": 'must hold an object of groups such as "model", not [1]',
+    "[1]": 'must contain an object with groups such as "model", not [1]',
     '{"training": {"learning_rate": NaN}}': "training.learning_rate=nan must be greater than 0",
     '{"vram": {"batch_size": 5}}': "vram.effective_batch_size=32 is not batch_size=5",
 }
@@ -208,6 +208,9 @@ BAD = {
     "--vram=nan": "--vram=nan is not",
     "--vram=": "--vram= is not",
     "--vram_safety_margin=-1": "vram.safety_margin_mb=-1 must not be negative",
+    "--config.model.dropout=1": "model.dropout=1.0 must be at least 0 and below 1",
+    "--config.data.fim_rate=1.5": "data.fim_rate=1.5 must be between 0 and 1",
+    "--config.data.mixture=texts": "data.mixture='texts' is not a list of groups of fields",
     "--vram_safety_margin=2gb": "--vram_safety_margin='2gb' is not a whole number",
     "--vram_safety_margin=16384": "vram.safety_margin_mb=16384 leaves nothing of vram.memory_gb=16",
     "--model_size=hybrid-smal": 'unknown model size "hybrid-smal"; did you mean "hybrid-small"?',
@@ -215,8 +218,8 @@ BAD = {
     "--seed=one": "--seed='one' is not a whole number",
     "--model-size=small": 'unknown flag --model-size; did you mean "--model_size"?',
     "--datasets=x": 'unknown flag --datasets; did you mean "--dataset"?',
-    "--text_column=a": 'data.text_column="a" has no use without a data.dataset',
-    "--dataset_split=test": 'data.dataset_split="test" has no use without a data.dataset',
+    "--text_column=a": 'data.text_column="a" has no effect without a data.dataset',
+    "--dataset_split=test": 'data.dataset_split="test" has no effect without a data.dataset',
     "--output_dir=": "output_dir must not be empty",
     "--config=mine.yaml": 'config file mine.yaml does not exist; did you mean "mine.py"?',
     "--config=mine.toml": "config file mine.toml does not exist",

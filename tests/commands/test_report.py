@@ -187,7 +187,7 @@ def test_flops_of_a_run_on_a_device_without_published_peaks(capsys, tmp_path):
         (["--size=smal"], 'unknown model size "smal"; did you mean "small"?'),
         (["--seq_len=0"], "--seq_len=0 must be at least 1"),
         (["--batch=-2"], "--batch=-2 must be at least 1"),
-        (["--device=H20"], 'unknown --device "H20"; did you mean "h200"?'),
+        (["--device=H20"], 'unknown --device "H20"; did you mean "H200"?'),
         (["--device=H200", "--measure"], "exclude each other"),
         (["--run=nowhere"], "--run=nowhere: the folder holds no checkpoint"),
         (["--run=nowhere", "--dtype=float32"], "--dtype has no use with --run"),

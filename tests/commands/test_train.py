@@ -391,7 +391,7 @@ BAD = {
     "broken config": (
         lambda: write("broken.py", "def get_config(:"),
         ["--config=broken.py"],
-        "config file broken.py is broken: SyntaxError",
+        "config file broken.py failed: SyntaxError",
     ),
     "unknown size": (
         lambda: write(
@@ -618,7 +618,7 @@ def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, 
 @pytest.mark.parametrize("flag", ["--profile_steps=2", "--profile_start=0"])
 def test_a_detail_of_no_profile_is_refused(call, capsys, flag):
     assert call(flag) == 2
-    assert f"{flag} has no use without --profile" in capsys.readouterr().err
+    assert f"{flag} has no effect without --profile" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def test_the_model_gets_ids_for_it_and_the_tokenizer_none():
 def test_settings_that_make_no_sense_are_refused():
     config = default_config()
     config.data.fim_rate = 1.5
-    with pytest.raises(UserError, match=r"fim_rate=1\.5 must lie between 0 and 1"):
+    with pytest.raises(UserError, match=r"fim_rate=1\.5 must be between 0 and 1"):
         freeze(config)
     config.data.update(fim_rate=0.5, loss_on="answer")
-    with pytest.raises(UserError, match="tears answers from their prompts"):
+    with pytest.raises(UserError, match="separates answers from their prompts"):
         freeze(config)

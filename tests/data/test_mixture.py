@@ -205,17 +205,17 @@ def test_a_config_with_a_mixture_survives_json_and_the_command_line():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"curriculum": [{"weights": [1]}]}, "no use without a data.mixture"),
+        ({"curriculum": [{"weights": [1]}]}, "no effect without a data.mixture"),
         ({"mixture": [{"weight": 1}]}, r"data.mixture\[0\] needs a data_dir, a dataset or tasks"),
         ({"mixture": [{"data_dri": "a"}]}, r'"data.mixture\[0\].data_dri".*did you mean.*data_dir'),
-        ({"mixture": [3]}, r"data.mixture\[0\] must hold fields"),
-        ({"mixture": [{"data_dir": "a", "weight": -1}]}, r"weights \(-1.0,\): give numbers"),
-        ({"mixture": [{"data_dir": "a", "weight": 0}]}, "one above 0"),
-        ({"mixture": [{"data_dir": "a", "text_column": "x"}]}, "no use without a data.dataset"),
-        ({"mixture": [{"data_dir": "a"}], "data_dir": "b"}, "make it a source of it"),
+        ({"mixture": [3]}, r"data.mixture\[0\] must contain fields"),
+        ({"mixture": [{"data_dir": "a", "weight": -1}]}, r"weights \(-1.0,\): none may be neg"),
+        ({"mixture": [{"data_dir": "a", "weight": 0}]}, "not all 0"),
+        ({"mixture": [{"data_dir": "a", "text_column": "x"}]}, "no effect without a data.dataset"),
+        ({"mixture": [{"data_dir": "a"}], "data_dir": "b"}, "make it a source of the mixture"),
         (
             {"mixture": [{"data_dir": "a"}], "curriculum": [{"step": 1, "weights": [1]}]},
-            "must begin with 0",
+            "must start at 0",
         ),
         (
             {"mixture": [{"data_dir": "a"}], "curriculum": [{"weights": [1, 2]}]},

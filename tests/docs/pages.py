@@ -39,6 +39,8 @@ def blocks(page: pathlib.Path) -> list[Block]:
                 language, lines, excuse = None, [], ""
         elif language is not None:
             lines.append(line)
+        elif line.lstrip().startswith(("```", "~~~")):
+            raise AssertionError(f"{page}:{number}: no test finds an indented block, or one of ~~~")
         elif match := _EXCUSE.fullmatch(line):
             excuse = match[1]
         elif line.strip():

@@ -15,7 +15,7 @@ from mamba_jax.costs.flops import setting_of
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
 from mamba_jax.estimator import choose, exact, plan, planning
-from mamba_jax.estimator.account import account
+from mamba_jax.estimator.breakdown import memory_breakdown
 from mamba_jax.estimator.budget import GIB, Machine, of_device
 from mamba_jax.models import build
 from tests.estimator.test_targets import needs_compilers
@@ -62,7 +62,7 @@ def estimate_of(case):
     rows = case["batch_size"]
     run = run_of(case["size"], effective_batch_size=2 * rows)
     run = with_model(run, max_seq_len=case["seq_len"], **case["changes"])
-    return choose.quick(run, RTX, choose.Layout(rows, case["remat"], 1024)).total_bytes
+    return choose.quick(run, RTX, choose.StepLayout(rows, case["remat"], 1024)).total_bytes
 
 
 def test_the_compilers_figures_are_there():
@@ -93,7 +93,7 @@ def test_the_state_is_divided_over_fsdp_devices():
     run = dataclasses.replace(run, vram=dataclasses.replace(run.vram, batch_size=8))
     whole = setting_of(run, devices=8, on_cpu=False)
     shared = dataclasses.replace(whole, fsdp=8)
-    parts = lambda setting: account(run.model, setting, chunk_tokens=1024).parts
+    parts = lambda setting: memory_breakdown(run.model, setting, chunk_tokens=1024).parts
     assert parts(shared)["optimizer"] == parts(whole)["optimizer"] // 8
 
 
@@ -132,7 +132,7 @@ def test_what_the_user_set_stays_even_where_it_does_not_fit():
     run = with_model(run_of("xxlarge", batch_size=16), remat="none")
     planned = plan(run, machine=RTX)
     assert planned.config.vram.batch_size == 16 and planned.config.model.remat == "none"
-    assert not planned.fits and "MORE THAN IT MAY USE" in planned.text()
+    assert not planned.fits and "OVER BUDGET" in planned.text()
     # What it leaves open is chosen as carefully as can be.
     assert plan(run_of("xxlarge", batch_size=16), machine=RTX).config.model.remat == "full"
     by_accumulation = plan(run_of("small", gradient_accumulation_steps=8), machine=RTX)
@@ -145,7 +145,7 @@ def test_more_memory_is_never_slower():
     for memory_gb in (4.0, 5.0, 6.0, 9.0, 13.0, 40.0, 80.0):
         vram = dataclasses.replace(run.vram, memory_gb=memory_gb)
         planned = plan(dataclasses.replace(run, vram=vram), machine=machine).config
-        layout = choose.Layout(planned.vram.batch_size, planned.model.remat, 1024)
+        layout = choose.StepLayout(planned.vram.batch_size, planned.model.remat, 1024)
         secs = choose.expected_secs(run, machine, preset, layout)
         assert secs <= before * choose.SAME_SPEED
         before = secs
@@ -235,7 +235,7 @@ def test_without_a_compiler_the_plan_is_quick_and_says_so(monkeypatch, tmp_path)
     monkeypatch.setattr(exact, "_ROOT", tmp_path)
     why = "scripts/compilers.sh"
     if jax.__version_info__ >= (0, 11):  # it could not use them
-        why = "compiles a whole step only for devices that are here"
+        why = "compiles a whole step only for devices of this machine"
     planned = plan(run_of("small"), level="exact", machine=RTX)
     assert planned.level == "quick" and why in planned.text()
     planned = plan(run_of("small"), level="exact", machine=of_device(device_named("TPU v5e")))

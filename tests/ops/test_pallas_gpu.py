@@ -19,9 +19,9 @@ from mamba_jax.config import presets
 from mamba_jax.ops.selective_scan import pallas_gpu, reference
 from mamba_jax.ops.selective_scan.pallas_gpu import tuning
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import Math
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Tile
-from mamba_jax.ops.selective_scan.pallas_gpu.tuning import Plan
-from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Tile
+from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
+from mamba_jax.ops.selective_scan.pallas_gpu.tuning import ScanPlan
 
 # Largest error allowed, as a share of the largest value of the array.
 TOLERANCES = {
@@ -35,7 +35,7 @@ TOLERANCES = {
 
 def make_plan(segments=(1, 1), chunk=4, groups=(2, 2), block=32):
     tile = functools.partial(Tile, block)
-    return Plan(chunk, tile(groups[0]), tile(groups[1]), *segments)
+    return ScanPlan(chunk, tile(groups[0]), tile(groups[1]), *segments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Case:
     options: str = "D z bias softplus"
     initial: bool = False
     resets: tuple[int, ...] | None = None  # first tokens of documents; row 1 has only the first one
-    plan: Plan = make_plan()  # noqa: RUF009 (frozen)
+    plan: ScanPlan = make_plan()  # noqa: RUF009 (frozen)
 
     def __str__(self):
         plan, resets = self.plan, "" if self.resets is None else f"-resets{len(self.resets)}"
@@ -306,9 +306,9 @@ def test_a_card_that_cannot_run_it_is_named(monkeypatch, capability, words):
 def test_segments_cover_every_token_once():
     for tokens in (1, 7, 8, 9, 40, 41):
         for segments in (1, 2, 3, 8):
-            walk = Walk.divide(tokens, 8, 4, segments)
-            last = tokens - (walk.segments - 1) * walk.segment_tokens
-            assert 0 < last <= walk.segment_tokens and walk.segments <= segments
+            loop = TimeLoop.divide(tokens, 8, 4, segments)
+            last = tokens - (loop.segments - 1) * loop.segment_tokens
+            assert 0 < last <= loop.segment_tokens and loop.segments <= segments
 
 
 def test_rows_on_four_devices_stay_there(monkeypatch):

@@ -6,6 +6,6 @@ from mamba_jax.ops.selective_scan.api import (
     selective_scan,
     unsupported,
 )
-from mamba_jax.ops.selective_scan.contract import SAVEABLE
+from mamba_jax.ops.selective_scan.epilogue import SAVEABLE
 
 __all__ = ["IMPLEMENTATIONS", "SAVEABLE", "choose", "selective_scan", "unsupported"]

@@ -66,9 +66,9 @@ def selective_scan(
       initial_state_ben: the state before the first token; None: zeros.
       reset_bt: True at the first token of a document: what came before it, the initial state
         included, is dropped. None: no resets.
-      implementation: one of ``IMPLEMENTATIONS``, or "auto", which ``choose`` decides and the logger
-        "mamba_jax" tells once. A named choice is never replaced by another. A single token (t = 1)
-        needs none of them: it is one plain step.
+      implementation: one of ``IMPLEMENTATIONS``, or "auto": ``choose`` decides, and the logger
+        "mamba_jax" reports the choice once. A named choice is never replaced by another. A single
+        token (t = 1) needs none of them: it is one plain step.
       interpret: whether Pallas kernels run as plain JAX, slowly, on any platform: for tests. The
         other implementations have no kernels and are the same either way.
 
@@ -110,8 +110,9 @@ def choose(platform: str, dtype: jax.typing.DTypeLike, d_inner: int, d_state: in
     """Returns the implementation that "auto" stands for.
 
     CPU: "sequential". GPU: "pallas_gpu" where its kernels take the shape, else "chunked". TPU:
-    "chunked", as "pallas_tpu" has been compiled for TPUs but not yet run on one; by name it is
-    there. The length of the sequence has no say, but that a single token is a plain step anyway.
+    "chunked", as "pallas_tpu" has been compiled for TPUs but not yet run on one; it can be
+    chosen by name. The length of the sequence does not matter, except that a single token is
+    always a plain step.
 
     Args:
       platform: as ``jax.default_backend()`` names it.
@@ -132,10 +133,10 @@ def choose(platform: str, dtype: jax.typing.DTypeLike, d_inner: int, d_state: in
 def unsupported(
     implementation: str, platform: str, dtype: jax.typing.DTypeLike, d_inner: int, d_state: int
 ) -> str | None:
-    """Tells whether a named implementation cannot run, before anything is compiled.
+    """Returns why a named implementation cannot run, before anything is compiled.
 
-    ``selective_scan`` itself does not ask for the platform: a program may be lowered for another
-    one than this machine's.
+    ``selective_scan`` itself does not check the platform: a program may be lowered for a platform
+    other than this machine's.
 
     Args:
       implementation: one of ``IMPLEMENTATIONS``; the others as in ``choose``.

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mamba_jax.ops.selective_scan.contract import complete
+from mamba_jax.ops.selective_scan.epilogue import with_epilogue
 
 
-@complete
+@with_epilogue
 def scan(
     x_bte: Float[Array, "b t e"],
     dt_bte: Float[Array, "b t e"],
@@ -25,7 +25,7 @@ def scan(
     initial_state_ben: Float[Array, "b e n"],
     reset_bt: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
-    """See ``contract.complete``. Memory O(B·L·D·N), forward as well as backward."""
+    """See ``epilogue.with_epilogue``. Memory O(B·L·D·N), forward as well as backward."""
     x_bte, B_btn, C_btn = (v.astype(dt_bte.dtype) for v in (x_bte, B_btn, C_btn))
     decay_bten = jnp.exp(dt_bte[..., None] * A_en)
     if reset_bt is not None:

@@ -1,10 +1,10 @@
 """The selective scan for GPU and TPU through XLA: parallel within a chunk, chunk after chunk.
 
 Within a chunk the recurrence is an associative scan over pairs (a, u). Bias, softplus, skip and
-gate happen inside the chunk as well, and chunks are cut out of the arrays where they lie: beside
-inputs and outputs a forward needs one chunk's states. The gradient keeps the inputs and the state
-at each chunk's start, makes the others again, and finds the adjoint by a second associative scan,
-backwards in time: O(B·L·D) memory.
+gate happen inside the chunk as well, and chunks are sliced from the arrays in place: besides
+inputs and outputs, a forward needs only one chunk's states. The gradient keeps the inputs and the
+state at each chunk's start, recomputes the others, and finds the adjoint by a second associative
+scan, backwards in time: O(B·L·D) memory.
 
 The adjoint, with s_t = C_t·h_t + D x_t, y_t = s_t silu(z_t), and g_t the gradient of the state h_t
 by all that comes after (and y_t):
@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan.associative import then
-from mamba_jax.ops.selective_scan.contract import SAVEABLE, compute_dtype, start_state
+from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, compute_dtype, start_state
 
 CHUNK_TOKENS = 64  # 32 and 128 need 0.7 and 1.8 times the memory, for twice and half the launches
 
@@ -145,7 +145,7 @@ def backward(c, t, dt_softplus, saved, cotangents):
             dz_bce = ds_bce * s_bce * (sigmoid_bce + silu_bce * (1 - sigmoid_bce))
             ds_bce *= silu_bce
 
-        # Back through time: g_t = (C_t ds_t) + decay_{t+1} g_{t+1}, the last one told by g_ben.
+        # Back through time: g_t = (C_t ds_t) + decay_{t+1} g_{t+1}, the last one given by g_ben.
         later_bcen = jnp.concatenate([decay_bcen[:, 1:], jnp.ones_like(decay_bcen[:, :1])], 1)
         v_bcen = ds_bce[..., None] * C_bcn[:, :, None, :]
         v_bcen = v_bcen.at[:, -1].add(g_ben)

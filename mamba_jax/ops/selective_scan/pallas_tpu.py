@@ -1,6 +1,6 @@
 """The selective scan for TPU: one Pallas kernel forward, the chunked form's adjoint backward.
 
-A program walks one chunk of time for one row and a block of channels, the states in registers.
+A program loops over one chunk of time for one row and a block of channels, the states in registers.
 Channels are laid out as (rows, 128) tiles, so that every operation of a step fills the vector unit;
 B_t and C_t are scalars from scalar memory. Bias, softplus, skip and gate are fused. Programs follow
 each other in time, and hand the state on in scratch memory.
@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan import chunked
-from mamba_jax.ops.selective_scan.contract import SAVEABLE, start_state
+from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, start_state
 
 LANES = 128
 MAX_ROWS = 8  # with n = 16 states, 16 of the 64 vector registers

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mamba_jax.ops.selective_scan.contract import complete
+from mamba_jax.ops.selective_scan.epilogue import with_epilogue
 
 
-@complete
+@with_epilogue
 def scan(
     x_bte: Float[Array, "b t e"],
     dt_bte: Float[Array, "b t e"],
@@ -22,7 +22,7 @@ def scan(
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """Runs ``advance`` over the tokens. Its gradient stores every state: O(B·L·D·N) memory.
 
-    See ``contract.complete`` for the arguments.
+    See ``epilogue.with_epilogue`` for the arguments.
     """
 
     def step(state_ben, token):
@@ -36,11 +36,11 @@ def scan(
     return jnp.moveaxis(y_tbe, 0, 1), final_state_ben
 
 
-@complete
+@with_epilogue
 def one_token(x_bte, dt_bte, A_en, B_btn, C_btn, initial_state_ben, reset_bt):
     """The scan of a single token (t = 1), without a loop: a decoding step of every implementation.
 
-    See ``contract.complete`` for the arguments.
+    See ``epilogue.with_epilogue`` for the arguments.
     """
     reset_b = None if reset_bt is None else reset_bt[:, 0]
     token = (x_bte[:, 0], dt_bte[:, 0], A_en, B_btn[:, 0], C_btn[:, 0])

@@ -4,7 +4,7 @@ On a CPU core an associative scan makes log(c) extra passes over the states, aut
 stores every state and reads it back, and an XLA `reduce` inside a time loop may become a library
 call of 70 µs. Hence one small step per iteration, with the states laid out (b, n, e), e in the
 vector lanes; sums over n or e are dots or trees of additions, never `reduce`; and only the state at
-each chunk's start is kept, the others are made again in the backward: O(B·L·D) memory.
+each chunk's start is kept, the others are recomputed in the backward: O(B·L·D) memory.
 
 The adjoint, with g_t the gradient of the state h_t by all that comes after (and y_t):
   g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1},   q_t = g_t exp(dt_t A) h_{t-1}  (of the exponent dt A)
@@ -20,12 +20,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from mamba_jax.ops.selective_scan.contract import SAVEABLE, complete
+from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, with_epilogue
 
 CHUNK_TOKENS = 32  # 16 to 64 are equally fast
 
 
-@complete
+@with_epilogue
 def scan(
     x_bte: Float[Array, "b t e"],
     dt_bte: Float[Array, "b t e"],
@@ -35,7 +35,7 @@ def scan(
     initial_state_ben: Float[Array, "b e n"],
     reset_bt: Bool[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
-    """See ``contract.complete``."""
+    """See ``epilogue.with_epilogue``."""
     b, t, e = x_bte.shape
     k = -(-t // CHUNK_TOKENS)
     c = -(-t // k)  # chunks of equal length: 33 tokens are 2 × 17, not 2 × 32

@@ -2,7 +2,8 @@
 
 Plain ``jnp.exp2`` and division compile to longer forms that keep subnormal numbers, and the Triton
 backend contracts no a·b + c. Hence inline assembly; interpret mode, which has none, computes the
-same with ``jnp``. Nothing here knows of a kernel's shell: another backend needs another ``Math``.
+same with ``jnp``. Nothing here depends on a kernel's inputs and outputs: another backend needs
+another ``Math``.
 """
 
 import dataclasses

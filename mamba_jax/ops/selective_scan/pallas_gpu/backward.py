@@ -5,10 +5,10 @@ output before the gate, σ the sigmoid and dp = dy silu(z):
   g_t = C_t dp_t + a_{t+1} g_{t+1},   q_t = g_t a_t h_{t-1}  (the gradient of the exponent Δ_t A)
   dC_t = Σ_e h_t dp_t,   dB_t = Σ_e g_t Δ_t x_t,   dz = dy p σ(z) (1 + z (1 - σ(z)))
   dx_t = Δ_t Σ_n g_t B_t + D dp_t,   dΔ_t = x_t Σ_n g_t B_t + Σ_n q_t A,   dA = Σ_t q_t Δ_t
-The forward saved the states before chunks. A chunk's are made again twice: first those before its
-groups, into a scratch that its program reuses for every chunk (so that it stays in the L2 cache),
-then those within a group, in registers. dB and dC are summed over a program's channels only; the
-caller adds the programs' sums, in an order that is always the same.
+The forward saved the states before chunks. A chunk's states are recomputed twice: first those
+before its groups, into a scratch that its program reuses for every chunk (so that it stays in the
+L2 cache), then those within a group, in registers. dB and dC are summed over a program's channels
+only; the caller adds the programs' sums, in an order that is always the same.
 
 Shapes: b batch, t time, e d_inner, n d_state, s segment, k chunk, j block of channels.
 """
@@ -20,19 +20,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from mamba_jax.ops.selective_scan.pallas_gpu import shell
+from mamba_jax.ops.selective_scan.pallas_gpu import kernel_io
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import LN_2, Math
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays, Reader, Tile
-from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Arrays, Reader, Tile
+from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 
-def scan(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+def scan(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
     """Runs the segments side by side.
 
     Args:
       inputs: those of the forward, ``starts`` (b, k, e, n), which it saved for the same chunks,
         ``dy`` (b, t, e), and as ``edge`` (b, s, e, n) the gradient of the state after each segment.
-      walk: the division of time.
+      loop: the division of time.
       tile: the shape of a program; its block divides e.
       softplus: whether Δ = softplus(dt + dt_bias).
       interpret: whether to run as plain JAX.
@@ -42,18 +42,18 @@ def scan(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
       (b, j, t, n), ``A`` (b, s, e, n), ``D``, ``dt_bias`` (b, s, e), ``initial`` (b, e, n).
     """
     b, t, e = inputs["x"].shape
-    n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments
+    n, block, s = inputs["A"].shape[1], tile.block_channels, loop.segments
     like = lambda name: jax.ShapeDtypeStruct((b, t, e), inputs[name].dtype)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     along = pl.BlockSpec((None, t, block), lambda b, j, s: (b, 0, j))
     partial = pl.BlockSpec((None, None, t, n), lambda b, j, s: (b, j, 0, 0))
-    groups = -(-walk.chunk_tokens // walk.group_tokens)
+    groups = -(-loop.chunk_tokens // loop.group_tokens)
     outputs = {
         "x": (along, like("x")),
         "dt": (along, like("dt")),
         "B": (partial, float32(b, e // block, t, n)),
         "C": (partial, float32(b, e // block, t, n)),
-        "A": (shell.segment_states(block, n), float32(b, s, e, n)),
+        "A": (kernel_io.segment_states(block, n), float32(b, s, e, n)),
         "initial": (
             pl.BlockSpec((None, block, n), lambda b, j, s: (b, j, 0)),
             float32(b, e, n),
@@ -67,16 +67,16 @@ def scan(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
         outputs["z"] = (along, like("z"))
     for name in ("D", "dt_bias"):
         if name in inputs:
-            outputs[name] = (shell.segment_vectors(block), float32(b, s, e))
-    in_specs = shell.block_specs(inputs.keys() - {"starts"}, block, t, n)
-    in_specs["starts"] = shell.chunk_states(block, walk.chunks, n)
+            outputs[name] = (kernel_io.segment_vectors(block), float32(b, s, e))
+    in_specs = kernel_io.block_specs(inputs.keys() - {"starts"}, block, t, n)
+    in_specs["starts"] = kernel_io.chunk_states(block, loop.chunks, n)
     gradients = pl.pallas_call(
-        functools.partial(_scan_kernel, walk=walk, math=Math(interpret), softplus=softplus),
+        functools.partial(_scan_kernel, loop=loop, math=Math(interpret), softplus=softplus),
         grid=(b, e // block, s),
         in_specs=[in_specs],
         out_specs={name: spec for name, (spec, _) in outputs.items()},
         out_shape={name: shape for name, (_, shape) in outputs.items()},
-        compiler_params=shell.compiler_params(tile),
+        compiler_params=kernel_io.compiler_params(tile),
         interpret=interpret,
         name="selective_scan_backward",
     )(inputs)
@@ -84,7 +84,7 @@ def scan(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
     return gradients
 
 
-def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+def ends(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
     """Runs every segment but the first backwards from zeros: what ``split.segment_edges`` joins.
 
     Returns:
@@ -92,15 +92,15 @@ def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
       and ``step_sum`` (b, s - 1, e), the sum of its Δ; both float32.
     """
     names = ("dt", "A", "C", "z", "dt_bias", "drop", "dy")
-    kernel = functools.partial(_ends_kernel, walk=walk, math=Math(interpret), softplus=softplus)
+    kernel = functools.partial(_ends_kernel, loop=loop, math=Math(interpret), softplus=softplus)
     inputs = {name: inputs[name] for name in names if name in inputs}
-    return shell.run_ends(kernel, "selective_scan_backward_ends", inputs, walk, tile, interpret)
+    return kernel_io.run_ends(kernel, "selective_scan_backward_ends", inputs, loop, tile, interpret)
 
 
-def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
     reader = Reader(inputs, math, softplus)
-    segment = pl.program_id(2) if walk.segments > 1 else 0
-    chunk_tokens, group_tokens = walk.chunk_tokens, walk.group_tokens
+    segment = pl.program_id(2) if loop.segments > 1 else 0
+    chunk_tokens, group_tokens = loop.chunk_tokens, loop.group_tokens
     scratch = outputs["scratch"]
 
     def remake(start, tokens, state_en):
@@ -168,7 +168,7 @@ def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
         state_en = inputs["starts"][k, :, :]
         groups = -(-tokens // group_tokens)
         before_last = (groups - 1) * group_tokens  # tokens before the last group, whole groups
-        state_en = walk.over_groups(before_last, group_start, state_en)
+        state_en = loop.over_groups(before_last, group_start, state_en)
         if not math.interpret:
             plt.debug_barrier()  # should a lane read what another one has written
         rest = tokens - before_last
@@ -176,7 +176,7 @@ def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
         step = lambda g, tokens, carry: group_back(
             start + g * group_tokens, tokens, scratch[g, :, :], carry
         )
-        carry = walk.over_groups(before_last, step, carry, reverse=True)
+        carry = loop.over_groups(before_last, step, carry, reverse=True)
         if not math.interpret:
             plt.debug_barrier()  # nor may it be overwritten before
         return carry
@@ -184,20 +184,20 @@ def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
     zeros_en = jnp.zeros_like(reader.rate2_en)
     sums = {"A": zeros_en}
     sums |= {name: jnp.zeros_like(zeros_en[:, 0]) for name in ("D", "dt_bias") if name in inputs}
-    g_en, sums = walk.over_chunks(segment, chunk, (inputs["edge"][...], sums), reverse=True)
+    g_en, sums = loop.over_chunks(segment, chunk, (inputs["edge"][...], sums), reverse=True)
     for name, value in sums.items():
         outputs[name][...] = value
 
     def store_initial():
         outputs["initial"][...] = g_en
 
-    if walk.segments == 1:
+    if loop.segments == 1:
         store_initial()
     else:
         pl.when(segment == 0)(store_initial)
 
 
-def _ends_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
     reader = Reader(inputs, math, softplus)
 
     def group(start, tokens, carry):
@@ -216,13 +216,13 @@ def _ends_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
         return g_en, step_sum_e
 
     def chunk(k, tokens, carry):
-        start, size = k * walk.chunk_tokens, walk.group_tokens
+        start, size = k * loop.chunk_tokens, loop.group_tokens
         step = lambda g, tokens, carry: group(start + g * size, tokens, carry)
-        return walk.over_groups(tokens, step, carry, reverse=True)
+        return loop.over_groups(tokens, step, carry, reverse=True)
 
     zeros_en = jnp.zeros_like(reader.rate2_en)
     zeros_e = jnp.zeros(zeros_en.shape[0], jnp.float32)
     segment = pl.program_id(2) + 1
-    g_en, step_sum_e = walk.over_chunks(segment, chunk, (zeros_en, zeros_e), reverse=True)
+    g_en, step_sum_e = loop.over_chunks(segment, chunk, (zeros_en, zeros_e), reverse=True)
     outputs["end"][...] = g_en
     outputs["step_sum"][...] = step_sum_e

@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from mamba_jax.ops.selective_scan.pallas_gpu import shell
+from mamba_jax.ops.selective_scan.pallas_gpu import kernel_io
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import Math
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays, Reader, Tile
-from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Arrays, Reader, Tile
+from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 
 def scan(
-    inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, save: bool, interpret: bool
+    inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, save: bool, interpret: bool
 ) -> Arrays:
     """Runs the segments side by side.
 
     Args:
       inputs: ``x``, ``dt``, ``A``, ``B``, ``C`` and, where wanted, ``D``, ``z``, ``dt_bias`` and
-        ``drop`` as (b, t) float32 (see ``shell.DROP``); ``edge`` (b, s, e, n): the state before
+        ``drop`` as (b, t) float32 (see ``kernel_io.DROP``); ``edge`` (b, s, e, n): the state before
         each segment, absent for one segment that starts from zeros.
-      walk: the division of time.
+      loop: the division of time.
       tile: the shape of a program; its block divides e.
       softplus: whether Δ = softplus(dt + dt_bias).
       save: whether the state before each chunk is wanted.
@@ -45,21 +45,21 @@ def scan(
         "final": jax.ShapeDtypeStruct((b, e, n), jnp.float32),
     }
     if save:
-        specs["starts"] = shell.chunk_states(block, walk.chunks, n)
-        shapes["starts"] = jax.ShapeDtypeStruct((b, walk.chunks, e, n), jnp.float32)
+        specs["starts"] = kernel_io.chunk_states(block, loop.chunks, n)
+        shapes["starts"] = jax.ShapeDtypeStruct((b, loop.chunks, e, n), jnp.float32)
     return pl.pallas_call(
-        functools.partial(_scan_kernel, walk=walk, math=Math(interpret), softplus=softplus),
-        grid=(b, e // block, walk.segments),
-        in_specs=[shell.block_specs(inputs, block, t, n)],
+        functools.partial(_scan_kernel, loop=loop, math=Math(interpret), softplus=softplus),
+        grid=(b, e // block, loop.segments),
+        in_specs=[kernel_io.block_specs(inputs, block, t, n)],
         out_specs=specs,
         out_shape=shapes,
-        compiler_params=shell.compiler_params(tile),
+        compiler_params=kernel_io.compiler_params(tile),
         interpret=interpret,
         name="selective_scan_forward",
     )(inputs)
 
 
-def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+def ends(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
     """Runs every segment but the last from zeros: what ``split.segment_starts`` joins.
 
     Returns:
@@ -67,14 +67,14 @@ def ends(inputs: Arrays, walk: Walk, tile: Tile, *, softplus: bool, interpret: b
       sum of its Δ; both float32.
     """
     names = ("x", "dt", "A", "B", "dt_bias", "drop")
-    kernel = functools.partial(_ends_kernel, walk=walk, math=Math(interpret), softplus=softplus)
+    kernel = functools.partial(_ends_kernel, loop=loop, math=Math(interpret), softplus=softplus)
     inputs = {name: inputs[name] for name in names if name in inputs}
-    return shell.run_ends(kernel, "selective_scan_ends", inputs, walk, tile, interpret)
+    return kernel_io.run_ends(kernel, "selective_scan_ends", inputs, loop, tile, interpret)
 
 
-def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
     reader = Reader(inputs, math, softplus)
-    segment = pl.program_id(2) if walk.segments > 1 else 0
+    segment = pl.program_id(2) if loop.segments > 1 else 0
 
     def group(start, tokens, state_en):
         # All loads first: their latencies overlap.
@@ -97,23 +97,23 @@ def _scan_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
     def chunk(k, tokens, state_en):
         if "starts" in outputs:
             outputs["starts"][k, :, :] = state_en
-        start, size = k * walk.chunk_tokens, walk.group_tokens
+        start, size = k * loop.chunk_tokens, loop.group_tokens
         step = lambda g, tokens, state_en: group(start + g * size, tokens, state_en)
-        return walk.over_groups(tokens, step, state_en)
+        return loop.over_groups(tokens, step, state_en)
 
     state_en = inputs["edge"][...] if "edge" in inputs else jnp.zeros_like(reader.rate2_en)
-    state_en = walk.over_chunks(segment, chunk, state_en)
+    state_en = loop.over_chunks(segment, chunk, state_en)
 
     def store_final():
         outputs["final"][...] = state_en
 
-    if walk.segments == 1:
+    if loop.segments == 1:
         store_final()
     else:
-        pl.when(segment == walk.segments - 1)(store_final)
+        pl.when(segment == loop.segments - 1)(store_final)
 
 
-def _ends_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
+def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
     reader = Reader(inputs, math, softplus)
 
     def group(start, tokens, carry):
@@ -128,12 +128,12 @@ def _ends_kernel(inputs, outputs, *, walk: Walk, math: Math, softplus: bool):
         return state_en, step_sum_e
 
     def chunk(k, tokens, carry):
-        start, size = k * walk.chunk_tokens, walk.group_tokens
+        start, size = k * loop.chunk_tokens, loop.group_tokens
         step = lambda g, tokens, carry: group(start + g * size, tokens, carry)
-        return walk.over_groups(tokens, step, carry)
+        return loop.over_groups(tokens, step, carry)
 
     zeros_en = jnp.zeros_like(reader.rate2_en)
     zeros_e = jnp.zeros(zeros_en.shape[0], jnp.float32)
-    state_en, step_sum_e = walk.over_chunks(pl.program_id(2), chunk, (zeros_en, zeros_e))
+    state_en, step_sum_e = loop.over_chunks(pl.program_id(2), chunk, (zeros_en, zeros_e))
     outputs["end"][...] = state_en
     outputs["step_sum"][...] = step_sum_e

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mamba_jax.ops.selective_scan.contract import SAVEABLE
+from mamba_jax.ops.selective_scan.epilogue import SAVEABLE
 from mamba_jax.ops.selective_scan.pallas_gpu import backward, forward, split, tuning
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import DROP, Arrays
 from mamba_jax.ops.selective_scan.pallas_gpu.partition import by_rows
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import DROP, Arrays
-from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 STATE_SIZES = (8, 16, 32)
 CHANNELS_MULTIPLE = 16
@@ -25,7 +25,7 @@ DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 def supports(d_inner: int, d_state: int, dtype: jax.typing.DTypeLike) -> str | None:
     """Returns None if the kernels take this shape and dtype, else a sentence that says why not.
 
-    Where this machine has a GPU, it must be one that they run on; another machine's is not judged.
+    Where this machine has a GPU, it must be one that they run on; another machine's is not checked.
 
     Raises:
       ValueError: if the user's tuning table is damaged (see ``tuning.table``).
@@ -65,17 +65,17 @@ def scan(
     initial_state_ben: jax.Array | None = None,
     reset_bt: jax.Array | None = None,
     interpret: bool = False,
-    plan: tuning.Plan | None = None,
+    plan: tuning.ScanPlan | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the scan with all that surrounds it fused: the arguments of ``selective_scan``.
+    """Runs the scan with its prologue and epilogue fused; arguments as of ``selective_scan``.
 
-    x, z, B, C and dt are bfloat16 or float32, each as it likes; all sums are float32. A reset
+    x, z, B, C and dt are each bfloat16 or float32; all sums are float32. A reset
     multiplies the state before it by 0, so that state must be finite.
 
     Args:
       interpret: whether to run the kernels as plain JAX, on any platform, slowly.
-      plan: the shape of the programs; None: the one tuned for this GPU and for as many rows as
-        each device has.
+      plan: the shape of the programs; None: the one tuned for this GPU and for the rows of
+        each device.
 
     Raises:
       ValueError: for a shape or a dtype that the kernels do not take (see ``supports``).
@@ -106,13 +106,13 @@ def scan(
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    plan: tuning.Plan | None
+    plan: tuning.ScanPlan | None
     softplus: bool
     interpret: bool
 
     def key(self, name: str) -> str:
         """What a pass of this name depends on, beside its inputs: see ``by_rows``."""
-        return f"{name} {self} {self.plan or tuning.this_row()}"
+        return f"{name} {self} {self.plan or tuning.this_tuning()}"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -155,34 +155,34 @@ def _run_forward(options: _Options, inputs: Arrays, *, save: bool) -> Arrays:
     b, t, e = inputs["x"].shape  # b: of one device
     plan = options.plan or tuning.choose(b, t, e)
     tile = plan.forward.fit(e)
-    walk = Walk.divide(t, plan.chunk_tokens, tile.group_tokens, plan.forward_segments)
+    loop = TimeLoop.divide(t, plan.chunk_tokens, tile.group_tokens, plan.forward_segments)
     common = {"softplus": options.softplus, "interpret": options.interpret}
     inputs = dict(inputs)
     initial_ben = inputs.pop("initial", None)
-    if walk.segments > 1:
+    if loop.segments > 1:
         if initial_ben is None:
             initial_ben = jnp.zeros((b, *inputs["A"].shape), jnp.float32)
-        ends = forward.ends(inputs, walk, tile, **common)
-        inputs["edge"] = split.segment_starts(ends, initial_ben, inputs, walk)
+        ends = forward.ends(inputs, loop, tile, **common)
+        inputs["edge"] = split.segment_starts(ends, initial_ben, inputs, loop)
     elif initial_ben is not None:
         inputs["edge"] = initial_ben[:, None]
-    return forward.scan(inputs, walk, tile, save=save, **common)
+    return forward.scan(inputs, loop, tile, save=save, **common)
 
 
 def _run_backward(options: _Options, inputs: Arrays) -> Arrays:
     b, t, e = inputs["x"].shape
     plan = options.plan or tuning.choose(b, t, e)
     tile = plan.backward.fit(e)
-    walk = Walk.divide(t, plan.chunk_tokens, tile.group_tokens, plan.backward_segments)
+    loop = TimeLoop.divide(t, plan.chunk_tokens, tile.group_tokens, plan.backward_segments)
     common = {"softplus": options.softplus, "interpret": options.interpret}
     inputs = {name: value for name, value in inputs.items() if name != "initial"}
     dfinal_ben = inputs.pop("final")
-    if walk.segments > 1:
-        ends = backward.ends(inputs, walk, tile, **common)
-        inputs["edge"] = split.segment_edges(ends, dfinal_ben, inputs, walk)
+    if loop.segments > 1:
+        ends = backward.ends(inputs, loop, tile, **common)
+        inputs["edge"] = split.segment_edges(ends, dfinal_ben, inputs, loop)
     else:
         inputs["edge"] = dfinal_ben[:, None]
-    sums = backward.scan(inputs, walk, tile, **common)
+    sums = backward.scan(inputs, loop, tile, **common)
     for name in ("A", "D", "dt_bias"):  # over segments: only this device knows how many
         if name in sums:
             sums[name] = sums[name].sum(1)

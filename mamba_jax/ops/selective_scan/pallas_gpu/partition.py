@@ -1,7 +1,7 @@
 """Rows on several devices: each device runs the kernels on its own rows.
 
-XLA cannot look into a kernel, so it would gather the whole batch on every device. Here it is told
-that the leading axis, where an array has it, may be divided, and no other.
+XLA cannot look into a kernel, so it would gather the whole batch on every device. The rule here
+allows it to divide the leading axis of each array that has rows, and no other axis.
 """
 
 import functools
@@ -13,14 +13,14 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Arrays
 
 # The inputs that every row shares; all others, and all outputs, have the rows on their first axis.
 SHARED = ("A", "D", "dt_bias")
 
 
 def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays, key: str) -> Arrays:
-    """Returns ``function(inputs)``, computed where the rows lie.
+    """Returns ``function(inputs)``, computed on the devices that hold the rows.
 
     Args:
       function: works on any number of rows, each for itself.

@@ -1,7 +1,7 @@
 """The sequence in segments: what flows from one into the next.
 
 A segment maps the state before it to exp(A ΣΔ) h + (its end from zeros): so its end from zeros and
-the sum of its Δ are all that the others need to know of it. So it is with gradients, backwards.
+the sum of its Δ are all that the others need. The same holds for gradients, backwards.
 
 Shapes: b batch, t time, e d_inner, n d_state, s segment.
 """
@@ -9,37 +9,39 @@ Shapes: b batch, t time, e d_inner, n d_state, s segment.
 import jax
 import jax.numpy as jnp
 
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Arrays
-from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Arrays
+from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 
-def segment_starts(ends: Arrays, initial_ben: jax.Array, inputs: Arrays, walk: Walk) -> jax.Array:
+def segment_starts(
+    ends: Arrays, initial_ben: jax.Array, inputs: Arrays, loop: TimeLoop
+) -> jax.Array:
     """Returns the state before each segment (b, s, e, n), given ``forward.ends``."""
-    decay_bsen = _decays(ends, inputs, walk, first=0)
+    decay_bsen = _decays(ends, inputs, loop, first=0)
     states = [initial_ben]
-    for s in range(walk.segments - 1):
+    for s in range(loop.segments - 1):
         states.append(decay_bsen[:, s] * states[-1] + ends["end"][:, s])
     return jnp.stack(states, axis=1)
 
 
-def segment_edges(ends: Arrays, final_ben: jax.Array, inputs: Arrays, walk: Walk) -> jax.Array:
+def segment_edges(ends: Arrays, final_ben: jax.Array, inputs: Arrays, loop: TimeLoop) -> jax.Array:
     """Returns the gradient of the state after each segment (b, s, e, n), given ``backward.ends``.
 
     ``final_ben`` is the gradient of the final state.
     """
-    decay_bsen = _decays(ends, inputs, walk, first=1)
+    decay_bsen = _decays(ends, inputs, loop, first=1)
     gradients = [final_ben]
-    for s in reversed(range(walk.segments - 1)):
+    for s in reversed(range(loop.segments - 1)):
         gradients.append(decay_bsen[:, s] * gradients[-1] + ends["end"][:, s])
     return jnp.stack(gradients[::-1], axis=1)
 
 
-def _decays(ends: Arrays, inputs: Arrays, walk: Walk, first: int) -> jax.Array:
+def _decays(ends: Arrays, inputs: Arrays, loop: TimeLoop, first: int) -> jax.Array:
     """exp(A ΣΔ) of the segments from ``first`` on but one; 0 for those with a reset in them."""
     decay_bsen = jnp.exp(ends["step_sum"][..., None] * inputs["A"])
     if "drop" not in inputs:
         return decay_bsen
-    size, count = walk.segment_tokens, walk.segments - 1
+    size, count = loop.segment_tokens, loop.segments - 1
     drop_bt = inputs["drop"]
     spare = max(0, (first + count) * size - drop_bt.shape[1])  # the last segment may be shorter
     drop_bt = jnp.pad(drop_bt, ((0, 0), (0, spare)))[:, first * size : (first + count) * size]

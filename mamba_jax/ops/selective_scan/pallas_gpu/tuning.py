@@ -1,7 +1,7 @@
-"""Which tiles and how many segments: a small table, a row for each card.
+"""The tiles and segments of a scan: a small table with an entry for each card.
 
-The table beside this file can be overridden, card by card, by a file that
-``python -m mamba_jax.autotune`` writes: ``user_table_path()``. Both are read once.
+The table in this folder can be overridden, card by card, by a file that
+``mamba-jax autotune`` writes: ``user_table_path()``. Both are read once.
 
 Shapes: b batch, t time, e d_inner.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from mamba_jax.files import write_atomic
-from mamba_jax.ops.selective_scan.pallas_gpu.shell import Tile
+from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Tile
 
 DEFAULT_CARD = "default"
 
@@ -48,8 +48,8 @@ class Pass:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What the table knows of a card.
+class CardTuning:
+    """One entry of the table: how scans run on a card.
 
     Attributes:
       measured: whether the choice was timed on the card, or is arithmetic.
@@ -67,8 +67,8 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one scan does."""
+class ScanPlan:
+    """The tiles and segments of one scan."""
 
     chunk_tokens: int
     forward: Tile
@@ -77,19 +77,19 @@ class Plan:
     backward_segments: int
 
 
-def choose(b: int, t: int, e: int) -> Plan:
+def choose(b: int, t: int, e: int) -> ScanPlan:
     """Returns the plan for a scan of b rows, t tokens and e channels on this machine's GPU."""
-    return plan_for(this_row(), b, t, e)
+    return plan_for(this_tuning(), b, t, e)
 
 
-def this_row() -> Row:
-    """Returns the row of the table for this machine's GPU."""
+def this_tuning() -> CardTuning:
+    """Returns the table's entry for this machine's GPU."""
     return table().get(this_card(), table()[DEFAULT_CARD])
 
 
-def plan_for(row: Row, b: int, t: int, e: int) -> Plan:
-    """Returns the plan that a row of the table means."""
-    return Plan(
+def plan_for(row: CardTuning, b: int, t: int, e: int) -> ScanPlan:
+    """Returns the plan that an entry of the table gives."""
+    return ScanPlan(
         chunk_tokens=row.chunk_tokens,
         forward=row.forward.tile,
         backward=row.backward.tile,
@@ -111,7 +111,7 @@ def user_table_path() -> pathlib.Path:
 
 
 @functools.cache
-def table() -> dict[str, Row]:
+def table() -> dict[str, CardTuning]:
     """Returns the rows by card.
 
     Raises:
@@ -122,25 +122,25 @@ def table() -> dict[str, Row]:
     return rows | read(path) if path.is_file() else rows
 
 
-def read(path: pathlib.Path) -> dict[str, Row]:
+def read(path: pathlib.Path) -> dict[str, CardTuning]:
     """Reads a table. Raises: ValueError, naming the file, if it is damaged."""
     try:
         return {card: _parse(row) for card, row in json.loads(path.read_text()).items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a tuning table ({type(error).__name__}: {error}); delete it "
-            "(python -m mamba_jax.autotune makes a new one)"
+            "(mamba-jax autotune writes a new one)"
         ) from error
 
 
-def write(path: pathlib.Path, rows: dict[str, Row]) -> None:
-    """Writes a table that ``read`` reads; a run that starts meanwhile reads the old or the new."""
+def write(path: pathlib.Path, rows: dict[str, CardTuning]) -> None:
+    """Writes a table for ``read``; a run that starts at the same time reads the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({card: dataclasses.asdict(row) for card, row in rows.items()}, indent=2)
     write_atomic(path, text + "\n")
 
 
-def _parse(row: dict[str, Any]) -> Row:
+def _parse(row: dict[str, Any]) -> CardTuning:
     _check({name: row[name] for name in ("schedulers", "chunk_tokens")})
     passes = {}
     for name in ("forward", "backward"):
@@ -148,12 +148,12 @@ def _parse(row: dict[str, Any]) -> Row:
         _check(values["tile"])
         _check({"warps_per_scheduler": values["warps_per_scheduler"]}, least=0)
         passes[name] = Pass(**(values | {"tile": Tile(**values["tile"])}))
-    return Row(**(row | passes))
+    return CardTuning(**(row | passes))
 
 
 def _check(sizes: dict[str, Any], least: int = 1) -> None:
     for name, value in sizes.items():
         if type(value) is not int or value < least:
-            raise ValueError(f"{name} is {value!r}, not a whole number from {least} on")
+            raise ValueError(f"{name} is {value!r}, not a whole number of at least {least}")
         if name in ("block_channels", "num_warps") and value & (value - 1):
             raise ValueError(f"{name} is {value}, not a power of two")

@@ -1,8 +1,8 @@
-"""How a kernel walks along time: segments of chunks of groups of tokens.
+"""How a kernel loops over time: segments of chunks of groups of tokens.
 
-A program walks one segment. A state is saved at each chunk's start, and a group is the tokens whose
-loads are issued together and whose states fit in registers. Lengths are static, so that the last
-chunk and the last group, whatever their lengths, are code of their own: no masks, no padding.
+A program processes one segment. A state is saved at each chunk's start, and a group is the tokens
+whose loads are issued together and whose states fit in registers. Lengths are static, so that the
+last chunk and the last group, whatever their lengths, are code of their own: no masks, no padding.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """A division of ``tokens``; ``segments`` may end up smaller than asked for (see ``divide``)."""
+class TimeLoop:
+    """A division of ``tokens``; ``segments`` may end up smaller than requested (see ``divide``)."""
 
     tokens: int
     chunk_tokens: int
@@ -24,8 +24,8 @@ class Walk:
     chunks_per_segment: int
 
     @classmethod
-    def divide(cls, tokens: int, chunk_tokens: int, group_tokens: int, segments: int) -> "Walk":
-        """Makes segments of equally many chunks, only the last one shorter, and none empty."""
+    def divide(cls, tokens: int, chunk_tokens: int, group_tokens: int, segments: int) -> "TimeLoop":
+        """Makes segments of the same number of chunks; only the last is shorter, none is empty."""
         chunks = -(-tokens // chunk_tokens)
         per_segment = -(-chunks // segments)
         return cls(tokens, chunk_tokens, group_tokens, -(-chunks // per_segment), per_segment)

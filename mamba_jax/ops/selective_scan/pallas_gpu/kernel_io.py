@@ -1,7 +1,7 @@
-"""What is common to the kernels: the blocks of their arrays, and the start of a pass.
+"""What the kernels read and write: tiles, the blocks of their arrays, and the start of a pass.
 
-Every program has one warp's worth of channels of one row and walks one segment of time. The grid is
-(b, e / block, segments).
+Every program has one warp's worth of channels of one sequence and loops over one segment of time.
+The grid is (b, e / block, segments).
 
 Shapes: b batch, t time, e d_inner, n d_state, s segment, k chunk, j block of channels.
 """
@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import LOG2_E, Math
-from mamba_jax.ops.selective_scan.pallas_gpu.walk import Walk
+from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 # Added to the exponent of a decay, it makes the decay exactly 0: what came before is dropped. It
-# is finite, lest it meet an infinity.
+# is finite, so that it never meets an infinity.
 DROP = -1e30
 
 Arrays = dict[str, jax.Array]
@@ -123,7 +123,12 @@ def chunk_states(block: int, chunks: int, n: int) -> pl.BlockSpec:
 
 
 def run_ends(
-    kernel: Callable[..., None], name: str, inputs: Arrays, walk: Walk, tile: Tile, interpret: bool
+    kernel: Callable[..., None],
+    name: str,
+    inputs: Arrays,
+    loop: TimeLoop,
+    tile: Tile,
+    interpret: bool,
 ) -> Arrays:
     """Runs a kernel over all segments but one, each from zeros.
 
@@ -132,7 +137,7 @@ def run_ends(
       of its Δ; both float32.
     """
     b, t, e = inputs["dt"].shape
-    n, block, s = inputs["A"].shape[1], tile.block_channels, walk.segments - 1
+    n, block, s = inputs["A"].shape[1], tile.block_channels, loop.segments - 1
     return pl.pallas_call(
         kernel,
         grid=(b, e // block, s),

@@ -1,4 +1,4 @@
-"""What surrounds the recurrence, for the implementations that do not fuse it.
+"""The prologue (bias, softplus) and epilogue (skip, gate) of a scan that does not fuse them.
 
 Shapes: b batch, t time, e d_inner, n d_state.
 """
@@ -29,8 +29,8 @@ def start_state(
     return initial_state_ben.astype(dtype)
 
 
-def complete(core: Callable[..., Any]) -> Callable[..., Any]:
-    """Puts bias and softplus before a core, skip and gate behind it.
+def with_epilogue(core: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a core: bias and softplus before it, skip and gate after it.
 
     Args:
       core: called with (x, dt, A, B, C, initial state, resets or None). dt is positive already; dt,

@@ -18,14 +18,14 @@ from mamba_jax.costs.flops import Setting
 from mamba_jax.costs.parameters import layer_parameters, parameter_count
 
 _F = 4
-# Of the fused scan: tokens from one kept state to the next, channels of a program (each makes its
+# For the fused scan: tokens from one kept state to the next, channels of a program (each makes its
 # own sums of dB and dC), tokens whose states are in registers together.
 _CHUNK_TOKENS, _BLOCK_CHANNELS, _GROUP_TOKENS = 32, 32, 2
 _SCHEDULER_WARPS = 1_056  # warps up to which the backward scan splits a sequence
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
+class MemoryBreakdown:
     """Bytes by part at the moment that needs most."""
 
     parts: dict[str, int]
@@ -35,8 +35,8 @@ class Account:
         return sum(self.parts.values())
 
 
-def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Account:
-    """Accounts for a step.
+def memory_breakdown(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> MemoryBreakdown:
+    """Returns the bytes of each part of a step.
 
     Args:
       model: with its ``vocab_size`` set.
@@ -76,7 +76,7 @@ def account(model: ModelConfig, setting: Setting, *, chunk_tokens: int) -> Accou
     else:
         parts["gradients"] += _F * layers
         parts["workspace"] = workspace
-    return Account({part: round(size) for part, size in parts.items()})
+    return MemoryBreakdown({part: round(size) for part, size in parts.items()})
 
 
 def _starts(model: ModelConfig) -> float:
@@ -103,7 +103,7 @@ def kept_bytes(model: ModelConfig, setting: Setting) -> float:
 
 
 def _masks(model: ModelConfig, setting: Setting) -> int:
-    """Of each tap and channel whether it lies in the document: made once, for all layers."""
+    """Whether each tap and channel is in the document: computed once, for all layers."""
     return model.d_conv * model.d_inner if setting.remat == "none" else 0
 
 
@@ -132,7 +132,7 @@ def _reads_inside(model: ModelConfig) -> bool:
 
 
 def _reads(model: ModelConfig) -> int:
-    """How often the attention is read."""
+    """How often the model reads the attention."""
     return model.recursion_depth if _reads_inside(model) else 1
 
 
@@ -143,7 +143,7 @@ def _step(model: ModelConfig, a: int) -> float:
 
 
 def _read(model: ModelConfig, a: int) -> float:
-    """What the backward of a read of the attention needs, but for scores: they are made again."""
+    """What the backward of a read of the attention needs, but for scores: they are recomputed."""
     scales = len(model.attention_scales)
     return (3 + scales) * _F * model.d_model + (1 + scales) * a * model.d_model
 
@@ -155,7 +155,7 @@ def _workspace(model: ModelConfig, setting: Setting) -> float:
     # The gradient of the stream; x, z, y and their gradients; Δ and its gradient.
     work = _F * d + a * d + 5 * a * e + 2 * _F * e + partial + _starts(model)
     if setting.remat == "full":
-        work += a * d + 3 * a * e  # the norm, x and z, made again
+        work += a * d + 3 * a * e  # the norm, x and z, recomputed
     if model.family == "mamba":
         return work
     stream = 6 * _F * d  # of the parts of the block, and of their gradients
@@ -184,7 +184,7 @@ def _bands(model: ModelConfig, seq_len: int) -> list[int]:
 
 
 def _scratch(model: ModelConfig, rows: int, seq_len: int) -> int:
-    """The states that a program of the backward scan makes again, for all that run side by side."""
+    """The states that the backward scan recomputes, for all programs that run in parallel."""
     segments = 1
     warps = rows * model.d_inner // _BLOCK_CHANNELS
     while warps * segments * 2 <= _SCHEDULER_WARPS and seq_len >= 2 * segments * 128:
