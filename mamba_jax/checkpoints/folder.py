@@ -27,7 +27,7 @@ import xxhash
 import mamba_jax
 from mamba_jax.config import RunConfig, from_dict, to_dict
 from mamba_jax.errors import UserError
-from mamba_jax.files import write_atomic
+from mamba_jax.files import fsync, write_atomic
 
 FORMAT = 2  # of the folder; raised when an older program could no longer read it
 _OLDEST = 2  # format that can be read: before it token tables had no rows but those of ids
@@ -272,15 +272,6 @@ def _is_intact(path: pathlib.Path) -> bool:
     except (UserError, OSError):
         return False
     return True
-
-
-def fsync(path: pathlib.Path) -> None:
-    """Forces a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find_latest(

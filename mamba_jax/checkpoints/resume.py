@@ -7,7 +7,6 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 from mamba_jax.checkpoints.folder import (
     FINAL,
@@ -18,6 +17,7 @@ from mamba_jax.checkpoints.folder import (
     verify,
 )
 from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 
 AUTO = "auto"
@@ -34,11 +34,14 @@ class Start:
     path: pathlib.Path
     metadata: Metadata
 
+    def is_in(self, output_dir: str) -> bool:
+        """Says whether the checkpoint is one of the run in ``output_dir``."""
+        return self.path.resolve().parent == pathlib.Path(output_dir).resolve()
+
     def ends(self, config: RunConfig) -> bool:
-        """Says whether this is the closing checkpoint of the run that ``config`` asks for."""
-        here = self.path.resolve().parent == pathlib.Path(config.output_dir).resolve()
+        """Says whether this is the last checkpoint of the run that ``config`` describes."""
         complete = self.metadata.step >= config.training.max_steps
-        return here and complete and self.path.name == FINAL
+        return self.is_in(config.output_dir) and complete and self.path.name == FINAL
 
 
 def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> Start | None:
@@ -133,14 +136,13 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
 def check_steps_left(start: Start, config: RunConfig) -> None:
     """Refuses to continue where no step is left to train.
 
-    The last step of this very run is none: what a kill cut short after it is made good.
+    The run's own last step is accepted: a kill may have prevented the evaluation or save after it.
 
     Raises:
-      UserError: if so.
+      UserError: if no step is left.
     """
     step, max_steps = start.metadata.step, config.training.max_steps
-    here = start.path.resolve().parent == pathlib.Path(config.output_dir).resolve()
-    if step > max_steps or (step == max_steps and not here):
+    if step > max_steps or (step == max_steps and not start.is_in(config.output_dir)):
         raise UserError(
             f"nothing to train: checkpoint {start.path} has {step} steps and "
             f"training.max_steps={max_steps}; give a larger --config.training.max_steps"
@@ -219,19 +221,9 @@ def set_newer_aside(output_dir: pathlib.Path, step: int, log: Callable[[str], No
 
 
 def _changes(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    old, new = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    old, new = flatten(to_dict(saved)), flatten(to_dict(wanted))
     return [
         f"{name} {old[name]} → {new[name]}"
         for name in old
         if old[name] != new[name] and name not in _SILENT_FIELDS and name != "model.vocab_size"
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
