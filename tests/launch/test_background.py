@@ -1,6 +1,7 @@
 """Runs in the background: started, watched, stopped, and what is left when they end otherwise."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -352,6 +353,27 @@ def test_the_reason_is_the_programs_last_word_or_the_last_exception(tmp_path, li
     log.write_text("\n".join(lines) + "\n")
     found = exit_status.reason(log)
     assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+def test_the_end_of_a_run_that_lost_its_folder_is_not_the_end_of_the_other(tmp_path):
+    first = Record.claim(tmp_path)
+    first.begin(pid=1)
+    second = Record.claim(tmp_path, force=True)
+    second.begin(pid=2)
+    first.end(2, "taken over")
+    assert (tmp_path / "exit_code").read_text().strip() == "running"
+    assert "exit_code" not in read(tmp_path)
+
+
+def test_a_file_system_without_kernel_locks_is_no_error(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    Record.claim(tmp_path).begin(pid=1)
+    assert not is_running(tmp_path)
+    with RunLock.acquire(tmp_path):
+        assert is_running(tmp_path)
 
 
 def test_full_disk_names_the_folder(monkeypatch, tmp_path):
