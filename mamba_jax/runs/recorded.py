@@ -28,7 +28,7 @@ DONE, RUNNING, FAILED, STOPPED, NEW, UNKNOWN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class RunStart:
     """Where a run started or resumed."""
 
     step: int
@@ -51,7 +51,7 @@ class Run:
 
     folder: pathlib.Path
     records: list[dict[str, Any]]
-    starts: list[Start]  # at least one
+    starts: list[RunStart]  # at least one
     parameters: int | None
     unigram_nll: float | None  # loss by the corpus's token frequencies alone, nats per token
     device: str  # "": not recorded
@@ -159,8 +159,8 @@ class Run:
         if line is None:
             return None
         place = max(0, bisect.bisect_right(line, step, key=lambda bend: bend[0]) - 1)
-        begin, tokens, rate = line[place]
-        return tokens + (step - begin) * rate
+        bend, tokens, rate = line[place]
+        return tokens + (step - bend) * rate
 
 
 def read_run(folder: pathlib.Path) -> Run:
@@ -174,17 +174,17 @@ def read_run(folder: pathlib.Path) -> Run:
     if not (file.is_file() or checkpoints or background.read(folder)):
         raise UserError(f"{folder} is not a run's folder: it {_lack(folder)}")
     records = [r for r in metrics.read(file) if type(r["step"]) is int]
-    begun = [r for r in records if isinstance(r.get("run"), dict)]
+    started = [r for r in records if isinstance(r.get("run"), dict)]
     saved = _newest_metadata(checkpoints)
     saved_config = flat_config(saved.laid_out) if saved else {}
     starts = [
-        Start(r["step"], str(r["run"].get("started", "")), flatten(r["run"].get("config", {})))
-        for r in begun
+        RunStart(r["step"], str(r["run"].get("started", "")), flatten(r["run"].get("config", {})))
+        for r in started
     ]
     # Steps recorded by a version that did not record the run itself are those of the checkpoint.
     if not starts or starts[0].step > min(r["step"] for r in records):
-        starts.insert(0, Start(0, "", saved_config))
-    about = begun[-1]["run"] if begun else {}
+        starts.insert(0, RunStart(0, "", saved_config))
+    about = started[-1]["run"] if started else {}
     parameters, unigram_nll = about.get("parameters"), about.get("unigram_nll")
     if parameters is None and saved and saved.config.model.vocab_size:
         parameters = parameter_count(saved.config.model).total
