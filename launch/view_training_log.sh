@@ -15,8 +15,8 @@ NO_COLOR=1 disables the colours.
 END
 }
 
-# Prints the files that a name or pattern stands for, here or else in the project's folder: called
-# from inside launch/, the shell leaves logs/training_*.log as it is.
+# Prints the files that match a name or pattern, here or else in the project's folder: inside
+# launch/ the shell does not expand logs/training_*.log.
 matches() {
   if [[ -e $1 ]]; then
     printf '%s\n' "$1"
@@ -42,7 +42,7 @@ summary() {
   echo "$1: $line"
 }
 
-# Copies standard input, with a colour where a line asks for one.
+# Copies standard input and colours the lines that need it.
 paint() {
   local line colour traceback="" off=$'\e[0m'
   local red=$'\e[1;31m' yellow=$'\e[33m' green=$'\e[32m' cyan=$'\e[36m'

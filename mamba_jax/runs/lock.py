@@ -33,7 +33,7 @@ NAME = "run.lock"
 _INHERITED = "MAMBA_JAX_RUN_LOCK"  # variable: the descriptor that a parent process passes on
 _BEAT_SECS = 10.0  # between renewals of the modification time
 _WATCH_SECS = 60.0  # without a renewal: the holder is dead
-_TRIES = 5  # a reader that looks who holds the lock has it for an instant
+_TRIES = 5  # a reader that checks the lock holds it for an instant
 _NO_KERNEL_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # Linux; equal in all containers of a host
 
@@ -192,7 +192,7 @@ class RunLock:
 
 
 def is_held(output_dir: pathlib.Path) -> bool:
-    """Says whether a run seems to hold the lock; for readers: it waits for nothing."""
+    """Says whether a run appears to hold the lock; for readers, without waiting."""
     path = output_dir / NAME
     try:
         with path.open("rb") as stream:
@@ -200,7 +200,7 @@ def is_held(output_dir: pathlib.Path) -> bool:
             renewed = os.fstat(stream.fileno()).st_mtime
     except OSError:
         return False
-    # Where only time can tell, the clock of the file's host is taken to agree with this one's.
+    # Where only time can tell, assume that the clocks of both hosts agree.
     return time.time() - renewed < _WATCH_SECS if is_alive is None else is_alive
 
 
@@ -298,7 +298,7 @@ def try_lock(descriptor: int, kind: int) -> bool | None:
 
     Args:
       descriptor: of an open file.
-      kind: ``fcntl.LOCK_EX``, or ``fcntl.LOCK_SH`` to look whether a run holds it.
+      kind: ``fcntl.LOCK_EX``, or ``fcntl.LOCK_SH`` to check whether a run holds it.
     """
     for remaining in reversed(range(_TRIES if kind == fcntl.LOCK_EX else 1)):
         try:
@@ -316,9 +316,9 @@ def try_lock(descriptor: int, kind: int) -> bool | None:
 
 
 def _is_renewed(path: pathlib.Path) -> bool:
-    """Watches the file; returns whether a run renewed it, False if it is gone."""
+    """Watches the file; returns whether a run renewed it, False if it was removed."""
     before = _signature(path)
-    # Two that begin to watch together must not end together: the later one then sees the earlier.
+    # Two that start to watch together must not end together, so that one sees the other's lock.
     end = time.monotonic() + _WATCH_SECS + random.uniform(0, _BEAT_SECS)
     while time.monotonic() < end:
         time.sleep(_BEAT_SECS / 10)
