@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: sets up .venv, then trains a small hybrid on Python's own source.
 #
-#   ./launch/quickstart.sh                                 run it again to go on where it stopped
+#   ./launch/quickstart.sh                                 run it again to resume
 #   ./launch/quickstart.sh --config.training.max_steps=50  every config field can be overridden
 
 # shellcheck source=launch/setup.sh

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: enters the project's root and defines
 #
-#   set_up [extra …]      make a virtual environment with what this machine needs and activate it
+#   set_up [extra …]      create a virtual environment for this machine and activate it
 #
-# The environment is .venv, of the first suitable Python found. VENV and PYTHON choose others:
+# The environment is .venv, with the first suitable Python found. VENV and PYTHON choose others:
 #   VENV=.venv312 PYTHON=python3.12 ./launch/test.sh
 
 set -euo pipefail
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
-    # It must run, not only exist: version managers leave stubs for versions that are switched off.
+    # It must run, not only exist: version managers leave stubs for inactive versions.
     if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
       >/dev/null 2>&1; then
       echo "$candidate"
@@ -60,7 +60,7 @@ accelerator_extra() {
   fi
 }
 
-# Makes and fills the environment, unless its stamp says that all of this has been done.
+# Creates the environment and installs into it, unless its stamp shows that this was done.
 set_up() {
   local venv=${VENV:-.venv} stamp want version extras python
   local -a options=(--disable-pip-version-check)
@@ -68,16 +68,16 @@ set_up() {
   stamp=$venv/installed
   want="$(cat pyproject.toml constraints.txt | cksum) [$extras]"
   if ! grep -qxF -- "$want" "$stamp" 2>/dev/null; then
-    # Asks for pip: an environment whose making was interrupted has Python but no pip.
+    # Checks for pip: an environment whose creation was interrupted has Python but no pip.
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
       python=$(find_python)
-      echo "Making $venv with $("$python" --version)"
+      echo "Creating $venv with $("$python" --version)"
       "$python" -m venv "$venv"
     fi
     version=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     case $version in
       3.11 | 3.12) options+=(--constraint constraints.txt) ;;
-      *) echo "Python $version: taking the newest packages, constraints.txt has none tested" ;;
+      *) echo "Python $version: using the newest packages, constraints.txt pins none for it" ;;
     esac
     [[ -t 1 ]] || options+=(--quiet)
     echo "Installing mamba_jax${extras:+ with $extras} into $venv (some minutes the first time)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the project: lint, format, types and tests, in a virtual environment that it makes itself.
+# Checks the project: lint, format, types and tests, in a virtual environment that it creates.
 #
 #   ./launch/test.sh                  everything
 #   ./launch/test.sh tests/ops -x     arguments go to pytest
@@ -10,5 +10,5 @@ set_up dev
 ruff check .
 ruff format --check .
 pyright
-# worksteal: half of the files each, so that both do not compile for the same ones.
+# worksteal: each worker starts with half of the files, so that both do not compile the same.
 exec pytest --numprocesses 2 --dist worksteal "$@"

@@ -9,7 +9,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export VENV=${VENV:-.venv-engines} HF_HUB_OFFLINE=1
 set_up dev eval
-# Anew at each call: set_up installs what constraints.txt pins, and nothing twice.
+# On every call: set_up installs what constraints.txt pins, and nothing twice.
 newest=(torch transformers accelerate tokenizers safetensors onnx onnxruntime gguf xllamacpp
   "lm_eval[api]" openai langchain-openai)
 python -m pip install --quiet --upgrade --upgrade-strategy eager \

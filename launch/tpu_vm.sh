@@ -26,7 +26,7 @@ if ! command -v gcloud >/dev/null; then
   exit 2
 fi
 tpu() { gcloud compute tpus tpu-vm "$1" "$name" --zone="$zone" "${@:2}"; }
-# Runs a command in the project's folder on the VM, each word as it is here.
+# Runs a command in the project's folder on the VM; quotes each word.
 there() { tpu ssh --command="cd mamba_jax && $(printf '%q ' "$@")"; }
 
 action=${1:-}
@@ -36,7 +36,7 @@ case $action in
     tpu create --accelerator-type="$type" --version="$image" ${TPU_SPOT:+--spot}
     ;;
   start)
-    # What git knows of, as it is here: no environment, checkpoints or caches.
+    # The files that git tracks, as they are here: no environment, checkpoints or caches.
     git ls-files -z | tar --create --gzip --null --files-from=- --file=- |
       tpu ssh --command="mkdir -p mamba_jax && tar --extract --gzip --directory=mamba_jax"
     there bash -c "source launch/setup.sh && set_up"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows a training log: where the run stands, then the log in colours by severity, as it grows.
+# Shows a training log: the state of the run, then the log in colours by severity, as it grows.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -8,21 +8,21 @@ usage() {
 usage: $0 [FILE …]
 
 Shows a training log: a summary line, then its last lines in colours by severity, following it as
-it grows (Ctrl-C ends that). Without FILE, or of several, the newest; by default of logs/.
+it grows (Ctrl-C stops). Of several FILEs it shows the newest; without FILE, the newest in logs/.
 
-In a pipe or a file it prints the whole log without colours, the summary last, and does not follow.
-NO_COLOR=1 switches the colours off.
+Into a pipe or a file it prints the whole log without colours, then the summary, and exits.
+NO_COLOR=1 disables the colours.
 END
 }
 
-# Prints the files that a name or pattern stands for, here or else in the project's folder: called
-# from inside launch/, the shell leaves logs/training_*.log as it is.
+# Prints the files that match a name or pattern, here or else in the project's folder: inside
+# launch/ the shell does not expand logs/training_*.log.
 matches() {
   if [[ -e $1 ]]; then
     printf '%s\n' "$1"
   else
     compgen -G "$root/$1" || compgen -G "$1" || {
-      echo "error: no log $1; logs are in $root/logs once a run has begun" >&2
+      echo "error: no log $1; logs are in $root/logs once a run has started" >&2
       return 2
     }
   fi
@@ -42,7 +42,7 @@ summary() {
   echo "$1: $line"
 }
 
-# Copies standard input, with a colour where a line asks for one.
+# Copies standard input and colours the lines that need it.
 paint() {
   local line colour traceback="" off=$'\e[0m'
   local red=$'\e[1;31m' yellow=$'\e[33m' green=$'\e[32m' cyan=$'\e[36m'
@@ -58,7 +58,7 @@ paint() {
       colour=$yellow
     elif [[ $line =~ error|exception|diverged|killed|ended\ with\ exit\ status\ [1-9] ]]; then
       colour=$red
-    elif [[ $line =~ warning|spike|passed\ over|starting\ again|finishing\ the\ step ]]; then
+    elif [[ $line =~ warning|spike|skipped|starting\ again|finishing\ the\ step ]]; then
       colour=$yellow
     elif [[ $line =~ step\ [0-9]+:\ eval ]]; then
       colour=$cyan

@@ -21,22 +21,22 @@ from mamba_jax.runs import exit_status, log_file
 from mamba_jax.runs import lock as run_lock
 from mamba_jax.runs.background import Record, is_running, read
 from mamba_jax.runs.lock import RunLock
-from mamba_jax.runs.supervisor import HANDED_ON
+from mamba_jax.runs.supervisor import FORWARDED_SIGNALS
 
 _HELP = """\
 Starts a training run that outlives the terminal. Takes every flag of `python -m mamba_jax.train`
 (see its --help) and checks them first with --dry_run.
 
-  --requeue   start again, with --resume auto, when the run ends with 75 (stopped by a signal and
+  --requeue   restart the run, with --resume auto, when it exits with 75 (stopped by a signal and
               saved) or 76 (lost another process)
-  --status    tell how the run in these flags' output_dir goes; without flags, all that were
-              started from here. Exit status 0 if one lives, else 3
-  --stop      stop that run: it finishes its step and saves; without flags, the only one that lives
+  --status    show the state of the run in these flags' output_dir; without flags, of every run
+              started from here. Exit status 0 if one of them is active, else 3
+  --stop      stop that run: it finishes its step and saves; without flags, the only active run
   --dry_run   check the flags, show what would be run, and start nothing
 
-Relative paths count from the folder above launch/. The log is logs/training_NAME_TIME.log; the
-output_dir gets background.json (who runs, and how it ended) and exit_code. Only one run at a time
-may have an output_dir.
+Relative paths start at the folder above launch/. The log is logs/training_NAME_TIME.log; the
+output_dir gets background.json (the process, and how it ended) and exit_code. Only one run at a
+time can use an output_dir.
 """
 _REGISTRY = "background_runs"  # in the log folder: the output_dirs of runs started here
 _NOT_RUNNING = 3  # as for services
@@ -44,7 +44,7 @@ _NOT_RUNNING = 3  # as for services
 
 @command
 def main(argv: list[str]) -> int:
-    """Starts, stops or tells of background runs."""
+    """Starts or stops background runs, or shows their state."""
     parser = argparse.ArgumentParser(
         prog="train_background.sh",
         usage="train_background.sh [--requeue | --status | --stop] [flags of training]",
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    hidden = argparse.SUPPRESS  # the description has them
+    hidden = argparse.SUPPRESS  # the description lists them
     parser.add_argument("--scripts", default="./launch", help=hidden)
     parser.add_argument("--dry_run", action="store_true", help=hidden)
     what = parser.add_mutually_exclusive_group()
@@ -78,22 +78,22 @@ def start(flags: Sequence[str], *, requeue: bool, scripts: str) -> int:
 
     Args:
       flags: of ``mamba_jax.train``.
-      requeue: whether to start it again after exit codes 75 and 76.
-      scripts: the folder of the launch scripts as the user called it, for what is printed.
+      requeue: whether to restart it after exit codes 75 and 76.
+      scripts: the folder of the launch scripts as the user typed it, for the printed commands.
     """
-    asked = train_arguments.read(list(flags))
-    config, output_dir = asked.config, pathlib.Path(asked.config.output_dir)
-    run_lock.check_free(output_dir, asked.force, lambda line: None)
-    if not asked.resume:
+    arguments = train_arguments.read(list(flags))
+    config, output_dir = arguments.config, pathlib.Path(arguments.config.output_dir)
+    run_lock.check_free(output_dir, arguments.force, lambda line: None)
+    if not arguments.resume:
         resume.find_start(config, "", print)  # refuses a folder with another run's checkpoints
     checked = subprocess.run([*_training(flags), "--dry_run"], capture_output=True, text=True)
     if checked.returncode:
         print(checked.stdout + checked.stderr, file=sys.stderr, end="")
         return checked.returncode
     log = _new_log(config)
-    run = _training([flag for flag in flags if flag != "--force"])  # it gets the lock from here
-    with RunLock.acquire(output_dir, force=asked.force) as lock:
-        record = Record.claim(output_dir, force=asked.force)
+    run = _training([flag for flag in flags if flag != "--force"])  # it inherits the lock
+    with RunLock.acquire(output_dir, force=arguments.force) as lock:
+        record = Record.claim(output_dir, force=arguments.force)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
             record.begin(
@@ -102,7 +102,7 @@ def start(flags: Sequence[str], *, requeue: bool, scripts: str) -> int:
             supervisor = _supervise(record, lock, log, run, requeue=requeue)
             record.add(pid=supervisor)
         finally:
-            record.release()  # from here on the run has it
+            record.release()  # the run holds it from here on
         lock.hand_over()
     which = f"--output_dir {shlex.quote(str(output_dir))}"
     print(
@@ -116,7 +116,7 @@ def start(flags: Sequence[str], *, requeue: bool, scripts: str) -> int:
 
 
 def _new_log(config: RunConfig) -> pathlib.Path:
-    """Returns a log file that no other run has, one started in this very second included."""
+    """Returns a log file that no other run has, including one started in the same second."""
     name = f"{config.name}_{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2)))
     logs = (log_file.path(config.log_dir, name) for name in names)
@@ -126,7 +126,7 @@ def _new_log(config: RunConfig) -> pathlib.Path:
 def _supervise(
     record: Record, lock: RunLock, log: pathlib.Path, run: list[str], *, requeue: bool
 ) -> int:
-    """Starts the supervisor of a run, which starts the run; returns its process id."""
+    """Starts the supervisor, which starts the run; returns the supervisor's process id."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
@@ -136,8 +136,8 @@ def _supervise(
         raise UserError(
             f"cannot write the log {log}: {error.strerror}; choose another --config.log_dir"
         ) from error
-    # A signal waits until the supervisor can hand it on, even one that comes at once.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
+    # A signal, even an immediate one, waits until the supervisor can forward it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
     try:
         with log.open("ab") as stream:
             return subprocess.Popen(
@@ -159,15 +159,15 @@ def _supervise(
 
 
 def status(folders: Sequence[pathlib.Path]) -> int:
-    """Tells how the newest run of each folder goes or went; 0 if one of them lives, else 3."""
+    """Prints the state of each folder's newest run; returns 0 if one is active, else 3."""
     if not folders:
         print("no run has been started here")
     for folder in folders:
-        print("\n".join(_account(folder)))
+        print("\n".join(_status_lines(folder)))
     return 0 if any(map(is_running, folders)) else _NOT_RUNNING
 
 
-def _account(output_dir: pathlib.Path) -> list[str]:
+def _status_lines(output_dir: pathlib.Path) -> list[str]:
     facts = read(output_dir)
     if not facts:
         return [f"{output_dir}: no background run"]
@@ -177,37 +177,38 @@ def _account(output_dir: pathlib.Path) -> list[str]:
     elif "exit_code" in facts:
         lines = [f"{output_dir}: ended with exit status {facts['exit_code']}: {facts['why']}"]
     else:
-        told = exit_status.reason(log)
-        lines = [f"{output_dir}: ended unseen, its supervisor was killed{told and ': '}{told}"]
-    told = [exit_status.last(log, r" step \d+/\d+  "), exit_status.last(log, r" step \d+: eval ")]
-    return lines + [f"  {line}" for line in told if line] + [f"  log: {log}"]
+        reason = exit_status.reason(log)
+        killed = "ended without an exit status, its supervisor was killed"
+        lines = [f"{output_dir}: {killed}{reason and ': '}{reason}"]
+    last = [exit_status.last(log, r" step \d+/\d+  "), exit_status.last(log, r" step \d+: eval ")]
+    return lines + [f"  {line}" for line in last if line] + [f"  log: {log}"]
 
 
 def stop(output_dir: pathlib.Path) -> int:
-    """Asks a run to stop, waits until it has saved, and tells how it ended."""
+    """Stops a run, waits until it has saved, and prints how it ended."""
     facts = read(output_dir)
     here = socket.gethostname()
-    if (host := facts.get("host", here)) != here:  # its process numbers mean others here
+    if (host := facts.get("host", here)) != here:  # its process ids belong to other processes here
         raise UserError(f"the run in {output_dir} is on host {host}, not on {here}; stop it there")
     with contextlib.suppress(ProcessLookupError):  # it ended in between
         os.kill(_recipient(facts), signal.SIGTERM)
-    print(f"{output_dir}: asked to stop; it finishes its step and saves (Ctrl-C: do not wait)")
+    print(f"{output_dir}: stopping; the run finishes its step and saves (Ctrl-C: do not wait)")
     try:
         while is_running(output_dir):
             time.sleep(0.1)
     except KeyboardInterrupt:
-        print(f"it is still saving; its log: {facts['log']}")
+        print(f"the run is still saving; log: {facts['log']}")
         return 130
-    print("\n".join(_account(output_dir)))
+    print("\n".join(_status_lines(output_dir)))
     return 0 if read(output_dir).get("exit_code") in (0, exit_status.PREEMPTED) else 1
 
 
 def _recipient(facts: dict[str, int]) -> int:
-    """Returns the process to send a signal: the supervisor, or the run itself if that was killed.
+    """Returns the process to signal: the supervisor, or the run itself if that was killed.
 
-    Never both: the second signal might meet a run that has saved and no longer catches it. The lock
-    says that one of them lives, and while one does, the number of the session that they share is
-    given to nobody else.
+    Never both: the second signal might reach a run that has saved and no longer handles it. The
+    lock shows that one of them exists, and while one does, the system does not reuse the id of the
+    session that they share.
     """
     session = facts["pid"]
     try:
@@ -218,16 +219,16 @@ def _recipient(facts: dict[str, int]) -> int:
 
 
 def _is_zombie(process: int) -> bool:
-    """Says whether a process has ended and its parent has not asked for its status yet."""
+    """Says whether a process has ended but its parent has not collected its status yet."""
     try:
         stat = pathlib.Path(f"/proc/{process}/stat").read_text()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return False
     return stat.rpartition(")")[2].split()[0] == "Z"
 
 
 def _folders(flags: Sequence[str]) -> list[pathlib.Path]:
-    """Returns the output_dir that flags lead to; without flags, all that runs were started in."""
+    """Returns the output_dir that the flags name; without flags, those of all runs started here."""
     if flags:
         return [pathlib.Path(train_arguments.read(list(flags)).config.output_dir)]
     registry = pathlib.Path(RunConfig().log_dir) / _REGISTRY
@@ -239,10 +240,10 @@ def _only_running(folders: Sequence[pathlib.Path], scripts: str) -> pathlib.Path
     running = [folder for folder in folders if is_running(folder)]
     if not running:
         which = f" in {folders[0]}" if len(folders) == 1 else ""
-        raise UserError(f"nothing to stop: no background run lives{which} (see --status)")
+        raise UserError(f"nothing to stop: no background run is active{which} (see --status)")
     if len(running) > 1:
         raise UserError(
-            f"{len(running)} runs live: {', '.join(map(str, running))}; say which with "
+            f"{len(running)} runs are active: {', '.join(map(str, running))}; choose one with "
             f"{scripts}/train_background.sh --output_dir DIR --stop"
         )
     return running[0]

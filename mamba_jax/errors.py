@@ -1,18 +1,19 @@
-"""Errors that a user can mend: one line, the offending value and the remedy, no traceback."""
+"""Errors that a user can fix: one line, the offending value and the remedy, no traceback."""
 
 import difflib
 import functools
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import IO, Any
 
 from mamba_jax.paths import expand_arguments
 
 
 class UserError(Exception):
-    """A mistake of the user's or a fault of their machine.
+    """A mistake of the user or a fault of their machine.
 
     Commands print it as a single line ``error: <message>`` and exit with status 2. The message
     names the offending value and the remedy.
@@ -26,7 +27,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException | str) -> str:
-    """Returns the first line of an error's message, or its class where it has none."""
+    """Returns the first line of an error's message, or its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -34,7 +35,7 @@ def need(name: str, extra: str) -> Any:
     """Imports a module.
 
     Raises:
-      UserError: if it is not installed, naming the extra of this package that brings it.
+      UserError: if it is not installed, naming the extra of this package that installs it.
     """
     try:
         return importlib.import_module(name)
@@ -45,9 +46,9 @@ def need(name: str, extra: str) -> Any:
 
 
 def handle_broken_pipe() -> None:
-    """Ends the output quietly: its reader, such as ``head``, has seen enough.
+    """Silences standard output after its reader, such as ``head``, has exited.
 
-    Python flushes stdout once more at exit; into the closed pipe it would complain.
+    Python flushes it once more at exit and would complain about the closed pipe.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -55,25 +56,23 @@ def handle_broken_pipe() -> None:
 def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
     """Wraps a command's ``main(argv) -> exit status``.
 
-    Its ``argv`` has the home folder in place of ``~``. A mistake that the user can mend is one
-    line and status 2; a Ctrl-C that the command does not handle itself is one line and 130; a
-    reader that has seen enough, such as ``head``, ends the command without a word.
+    In its ``argv`` the home folder replaces ``~``. An error that the user can fix is printed as one
+    line and ends with status 2; a Ctrl-C that the command does not handle itself with one line and
+    130. If the reader of the output, such as ``head``, exits, the command ends without a message.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         try:
-            try:
-                return main(expand_arguments(sys.argv[1:] if argv is None else argv))
-            finally:
-                sys.stdout.flush()  # here, where a closed pipe is no error
+            return main(expand_arguments(sys.argv[1:] if argv is None else argv))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except BrokenPipeError:
-            handle_broken_pipe()
+            if _has_reader(sys.stdout) and _has_reader(sys.stderr):
+                raise  # another pipe: a failure
             return 0
-        except OSError as error:  # a disk, a permission, a name too long: the machine's, not ours
+        except OSError as error:  # a disk, a permission, a name too long: a fault of the machine
             if error.filename is None:
                 raise
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -81,5 +80,20 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        finally:
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:  # no error, and it changes no exit status
+                handle_broken_pipe()
 
     return wrapped
+
+
+def _has_reader(stream: IO[str]) -> bool:
+    """Says whether somebody still reads an output stream, as far as the system can tell."""
+    poll = select.poll()
+    try:
+        poll.register(stream, 0)  # errors are reported always
+    except (OSError, ValueError):  # no file of the system's
+        return True
+    return not poll.poll(0)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import contextlib
 import os
@@ -7,12 +7,12 @@ import secrets
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file aside and renames it: no reader and no kill ever leaves half of it.
+    """Writes a temporary file and renames it: no reader and no kill ever sees half of the content.
 
-    A link stays one; the file that it names is replaced. Devices and pipes are written directly.
+    A link remains; the file that it names is replaced. Devices and pipes are written directly.
 
     Raises:
-      OSError: with ``path`` as its file name; what was there before is untouched then.
+      OSError: with ``path`` as its file name; the previous content is untouched then.
     """
     named = pathlib.Path(path)
     data = content.encode() if isinstance(content, str) else content
@@ -27,10 +27,19 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
                 os.chmod(aside, target.stat().st_mode & 0o777)
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # else a crash of the machine may leave the new name empty
+            os.fsync(file.fileno())  # else the file may be empty after the machine crashes
         aside.replace(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(named)) from error
     finally:
-        with contextlib.suppress(OSError):  # it is there only if something went wrong
+        with contextlib.suppress(OSError):  # it still exists only after an error
             aside.unlink()
+
+
+def fsync(path: str | os.PathLike[str]) -> None:
+    """Forces a file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

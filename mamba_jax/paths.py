@@ -1,6 +1,6 @@
 """Paths as people write them: a leading ``~`` is the home folder, wherever a path is given.
 
-The shell expands ``~/x`` alone, not in ``--flag=~/x`` nor in a config file.
+The shell expands ``~/x`` only as a word of its own, not in ``--flag=~/x`` or a config file.
 """
 
 import os

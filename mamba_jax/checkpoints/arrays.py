@@ -1,9 +1,8 @@
-"""Saving a training state while training goes on, and getting it back exactly.
+"""Saves a training state while training continues, and restores it exactly.
 
-Why a host copy and a thread of our own rather than orbax's asynchronous checkpointer: the state is
-donated to the next step, so it has to be copied off the device before that step anyway; after the
-copy, hash, fsync and rename have to follow the writing in one piece, and an error in any of them
-has to reach the loop.
+Why a host copy and our own thread, not orbax's asynchronous checkpointer: the state is donated to
+the next step, so it must be copied off the device before that step anyway; hash, fsync and rename
+must follow the write as one unit, and an error in any of them must reach the loop.
 """
 
 import concurrent.futures
@@ -64,11 +63,11 @@ class CheckpointWriter:
     ):
         """
         Args:
-          output_dir: exists and is ours: leftovers of killed saves in it are removed.
+          output_dir: exists and is locked by this run: leftovers of killed saves in it are removed.
           keep_last: as in ``TrainingConfig``.
           keep_every: as in ``TrainingConfig``.
-          log: is told of each save that is complete, from the writer's thread.
-          files: name → content of what else each checkpoint holds.
+          log: receives each completed save, from the writer's thread.
+          files: name → content of further files in each checkpoint.
         """
         self._output_dir = output_dir
         self._keep = {"keep_last": keep_last, "keep_every": keep_every}
@@ -81,7 +80,7 @@ class CheckpointWriter:
             _remove(leftover)
 
     def save(self, name: str, state: dict[str, Any], metadata: Metadata) -> None:
-        """Copies the state to the host and starts to write it; first waits for the save before.
+        """Copies the state to the host and starts to write it; first waits for the previous save.
 
         Args:
           name: of the folder: ``step_N`` or ``final``.
@@ -90,7 +89,7 @@ class CheckpointWriter:
           metadata: for ``config.json``.
 
         Raises:
-          UserError: if the save before failed.
+          UserError: if the previous save failed.
         """
         self.wait()
         # np.array copies. np.asarray and device_get only borrow the buffer on CPU, and a donated
@@ -99,7 +98,7 @@ class CheckpointWriter:
         self._pending = self._executor.submit(self._write, name, host_state, metadata)
 
     def check(self) -> None:
-        """Raises the error of a save that has failed by now; does not wait."""
+        """Raises the error of a save that has already failed; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -137,22 +136,22 @@ class CheckpointWriter:
         except Exception as error:  # orbax and tensorstore report a full disk in many classes
             _remove(unfinished)
             raise UserError(
-                f"cannot save checkpoint {target}: {_reason(error)}; those saved before are "
-                "untouched: mend that (make room, choose another --output_dir), then --resume auto"
+                f"cannot save checkpoint {target}: {_reason(error)}; earlier checkpoints are "
+                "untouched: free disk space or choose another --output_dir, then --resume auto"
             ) from error
         self._log(f"saved {target}")
         try:
             retain(self._output_dir, metadata.step, **self._keep)
-        except OSError as error:  # this checkpoint is good all the same
+        except OSError as error:  # this checkpoint is complete nevertheless
             self._log(f"warning: cannot remove older checkpoints: {_reason(error)}")
 
 
 @functools.cache
 def _quiet_failed_saves() -> None:
-    """Keeps the traces of a failed save off standard error, from now on: its error is raised.
+    """Keeps the traces of a failed save off standard error from now on: its error is raised.
 
-    Orbax logs the error in each of its threads, and tensorstore prints one for every other write,
-    which by then has nobody to tell: the event loop that waited for it is closed.
+    Orbax logs the error in each of its threads, and tensorstore prints one for every other pending
+    write, because the event loop that waited for it is closed.
     """
     logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
     hook = sys.unraisablehook
@@ -189,7 +188,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def restore(path: pathlib.Path, abstract_state: dict[str, Any]) -> dict[str, Any]:
-    """Reads a training state back, onto whatever devices the shardings name.
+    """Reads a training state back, onto the devices that the shardings name.
 
     Args:
       path: the checkpoint folder.
@@ -208,7 +207,7 @@ def restore(path: pathlib.Path, abstract_state: dict[str, Any]) -> dict[str, Any
 
 
 def restore_params(path: pathlib.Path | str, sharding: jax.sharding.Sharding | None = None) -> Any:
-    """Reads only the parameters, given only the folder: ``config.json`` tells the model.
+    """Reads only the parameters, given only the folder: ``config.json`` describes the model.
 
     Args:
       path: a checkpoint folder (see ``resolve``).
@@ -232,7 +231,7 @@ def restore_params(path: pathlib.Path | str, sharding: jax.sharding.Sharding | N
 
 def _load_tree(path: pathlib.Path, abstract: Any) -> Any:
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    # ShapeDtypeStructs, not numpy arrays: with those orbax accepts a wrong shape without a word.
+    # ShapeDtypeStructs, not numpy arrays: with those orbax silently accepts a wrong shape.
     targets = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or first

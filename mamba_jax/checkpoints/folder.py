@@ -1,13 +1,13 @@
-"""A checkpoint as a folder: its names, its two JSON files, and how it appears all at once or never.
+"""A checkpoint as a folder: its names, its two JSON files, and how it appears atomically.
 
 ::
 
     <output_dir>/step_5000/          also final/
-        params/                      orbax: the parameters alone, all that generation reads
+        params/                      orbax: the parameters; generation reads nothing else
         optimizer/                   orbax: everything else of the training state
-        config.json                  what it takes to rebuild model, tokenizer and run
-        tokenizer.json, …            of a tokenizer that is not packaged
-        MANIFEST.json                a hash of every other file; its presence says "complete"
+        config.json                  what is needed to rebuild model, tokenizer and run
+        tokenizer.json, …            files of a tokenizer that is not part of the package
+        MANIFEST.json                a hash of every other file; its presence means "complete"
 
 Nothing here knows about arrays, so looking for a checkpoint costs no import of JAX.
 """
@@ -27,10 +27,10 @@ import xxhash
 import mamba_jax
 from mamba_jax.config import RunConfig, from_dict, to_dict
 from mamba_jax.errors import UserError
-from mamba_jax.files import write_atomic
+from mamba_jax.files import fsync, write_atomic
 
-FORMAT = 2  # of the folder; raised when an older program could no longer read it
-_OLDEST = 2  # format that can be read: before it token tables had no rows but those of ids
+FORMAT = 2  # of the folder; increased when an older program can no longer read it
+_OLDEST = 2  # readable format: earlier token tables had no padding rows
 FINAL = "final"
 PARAMS = "params"
 OPTIMIZER = "optimizer"
@@ -44,14 +44,14 @@ _STEP_NAME = re.compile(r"step_(\d+)")
 class Metadata:
     """What ``config.json`` holds."""
 
-    config: RunConfig  # as it was asked for, with the tokenizer's real vocab_size
+    config: RunConfig  # as requested, with the tokenizer's real vocab_size
     step: int  # optimizer steps taken
     samples_seen: int  # windows consumed: the position in the data
     data_fingerprint: str  # of the corpus that they came from
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of this very step
-    # What was chosen for the device where the config leaves it open: group → field → value.
+    # What the planner chose for the device: group → field → value.
     layout: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    device: str = ""  # that it was chosen for
+    device: str = ""  # for which it was chosen
     tokenizer_identity: str = ""  # as in ``data.tokenizer.Tokenizer``
 
     @property
@@ -67,9 +67,9 @@ class Metadata:
         return from_dict(values)
 
 
-def layout_of(asked: RunConfig, planned: RunConfig) -> dict[str, dict[str, Any]]:
-    """Returns the fields of groups in which a planned run differs from what was asked for."""
-    before, after = to_dict(asked), to_dict(planned)
+def layout_of(requested: RunConfig, planned: RunConfig) -> dict[str, dict[str, Any]]:
+    """Returns the fields of groups in which a planned run differs from the requested one."""
+    before, after = to_dict(requested), to_dict(planned)
     changed = {
         group: {name: new for name, new in fields.items() if new != before[group][name]}
         for group, fields in after.items()
@@ -84,19 +84,19 @@ def step_name(step: int) -> str:
 
 
 def unfinished_path(output_dir: pathlib.Path, name: str) -> pathlib.Path:
-    """Returns where a checkpoint is written until it is complete."""
+    """Returns the folder in which a checkpoint is written until it is complete."""
     return output_dir / f"{_UNFINISHED}{name}"
 
 
 def unfinished_saves(output_dir: pathlib.Path) -> list[pathlib.Path]:
-    """Returns what killed saves left behind."""
+    """Returns the leftovers of killed saves."""
     return sorted(output_dir.glob(f"{_UNFINISHED}*"))
 
 
 def list_checkpoints(output_dir: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
     """Returns (step, folder), newest first, intact or not; ``final`` before an equal step.
 
-    A ``final`` whose step cannot be read comes first of all, so that the search meets its damage.
+    A ``final`` whose step is unreadable comes first, so that the search reports its damage.
     """
     found = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
@@ -168,7 +168,7 @@ def read_metadata(path: pathlib.Path) -> Metadata:
             raise UserError(
                 f"checkpoint {path} has format {record['format']}, made by mamba_jax "
                 f"{record['versions']['mamba_jax']}, which this one, {mamba_jax.__version__}, no "
-                "longer reads: go on with the version that made it, or train anew"
+                "longer reads: continue with the version that made it, or train again"
             )
         return Metadata(
             config=from_dict(record["config"]),
@@ -185,23 +185,23 @@ def read_metadata(path: pathlib.Path) -> Metadata:
 
 
 def write_manifest(path: pathlib.Path) -> None:
-    """Writes ``MANIFEST.json``, then forces every file and folder below ``path`` to the disk."""
+    """Writes ``MANIFEST.json``, then forces every file and folder in ``path`` to the disk."""
     files = {name: _hash(path / name) for name in _files(path)}
     record = {"format": FORMAT, "hash": "xxh3_128", "files": files}
     (path / _MANIFEST).write_text(json.dumps(record, indent=1) + "\n")
     for folder, _, names in os.walk(path):
-        for name in (*names, ""):  # "": the folder itself, whose entries must last too
+        for name in (*names, ""):  # "": the folder itself, for its entries
             fsync(pathlib.Path(folder) / name)
 
 
 def verify(path: pathlib.Path, only: tuple[str, ...] = ("",)) -> None:
     """Compares the files of a checkpoint with its manifest.
 
-    Orbax restores a flipped bit without a word; this does not.
+    Orbax restores a flipped bit silently; this function reports it.
 
     Args:
       path: the checkpoint folder.
-      only: beginnings of the names to compare; every file by default.
+      only: prefixes of the names to compare; every file by default.
 
     Raises:
       UserError: naming the folder and the first missing, damaged or surplus file.
@@ -246,11 +246,11 @@ def _hash(file: pathlib.Path) -> str:
 
 
 def publish(unfinished: pathlib.Path, target: pathlib.Path) -> None:
-    """Gives a complete, fsynced folder its name: after a crash it is there whole or not at all.
+    """Gives a complete, fsynced folder its name: after a crash it exists completely or not at all.
 
-    A ``final`` of a shorter run that stands in the way becomes the ``step_N`` that it is, unless
-    that one is there and intact: at every moment one of the two is. A ``step_N`` in the way is an
-    older save of the same step, and gives way.
+    An existing ``final`` of a shorter run is renamed to its ``step_N``, unless an intact ``step_N``
+    exists: at every moment one of the two does. An existing ``step_N`` is an older save of the same
+    step and is replaced.
     """
     if target.exists() and target.name == FINAL:
         as_step = target.with_name(step_name(_read_step(target)))
@@ -274,15 +274,6 @@ def _is_intact(path: pathlib.Path) -> bool:
     return True
 
 
-def fsync(path: pathlib.Path) -> None:
-    """Forces a file, or the entries of a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def find_latest(
     output_dir: pathlib.Path, log: Callable[[str], None], before: int | None = None
 ) -> pathlib.Path | None:
@@ -290,33 +281,33 @@ def find_latest(
 
     Args:
       output_dir: the run's folder.
-      log: is told of each damaged or partial checkpoint that was passed over.
+      log: receives each damaged or partial checkpoint that was skipped.
       before: consider only checkpoints of earlier steps.
     """
     for path in unfinished_saves(output_dir):
-        log(f"passed over {path}: a save that was cut off")
+        log(f"skipped {path}: an interrupted save")
     for step, path in list_checkpoints(output_dir):
         if before is not None and step >= before:
             continue
         try:
             verify(path)
         except UserError as error:
-            log(f"passed over {error}")
+            log(f"skipped: {error}")
         else:
             return path
     return None
 
 
 def retain(output_dir: pathlib.Path, newest: int, *, keep_last: int, keep_every: int) -> None:
-    """Deletes ``step_N`` folders that nobody asked to keep, and notes the best in ``best.json``.
+    """Deletes surplus ``step_N`` folders and records the best checkpoint in ``best.json``.
 
     Kept are the ``keep_last`` newest, multiples of ``keep_every``, the one of lowest eval loss, and
     ``final`` always.
 
     Args:
       output_dir: the run's folder.
-      newest: the step just saved. Later ones, left of a damaged end, are not touched: counting
-        them could cost the last good one.
+      newest: the step just saved. Later ones, remains of a damaged end, are not touched: counting
+        them could delete the last good one.
     """
     steps = [(step, path) for step, path in list_checkpoints(output_dir) if step <= newest]
     best = _write_best(output_dir, steps)

@@ -1,13 +1,12 @@
-"""Where a run starts: which checkpoint it continues, and what it refuses to continue.
+"""Where a run starts: which checkpoint it resumes, and what it refuses to resume.
 
-Everything here happens before anything slow: before data are read and JAX starts.
+All of this happens before anything slow: before the data are read and JAX starts.
 """
 
 import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 from mamba_jax.checkpoints.folder import (
     FINAL,
@@ -18,27 +17,31 @@ from mamba_jax.checkpoints.folder import (
     verify,
 )
 from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 
 AUTO = "auto"
-# Fields that change how parameters are computed with or were initialised, not what they mean.
+# Fields that change how parameters are used or were initialised, not what they mean.
 _FREE_MODEL_FIELDS = ("dtype", "remat", "scan", "dropout", "gate_bias", "fusion_gain")
-# Groups and fields of the config that have no say in what is learnt.
+# Groups and fields of the config that do not affect training.
 _SILENT_FIELDS = ("name", "output_dir", "log_dir", "tensorboard_dir", "sample_prompt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run continues."""
+    """The checkpoint that a run resumes."""
 
     path: pathlib.Path
     metadata: Metadata
 
+    def is_in(self, output_dir: str) -> bool:
+        """Says whether the checkpoint is one of the run in ``output_dir``."""
+        return self.path.resolve().parent == pathlib.Path(output_dir).resolve()
+
     def ends(self, config: RunConfig) -> bool:
-        """Says whether this is the closing checkpoint of the run that ``config`` asks for."""
-        here = self.path.resolve().parent == pathlib.Path(config.output_dir).resolve()
+        """Says whether this is the last checkpoint of the run that ``config`` describes."""
         complete = self.metadata.step >= config.training.max_steps
-        return here and complete and self.path.name == FINAL
+        return self.is_in(config.output_dir) and complete and self.path.name == FINAL
 
 
 def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> Start | None:
@@ -46,16 +49,16 @@ def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> St
 
     Args:
       config: of the run that is about to start.
-      resume: "" to start anew, "auto" for the newest intact checkpoint in ``config.output_dir``, if
-        any, else a checkpoint folder or the folder of a run.
-      log: is told what was found and passed over.
+      resume: "" to start from step 0, "auto" for the newest intact checkpoint in
+        ``config.output_dir``, if any, else a checkpoint folder or the folder of a run.
+      log: receives what was found and skipped.
 
     Returns:
       None where the run starts from the beginning.
 
     Raises:
-      UserError: if there is nothing to continue, it belongs to another model, or the output folder
-        holds another run's checkpoints.
+      UserError: if there is nothing to resume, it belongs to another model, or the output folder
+        contains another run's checkpoints.
     """
     output_dir = pathlib.Path(config.output_dir)
     occupied = list_checkpoints(output_dir)
@@ -72,7 +75,7 @@ def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> St
         if path is None and occupied:
             raise UserError(
                 f"output_dir {output_dir} holds no intact checkpoint; remove the damaged ones or "
-                "choose another --output_dir to start anew"
+                "choose another --output_dir to start from step 0"
             )
         if path is None:
             log(f"no checkpoint in {output_dir} yet: starting from the beginning")
@@ -95,7 +98,10 @@ def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> St
 
 def named_start(path: pathlib.Path, log: Callable[[str], None]) -> pathlib.Path:
     """Returns the checkpoint at ``path``, if damaged the one before it, or a run's newest."""
-    if path.is_symlink() or path.name in ("", ".."):  # by its own name: its siblings are others
+    if path.is_symlink() or path.name in (
+        "",
+        "..",
+    ):  # a link's siblings are not those of the checkpoint
         path = path.resolve()
     siblings = {folder: step for step, folder in list_checkpoints(path.parent)}
     if path not in siblings:
@@ -111,7 +117,7 @@ def named_start(path: pathlib.Path, log: Callable[[str], None]) -> pathlib.Path:
         earlier = find_latest(path.parent, log, before=siblings[path])
         if earlier is None:
             raise UserError(f"{damage}, and there is no intact one before it") from damage
-        log(f"passed over {damage}")
+        log(f"skipped: {damage}")
         return earlier
 
 
@@ -121,7 +127,7 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
         for field in dataclasses.fields(saved.model)
         if field.name not in _FREE_MODEL_FIELDS
         and (old := getattr(saved.model, field.name)) != (new := getattr(wanted.model, field.name))
-        and not (field.name == "vocab_size" and new == 0)  # not yet looked up
+        and not (field.name == "vocab_size" and new == 0)  # not known yet
     ]
     if differences:
         raise UserError(
@@ -131,16 +137,15 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
 
 
 def check_steps_left(start: Start, config: RunConfig) -> None:
-    """Refuses to continue where no step is left to train.
+    """Refuses to resume where no step is left to train.
 
-    The last step of this very run is none: what a kill cut short after it is made good.
+    The run's own last step is accepted: a kill may have prevented the evaluation or save after it.
 
     Raises:
-      UserError: if so.
+      UserError: if no step is left.
     """
     step, max_steps = start.metadata.step, config.training.max_steps
-    here = start.path.resolve().parent == pathlib.Path(config.output_dir).resolve()
-    if step > max_steps or (step == max_steps and not here):
+    if step > max_steps or (step == max_steps and not start.is_in(config.output_dir)):
         raise UserError(
             f"nothing to train: checkpoint {start.path} has {step} steps and "
             f"training.max_steps={max_steps}; give a larger --config.training.max_steps"
@@ -148,11 +153,11 @@ def check_steps_left(start: Start, config: RunConfig) -> None:
 
 
 def check_same_tokenizer(start: Start, name: str, identity: str) -> None:
-    """Refuses to continue with another tokenizer: the ids would mean other text.
+    """Refuses to resume with another tokenizer: its ids mean other text.
 
     Args:
       start: the checkpoint.
-      name: ``data.tokenizer`` of the run; another one may name the same tokenizer.
+      name: ``data.tokenizer`` of the run; two names may mean the same tokenizer.
       identity: as in ``data.tokenizer.Tokenizer``.
 
     Raises:
@@ -170,15 +175,15 @@ def check_same_tokenizer(start: Start, name: str, identity: str) -> None:
 
 
 def laid_out_as_before(start: Start, config: RunConfig, device: str) -> RunConfig:
-    """Returns the run with the checkpoint's layout, where nothing that this hangs on has changed.
+    """Returns the run with the checkpoint's layout, if nothing that affects the layout has changed.
 
     Another microbatch rounds gradients differently: only with the same one does a resumed run equal
-    one uninterrupted bit for bit, however much memory happens to be free now.
+    an uninterrupted one bit for bit, however much memory is free now.
 
     Args:
       start: the checkpoint.
-      config: of the run; returned as it is on another device, or where its settings of layout and
-        memory are not the checkpoint's.
+      config: of the run; returned unchanged on another device, or where its settings of layout and
+        memory differ from the checkpoint's.
       device: what the run trains on.
     """
     saved = start.metadata
@@ -189,25 +194,25 @@ def laid_out_as_before(start: Start, config: RunConfig, device: str) -> RunConfi
 
 
 def check_same_data(start: Start, fingerprint: str) -> None:
-    """Refuses to continue on other data: its position in them would mean nothing.
+    """Refuses to resume on other data: the position in them would be meaningless.
 
     Raises:
       UserError: if the corpus differs from the checkpoint's.
     """
     saved = start.metadata.data_fingerprint
-    if saved and saved != fingerprint:  # an imported model has seen none
+    if saved and saved != fingerprint:  # an imported model has none
         raise UserError(
             f"checkpoint {start.path} was trained on other data (fingerprint {saved[:12]} there, "
             f"{fingerprint[:12]} here); give the same --data_dir, --seed and config.data, or "
-            "choose another --output_dir and start anew"
+            "choose another --output_dir and start from step 0"
         )
 
 
 def set_newer_aside(output_dir: pathlib.Path, step: int, log: Callable[[str], None]) -> None:
-    """Moves checkpoints later than the one continued out of sight, into ``superseded_<time>/``.
+    """Moves checkpoints later than the resumed one into ``superseded_<time>/``.
 
-    They are damaged, or the end of a run that is being rewound: left in place they would be taken
-    for this run's newest after the next interruption. Nothing is deleted.
+    They are damaged, or the end of a run that is being rewound: left in place they would count as
+    this run's newest after the next interruption. Nothing is deleted.
     """
     newer = [path for later, path in list_checkpoints(output_dir) if later > step]
     if newer:
@@ -219,19 +224,9 @@ def set_newer_aside(output_dir: pathlib.Path, step: int, log: Callable[[str], No
 
 
 def _changes(saved: RunConfig, wanted: RunConfig) -> list[str]:
-    old, new = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    old, new = flatten(to_dict(saved)), flatten(to_dict(wanted))
     return [
         f"{name} {old[name]} → {new[name]}"
         for name in old
         if old[name] != new[name] and name not in _SILENT_FIELDS and name != "model.vocab_size"
     ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

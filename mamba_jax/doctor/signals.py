@@ -13,7 +13,7 @@ import numpy as np
 
 from mamba_jax.config import RunConfig, from_dict
 from mamba_jax.errors import UserError
-from mamba_jax.runs import metrics
+from mamba_jax.runs import metrics, recorded
 
 SCALARS = ("loss", "learning_rate", "gradient_norm", "eval_loss")
 BY_LAYER = ("dt_mean", "dt_max", "A_min", "A_max", "depth_mean", "gates_closed", "gates_open")
@@ -156,9 +156,6 @@ def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
             not_finite[name] = broken
     starts = [i for i, r in enumerate(records) if isinstance(r.get("run"), dict)]
     about = records[starts[-1]]["run"] if starts else {}
-    # What ended an earlier part of a run that has gone on since is no news.
-    since = records[starts[-1] :] if starts else records
-    ended = [(r["step"], str(r["ended"])) for r in since if "ended" in r]
     return Run(
         folder=folder,
         config=_config(about),
@@ -170,7 +167,7 @@ def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
         layout_step=_layout_step(records),
         device_kind=next((r["device_kind"] for r in records[::-1] if "device_kind" in r), ""),
         warnings=tuple((r["step"], str(r["warning"])) for r in records if "warning" in r),
-        ended=ended[-1] if ended else None,
+        ended=recorded.last_end(records),
     )
 
 

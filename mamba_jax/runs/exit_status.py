@@ -1,19 +1,19 @@
-"""What an exit status means, and what a log says about the end of its run."""
+"""What an exit status means, and what a log says about how its run ended."""
 
 import os
 import pathlib
 import re
 import signal
 
-PREEMPTED, PEER_LOST = 75, 76  # saved, and the same command with --resume auto goes on
+PREEMPTED, PEER_LOST = 75, 76  # saved: the same command with --resume auto continues
 _TAIL_BYTES = 1 << 16
 _TIME = r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)?\s*"
-_TOLD = re.compile(_TIME + r"(error: .*)$")  # the program's own last word
+_REPORTED = re.compile(_TIME + r"(error: .*)$")  # the program's own message
 _RAISED = re.compile(_TIME + r"((?:\w+\.)*\w*(?:Error|Exception)\b.*|Fatal Python error: .*)$")
 _MEANINGS = {
     0: "done",
     1: "crashed",
-    2: "could not go on",
+    2: "could not continue",
     PREEMPTED: "stopped by a signal and saved",
     PEER_LOST: "another process of the run was lost",
     130: "stopped at once by Ctrl-C",
@@ -26,7 +26,7 @@ def exit_code(status: int) -> int:
 
 
 def meaning(code: int) -> str:
-    """Returns a few words on an exit code."""
+    """Returns the meaning of an exit code, in a few words."""
     if code in _MEANINGS:
         return _MEANINGS[code]
     try:
@@ -41,13 +41,13 @@ def meaning(code: int) -> str:
 
 
 def reason(log: pathlib.Path) -> str:
-    """Returns the line of a log that tells why its run ended; "" where there is none.
+    """Returns the line of a log that says why its run ended; "" where there is none.
 
-    That is the program's last word, else the last exception: some thread may print another one
-    when all has been said.
+    That is the program's last error message, else the last exception: a thread may print an
+    exception after that message.
     """
     lines = tail(log)
-    for pattern in (_TOLD, _RAISED):
+    for pattern in (_REPORTED, _RAISED):
         found = [match[1] for line in lines if (match := pattern.match(line))]
         if found:
             return found[-1]
@@ -71,7 +71,7 @@ def tail(log: pathlib.Path) -> list[str]:
 
 
 def full_disk(*folders: pathlib.Path) -> str:
-    """Returns words on the first of these folders whose disk is full; "" if none is."""
+    """Returns a message on the first of these folders whose disk is full; "" if none is."""
     for folder in folders:
         try:
             disk = os.statvfs(folder)

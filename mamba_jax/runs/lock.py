@@ -1,13 +1,14 @@
 """``run.lock`` in an output_dir: only one process at a time writes a run there.
 
-Two signs tell that a run is alive, because neither is enough alone:
+Two signs show that a run is alive, because neither is enough alone:
 
 - the kernel's lock on the file. The kernel drops it with the last process that holds it, so neither
   a kill nor a reboot leaves it behind. Not every network file system passes it on to other hosts.
 - a record in the file (host, process, since when), whose modification time the holder renews. A
   host that cannot see another one's kernel lock watches that time before it takes the folder.
 
-A run that ends removes the file. Readers of a run never need the lock.
+A run removes the file when it ends. Readers of a run never need the lock. A run whose file was
+replaced, by ``--force`` or after somebody deleted it, finds that out before its next save.
 
 Packages such as filelock offer either sign, not both in one file, and do not pass a lock on to a
 child process, which a supervisor has to do.
@@ -20,6 +21,7 @@ import fcntl
 import json
 import os
 import pathlib
+import random
 import socket
 import threading
 import time
@@ -31,7 +33,7 @@ NAME = "run.lock"
 _INHERITED = "MAMBA_JAX_RUN_LOCK"  # variable: the descriptor that a parent process passes on
 _BEAT_SECS = 10.0  # between renewals of the modification time
 _WATCH_SECS = 60.0  # without a renewal: the holder is dead
-_TRIES = 5  # a reader that asks who holds the lock has it for an instant
+_TRIES = 5  # a reader that checks the lock holds it for an instant
 _NO_KERNEL_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # Linux; equal in all containers of a host
 
@@ -42,8 +44,8 @@ class Holder:
 
     host: str
     pid: int
-    boot: str  # of the host; "": the system does not tell
-    process_start: str  # of the process, in the system's own count; "": the system does not tell
+    boot: str  # id of the host's boot; "": unknown on this system
+    process_start: str  # of the process, in the system's own count; "": unknown on this system
     since: str  # local time, for people
 
     @classmethod
@@ -54,13 +56,19 @@ class Holder:
 
     @property
     def is_on_this_host(self) -> bool:
+        """Whether it runs in this boot of this host. Containers on many hosts share their names."""
         boot = _read_text(_BOOT)
-        return self.host == socket.gethostname() or (bool(boot) and self.boot == boot)
+        return self.boot == boot if self.boot and boot else self.host == socket.gethostname()
+
+    def was_ended_by_a_reboot(self, renewed: float) -> bool:
+        """Whether this host has booted since the record was last renewed, in seconds since 1970."""
+        same_name = self.host == socket.gethostname() and bool(_read_text(_BOOT))
+        return same_name and renewed < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
     @property
-    def lives(self) -> bool:
-        """Whether the process is there; it must be on this host."""
-        if self.boot != _read_text(_BOOT) or self.process_start != _process_start(self.pid):
+    def is_alive(self) -> bool:
+        """Whether the process exists; it must be on this host."""
+        if self.process_start != _process_start(self.pid):
             return False
         try:
             os.kill(self.pid, 0)
@@ -82,7 +90,7 @@ class RunLock:
         Args:
           output_dir: of the run.
           descriptor: of the open and locked file.
-          made: folders to remove at the end if they are empty by then, inner ones first; None: the
+          made: folders to remove at the end if they are empty then, inner ones first; None: the
             lock belongs to a parent process, which releases it.
         """
         self.output_dir = output_dir
@@ -106,10 +114,10 @@ class RunLock:
         Args:
           output_dir: of the run.
           force: take it from another run.
-          log: is told why this takes long, and what ``force`` did.
+          log: receives why this takes long, and what ``force`` did.
 
         Raises:
-          UserError: if another run has it, or the folder cannot be written.
+          UserError: if another run holds it, or the folder cannot be written.
         """
         inherited = _inherited(output_dir / NAME)
         if inherited is not None:
@@ -125,42 +133,46 @@ class RunLock:
             ) from error
 
     def own(self) -> None:
-        """Takes over from a parent process that ends: this one releases the lock from now on."""
+        """Takes over from a parent process that exits: this process now releases the lock."""
         self._made = []
         _write(self.descriptor)
         self._record = _read(self.descriptor)
 
     def environment(self) -> dict[str, str]:
-        """Returns the variable by which a child process finds the descriptor that it inherits."""
+        """Returns the variable that names the inherited descriptor to a child process."""
         return {_INHERITED: str(self.descriptor)}
 
     def check(self) -> None:
-        """Refuses to write on where another run has taken the folder with ``--force``.
+        """Refuses to write where another run has taken the folder.
+
+        That is the case where its record is in our file (``--force``), or in a newer file of the
+        same name: somebody deleted ours, and the other run found the folder free.
 
         Raises:
-          UserError: if so.
+          UserError: if another run has taken the folder.
         """
-        try:
-            record = _read(self.descriptor)
-        except OSError:  # some network file systems lose a file that somebody removed
-            record = b"" if (self.output_dir / NAME).exists() else self._record
-        if record != self._record:
-            raise UserError(
-                f"output_dir {self.output_dir} was taken over by "
-                f"{_parsed(record) or 'another run'}; nothing more is saved; choose another "
-                "--output_dir to train beside it"
-            )
+        for read in (lambda: _read(self.descriptor), (self.output_dir / NAME).read_bytes):
+            try:
+                record = read()
+            except OSError:  # removed; some network file systems then lose the open one as well
+                continue
+            if record != self._record:
+                raise UserError(
+                    f"output_dir {self.output_dir} was taken over by "
+                    f"{_parsed(record) or 'another run'}; this run saves nothing more; choose "
+                    "another --output_dir to train beside it"
+                )
 
     def hand_over(self) -> None:
-        """Leaves the lock to the child process that inherited it, which calls ``own``."""
+        """Leaves the lock to the child process that inherited it and calls ``own``."""
         self._made = None
 
     def release(self) -> None:
-        """Gives up the lock, and leaves no trace of it."""
+        """Gives up the lock and leaves no trace of it."""
         self._ended.set()
         self._beats.join()
         path = self.output_dir / NAME
-        if self._made is not None and _is_at(path, self.descriptor):
+        if self._made is not None and is_at(path, self.descriptor):
             path.unlink(missing_ok=True)
         os.close(self.descriptor)
         for folder in self._made or ():
@@ -179,11 +191,24 @@ class RunLock:
                 os.utime(self.descriptor)
 
 
+def is_held(output_dir: pathlib.Path) -> bool:
+    """Says whether a run appears to hold the lock; for readers, without waiting."""
+    path = output_dir / NAME
+    try:
+        with path.open("rb") as stream:
+            _, is_alive = _judge(path, stream.fileno(), fcntl.LOCK_SH)
+            renewed = os.fstat(stream.fileno()).st_mtime
+    except OSError:
+        return False
+    # Where only time can tell, assume that the clocks of both hosts agree.
+    return time.time() - renewed < _WATCH_SECS if is_alive is None else is_alive
+
+
 def check_free(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> None:
-    """Does what ``acquire`` does as far as that takes neither time nor the lock.
+    """Refuses what ``acquire`` would refuse at once; does not wait and does not take the lock.
 
     Raises:
-      UserError: if another run has the lock.
+      UserError: if another run holds the lock.
     """
     path = output_dir / NAME
     try:
@@ -197,7 +222,7 @@ def check_free(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]
     if is_alive and not force:
         raise _in_use(output_dir, holder)
     if is_alive is not False:
-        log(f"output_dir {output_dir} has the lock of {holder or 'another run'}")
+        log(f"output_dir {output_dir} is locked by {holder or 'another run'}")
 
 
 def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> int:
@@ -210,7 +235,7 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
             continue
         try:
             holder, is_alive = _judge(path, descriptor, fcntl.LOCK_EX)
-            if not _is_at(path, descriptor):  # released in between
+            if not is_at(path, descriptor):  # released in between
                 os.close(descriptor)
                 continue
             if is_alive is False or (is_new and is_alive is None):
@@ -222,13 +247,16 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
                 raise _in_use(output_dir, holder)
             else:
                 log(
-                    f"output_dir {output_dir} has the lock of {holder or 'another run'}, which may "
-                    f"have been killed: watching it for {_WATCH_SECS:g} s (--force does not wait)"
+                    f"output_dir {output_dir} is locked by {holder or 'another run'}, which may "
+                    f"have been killed: watching it for {_WATCH_SECS:g} s (--force skips this)"
                 )
                 if _is_renewed(path):
                     raise _in_use(output_dir, _holder(path) or holder)
-                log("no sign of life: taking the output_dir over")
-            # A new file. Whoever has the old one finds this record in it before its next save.
+                if not is_at(path, descriptor):  # released, or taken by another that watched
+                    os.close(descriptor)
+                    continue
+                log(f"no sign of life in {_WATCH_SECS:g} s: taking over output_dir {output_dir}")
+            # A new file. A run that still has the old one finds this record in it at its next save.
             _write(descriptor)
             path.unlink(missing_ok=True)
             os.close(descriptor)
@@ -239,7 +267,7 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
 
 
 def _open(path: pathlib.Path) -> tuple[int, bool]:
-    """Opens the lock file; returns its descriptor, and whether this made it."""
+    """Opens the lock file; returns its descriptor, and whether this call created it."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
     except FileExistsError:
@@ -253,20 +281,26 @@ def _judge(path: pathlib.Path, descriptor: int, kind: int) -> tuple[Holder | Non
       The process that the record names, and whether it is alive: True, False (the lock is ours now)
       or None, which only time can tell.
     """
-    locked = _lock(descriptor, kind)
+    locked = try_lock(descriptor, kind)
     holder = _holder(path)
     if locked is False:
         return holder, True
     if holder is None:
         return None, None if locked is None else False
-    if holder.is_on_this_host and locked:
+    renewed = os.fstat(descriptor).st_mtime
+    if locked and (holder.is_on_this_host or holder.was_ended_by_a_reboot(renewed)):
         return holder, False
-    return holder, True if holder.is_on_this_host and holder.lives else None
+    return holder, True if holder.is_on_this_host and holder.is_alive else None
 
 
-def _lock(descriptor: int, kind: int) -> bool | None:
-    """Returns whether the kernel's lock is ours; None: the file system has none."""
-    for remaining in reversed(range(_TRIES)):
+def try_lock(descriptor: int, kind: int) -> bool | None:
+    """Returns whether the kernel's lock is ours now; None: the file system has no such locks.
+
+    Args:
+      descriptor: of an open file.
+      kind: ``fcntl.LOCK_EX``, or ``fcntl.LOCK_SH`` to check whether a run holds it.
+    """
+    for remaining in reversed(range(_TRIES if kind == fcntl.LOCK_EX else 1)):
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -282,9 +316,10 @@ def _lock(descriptor: int, kind: int) -> bool | None:
 
 
 def _is_renewed(path: pathlib.Path) -> bool:
-    """Watches the file; returns whether a run renewed it, False if it is gone."""
+    """Watches the file; returns whether a run renewed it, False if it was removed."""
     before = _signature(path)
-    end = time.monotonic() + _WATCH_SECS
+    # Two that start to watch together must not end together, so that one sees the other's lock.
+    end = time.monotonic() + _WATCH_SECS + random.uniform(0, _BEAT_SECS)
     while time.monotonic() < end:
         time.sleep(_BEAT_SECS / 10)
         now = _signature(path)
@@ -295,7 +330,7 @@ def _is_renewed(path: pathlib.Path) -> bool:
 
 def _signature(path: pathlib.Path) -> tuple[int, int] | None:
     try:
-        with path.open("rb") as stream:  # opened anew: NFS then asks the server
+        with path.open("rb") as stream:  # opened again: NFS then asks the server
             status = os.fstat(stream.fileno())
     except FileNotFoundError:
         return None
@@ -306,21 +341,24 @@ def _inherited(path: pathlib.Path) -> int | None:
     """Returns the descriptor of this very file that a parent process passed on, if there is one."""
     try:
         descriptor = int(os.environ.get(_INHERITED, ""))
-        return descriptor if _is_at(path, descriptor) else None
-    except (ValueError, OSError):
+    except ValueError:
         return None
+    if not is_at(path, descriptor):
+        return None
+    os.set_inheritable(descriptor, False)  # a helper process must not keep the lock after the run
+    return descriptor
 
 
-def _is_at(path: pathlib.Path, descriptor: int) -> bool:
+def is_at(path: pathlib.Path, descriptor: int) -> bool:
     """Says whether an open file is the one of that name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError:  # removed; NFS may have lost the open one as well
         return False
 
 
 def _holder(path: pathlib.Path) -> Holder | None:
-    """Reads the record; None where there is none yet."""
+    """Reads the record; None where there is none."""
     try:
         return _parsed(path.read_bytes())
     except OSError:
@@ -339,15 +377,16 @@ def _read(descriptor: int) -> bytes:
 
 
 def _write(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(vars(Holder.this_process())).encode() + b"\n", 0)
+    record = json.dumps(vars(Holder.this_process())).encode() + b"\n"
+    os.pwrite(descriptor, record, 0)  # over the old one, whose space a full disk cannot take away
+    os.ftruncate(descriptor, len(record))
 
 
 def _in_use(output_dir: pathlib.Path, holder: Holder | None) -> UserError:
     return UserError(
-        f"output_dir {output_dir} is in use by {holder or 'another run'}; stop that one, choose "
-        "another --output_dir, or take it over with --force: the other run then ends at its next "
-        "save, and until then each can damage the other's checkpoints and metrics"
+        f"output_dir {output_dir} is in use by {holder or 'another run'}; stop that run, choose "
+        "another --output_dir, or take the folder over with --force: the other run then ends at "
+        "its next save, and until then each run can damage the other's checkpoints and metrics"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run measured: ``metrics.jsonl``, one JSON object a line, and the picture of it."""
+"""What a run measured: ``metrics.jsonl``, one JSON object per line, and its loss curve."""
 
 import io
 import json
@@ -13,7 +13,7 @@ NAME = "metrics.jsonl"
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the records up to the first line that is none: a kill may cut the last one short."""
+    """Reads the records up to the first invalid line: a kill may truncate the last one."""
     records = []
     text = path.read_text(errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -30,16 +30,16 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Returns the steps at which a number was recorded under a key, and the numbers.
 
-    They are as recorded: a NaN or an infinity is among them.
+    They are as recorded, NaN and infinity included.
     """
     found = [(r["step"], r[key]) for r in records if type(r.get(key)) in (int, float)]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def layer_series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[list[float]]]:
-    """Returns the same of what is recorded by layer: steps (n,), and a list for each layer, (l, n).
+    """Returns the same for numbers recorded by layer: steps (n,), and a list per layer, (l, n).
 
-    A record with another number of layers than the last one is left out.
+    A record whose number of layers differs from the last one's is left out.
     """
     found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), list)]
     layers = len(found[-1][1]) if found else 0
@@ -48,15 +48,15 @@ def layer_series(records: list[dict[str, Any]], key: str) -> tuple[list[int], li
 
 
 class History:
-    """Appends records. A run that goes on from step s drops what was recorded after s, so curves
-    do not overlap."""
+    """Appends records. A run that resumes from step s drops the records after s, so that curves do
+    not overlap."""
 
     def __init__(self, output_dir: pathlib.Path, step: int, source: pathlib.Path | None = None):
         """
         Args:
           output_dir: the run's folder.
-          step: the step that the run continues from; 0 at its beginning.
-          source: the folder of the run that it continues, if another.
+          step: the step that the run resumes from; 0 at its beginning.
+          source: the folder of the run that it resumes, if another.
         """
         self.path = output_dir / NAME
         records = read((source or output_dir) / NAME)
@@ -69,7 +69,7 @@ class History:
         self._stream.write(_line(record))
 
     def flush(self) -> None:
-        """Hands what was appended to the operating system: a kill no longer loses it."""
+        """Passes the records to the operating system, so that a kill does not lose them."""
         self._stream.flush()
 
     def close(self) -> None:
@@ -88,13 +88,13 @@ def mean_recent_loss(records: list[dict[str, Any]]) -> float:
 
 
 def usual_top(losses: Any, others: Sequence[float]) -> float | None:
-    """Returns where the axis ends if a few losses lie far above the rest; None if none does.
+    """Returns where the axis ends if a few losses are far above the rest; None if none is.
 
     The same as in the reports' charts.js.
 
     Args:
       losses: (n,) in the order of the steps, finite; the first ones are on the axis.
-      others: what is on the axis in any case.
+      others: values that are on the axis in any case.
     """
     import numpy as np
 
@@ -109,15 +109,15 @@ def usual_top(losses: Any, others: Sequence[float]) -> float | None:
 def draw_curve(
     records: list[dict[str, Any]], picture: pathlib.Path, *, title: str, unigram_nll: float
 ) -> None:
-    """Draws training and evaluation loss over steps, with the unigram loss as the line to beat.
+    """Draws training and evaluation loss over steps, with the unigram loss as the baseline.
 
     Args:
       records: as ``read`` returns them.
       picture: the PNG to write.
       title: above the plot.
-      unigram_nll: loss of the corpus's unigram distribution, in nats a token.
+      unigram_nll: loss of the corpus's unigram distribution, in nats per token.
     """
-    # Imported here, and without pyplot: it costs a second, and no display may be asked for.
+    # Imported here because it takes a second; without pyplot, which may look for a display.
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

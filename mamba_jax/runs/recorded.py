@@ -1,4 +1,8 @@
-"""A run as its folder tells of it: ``metrics.jsonl``, else the config of its newest checkpoint."""
+"""A run as its folder shows it, and the one answer to how it stands or ended.
+
+Sources: ``metrics.jsonl``, else the config of the newest checkpoint; ``run.lock`` and
+``background.json`` for a run that is active or whose process was killed.
+"""
 
 import bisect
 import contextlib
@@ -16,7 +20,7 @@ from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.config.schema import Value, flatten
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.errors import UserError
-from mamba_jax.runs import background, exit_status, metrics
+from mamba_jax.runs import background, exit_status, lock, metrics
 
 DONE, RUNNING, FAILED, STOPPED, NEW, UNKNOWN = (
     *("done", "running", "failed", "stopped", "new", "not finished"),
@@ -24,8 +28,8 @@ DONE, RUNNING, FAILED, STOPPED, NEW, UNKNOWN = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """The begin of a run, or of its going on."""
+class RunStart:
+    """Where a run started or resumed."""
 
     step: int
     started: str  # local time; "": not recorded
@@ -43,18 +47,18 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is known of a run."""
+    """What is known about a run."""
 
     folder: pathlib.Path
     records: list[dict[str, Any]]
-    starts: list[Start]  # at least one
+    starts: list[RunStart]  # at least one
     parameters: int | None
     unigram_nll: float | None  # loss by the corpus's token frequencies alone, nats per token
     device: str  # "": not recorded
     saved_step: int  # of the newest checkpoint; 0: none is known
     checkpoints: list[tuple[int, pathlib.Path]]  # (step, folder), newest first
     state: str
-    why: str  # words on the state, where it needs them
+    why: str  # the reason for the state; "": it needs none
 
     @property
     def config(self) -> Mapping[str, Value]:
@@ -87,13 +91,13 @@ class Run:
 
     @property
     def best_evaluation(self) -> dict[str, Any] | None:
-        """The one of lowest loss; a loss that is no number is none."""
+        """The evaluation of lowest loss; NaN does not count."""
         losses = [r for r in self.evaluations if r["eval_loss"] == r["eval_loss"]]
         return min(losses, key=lambda r: r["eval_loss"], default=None)
 
     @property
     def best_checkpoint(self) -> tuple[int, pathlib.Path, float] | None:
-        """Step, folder and evaluation loss of the best checkpoint that is still there."""
+        """Step, folder and evaluation loss of the best checkpoint that still exists."""
         losses = {r["step"]: r["eval_loss"] for r in self.evaluations}
         found = [
             (step, path, losses[step])
@@ -104,14 +108,14 @@ class Run:
 
     @property
     def tokens_per_sec(self) -> float | None:
-        """Median over the intervals on the device that was used last."""
+        """Median over the intervals on the device used last."""
         rated = [r for r in self.records if "tokens_per_sec" in r]
         here = [r for r in rated if _device(r) == _device(rated[-1])]
         return statistics.median(r["tokens_per_sec"] for r in here) if here else None
 
     @property
     def memory_bytes(self) -> float | None:
-        """The peak that was recorded."""
+        """The recorded peak."""
         return max(metrics.series(self.records, "memory_bytes")[1], default=None)
 
     @property
@@ -122,7 +126,7 @@ class Run:
     def training_secs(self) -> float | None:
         """Time spent on steps, without compilation, evaluation and saving; None: not known.
 
-        An interval's rate stands for all of its steps.
+        An interval's rate counts for all of its steps.
         """
         steps, rates = metrics.series(self.records, "tokens_per_sec")
         ends = [self.tokens_at(step) for step in (0, *steps)]
@@ -136,27 +140,27 @@ class Run:
 
     @property
     def token_line(self) -> list[tuple[int, int, int]] | None:
-        """How tokens follow from steps: (step, tokens by then, tokens a step from there on).
+        """How tokens follow from steps: (step, tokens by then, tokens per step from there on).
 
-        A run that goes on with another batch or length bends there. None: not known.
+        The line bends where a run resumed with another batch size or length. None: not known.
         """
         line: list[tuple[int, int, int]] = []
         for start in self.starts:
             if start.step_tokens is None:
                 return None
-            # What was trained before the first record had that record's batch, as far as we know.
+            # Steps before the first record are assumed to have had the batch of that record.
             step, tokens, rate = line[-1] if line else (0, 0, start.step_tokens)
             line.append((start.step, tokens + (start.step - step) * rate, start.step_tokens))
         return line
 
     def tokens_at(self, step: int) -> int | None:
-        """Returns the tokens trained on by then; None: not known."""
+        """Returns the tokens trained on up to a step; None: not known."""
         line = self.token_line
         if line is None:
             return None
         place = max(0, bisect.bisect_right(line, step, key=lambda bend: bend[0]) - 1)
-        begin, tokens, rate = line[place]
-        return tokens + (step - begin) * rate
+        bend, tokens, rate = line[place]
+        return tokens + (step - bend) * rate
 
 
 def read_run(folder: pathlib.Path) -> Run:
@@ -168,19 +172,19 @@ def read_run(folder: pathlib.Path) -> Run:
     file = folder / metrics.NAME
     checkpoints = list_checkpoints(folder)
     if not (file.is_file() or checkpoints or background.read(folder)):
-        raise UserError(f"{folder} is no run's folder: it {_lack(folder)}")
+        raise UserError(f"{folder} is not a run's folder: it {_lack(folder)}")
     records = [r for r in metrics.read(file) if type(r["step"]) is int]
-    begun = [r for r in records if isinstance(r.get("run"), dict)]
+    started = [r for r in records if isinstance(r.get("run"), dict)]
     saved = _newest_metadata(checkpoints)
     saved_config = flat_config(saved.laid_out) if saved else {}
     starts = [
-        Start(r["step"], str(r["run"].get("started", "")), flatten(r["run"].get("config", {})))
-        for r in begun
+        RunStart(r["step"], str(r["run"].get("started", "")), flatten(r["run"].get("config", {})))
+        for r in started
     ]
     # Steps recorded by a version that did not record the run itself are those of the checkpoint.
     if not starts or starts[0].step > min(r["step"] for r in records):
-        starts.insert(0, Start(0, "", saved_config))
-    about = begun[-1]["run"] if begun else {}
+        starts.insert(0, RunStart(0, "", saved_config))
+    about = started[-1]["run"] if started else {}
     parameters, unigram_nll = about.get("parameters"), about.get("unigram_nll")
     if parameters is None and saved and saved.config.model.vocab_size:
         parameters = parameter_count(saved.config.model).total
@@ -189,7 +193,7 @@ def read_run(folder: pathlib.Path) -> Run:
     if rated:
         kind, count = _device(rated[-1])
         device = f"{count} × {kind}"
-    # Attempts to start at the same step have left nothing but their start.
+    # Several starts at the same step: the earlier attempts trained no step.
     starts = list({start.step: start for start in starts}.values())
     saved_step = saved.step if saved else 0
     run = Run(
@@ -212,32 +216,56 @@ def _device(record: dict[str, Any]) -> tuple[Any, Any]:
     return record.get("device_kind"), record.get("device_count")
 
 
+def is_running(folder: pathlib.Path) -> bool:
+    """Says whether a run is active in a folder, in the background or the foreground."""
+    return background.is_running(folder) or lock.is_held(folder)
+
+
+def exit_state(facts: Mapping[str, Any]) -> str:
+    """Returns how a background run ended: DONE, STOPPED or FAILED.
+
+    Args:
+      facts: its record, as ``background.read`` returns it. Without an exit code the supervisor was
+        killed.
+    """
+    code = facts.get("exit_code")
+    if code in (None, exit_status.PREEMPTED, exit_status.PEER_LOST):
+        return STOPPED
+    return FAILED if code else DONE
+
+
+def last_end(records: list[dict[str, Any]]) -> tuple[int, str] | None:
+    """Returns step and text of the error that ended a run; None: no error has since it started."""
+    start = max((i for i, r in enumerate(records) if isinstance(r.get("run"), dict)), default=0)
+    ended = [(r["step"], str(r["ended"])) for r in records[start:] if "ended" in r]
+    return ended[-1] if ended else None
+
+
 def _state(run: Run) -> tuple[str, str]:
-    """Returns how the run stands, and words on it."""
-    if background.is_running(run.folder):
+    """Returns how the run stands, and why."""
+    if is_running(run.folder):
         return RUNNING, ""
-    begun = max((i for i, r in enumerate(run.records) if "run" in r), default=0)
-    ended = [str(r["ended"]) for r in run.records[begun:] if "ended" in r]
+    if end := last_end(run.records):
+        _, text = end
+        by_hand = text.startswith(("KeyboardInterrupt", "StoppedEarly"))
+        return STOPPED if by_hand else FAILED, text.removeprefix("UserError: ").strip(": ")
     evaluated = {r["step"] for r in run.evaluations}
-    if ended:
-        by_hand = ended[-1].startswith(("KeyboardInterrupt", "StoppedEarly"))
-        return STOPPED if by_hand else FAILED, ended[-1].removeprefix("UserError: ").strip(": ")
     if run.planned_steps is not None and run.planned_steps <= run.last_step in evaluated:
         return DONE, ""
     facts = background.read(run.folder)
     if isinstance(code := facts.get("exit_code"), int) and code != 0:
-        state = STOPPED if code == exit_status.PREEMPTED else FAILED
-        return state, f"{exit_status.meaning(code)}. {facts.get('why', '')}".strip(". ")
+        why = f"{exit_status.meaning(code)}. {facts.get('why', '')}".strip(". ")
+        return exit_state(facts), why
     if not run.records and run.saved_step:
         done = run.planned_steps is not None and run.planned_steps <= run.saved_step
         return DONE if done else UNKNOWN, f"{metrics.NAME} is empty or missing"
     if not any("loss" in r for r in run.records):
         return NEW, "no step is recorded yet"
-    return UNKNOWN, "stopped or killed, or still running in the foreground"
+    return UNKNOWN, "stopped or killed"
 
 
 def _lack(folder: pathlib.Path) -> str:
-    """Returns what is missing there, and where it may be instead."""
+    """Returns what the folder lacks, and where the user may have meant."""
     if not folder.is_dir():
         return "does not exist" if not folder.exists() else "is a file; give the output_dir"
     lack = f"has neither {metrics.NAME} nor a checkpoint; give the output_dir of a run"
@@ -249,9 +277,9 @@ def _lack(folder: pathlib.Path) -> str:
 
 
 def _newest_metadata(checkpoints: list[tuple[int, pathlib.Path]]) -> Metadata | None:
-    """Returns that of the newest checkpoint whose description can be read."""
+    """Returns the metadata of the newest checkpoint in which they are readable."""
     for _, path in checkpoints:
-        with contextlib.suppress(UserError):  # damaged: an older one may do
+        with contextlib.suppress(UserError):  # damaged: try an older one
             return read_metadata(path)
     return None
 

@@ -1,7 +1,7 @@
-"""``python -m mamba_jax.runs.supervisor``: stays beside a background run until its end.
+"""``python -m mamba_jax.runs.supervisor``: watches a background run until its end.
 
-It starts the run, hands signals on to it, starts it again where that was asked for, and notes how
-it ended. Standard output is the run's log.
+It starts the run, forwards signals to it, restarts it if requested, and records how it ended.
+Standard output is the run's log.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from mamba_jax.runs import exit_status
 from mamba_jax.runs.background import Record
 from mamba_jax.runs.lock import RunLock
 
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-_PAUSE_SECS = 5.0  # before a restart: what ended the run may still be going on
-_MOST_IDLE_RESTARTS = 3  # in a row, without a new checkpoint: what ends the run will not go away
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_PAUSE_SECS = 5.0  # before a restart: the cause may still persist
+_MOST_IDLE_RESTARTS = 3  # in a row without a new checkpoint: the cause is permanent
 
 
 class Supervisor:
-    """Runs one command until it has ended for good."""
+    """Runs one command until it has ended for the last time."""
 
     def __init__(self, record: Record, lock: RunLock, log: pathlib.Path, *, requeue: bool):
         self._record = record
@@ -37,12 +37,12 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
 
     def run(self, command: Sequence[str]) -> int:
-        """Runs the command, again after exit codes 75 and 76 if so asked, and returns its code."""
-        # Ignored rather than handled, and so ignored by the run as well: the terminal may close.
+        """Runs the command, again after exit codes 75 and 76 if requested; returns its code."""
+        # Ignored, not handled, so that the run ignores it as well: the terminal may close.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        for number in HANDED_ON:
+        for number in FORWARDED_SIGNALS:
             signal.signal(number, self._stop)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)  # blocked by the launcher
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)  # blocked by the launcher
         arguments, idle = list(command), 0
         while True:
             before = _newest_step(self._record.output_dir)
@@ -53,8 +53,8 @@ class Supervisor:
             idle = idle + 1 if _newest_step(self._record.output_dir) == before else 0
             if idle > _MOST_IDLE_RESTARTS:
                 self._say(
-                    f"started {_MOST_IDLE_RESTARTS} times again without a new checkpoint: given "
-                    "up; lower training.save_steps if the machine takes the run away before that"
+                    f"restarted {_MOST_IDLE_RESTARTS} times without a new checkpoint: giving up; "
+                    "lower training.save_steps if the machine stops the run before its first save"
                 )
                 break
             self._say(f"exit status {code} ({exit_status.meaning(code)}): starting again")
@@ -73,7 +73,7 @@ class Supervisor:
             pass_fds=[self._record.descriptor, self._lock.descriptor],
         )
         self._child = child
-        if self._stopping:  # the signal came before there was anyone to hand it to
+        if self._stopping:  # the signal came before the process existed
             child.terminate()
         self._record.add(child=child.pid)
         return exit_status.exit_code(child.wait())
@@ -81,7 +81,7 @@ class Supervisor:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
         if self._child is not None:
-            self._child.terminate()  # never SIGINT: a second one would cut the save short
+            self._child.terminate()  # never SIGINT: a second one would abort the save
 
     def _end(self, code: int) -> None:
         why = exit_status.meaning(code)
@@ -92,7 +92,7 @@ class Supervisor:
         self._say(f"ended with exit status {code}: {why}")
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the log's disk is full; the record has the same words
+        with contextlib.suppress(OSError):  # the log's disk is full; the record has the same text
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
@@ -103,10 +103,10 @@ def _newest_step(output_dir: pathlib.Path) -> int:
 
 
 def resumed(command: Sequence[str], output_dir: pathlib.Path) -> list[str]:
-    """Returns the command that goes on where this one stopped.
+    """Returns the command that resumes where this one stopped.
 
-    A run that continued another folder's checkpoint, perhaps with no config but that one's, goes on
-    from its own newest; before its first save it begins as it did.
+    A run that resumed another folder's checkpoint, perhaps with only that one's config, resumes
+    from its own newest; before its first save it starts as it did.
     """
     if not list_checkpoints(output_dir):
         return list(command)
@@ -122,7 +122,7 @@ def resumed(command: Sequence[str], output_dir: pathlib.Path) -> list[str]:
 
 
 def main() -> int:
-    """Reads what the launcher wrote; see ``background.start``."""
+    """Runs what the launcher started; see ``background.start``."""
     parser = argparse.ArgumentParser(prog="supervisor")
     parser.add_argument("--output_dir", type=pathlib.Path, required=True)
     parser.add_argument("--log", type=pathlib.Path, required=True)

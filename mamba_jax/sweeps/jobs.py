@@ -12,14 +12,13 @@ from typing import Any
 from mamba_jax.checkpoints.folder import list_checkpoints, read_metadata
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.errors import UserError
-from mamba_jax.runs import exit_status, metrics
-from mamba_jax.runs.background import is_running, read
+from mamba_jax.runs import metrics, recorded
+from mamba_jax.runs.background import read
+from mamba_jax.runs.recorded import DONE, FAILED, NEW, RUNNING, STOPPED
 from mamba_jax.sweeps.hyper import Settings
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # less is better
-DONE, PRUNED, STOPPED, FAILED, RUNNING, NEW = (
-    *("done", "pruned", "stopped", "failed", "running", "new"),
-)
+PRUNED = "pruned"  # a state besides those of ``runs.recorded``
 PAGE = "report.html"  # as ``report run`` names it
 _FLAGS = ("model_size", "training_preset")  # what a sweep may set that is no field of the config
 _LONGEST_NAME = 100  # a file system allows 255 bytes, a terminal's line less
@@ -124,16 +123,11 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def state(folder: pathlib.Path) -> str:
     """Returns how a job's newest run ended, or that it has not."""
     facts = read(folder)
-    if is_running(folder):
+    if recorded.is_running(folder):
         return RUNNING
     if not facts:
         return NEW
-    code = facts.get("exit_code")
-    if facts.get("pruned"):
-        return PRUNED
-    if code is None or code in (exit_status.PREEMPTED, exit_status.PEER_LOST):
-        return STOPPED
-    return FAILED if code else DONE
+    return PRUNED if facts.get("pruned") else recorded.exit_state(facts)
 
 
 def measures(folder: pathlib.Path) -> dict[str, float]:

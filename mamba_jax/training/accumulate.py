@@ -14,8 +14,8 @@ def accumulate(sums_and_gradients: LossAndGradients, microbatches: int) -> LossA
     """Turns sums over a microbatch into means per target token over a batch of several.
 
     Losses, token counts and gradients are summed over the microbatches and divided once, at the
-    end, by the tokens of all. The result is that of the whole batch at once, to rounding, however
-    unequally the target tokens are spread; a mean of the microbatches' means would not be. Only one
+    end, by the tokens of all. The result equals that of the whole batch, up to rounding, however
+    unevenly the target tokens are spread; a mean of the microbatches' means would not. Only one
     microbatch's activations exist at a time; ``microbatches`` = 1 costs nothing.
 
     Args:
@@ -35,7 +35,7 @@ def accumulate(sums_and_gradients: LossAndGradients, microbatches: int) -> LossA
     def split(array: jax.Array) -> jax.Array:
         if array.shape[0] % microbatches:
             raise ValueError(f"{microbatches} microbatches do not divide a batch {array.shape}")
-        # Rows i, i + m, i + 2m … make microbatch i of m: where the batch lies divided over devices
+        # Rows i, i + m, i + 2m … make microbatch i of m: where the batch is divided over devices
         # in runs of rows, each device then has its share of every microbatch already.
         return array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
 
@@ -50,7 +50,9 @@ def accumulate(sums_and_gradients: LossAndGradients, microbatches: int) -> LossA
         nothing = (zero, zero, jax.tree.map(jnp.zeros_like, params))
         parts = (jax.tree.map(split, batch), jnp.arange(microbatches))
         (loss, tokens, gradients), aux = jax.lax.scan(add, nothing, parts)
-        tokens = jnp.maximum(tokens, 1.0)  # all of a batch may be unlearnt: nothing to divide
+        tokens = jnp.maximum(
+            tokens, 1.0
+        )  # the loss mask may exclude a whole batch: nothing to divide
         gradients = jax.tree.map(lambda leaf: leaf / tokens, gradients)
         aux = jax.tree.map(lambda leaf: leaf.mean(axis=0), aux)
         return (loss / tokens, (tokens, aux)), gradients

@@ -1,16 +1,16 @@
-"""A train step that survives an out-of-memory error by a smaller microbatch.
+"""A train step that recovers from an out-of-memory error with a smaller microbatch.
 
-The state is donated to the step, and XLA's GPU client gives donated arrays up before it allocates
-what the step needs: an allocation that fails there takes the state along. A step's needs are the
-same every time, so they are looked at before the first one:
+The state is donated to the step, and XLA's GPU client frees donated arrays before it allocates
+what the step needs: if that allocation fails, the state is lost. Every step needs the same memory,
+so it is checked before the first one:
 
-* Where the device tells what is free, the step is compiled first, and a microbatch whose buffers
-  cannot all be there is halved before anything runs (accumulation doubled). Nothing is lost.
-* If a step fails all the same and the state is still there (a failed compilation), the same batch
-  is tried again with half the microbatch. The mean over the effective batch is the same to
+* Where the device reports its free memory, the step is compiled first, and a microbatch whose
+  buffers do not fit is halved before anything runs (accumulation doubled). Nothing is lost.
+* If a step fails nevertheless and the state still exists (a failed compilation), the same batch is
+  tried again with half the microbatch. The mean over the effective batch is the same up to
   rounding.
-* If the state is gone, there is nothing to try again with: ``OutOfMemory``, on which ``train.run``
-  starts again from the newest checkpoint, or from its beginning: a run is a function of its config.
+* If the state is lost, nothing can be retried: ``OutOfMemory``, after which the run starts again
+  from the newest checkpoint, or from its beginning: a run is a function of its config.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from mamba_jax.training.step import Metrics, make_train_step
 
 
 class OutOfMemory(Exception):
-    """A step ran out of memory when its state was given up already."""
+    """A step ran out of memory after its state had been freed."""
 
     def __init__(self, config: RunConfig):
         super().__init__("the device ran out of memory and the state is lost")
@@ -39,19 +39,19 @@ class ElasticStep:
     """``step(state, windows) → (state, metrics)``, as ``make_train_step`` makes it.
 
     Attributes:
-      config: of the run, with the microbatch that is in use.
+      config: of the run, with the current microbatch.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, eot_id: int, warn: Callable[[str], None]):
         """
         Args:
           config, mesh, eot_id: as for ``make_train_step``.
-          warn: is told of every change.
+          warn: receives a message on every change.
         """
         self.config = config
         self._mesh, self._eot_id, self._warn = mesh, eot_id, warn
         self._step = make_train_step(config, mesh, eot_id)
-        self._proven = False  # whether a step of this size has been through
+        self._proven = False  # whether a step of this size has succeeded
 
     def __call__(self, state: TrainState, windows: Any) -> tuple[TrainState, Metrics]:
         """Takes a step.
@@ -67,7 +67,7 @@ class ElasticStep:
             try:
                 new_state, metrics = self._step(state, windows)
                 if not self._proven:
-                    # A device reports what failed on it late: here nothing has been built on it.
+                    # A device reports its failures late; here nothing depends on the result yet.
                     jax.block_until_ready(metrics)
                     self._proven = True
                 return new_state, metrics
@@ -81,7 +81,7 @@ class ElasticStep:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Turns an out-of-memory error that a later call meets into ``OutOfMemory``."""
+        """Turns an out-of-memory error of a later call into ``OutOfMemory``."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -91,13 +91,15 @@ class ElasticStep:
             raise OutOfMemory(self.config) from None
 
     def _lacks_memory(self, state: TrainState, windows: Any) -> bool:
-        """Whether the compiled step needs more than is free; False where that is not known."""
+        """Whether the compiled step needs more memory than is free; False where that is unknown."""
         free = free_bytes(self._mesh.local_devices)
         if free is None:
             return False
         step: Any = self._step
-        needs = step.lower(state, windows).compile().memory_analysis()  # the call finds it made
-        new = needs.output_size_in_bytes - needs.alias_size_in_bytes  # the rest lies in the state
+        needs = (
+            step.lower(state, windows).compile().memory_analysis()
+        )  # the call reuses this compilation
+        new = needs.output_size_in_bytes - needs.alias_size_in_bytes  # the rest is in the state
         return needs.temp_size_in_bytes + new > free
 
     def _shrink(self) -> None:
@@ -105,7 +107,7 @@ class ElasticStep:
         self.config = smaller(self.config, self._mesh.size)
         after = self.config.vram
         self._warn(
-            f"out of memory with a microbatch of {before.batch_size}: going on with "
+            f"out of memory with a microbatch of {before.batch_size}: continuing with "
             f"{after.batch_size} × {after.accumulation_steps} (before {before.batch_size} × "
             f"{before.accumulation_steps}; the effective batch stays {after.effective_batch_size})"
         )
@@ -114,7 +116,7 @@ class ElasticStep:
 
 
 def free_bytes(devices: Sequence[Any]) -> int | None:
-    """Returns what jax can still allocate on the fullest device; None: it does not tell."""
+    """Returns what jax can still allocate on the fullest device; None: unknown."""
     stats = [device.memory_stats() or {} for device in devices]
     if not all("bytes_limit" in each and "bytes_in_use" in each for each in stats):
         return None
@@ -122,10 +124,10 @@ def free_bytes(devices: Sequence[Any]) -> int | None:
 
 
 def smaller(config: RunConfig, devices: int) -> RunConfig:
-    """Returns a run with half the microbatch, or the next below that makes up the batch exactly.
+    """Returns a run with half the microbatch, or the next smaller one that divides the batch.
 
     Raises:
-      UserError: if it is one sequence a device already.
+      UserError: if it is already one sequence per device.
     """
     vram = config.vram
     sizes = [size for size in vram.microbatches(devices) if 2 * size <= vram.batch_size]
@@ -142,5 +144,5 @@ def smaller(config: RunConfig, devices: int) -> RunConfig:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of the runtime is that of an allocation."""
+    """Whether an error of the runtime is a failed allocation."""
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()

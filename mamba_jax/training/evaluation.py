@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# What is measured of each layer, and how the measures of several batches become one.
+# The measures of each layer, and how to combine those of several batches.
 OVER_BATCHES: Mapping[str, Callable[..., Any]] = {
     "dt_mean": np.mean,
     "dt_max": np.max,
@@ -36,8 +36,8 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, as loss and perplexity are not; NaN of targets without
-        text, as unknown tokens are."""
+        """Comparable between tokenizers, unlike loss and perplexity; NaN if no target has text, as
+        with unknown tokens."""
         return self.nll / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     def measures(self) -> dict[str, float]:
@@ -54,7 +54,7 @@ def evaluate(
     params: Any,
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
 ) -> Evaluation:
-    """Adds up ``eval_step`` over batches.
+    """Sums ``eval_step`` over batches.
 
     Args:
       eval_step: as ``step.make_eval_step`` makes it.

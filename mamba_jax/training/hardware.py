@@ -1,4 +1,4 @@
-"""What a run trains on: devices, what a token costs there, memory in use."""
+"""What a run trains on: devices, the cost of a token there, memory in use."""
 
 import dataclasses
 import resource
@@ -14,7 +14,7 @@ from mamba_jax.models.language_model import matmul_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What a run trains on, and what a token costs there."""
+    """The devices of a run, and the cost of a token there."""
 
     device_kind: str
     device_count: int

@@ -1,11 +1,11 @@
-"""Signals: finish the step, save, leave with a status that a launcher restarts on."""
+"""Signals: finish the step, save, exit with a status on which a launcher restarts."""
 
 import os
 import signal
 from types import FrameType, TracebackType
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal and saved; the same command goes on
-_EXIT_AT_ONCE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal and saved; the same command resumes
+_EXIT_AT_ONCE = 130  # 128 + SIGINT, as a shell reports Ctrl-C
 # Schedulers announce the end with SIGTERM, SLURM's --signal commonly with USR1 or USR2.
 _SIGNALS = tuple(
     getattr(signal, name)
@@ -15,19 +15,21 @@ _SIGNALS = tuple(
 
 
 class StoppedEarly(BaseException):
-    """A signal came while there was nothing to save; no ``except Exception`` may swallow it."""
+    """A signal came before there was anything to save; ``except Exception`` must not catch it."""
 
 
 class Interrupts:
-    """Notes signals instead of dying of them; a context manager for the main thread.
+    """Records signals so that they do not end the process; for the main thread.
 
-    Until ``defer`` is called a signal raises ``StoppedEarly`` at once (reading data may take long,
-    and no step is lost). From then on the first signal only sets ``received``, which the loop reads
-    between steps. A Ctrl-C after that ends the process where it stands.
+    A context manager.
+
+    Until ``defer`` is called, a signal raises ``StoppedEarly`` at once (reading data may take long,
+    and no step is lost). After that the first signal only sets ``received``, which the loop reads
+    between steps. A further Ctrl-C ends the process immediately.
     """
 
     def __init__(self) -> None:
-        self.received = ""  # the signal's name, once there was one
+        self.received = ""  # the signal's name; "": none yet
         self._deferred = False
         self._previous: dict[signal.Signals, object] = {}
 
@@ -53,8 +55,8 @@ class Interrupts:
         if self.received:
             if number == signal.SIGINT:
                 os.write(2, b"\nstopped at once; nothing more was saved\n")
-                os._exit(_EXIT_AT_ONCE)  # a writer thread or XLA would hold up a gentler exit
-            return  # schedulers repeat themselves
+                os._exit(_EXIT_AT_ONCE)  # a writer thread or XLA would delay a normal exit
+            return  # schedulers repeat their signals
         self.received = signal.Signals(number).name
         if not self._deferred:
             raise StoppedEarly(self.received)

@@ -14,7 +14,7 @@ from mamba_jax.training.step import culprits
 
 
 def prefetch(batches: Iterable[np.ndarray], sharding: jax.sharding.Sharding) -> Iterator[jax.Array]:
-    """Yields each batch on the devices, when the one after it is already on its way."""
+    """Yields each batch on the devices while the next one is being transferred."""
     arrays = (jax.device_put(batch, sharding) for batch in batches)
     upcoming = next(arrays)
     for following in arrays:
@@ -24,7 +24,7 @@ def prefetch(batches: Iterable[np.ndarray], sharding: jax.sharding.Sharding) -> 
 
 
 class LateMetrics:
-    """Reads the metrics of a step when the next one has been dispatched.
+    """Reads the metrics of a step after the next one has been dispatched.
 
     Reading them at once would leave the device idle until the host has dispatched the next step.
     """
@@ -56,9 +56,9 @@ class LateMetrics:
         self._pending = step, metrics
 
     def drain(self) -> None:
-        """Reads what has not been read yet, waiting for the device.
+        """Reads the pending metrics; waits for the device.
 
-        Called before a save too, so that no state is saved whose step has not been checked.
+        Called before a save too, so that every saved state has been checked.
 
         Raises:
           UserError: as ``push``.

@@ -36,11 +36,11 @@ def token_nll(
       config: its ``model`` and ``training.loss_chunk_tokens`` are used.
       mesh: the devices that the batch is divided over.
       windows: (b, t + 1) int32; the first t tokens are inputs, the last t targets. Under
-        ``data.has_loss_mask`` a token that is no target is written as ``~token``.
+        ``data.has_loss_mask`` a token outside the loss mask is stored as ``~token``.
       eot_id: the id that starts a document.
       dropout_key: None: no dropout.
       initial_cache: the final one of the windows before these, to train long documents over
-        several windows; None: each window begins with nothing before it.
+        several windows; None: nothing precedes each window.
       observing: as in ``models.build.forward``.
 
     Returns:
@@ -105,12 +105,14 @@ def loss_sums(
 
 def target_weights(config: RunConfig, windows: jax.Array, weights_b: jax.Array) -> jax.Array:
     """Returns how much each target counts, float32 (b, t)."""
-    learnt_bt = windows[:, 1:] >= 0 if config.data.has_loss_mask else jnp.ones_like(windows[:, 1:])
-    return weights_b[:, None] * learnt_bt.astype(jnp.float32)
+    loss_mask_bt = (
+        windows[:, 1:] >= 0 if config.data.has_loss_mask else jnp.ones_like(windows[:, 1:])
+    )
+    return weights_b[:, None] * loss_mask_bt.astype(jnp.float32)
 
 
 def _tokens(config: RunConfig, windows: jax.Array) -> jax.Array:
-    """Returns the windows' tokens, those that are no targets as well."""
+    """Returns the windows' tokens, including those that the loss mask excludes."""
     return jnp.where(windows < 0, ~windows, windows) if config.data.has_loss_mask else windows
 
 
@@ -129,7 +131,9 @@ def _hidden(
     if config.data.window == "concat":
         begins_bt = jnp.zeros_like(begins_bt)
     segment_ids_bt = jnp.cumsum(begins_bt, axis=1, dtype=jnp.int32)
-    if initial_cache is not None:  # ids go on, so that only a marker ends the carried document
+    if (
+        initial_cache is not None
+    ):  # ids continue, so that only a separator ends the carried document
         segment_ids_bt += initial_cache["segment"][:, None]
     return build.forward(
         params,
@@ -143,7 +147,7 @@ def _hidden(
 
 
 def _head(config: RunConfig) -> dict[str, Any]:
-    """Returns how the head's products are made."""
+    """Returns the settings of the head's matrix products."""
     return {
         "chunk_tokens": config.training.loss_chunk_tokens or default_chunk_tokens(),
         "dtype": build.matmul_dtype(config.model),
@@ -152,10 +156,10 @@ def _head(config: RunConfig) -> dict[str, Any]:
 
 
 def default_chunk_tokens() -> int:
-    """Returns how many tokens' logits are made at a time where the config leaves it open.
+    """Returns how many tokens' logits to compute at a time where the config does not say.
 
     On one CPU core (d 384, v 50,257) the loss and its gradients took 1,134, 1,038 and 1,155 ms for
-    1,024 tokens in chunks of 256, 512 and 1,024. A GPU wants its products larger.
+    1,024 tokens in chunks of 256, 512 and 1,024. A GPU needs larger products.
     """
     return 512 if jax.default_backend() == "cpu" else 1_024
 
@@ -165,12 +169,12 @@ def _rows(x_btd: jax.Array) -> jax.Array:
 
 
 def _per_device(function: Callable[..., jax.Array], mesh: Mesh, in_specs: Any) -> Any:
-    """Lets each device go through its own tokens in chunks; its results lie along the batch.
+    """Makes each device process its own tokens in chunks; results are divided along the batch.
 
     The head's gradient is then summed over devices once. XLA by itself would sum that (v, d)
     matrix over devices after every chunk.
     """
-    if mesh.size == 1:  # not even a copy of that matrix
+    if mesh.size == 1:  # no copy of that matrix
         return function
     batch = batch_sharding(mesh).spec
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False)

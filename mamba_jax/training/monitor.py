@@ -1,4 +1,4 @@
-"""What a run shows while it goes: progress bar, log file, trackers, ``metrics.jsonl``."""
+"""What a run shows while it trains: progress bar, log file, trackers, ``metrics.jsonl``."""
 
 import collections
 import contextlib
@@ -31,18 +31,18 @@ T = TypeVar("T")
 
 
 class Monitor:
-    """Tells of a run; a context manager.
+    """Reports on a run; a context manager.
 
-    A full disk silences a log with one warning instead of ending the run: only a failed checkpoint
-    does that.
+    A full disk disables a log with one warning and does not end the run: only a failed checkpoint
+    ends it.
     """
 
     def __init__(self, config: RunConfig):
         self._config = config
-        # A log that standard output goes to already gets each line once, by the way of the log.
+        # A log that standard output is redirected to gets each line once, through `_to_log`.
         self._redirected = log_file.redirected()
         self._log: TextIO | None = sys.stdout if self._redirected else None
-        self._before_log: list[str] = []  # lines said before there was a log file
+        self._before_log: list[str] = []  # lines from before the log file was open
         self._tensorboard: TensorBoard | None = None
         self._trackers: dict[str, Tracker] = {}  # TensorBoard is one of them
         self._folder: pathlib.Path | None = None  # of this run, in TensorBoard's
@@ -52,7 +52,7 @@ class Monitor:
         self._bar: tqdm.tqdm | None = None
         self._interval: collections.Counter[str] = collections.Counter()
         self._secs = 0.0  # of training in the interval
-        self._data_secs = 0.0  # of them waiting for a batch
+        self._data_secs = 0.0  # the part of it spent waiting for a batch
         self._clock: float | None = None
         self._pauses = 0
         self._rate = 0.0  # tokens per second in the last timed interval
@@ -60,7 +60,7 @@ class Monitor:
         self._hardware: Hardware | None = None
 
     def open(self) -> None:
-        """Opens the log file and the TensorBoard folder, once the run has not been refused.
+        """Opens the log file and the TensorBoard folder, after every check has passed.
 
         Raises:
           UserError: if either cannot be written.
@@ -82,7 +82,7 @@ class Monitor:
 
             self._tensorboard = self._trackers[_TENSORBOARD] = TensorBoard(folder)
         except ImportError as error:
-            self.warn(f"{error}; training goes on without TensorBoard (pip install tensorboardX)")
+            self.warn(f"{error}; training continues without TensorBoard (pip install tensorboardX)")
         except OSError as error:
             raise UserError(
                 f"cannot write TensorBoard events to {folder}: {error.strerror}; "
@@ -104,7 +104,7 @@ class Monitor:
             ended = f"{type(error).__name__}: {error}"
             self._to_log(f"ended by {ended}")
             self.record(step=self._step, ended=ended)
-        self._tell("close", error is None)
+        self._forward("close", error is None)
         for what, stream in (
             (_LOG, None if self._redirected else self._log),
             (_HISTORY, self._history),
@@ -124,17 +124,17 @@ class Monitor:
         self.record(step=self._step, warning=text)
 
     def _print(self, text: str, stream: TextIO) -> None:
-        """Prints above the bar. A reader that went away, or its full disk, stops no training."""
+        """Prints above the bar. A reader that exits, or a full disk, does not stop the training."""
         if self._redirected:
             return
         try:
             with tqdm.tqdm.external_write_mode(file=stream):
                 print(text, file=stream, flush=True)
         except OSError as error:
-            # Nothing more can come there, and Python's own flush at the exit must not fail.
+            # Nothing more can be printed, and Python's own flush at exit must not fail.
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            self._to_log(f"warning: printing ended ({error}); training goes on")
+            self._to_log(f"warning: cannot print any more ({error}); training continues")
 
     @property
     def folder(self) -> pathlib.Path:
@@ -154,7 +154,7 @@ class Monitor:
         Args:
           step: that the run continues from; 0 at its beginning.
           source: the folder of the run that it continues, if any.
-          hardware: to tell FLOPs per second and record the rate with; None: neither.
+          hardware: to report FLOPs per second and record the rate with; None: neither.
           about: what to record of the run: ``config``, as ``config.to_dict`` gives it, and
             ``parameters``, their number, and whatever else was known; None: nothing.
         """
@@ -162,8 +162,8 @@ class Monitor:
         self._history = History(pathlib.Path(self._config.output_dir), step, source)
         if about is not None:
             self.record(step=step, run={"started": time.strftime("%Y-%m-%d %H:%M:%S"), **about})
-            self._tell("hyperparameters", flatten(about["config"]))
-        # On something that is not a terminal, a log's reader wants whole lines now and then. Some
+            self._forward("hyperparameters", flatten(about["config"]))
+        # Where stderr is not a terminal, whole lines at intervals replace the bar. Some
         # terminals (a container's) claim a size of 0, on which tqdm would draw nothing.
         shows_bar = sys.stderr.isatty()
         has_width = shows_bar and os.get_terminal_size(sys.stderr.fileno()).columns > 0
@@ -179,16 +179,16 @@ class Monitor:
         )
 
     def finish(self) -> None:
-        """Takes the bar away: what is said from now on comes after it."""
+        """Closes the bar: later lines come after it."""
         if self._bar is not None:
             self._bar.close()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps what is not training (an evaluation, a save) out of the rate of tokens.
+        """Excludes what is not training (an evaluation, a save) from the rate of tokens.
 
-        The first time starts the clock when it ends, so that compilation is kept out as well. Of
-        pauses within pauses only the outermost counts.
+        The end of the first pause starts the clock, so that compilation is excluded as well. Among
+        nested pauses only the outermost counts.
         """
         self._stop_clock()
         self._pauses += 1
@@ -205,13 +205,13 @@ class Monitor:
             self._clock = None
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields the batches, and counts the time that the training waits for each."""
-        begun = time.perf_counter()
+        """Yields the batches and measures how long the training waits for each."""
+        before = time.perf_counter()
         for batch in batches:
             if self._clock is not None:
-                self._data_secs += time.perf_counter() - begun
+                self._data_secs += time.perf_counter() - before
             yield batch
-            begun = time.perf_counter()
+            before = time.perf_counter()
 
     def step(
         self,
@@ -297,7 +297,7 @@ class Monitor:
             gates = _gates(aux)
             self.record(step=step, **gates)
             scalars |= _by_layer({"depth": gates["depth_mean"]})
-        self._tell("scalars", step, scalars)
+        self._forward("scalars", step, scalars)
         board = self._tensorboard
         if board is not None:
             self.attempt(_TENSORBOARD, lambda: _add_gates(board, step, aux))
@@ -309,7 +309,7 @@ class Monitor:
         scalars = {
             name.replace("eval_", "eval/"): value for name, value in evaluation.measures().items()
         }
-        self._tell("scalars", step, scalars | _by_layer(evaluation.layers))
+        self._forward("scalars", step, scalars | _by_layer(evaluation.layers))
         self.say(
             f"step {step}: eval loss {evaluation.loss:.4f}, perplexity "
             f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte"
@@ -317,13 +317,13 @@ class Monitor:
         self.flush()
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Records what the model made of a prompt."""
+        """Records the text that the model generated after a prompt."""
         self.record(step=step, prompt=prompt, sample=text)
-        self._tell("text", step, "sample", prompt + text)
+        self._forward("text", step, "sample", prompt + text)
         self.flush()
 
     def flush(self) -> None:
-        """Hands everything to the operating system, before a save for instance."""
+        """Hands everything to the operating system, for example before a save."""
         for what, stream in ((_TENSORBOARD, self._tensorboard), (_HISTORY, self._history)):
             if stream is not None:
                 self.attempt(what, stream.flush)
@@ -342,8 +342,8 @@ class Monitor:
         if history is not None:
             self.attempt(_HISTORY, lambda: history.append(**record))
 
-    def _tell(self, what: str, *values: Any) -> None:
-        """Calls a method of every tracker; one that fails hears no more."""
+    def _forward(self, what: str, *values: Any) -> None:
+        """Calls a method of every tracker; one that fails is not called again."""
         for name, tracker in self._trackers.items():
             self.attempt(name, lambda tracker=tracker: getattr(tracker, what)(*values), Exception)
 
@@ -358,14 +358,14 @@ class Monitor:
     def attempt(
         self, what: str, write: Callable[[], object], failure: type[Exception] = OSError
     ) -> None:
-        """Writes something that training can do without; after a failure ``what`` is silent."""
+        """Writes something that training does not depend on; a failure disables ``what``."""
         if what in self._silenced:
             return
         try:
             write()
         except failure as error:
             self._silenced.add(what)
-            self.warn(f"{what} cannot be written ({error}); training goes on without it")
+            self.warn(f"{what} cannot be written ({error}); training continues without it")
 
 
 def _add_gates(board: "TensorBoard", step: int, aux: Mapping[str, np.ndarray]) -> None:
@@ -376,7 +376,7 @@ def _add_gates(board: "TensorBoard", step: int, aux: Mapping[str, np.ndarray]) -
 
 
 def _gates(aux: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Returns of each layer its mean depth, and the shares of gates nearly closed and open."""
+    """Returns each layer's mean depth and its shares of gates nearly closed and nearly open."""
     histogram_lkg = np.asarray(aux["gate_histogram"])
     gates_l = {
         "depth_mean": np.asarray(aux["depth_mean"]),

@@ -8,8 +8,8 @@ import optax
 
 from mamba_jax.config import TrainingConfig
 
-# By name, because shape does not tell: stacked layers give a norm's scale two axes, and A_log has
-# two of its own. A_log and D are no matrices: decaying them would pull the time constants of the
+# By name, because the shape is no guide: stacked layers give a norm's scale two axes, and A_log has
+# two of its own. A_log and D are not matrices: decaying them would pull the time constants of the
 # state towards one value (they carry `_no_weight_decay` in the official Mamba as well).
 DECAYED = ("embedding", "kernel")
 NOT_DECAYED = (

@@ -13,18 +13,18 @@ from mamba_jax.training.summary import program
 
 
 class Profile:
-    """Traces some steps of a run; a context manager, whose end closes a trace in progress.
+    """Traces some steps of a run; a context manager whose exit closes a trace in progress.
 
-    While it traces, the clock of the training rate stands still: tracing slows the steps.
+    While it traces, the clock of the training rate is paused: tracing slows the steps.
     """
 
     def __init__(self, first: int, last: int, monitor: Monitor, settle: Callable[[], None]):
         """
         Args:
-          first: step to trace first.
-          last: and last; before ``first``: none is traced.
-          monitor: is told where the trace lies; the trace joins its TensorBoard folder.
-          settle: waits for the steps dispatched and records them.
+          first: first step to trace.
+          last: last step to trace; less than ``first``: no step is traced.
+          monitor: reports where the trace is; the trace is written to its TensorBoard folder.
+          settle: waits for the dispatched steps and records them.
         """
         self._first, self._last = first, last
         self._monitor = monitor
@@ -41,13 +41,13 @@ class Profile:
     def step(self, step: int) -> Iterator[None]:
         """Marks a step in the trace while it is dispatched."""
         if step == self._first <= self._last:
-            self._settle()  # the step before is not to be seen in the trace
+            self._settle()  # the trace must not show the step before
             self._start()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
     def dispatched(self, step: int) -> None:
-        """Ends the trace after its last step, when the device is through with it."""
+        """Ends the trace when the device has finished its last step."""
         if self._open is not None and step == self._last:
             self._settle()
             self._stop()
@@ -56,7 +56,7 @@ class Profile:
         self._open = contextlib.ExitStack()
         self._open.enter_context(self._monitor.paused())
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # each Python call: a hundred times the size
+        options.python_tracer_level = 0  # tracing each Python call: a hundred times the size
         # A file for ui.perfetto.dev is written beside the one for TensorBoard.
         jax.profiler.start_trace(
             str(self._monitor.folder), create_perfetto_trace=True, profiler_options=options
@@ -71,7 +71,7 @@ class Profile:
                 jax.profiler.stop_trace()
             except (OSError, RuntimeError) as error:  # XLA, which writes one file, raises the other
                 self._monitor.warn(
-                    f"the profile cannot be written ({error}); training goes on without it"
+                    f"the profile cannot be written ({error}); training continues without it"
                 )
                 return
         board = self._monitor.folder
@@ -88,13 +88,13 @@ def traced_steps(start: int, steps: int, first_step: int, max_steps: int) -> tup
     """Returns the first and last step to trace.
 
     Args:
-      start: steps to run before, among them the one that compiles.
+      start: steps to run before the trace, including the one that compiles.
       steps: how many to trace.
-      first_step: that the run continues from; 0 at its beginning.
-      max_steps: at which it ends.
+      first_step: the step that the run resumes from; 0 at its beginning.
+      max_steps: the step at which it ends.
 
     Raises:
-      UserError: if either number cannot be, or the run ends before the trace does.
+      UserError: if either number is invalid, or the run ends before the trace does.
     """
     if steps < 1:
         raise UserError(f"--profile_steps={steps} must be at least 1")

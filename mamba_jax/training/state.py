@@ -1,4 +1,4 @@
-"""The training state: all that a run must keep to go on as if it had never stopped."""
+"""The training state: everything a run must keep to resume as if it had never stopped."""
 
 from typing import Any
 
@@ -26,9 +26,9 @@ def stream_key(seed: int, stream: int) -> jax.Array:
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    """Makes the state of step 0, every array where it shall lie.
+    """Makes the state of step 0, every array on its own devices.
 
-    Shapes come first, shardings follow from them and only then bytes: no device ever holds more
+    Shapes come first, then shardings, and only then bytes: no device ever holds more
     than its share. The numbers do not depend on the mesh.
     """
     shardings = param_shardings(jax.eval_shape(lambda: _make_state(config)), mesh)

@@ -36,7 +36,7 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
     The state is donated: its arrays are used up by the call. ``windows`` is int32 (effective batch,
     t + 1), from the host or laid out by ``batch_sharding(mesh)``.
 
-    Whatever comes, ``step`` advances. Parameters, moments and the mean gradient norm stay as they
+    ``step`` always advances. Parameters, moments and the mean gradient norm stay as they
     were, bit for bit, where the update would do harm:
 
     - the loss or the gradient norm is not finite, or
@@ -45,7 +45,7 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
       accepted so far. The first one sets that mean, so it cannot itself be a spike.
 
     Returns:
-      The function. Its metrics are device arrays, to be read when the next step is under way:
+      The function. Its metrics are device arrays, to be read while the next step runs:
       ``loss``, nats per target token before the update; ``gradient_norm``, global and before
       clipping; ``learning_rate``; ``target_tokens``; ``finite`` (bool); ``skipped`` (bool), the
       update was not made; ``tensor_norms``, gradient norm by parameter (see ``culprits``); ``aux``,
@@ -84,8 +84,8 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
         if config.model.dropout > 0:
             key = jax.random.fold_in(stream_key(config.seed, DROPOUT), state["step"])
         batch = (windows, jnp.ones(windows.shape[0], jnp.float32))
-        # Left to itself XLA moves activations, not weights, where a weight lies divided. Gathered
-        # weights make the model purely data-parallel; what is divided is what lasts: the state.
+        # By default XLA moves activations, not weights, where a weight is divided. Gathered weights
+        # make the model purely data-parallel; only the state, which persists, is divided.
         gathered = constrain(params, replicated(mesh))
         (loss, (target_tokens, aux)), gradients = loss_and_gradients(gathered, batch, key)
 

@@ -1,4 +1,4 @@
-"""The block that closes a run."""
+"""The summary that a run prints at its end."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ _RULE = "─" * 72
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a finished run has to say."""
+    """The results of a finished run."""
 
     name: str
     checkpoint: pathlib.Path
@@ -31,10 +31,10 @@ class Summary:
     evaluation: Evaluation
     unigram_nll: float  # nats per token
     prompt: str
-    sample: str  # "": none was asked for
+    sample: str  # "": none was requested
 
     def text(self) -> str:
-        """Returns the block, a line for each fact and the commands to try next."""
+        """Returns the summary: one line per fact, and the commands to run next."""
         evaluation, skipped = self.evaluation, self.skipped_steps
         checkpoint = shlex.quote(str(self.checkpoint))
         facts = [
@@ -78,6 +78,6 @@ class Summary:
 
 
 def program(name: str) -> str:
-    """Returns how to call a program of this environment from here, activated or not."""
+    """Returns how to call a program of this environment, whether that is activated or not."""
     path = os.path.relpath(pathlib.Path(sys.executable).with_name(name))
     return name if path.startswith(os.pardir) else path

@@ -1,8 +1,8 @@
 """TensorBoard event files, written in the caller's thread.
 
 ``tensorboardX.SummaryWriter`` hands events to a thread through a queue of ten. When the disk is
-full that thread dies, the queue fills, and the training loop waits for it for ever. Here a failed
-write is an ``OSError`` where it happens.
+full that thread dies, the queue fills, and the training loop waits for it forever. Here a failed
+write raises ``OSError`` where it happens.
 """
 
 import itertools
@@ -30,13 +30,13 @@ class TensorBoard:
             self._add(step, summary.scalar(tag, value))
 
     def hyperparameters(self, values: Mapping[str, bool | int | float | str]) -> None:
-        """Fills the tab HPARAMS: the config's fields, and the measures to judge them by."""
+        """Fills the tab HPARAMS: the config's fields, and the metrics to compare them by."""
         experiment, start, _ = summary.hparams(dict(values), dict.fromkeys(_JUDGED_BY, 0.0))
         self._add(0, experiment)
         self._add(0, start)
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Adds a text to the tab TEXT, as it stands."""
+        """Adds a text to the tab TEXT, unformatted."""
         indented = "\n".join("    " + line for line in text.splitlines())  # Markdown for code
         self._add(step, summary.text(tag, indented))
 

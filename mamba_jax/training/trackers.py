@@ -1,8 +1,8 @@
 """Where a run's measures go besides ``metrics.jsonl``: one small interface, several trackers.
 
 TensorBoard is always one of them. ``config.trackers`` names others; each needs the extra of its
-name, and is told where its server lies by its own environment variables (``WANDB_MODE``,
-``MLFLOW_TRACKING_URI`` …). A tracker may raise whatever it likes: the monitor then goes on without
+name and finds its server by its own environment variables (``WANDB_MODE``,
+``MLFLOW_TRACKING_URI`` …). A tracker may raise any exception: the monitor then continues without
 it.
 """
 
@@ -19,11 +19,11 @@ from mamba_jax.config.schema import Value
 from mamba_jax.errors import UserError, first_line
 
 _PROJECT = "mamba_jax"  # unless the tracker's own environment variable names another
-_MOST_PARAMETERS = 100  # that MLflow takes at once
+_MOST_PARAMETERS = 100  # that MLflow accepts in one call
 
 
 class Tracker(Protocol):
-    """What a run tells."""
+    """What a run reports."""
 
     def hyperparameters(self, values: Mapping[str, Value]) -> None:
         """Takes the config's fields by dotted name, once."""
@@ -55,7 +55,7 @@ class Wandb:
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=config.name,
             dir=folder,
-            settings=wandb.Settings(console="off"),  # the log file has what is printed
+            settings=wandb.Settings(console="off"),  # the log file contains what is printed
         )
 
     def hyperparameters(self, values: Mapping[str, Value]) -> None:
@@ -102,7 +102,7 @@ class Mlflow:
         self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")
 
 
-_MADE: Mapping[str, Callable[[RunConfig], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
+_TRACKERS: Mapping[str, Callable[[RunConfig], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -129,7 +129,7 @@ def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, T
 
     Args:
       config: of the run.
-      warn: told of a tracker that could not start; the run goes on without it.
+      warn: receives a warning for each tracker that cannot start; the run continues without it.
 
     Raises:
       UserError: if the extra of one is not installed.
@@ -137,10 +137,10 @@ def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, T
     trackers = {}
     for name in config.tracker_names:
         try:
-            trackers[name] = _MADE[name](config)
+            trackers[name] = _TRACKERS[name](config)
         except ImportError as error:
             raise _not_installed(config, name) from error
-        except Exception as error:  # whatever a tracker, its network or its server comes up with
+        except Exception as error:  # any error of a tracker, its network or its server
             reason = f"{type(error).__name__}: {first_line(error)}"
-            warn(f"{name} cannot start ({reason}); training goes on without it")
+            warn(f"{name} cannot start ({reason}); training continues without it")
     return trackers

@@ -182,7 +182,7 @@ def test_a_newer_format_is_named(run):
     with pytest.raises(UserError, match=r"format 3.*update it"):
         read_metadata(run / "step_8")
     file.write_text(record.replace('"format": 2', '"format": 1'))
-    with pytest.raises(UserError, match=r"format 1, made by .* no longer reads: go on with"):
+    with pytest.raises(UserError, match=r"format 1, made by .* no longer reads: continue with"):
         read_metadata(run / "step_8")
 
 
@@ -196,7 +196,7 @@ def assert_refused(run: pathlib.Path, name: str) -> None:
     assert str(run / "step_8") in str(refusal.value) and name in str(refusal.value)
     told: list[str] = []
     assert find_latest(run, told.append) == run / "step_6"
-    assert len(told) == 1 and told[0] == f"passed over {refusal.value}"
+    assert len(told) == 1 and told[0] == f"skipped: {refusal.value}"
 
 
 def test_one_flipped_bit_in_any_kind_of_file(run):
@@ -252,16 +252,14 @@ def test_an_empty_folder_is_no_checkpoint(run):
     (run / "step_10").mkdir()
     told: list[str] = []
     assert find_latest(run, told.append) == run / "step_8"
-    assert told == [
-        f"passed over checkpoint {run / 'step_10'} is incomplete: it has no MANIFEST.json"
-    ]
+    assert told == [f"skipped: checkpoint {run / 'step_10'} is incomplete: it has no MANIFEST.json"]
 
 
 def test_leftovers_of_a_killed_save(run):
     (run / "step_8").rename(run / ".tmp-step_8")
     told: list[str] = []
     assert find_latest(run, told.append) == run / "step_6"
-    assert told == [f"passed over {run / '.tmp-step_8'}: a save that was cut off"]
+    assert told == [f"skipped {run / '.tmp-step_8'}: an interrupted save"]
     with open_writer(run):
         assert not (run / ".tmp-step_8").exists()
 
@@ -435,7 +433,7 @@ def test_kill_in_mid_save_leaves_the_earlier_one(tmp_path):
     assert (tmp_path / ".tmp-step_2/params").is_dir()
     told: list[str] = []
     assert find_latest(tmp_path, told.append) == tmp_path / "step_1"
-    assert told == [f"passed over {tmp_path / '.tmp-step_2'}: a save that was cut off"]
+    assert told == [f"skipped {tmp_path / '.tmp-step_2'}: an interrupted save"]
 
 
 FULL = """

@@ -79,8 +79,7 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(run):
         path, told = start_of(config_for(run), what)
         assert path == run / "step_2"
         assert told[0] == (
-            f"passed over checkpoint {run / 'step_4'} is damaged: "
-            "config.json does not match its hash"
+            f"skipped: checkpoint {run / 'step_4'} is damaged: config.json does not match its hash"
         )
     (run / "step_2/MANIFEST.json").unlink()
     with pytest.raises(UserError, match=r"step_2 is incomplete.*no intact one before it"):

@@ -132,6 +132,6 @@ def test_a_folder_with_a_lock_is_told_and_left_alone(call):
     with RunLock.acquire(pathlib.Path("locked")) as lock:
         before = os.fstat(lock.descriptor)
         status, told, _ = call("--output_dir=locked", "--force")
-        assert status == 0 and f"has the lock of a run on {os.uname().nodename} (pid" in told
+        assert status == 0 and f"is locked by a run on {os.uname().nodename} (pid" in told
         lock.check()
         assert os.fstat(lock.descriptor).st_ino == before.st_ino

@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_half_the_microbatch(place, monkeypatch, capsys, lost
     assert found.keys() == whole.keys() == set(range(1, 6))
     np.testing.assert_allclose(list(found.values()), list(whole.values()), rtol=2e-5)
     told = capsys.readouterr()
-    assert "out of memory with a microbatch of 16: going on with 8 × 4" in told.err
+    assert "out of memory with a microbatch of 16: continuing with 8 × 4" in told.err
     assert ("continuing from" in told.out and "step 2" in told.out) == lost
     saved = read_metadata(place / name / "final").laid_out.vram
     assert (saved.batch_size, saved.accumulation_steps) == (8, 4)

@@ -577,7 +577,7 @@ def test_profile_writes_a_trace_of_its_steps(call, place, monkeypatch, capsys):
         r["step"] for r in metrics.read(place / "profiled/metrics.jsonl") if "device_kind" in r
     ]
     assert rated == [5, 6]
-    # The trace changes nothing of what is learnt.
+    # The trace does not change the training.
     assert call(f"--output_dir={place / 'unprofiled'}") == 0
     assert_same_run(place / "profiled", place / "unprofiled")
 

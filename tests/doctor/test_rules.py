@@ -58,7 +58,7 @@ def warn(step: int, text: str) -> Fault:
     return lambda a: a["warnings"].append((step, text))
 
 
-OOM = "out of memory with a microbatch of 8: going on with 4 × 8 (before 8 × 4; the effective …)"
+OOM = "out of memory with a microbatch of 8: continuing with 4 × 8 (before 8 × 4; the effective …)"
 GB = 2**30
 PLAIN = Plan()
 NOISY = changed(loss=lambda v: LN_V + np.random.default_rng(9).normal(0, 0.05, len(v)))

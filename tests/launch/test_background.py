@@ -1,6 +1,7 @@
 """Runs in the background: started, watched, stopped, and what is left when they end otherwise."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -132,14 +133,14 @@ def test_stop_lets_the_run_save_and_reports(place, capfd):
     assert "stopped by SIGTERM and saved at step 1" in log_text()
     assert background.main(["--status", "--output_dir=out"]) == 3
     assert background.main(["--stop", "--output_dir", "out"]) == 2
-    assert "nothing to stop: no background run lives in out" in capfd.readouterr().err
+    assert "nothing to stop: no background run is active in out" in capfd.readouterr().err
 
 
 def test_stop_asks_which_of_several(place, capfd):
     assert launch("run") == 0 and launch("run", "--output_dir=other") == 0
     wait(lambda: starts() == 2)
     assert background.main(["--stop"]) == 2
-    assert "2 runs live: out, other; say which" in capfd.readouterr().err
+    assert "2 runs are active: out, other; choose one" in capfd.readouterr().err
     assert background.main(["--stop", "--output_dir=other"]) == 0
     assert is_running(OUT) and not is_running(pathlib.Path("other"))
 
@@ -223,7 +224,7 @@ def supervised(behaviour):
 
 def test_requeue_gives_up_where_nothing_is_gained(place, capfd):
     assert supervised("75 75 75 75 75 75 0") == (75, 5)  # the first saves; three more gain nothing
-    assert "started 3 times again without a new checkpoint: given up" in capfd.readouterr().out
+    assert "restarted 3 times without a new checkpoint: giving up" in capfd.readouterr().out
     assert read(OUT)["exit_code"] == 75
 
 
@@ -263,7 +264,7 @@ def test_a_run_outlives_its_supervisor_and_is_still_found(place, capfd):
     wait(lambda: not pathlib.Path(f"/proc/{facts['pid']}/cwd").exists())
     assert launch("run") == 2  # still one run in the folder
     assert background.main(["--stop"]) == 1  # saved, but nobody saw its status
-    assert "out: ended unseen, its supervisor was killed" in capfd.readouterr().out
+    assert "out: ended without an exit status, its supervisor was killed" in capfd.readouterr().out
     assert "saved at step 1" in log_text()
 
 
@@ -313,7 +314,7 @@ def test_a_full_disk_is_told(place, capfd):
     try:
         facts = ended("fill", f"--config.log_dir={OUT}")
         assert facts["exit_code"] == 2  # noted although nothing more can be written
-        assert facts["why"] == "could not go on: the disk of out is full (0 bytes free)"
+        assert facts["why"] == "could not continue: the disk of out is full (0 bytes free)"
         assert (OUT / "exit_code").read_text().strip() == "2"
         assert launch("quick", f"--config.log_dir={OUT}") == 2
         error = capfd.readouterr().err
@@ -352,6 +353,27 @@ def test_the_reason_is_the_programs_last_word_or_the_last_exception(tmp_path, li
     log.write_text("\n".join(lines) + "\n")
     found = exit_status.reason(log)
     assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+def test_the_end_of_a_run_that_lost_its_folder_is_not_the_end_of_the_other(tmp_path):
+    first = Record.claim(tmp_path)
+    first.begin(pid=1)
+    second = Record.claim(tmp_path, force=True)
+    second.begin(pid=2)
+    first.end(2, "taken over")
+    assert (tmp_path / "exit_code").read_text().strip() == "running"
+    assert "exit_code" not in read(tmp_path)
+
+
+def test_a_file_system_without_kernel_locks_is_no_error(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    Record.claim(tmp_path).begin(pid=1)
+    assert not is_running(tmp_path)
+    with RunLock.acquire(tmp_path):
+        assert is_running(tmp_path)
 
 
 def test_full_disk_names_the_folder(monkeypatch, tmp_path):

@@ -85,7 +85,7 @@ def test_mistakes_are_one_line(project, arguments, message):
 def test_without_any_log_it_says_so(project):
     shutil.rmtree(project / "logs")
     done = view(project)
-    assert done.returncode == 2 and "once a run has begun" in done.stderr
+    assert done.returncode == 2 and "once a run has started" in done.stderr
 
 
 def test_help(project):

@@ -213,7 +213,7 @@ def test_no_name_of_a_folder_can_end_the_script(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["a"], "only one run to compare, a: name two or more"),
-        (["a", "nowhere"], "nowhere is no run's folder: it does not exist"),
+        (["a", "nowhere"], "nowhere is not a run's folder: it does not exist"),
         (["a", "a", "--out=no/page.html"], "choose another --out"),
     ],
 )

@@ -316,7 +316,7 @@ def test_the_command_writes_one_file_and_says_where(tmp_path, capsys):
 def test_mistakes_are_one_line(tmp_path, capsys):
     folder = write(tmp_path / "a", hybrid_records())
     for arguments, words in (
-        ([str(tmp_path / "nowhere")], "is no run's folder: it does not exist"),
+        ([str(tmp_path / "nowhere")], "is not a run's folder: it does not exist"),
         ([str(folder), f"--out={tmp_path}/no/such.html"], "choose another --out"),
         ([str(folder), f"--out={tmp_path}"], "cannot write the page"),
     ):

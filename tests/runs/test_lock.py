@@ -53,9 +53,11 @@ def end(made):
     return made.communicate()[0].rstrip()
 
 
-def put_record(folder, **fields):
+def put_record(folder, renewed=None, **fields):
     folder.mkdir(exist_ok=True)
     (folder / NAME).write_text(json.dumps(vars(Holder.this_process()) | fields))
+    if renewed is not None:
+        os.utime(folder / NAME, (renewed, renewed))
 
 
 def refusal(folder, **options):
@@ -70,6 +72,11 @@ def quick(monkeypatch):
     """Another host's run renews its file, and is watched, in a moment."""
     monkeypatch.setattr(run_lock, "_BEAT_SECS", 0.02)
     monkeypatch.setattr(run_lock, "_WATCH_SECS", 0.3)
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    monkeypatch.setattr(run_lock.time, "sleep", None)
 
 
 @pytest.fixture
@@ -154,7 +161,7 @@ def test_force_of_what_is_free_says_nothing(tmp_path):
     "fields",
     [
         {"pid": 1},  # lives, but the kernel says that it has no lock
-        {"boot": "another", "process_start": "1"},
+        {"boot": "another", "process_start": "1", "renewed": 9e8},
         {"host": "renamed", "pid": 7},  # a container of this host
     ],
     ids=["process id given out again", "reboot", "container"],
@@ -164,6 +171,12 @@ def test_a_record_left_on_this_host_blocks_nobody(tmp_path, fields):
     said = []
     RunLock.acquire(tmp_path, log=said.append).release()
     assert not said
+
+
+def test_a_living_run_on_a_host_of_the_same_name_is_respected(tmp_path, quick):
+    put_record(tmp_path, boot="another", pid=4711)
+    with renewed(tmp_path / NAME):
+        assert f"in use by a run on {HERE} (pid 4711, since" in refusal(tmp_path)
 
 
 def another_host(folder, **fields):
@@ -211,6 +224,38 @@ def test_force_does_not_wait_for_another_host(tmp_path, monkeypatch):
     said = []
     with RunLock.acquire(tmp_path, force=True, log=said.append):
         assert len(said) == 1 and "node7 (pid 4711" in said[0]
+
+
+def test_what_another_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    """Two hosts watched the file of a dead run; the other one was faster."""
+    another_host(tmp_path)
+
+    def watch(path):
+        path.unlink()
+        put_record(tmp_path, pid=1)
+        monkeypatch.undo()
+        holders.append(os.open(path, os.O_RDONLY))
+        run_lock.fcntl.flock(holders[0], run_lock.fcntl.LOCK_EX)
+        return False
+
+    holders = []
+    monkeypatch.setattr(run_lock, "_is_renewed", watch)
+    assert "(pid 1," in refusal(tmp_path)
+    assert run_lock._holder(tmp_path / NAME).pid == 1
+    os.close(holders[0])
+
+
+def test_looking_who_runs_takes_no_time(tmp_path, no_wait):
+    assert not run_lock.is_held(tmp_path)
+    with RunLock.acquire(tmp_path):
+        assert run_lock.is_held(tmp_path)
+    assert not run_lock.is_held(tmp_path)
+    put_record(tmp_path, pid=1)
+    assert not run_lock.is_held(tmp_path)
+    another_host(tmp_path)
+    assert run_lock.is_held(tmp_path)
+    another_host(tmp_path, renewed=9e8)
+    assert not run_lock.is_held(tmp_path)
 
 
 def test_the_holder_renews_its_file(tmp_path, quick):
@@ -275,6 +320,30 @@ def test_a_lock_file_that_somebody_removed_ends_no_run(tmp_path):
     with RunLock.acquire(tmp_path) as lock:
         (tmp_path / NAME).unlink()
         lock.check()
+
+
+def test_a_lock_file_that_somebody_removed_and_another_run_made_again_ends_the_first(tmp_path):
+    with RunLock.acquire(tmp_path) as lock:
+        (tmp_path / NAME).unlink()
+        with process(tmp_path) as second:
+            assert first_line(second) == "has it"
+            with pytest.raises(UserError, match=rf"was taken over by .* \(pid {second.pid}, "):
+                lock.check()
+            assert end(second) == ""
+
+
+def test_a_helper_of_a_run_does_not_inherit_its_lock(tmp_path):
+    """Libraries start processes without closing what they have open."""
+    with RunLock.acquire(tmp_path) as lock:
+        program = (
+            "import os, pathlib, sys; from mamba_jax.runs.lock import RunLock\n"
+            "print(os.get_inheritable(RunLock.acquire(pathlib.Path(sys.argv[1])).descriptor))"
+        )
+        inherits = {"pass_fds": [lock.descriptor], "env": {**os.environ, **lock.environment()}}
+        command = [sys.executable, "-c", program, tmp_path]
+        assert subprocess.run(command, capture_output=True, text=True, **inherits).stdout == (
+            "False\n"
+        )
 
 
 def test_asking_who_has_it_takes_nothing(tmp_path, quick):

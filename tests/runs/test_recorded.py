@@ -10,6 +10,7 @@ from mamba_jax.checkpoints.folder import Metadata, write_metadata
 from mamba_jax.config import from_dict
 from mamba_jax.errors import UserError
 from mamba_jax.runs.background import Record
+from mamba_jax.runs.lock import RunLock
 from mamba_jax.runs.recorded import read_run
 from tests.reports.made_run import config, evaluated, rate, started, trained, write
 
@@ -59,7 +60,7 @@ def test_attempts_at_the_same_step_are_one_start(tmp_path):
     [
         ([], "new", "no step is recorded yet"),
         ([started()], "new", "no step is recorded yet"),
-        ([started(), *trained(1, 9)], "not finished", "stopped or killed, or still running"),
+        ([started(), *trained(1, 9)], "not finished", "stopped or killed"),
         ([started(), *trained(1, 40)], "not finished", "stopped or killed"),  # its evaluation lacks
         ([started(), {"step": 9, "ended": "UserError: diverged"}], "failed", "diverged"),
         ([started(), {"step": 9, "ended": "KeyboardInterrupt: "}], "stopped", "KeyboardInterrupt"),
@@ -74,7 +75,11 @@ def test_how_a_run_stands(records, state, why, tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "state", "why"),
-    [(75, "stopped", "stopped by a signal and saved"), (137, "failed", "SIGKILL")],
+    [
+        (75, "stopped", "stopped by a signal and saved"),
+        (76, "stopped", "another process of the run was lost"),
+        (137, "failed", "SIGKILL"),
+    ],
 )
 def test_the_launchers_record_tells_how_a_run_ended(code, state, why, tmp_path):
     write(tmp_path, [started(), *trained(1, 9)])
@@ -85,6 +90,14 @@ def test_the_launchers_record_tells_how_a_run_ended(code, state, why, tmp_path):
     record.release()
     run = read_run(tmp_path)
     assert run.state == state and why in run.why and "the log's last word" in run.why
+
+
+def test_a_run_in_the_foreground_is_running(tmp_path):
+    write(tmp_path, [started(), {"step": 9, "ended": "OSError: of an earlier attempt"}])
+    with RunLock.acquire(tmp_path):
+        run = read_run(tmp_path)
+        assert (run.state, run.why) == ("running", "")
+    assert read_run(tmp_path).state == "failed"
 
 
 def test_without_a_record_of_the_run_its_checkpoint_tells(tmp_path):
@@ -142,5 +155,5 @@ def test_what_is_no_run_is_refused_with_the_remedy(tmp_path):
         with pytest.raises(UserError) as refused:
             read_run(folder)
         message = str(refused.value)
-        assert message.startswith(f"{folder} is no run's folder") and words in message
+        assert message.startswith(f"{folder} is not a run's folder") and words in message
         assert "\n" not in message

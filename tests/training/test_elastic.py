@@ -1,4 +1,4 @@
-"""An out-of-memory error makes the microbatch smaller and changes nothing that is learnt."""
+"""An out-of-memory error makes the microbatch smaller and does not change the training."""
 
 import dataclasses
 

@@ -102,7 +102,7 @@ def test_without_tensorboardx_a_run_goes_on(config, monkeypatch, capsys):
     tell(config)
     told = capsys.readouterr()
     assert [line for line in told.err.splitlines() if "warning" in line] == [
-        "warning: import of tensorboardX halted; None in sys.modules; training goes on without "
+        "warning: import of tensorboardX halted; None in sys.modules; training continues without "
         "TensorBoard (pip install tensorboardX)"
     ]
     assert "eval loss 2.0000" in told.out and "tensorboard --logdir" not in told.out
@@ -127,7 +127,7 @@ class Fake:
 
 
 def with_tracker(monkeypatch, config, tracker):
-    monkeypatch.setattr(trackers, "_MADE", {"wandb": lambda _: tracker})
+    monkeypatch.setattr(trackers, "_TRACKERS", {"wandb": lambda _: tracker})
     return dataclasses.replace(config, trackers="wandb")
 
 
@@ -160,11 +160,11 @@ def test_a_tracker_that_cannot_start_is_left_out(config, monkeypatch, capsys):
     def refuse(_):
         raise PermissionError("no key\nlog in first")
 
-    monkeypatch.setattr(trackers, "_MADE", {"mlflow": refuse})
+    monkeypatch.setattr(trackers, "_TRACKERS", {"mlflow": refuse})
     tell(dataclasses.replace(config, trackers="mlflow"))
     (warning,) = (line for line in capsys.readouterr().err.splitlines() if "warning" in line)
     assert warning == (
-        "warning: mlflow cannot start (PermissionError: no key); training goes on without it"
+        "warning: mlflow cannot start (PermissionError: no key); training continues without it"
     )
 
 

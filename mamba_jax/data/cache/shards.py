@@ -28,6 +28,7 @@ from mamba_jax.data.document import Part
 from mamba_jax.data.summary import Summary
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import UserError
+from mamba_jax.files import fsync
 
 _BLOCK_BYTES = 1 << 20  # hashed as a whole
 _ABANDONED_SECS = 3_600
@@ -307,7 +308,7 @@ class Builder:
         text_hash = xxhash.xxh3_64_hexdigest(text.encode())
         (self._aside / "meta.json").write_text(f"{text}\n{text_hash}")
         for path in (*self._aside.iterdir(), self._aside):
-            _sync(path)
+            fsync(path)  # a rename must never outlive its content
         os.chmod(self._aside, 0o755)  # mkdtemp's 0700 would shut out whom a shared cache is for
         name = hashlib.blake2b("\n".join(self._parts).encode(), digest_size=12).hexdigest()
         folder = self._root / name
@@ -318,15 +319,6 @@ class Builder:
                 raise
             # Another run was faster; its folder has the same content.
         return folder
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Forces a file or folder to the disk, so that a rename never outlives its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_abandoned(root: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""Targets that are not learnt: the loss, its gradients and the evaluation know nothing of them."""
+"""Targets outside the loss mask affect neither the loss, its gradients nor the evaluation."""
 
 import dataclasses
 
@@ -26,15 +26,15 @@ MASKED = dataclasses.replace(PLAIN, data=DataConfig(loss_on="answer"))
 def hidden_windows():
     """Windows with some tokens inverted, among them a whole row; and what counts."""
     whole = windows()
-    learnt = np.random.default_rng(1).random(whole.shape) < 0.6
-    learnt[3] = False
-    learnt[:, 0] = True
-    return whole, np.where(learnt, whole, ~whole), learnt[:, 1:].astype(np.float32)
+    mask = np.random.default_rng(1).random(whole.shape) < 0.6
+    mask[3] = False
+    mask[:, 0] = True
+    return whole, np.where(mask, whole, ~whole), mask[:, 1:].astype(np.float32)
 
 
-def test_loss_and_gradients_are_those_of_the_learnt_targets_alone():
+def test_loss_and_gradients_are_those_of_the_unmasked_targets_alone():
     """Against the nll of every token of the plain windows, weighed outside; 1e-5: float32 sums."""
-    mesh, (whole, hidden, learnt_bt) = one_device(), hidden_windows()
+    mesh, (whole, hidden, loss_mask_bt) = one_device(), hidden_windows()
     params = init_state(PLAIN, mesh)["params"]
 
     def masked(params):
@@ -43,11 +43,11 @@ def test_loss_and_gradients_are_those_of_the_learnt_targets_alone():
 
     def by_hand(params):
         nll_bt, _, _ = token_nll(params, PLAIN, mesh, jnp.asarray(whole), EOT)
-        return jnp.sum(nll_bt * learnt_bt)
+        return jnp.sum(nll_bt * loss_mask_bt)
 
     (total, count), gradients = jax.jit(jax.value_and_grad(masked, has_aux=True))(params)
     expected, expected_gradients = jax.jit(jax.value_and_grad(by_hand))(params)
-    assert count == learnt_bt.sum() and 0 < count < learnt_bt.size
+    assert count == loss_mask_bt.sum() and 0 < count < loss_mask_bt.size
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -56,13 +56,13 @@ def test_loss_and_gradients_are_those_of_the_learnt_targets_alone():
     )
 
 
-def test_evaluation_counts_tokens_and_bytes_of_the_learnt_targets_alone():
-    mesh, (whole, hidden, learnt_bt) = one_device(), hidden_windows()
+def test_evaluation_counts_tokens_and_bytes_of_the_unmasked_targets_alone():
+    mesh, (whole, hidden, loss_mask_bt) = one_device(), hidden_windows()
     params = init_state(PLAIN, mesh)["params"]
     token_bytes = np.arange(MAMBA.vocab_size, dtype=np.int32)
     weights_b = np.array([1, 0, 1, 1, 1, 1, 1, 0], np.float32)
     sums = make_eval_step(MASKED, mesh, EOT, token_bytes)(params, hidden, weights_b)
-    weights_bt = weights_b[:, None] * learnt_bt
+    weights_bt = weights_b[:, None] * loss_mask_bt
     nll_bt, _, _ = token_nll(params, PLAIN, mesh, jnp.asarray(whole), EOT)
     assert float(sums["targets"]) == weights_bt.sum()
     assert float(sums["bytes"]) == (weights_bt * token_bytes[whole[:, 1:]]).sum()
