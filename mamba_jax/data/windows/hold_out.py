@@ -98,9 +98,11 @@ def hold_out(
     limit = min(large, max(int(LARGEST_UNIT_SHARE * different), least))
     span = min(span, max(limit // 2, _SHORTEST_FINE_SPAN_TOKENS))
     most_copies_tokens = max(LARGEST_UNIT_SHARE * total, limit)
-    # Short documents may be records: they stay whole, unless there are few.
-    ways = [(large, max(window_tokens, limit)), (limit, limit)]
-    for cut_above, surplus in ways[: 2 if len(documents.end_d) < _FEW_DOCUMENTS else 1]:
+    # Short documents may be records: they stay whole, be it one too many, unless there are few.
+    ways = [(large, large)]
+    if len(documents.end_d) < _FEW_DOCUMENTS:
+        ways = [(large, max(window_tokens, limit)), (limit, limit)]
+    for cut_above, surplus in ways:
         units = cutter.units(limit, cut_above)
         own_u, is_free_u = cutter.own(units, span, most_copies_tokens)
         is_eval_u = choose(units, own_tokens_u=own_u, is_free_u=is_free_u)
