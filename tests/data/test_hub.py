@@ -246,6 +246,8 @@ def test_mistakes_name_what_there_is():
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files_with_different_columns_are_named_with_them(streaming):
     name = put("org/mixed", first=[{"text": "one"}] * 3, second=[{"text": "two", "more": 1}] * 2)
+    for no_columns in ("third.csv", "third.parquet"):
+        pathlib.Path(name, no_columns).touch()
     with pytest.raises(UserError) as error:
         rows_of(name, dataset_streaming=streaming)
     assert str(error.value) == (

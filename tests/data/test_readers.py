@@ -262,7 +262,7 @@ def test_one_value_that_is_too_large_is_left_out(tmp_path, monkeypatch):
     assert summary.examples == {reason: [f"{path}:2"]}
 
 
-@pytest.mark.parametrize("layout", ["lines", "broken lines", "array", "text", "lines.gz"])
+@pytest.mark.parametrize("layout", ["lines", "broken lines", "array", "line", "text", "lines.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(readers, "_MOST_HELD_CHARACTERS", 1 << 17)
@@ -271,8 +271,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     record = record[:-1] + ",\n" if layout == "array" else record
     record += record[:-3] + "\n" if layout == "broken lines" else ""
     data = (record * 8_000).encode()  # 9 MB, or twice as much
-    if layout == "array":
-        data = b"[" + data[:-2] + b"]"
+    if layout == "line":  # an array in one
+        data = (record[:-1] + ",").encode() * 8_000
+    if layout in ("array", "line"):
+        data = b"[" + data.rstrip(b",\n") + b"]"
     name = {"text": "a.txt", "lines.gz": "a.jsonl.gz"}.get(layout, "a.json")
     path = tmp_path / name
     path.write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)

@@ -307,6 +307,10 @@ FORMS = {
         {"conversation": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]},
         QUESTION,
     ),
+    "text beside empty content": (
+        {"chat": [USER | {"content": "", "text": "q"}, BOT | {"content": None, "text": "a"}]},
+        QUESTION,
+    ),
     "chat": ({"chat": [USER, BOT], "url": "u"}, QUESTION),
     "JSON in a string": ({"messages": json.dumps([USER, BOT])}, QUESTION),
     "object of lists": (
@@ -507,7 +511,13 @@ def test_records_of_no_known_form():
     assert document_of({"title": "t", "body": "b", "id": "7", "n": 3}) == Document(
         [learnt("t\n\nb")], (LOOSE,)
     )
-    assert document_of({"question": "q", "id": "7"}) == Document([asked("q")], (WITHOUT_ANSWER,))
+    for record, text in (
+        ({"question": "q", "id": "7"}, "q"),
+        ({"input": "i", "instruction": "q"}, "q\n\ni"),
+        ({"question": "q", "context": "c", "system": "s"}, "s\n\nc\n\nq"),
+    ):
+        assert document_of(record) == Document([asked(text)], (WITHOUT_ANSWER,))
+    assert document_of({"question": "q", "body": "b"}).doubts == (LOOSE,)
     assert document_of(["x", {"a": "y", "url": "u"}]) == Document([learnt("x\n\ny")])
     for blank in (None, 3, "", " ", [], {}, {"text": " "}, {"text": None, "title": "t"}, [1, 2]):
         assert document_of(blank).is_blank

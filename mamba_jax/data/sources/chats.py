@@ -123,7 +123,7 @@ def _turn(turn: Any) -> Turn:
         raise NotUnderstood
     role = role.strip().lower()
     role = ROLES.get(role, role)
-    content = next((given[key] for key in _CONTENT_KEYS if key in given), "")
+    content = next((given[key] for key in _CONTENT_KEYS if given.get(key, "") != ""), "")
     lines = [text for text in (_content(content), *_calls(given)) if text.strip()]
     if not lines and any(given.keys() - _TURN_KEYS):
         raise NotUnderstood  # its content has a name that is not known

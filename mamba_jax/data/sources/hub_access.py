@@ -105,7 +105,7 @@ def _different_columns(name: str, error: Any) -> str:
         return f"{what} ({expected}; then {found}): load a part of it by --dataset_config"
     kinds = {}  # columns → the first file that has them
     for path in sorted(pathlib.Path(name).rglob("*")):
-        with contextlib.suppress(OSError, ValueError, ImportError):
+        with contextlib.suppress(OSError, ValueError, ImportError, csv.Error):
             kinds.setdefault(_columns_of(path), path.relative_to(name))
     kinds.pop((), None)
     shown = "; ".join(f"{path}: {', '.join(columns)}" for columns, path in kinds.items())
@@ -123,7 +123,8 @@ def _columns_of(path: pathlib.Path) -> tuple[str, ...]:
         return tuple(parquet.read_schema(path).names)
     if path.suffix in (".csv", ".tsv"):
         with path.open(newline="") as file:
-            return tuple(next(csv.reader(file, "excel" if path.suffix == ".csv" else "excel-tab")))
+            lines = csv.reader(file, "excel" if path.suffix == ".csv" else "excel-tab")
+            return tuple(next(lines, ()))
     if path.suffix in (".json", ".jsonl"):
         with path.open() as file:
             record = json.loads(file.readline())

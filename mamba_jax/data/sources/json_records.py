@@ -37,15 +37,16 @@ def read_values(
       Skip: before the first value, if the text is something else than JSON.
     """
     is_array = _Buffer(open_text()).next_character() == "["
-    begins_with_value = _parses(next(_lines(open_text()), (0, ""))[1] or "")
+    # All of an array may be in its first line, which is not parsed as one value without need.
+    begins_with_value = lambda: _parses(next(_lines(open_text()), (0, ""))[1] or "")
     reader = _array if is_array else _single
-    is_lines = begins_with_value and not is_array
+    is_lines = not is_array and begins_with_value()
     if not is_lines:
         try:
             for _ in reader(open_text()):
                 pass
         except Skip:
-            if not (begins_with_value or _are_mostly_values(open_text())):
+            if not ((is_array and begins_with_value()) or _are_mostly_values(open_text())):
                 raise
             is_lines = True
     yield from _each_line(open_text(), lose) if is_lines else reader(open_text())

@@ -167,11 +167,7 @@ def _forms(names: Collection[str]) -> Iterator[_Form]:
     system = here(_SYSTEM_KEYS)[:1]
     for key in here(_TEXT_KEYS):
         yield _Form("text", (), (key,))
-    asked = []
-    for before, prompt, behind, answers in _ANSWERED:
-        if prompt in names:
-            prompts = (*system, *here(before), prompt, *here(behind))
-            asked.append((prompts, here(answers)))
+    asked = [(prompts, here(answers)) for prompts, _, answers in _questions(names)]
     if "chosen" in names:
         prompts = next((prompts for prompts, _ in asked), None)
         yield _Form("preference", prompts or (*system, *here(_CHAT_KEYS)[:1]), ("chosen",))
@@ -182,6 +178,16 @@ def _forms(names: Collection[str]) -> Iterator[_Form]:
             yield _Form("answer", prompts, answers, here((*_CHOICES, "label")))
     if "code" in names:
         yield _Form("text", (), ("code",))
+
+
+def _questions(names: Collection[str]) -> Iterator[tuple[tuple[str, ...], str, tuple[str, ...]]]:
+    """Yields what records with these keys may ask: the keys of all of it, the one of the question
+    itself, and those that an answer may have."""
+    here = lambda keys: tuple(key for key in keys if key in names)
+    system = here(_SYSTEM_KEYS)[:1]
+    for before, prompt, behind, answers in _ANSWERED:
+        if prompt in names:
+            yield (*system, *here(before), prompt, *here(behind)), prompt, answers
 
 
 def _read(form: _Form, record: Mapping[str, Any]) -> Document:
@@ -206,9 +212,10 @@ def _loose(record: Mapping[str, Any]) -> Document:
         return Document(render(turns))
     texts = {key: list(leaves(value, numbers=False)) for key, value in kept.items()}
     keys = [key for key, found in texts.items() if found]
+    for prompts, prompt, _ in _questions(keys):
+        if prompt in _ASKED and set(prompts) == set(keys):
+            return Document(_joined(["\n\n".join(texts[key]) for key in prompts], ""))
     text = "\n\n".join(text for key in keys for text in texts[key])
-    if len(keys) == 1 and keys[0] in _ASKED:
-        return Document(_joined([text], ""))
     return Document(_joined((), text), (LOOSE,) if len(keys) > 1 else ())
 
 
