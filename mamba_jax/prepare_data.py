@@ -28,7 +28,7 @@ def run(config: RunConfig) -> None:
     data = config.data
     *_, plan = tokenise(data, seq_len=config.model.max_seq_len, seed=config.seed, log=_say)
     summary = plan.summary
-    own_tokens = summary.tokens - summary.documents  # without the markers
+    own_tokens = summary.tokens - summary.documents  # without the separators
     print(
         f"{summary.text_bytes / own_tokens:.3f} bytes per token ({data.tokenizer}); "
         f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates\n"
@@ -44,7 +44,7 @@ def inspect(config: RunConfig, count: int) -> None:
       UserError: as ``run``; and if the text is too little for a run.
     """
     from mamba_jax.data.pipeline import prepare
-    from mamba_jax.data.show import documents_begun, show_window
+    from mamba_jax.data.show import count_separators, show_window
 
     corpus = prepare(config.data, seq_len=config.model.max_seq_len, seed=config.seed, log=_say)
     tokenizer = corpus.tokenizer
@@ -57,8 +57,8 @@ def inspect(config: RunConfig, count: int) -> None:
     for number, window in enumerate(windows, 1):
         print(
             f"\n==> window {number} of a training: {len(window) - 1:,} targets, "
-            f"{int((window[1:] < 0).sum()):,} of them not learnt; "
-            f"{documents_begun(window, tokenizer.eot_id):,} documents begin <=="
+            f"{int((window[1:] < 0).sum()):,} of them not trained on; "
+            f"{count_separators(window, tokenizer.eot_id):,} documents begin <=="
         )
         print(show_window(window, tokenizer, names, colour=colour))
 
@@ -88,7 +88,7 @@ def _parser() -> train_arguments.Parser:
         metavar="N",
         nargs="?",
         help=f"show the first N windows of a training as text (default {_INSPECTED}): where "
-        "documents begin, what is not learnt, in colours on a terminal unless NO_COLOR is set",
+        "documents begin, what is not trained on, in colours on a terminal unless NO_COLOR is set",
     )
     train_arguments.add_data_flags(parser)
     return parser

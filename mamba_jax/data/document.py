@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,18 +12,18 @@ class Piece:
     """A stretch of a document: a large one never is a single string.
 
     Attributes:
-      text: cut where the tokens of the pieces are the tokens of the whole, or where ``learn``
+      text: cut where the tokens of the pieces are the tokens of the whole, or where ``is_target``
         changes.
       begins: whether it is the first of its document.
-      learn: whether its tokens are targets under ``data.loss_on="answer"``.
+      is_target: whether its tokens are targets under ``data.loss_on="answer"``.
     """
 
     text: str
     begins: bool
-    learn: bool = True
+    is_target: bool = True
 
 
-class Part(Protocol):
+class CorpusPart(Protocol):
     """What is tokenised and cached as a whole: a file, or some thousand rows of a dataset."""
 
     @property
@@ -51,6 +51,6 @@ class Part(Protocol):
         """Returns the hash of the content and of how it is read."""
         ...
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
         """Reads it; what was skipped goes into the summary."""
         ...

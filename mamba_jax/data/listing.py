@@ -6,8 +6,8 @@ from collections.abc import Callable
 from mamba_jax.config import DataConfig
 from mamba_jax.data.cache import store
 from mamba_jax.data.pipeline import open_sources
-from mamba_jax.data.sources.files import FilePart, Source
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.sources.files import FilePart, TextSource
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 
 
@@ -24,12 +24,12 @@ def list_files(config: DataConfig, show: Callable[[str], None]) -> None:
         source = open_sources(one, show)
         _list_source(source, show)
         if source.files:
-            cached = store.Store(config.cache_root, load_tokenizer(config.tokenizer), show)
-            show(_known(cached, source))
+            tokens = store.Store(config.cache_root, load_tokenizer(config.tokenizer), show)
+            show(_cached_line(tokens, source))
 
 
-def _known(cached: store.Store, source: Source) -> str:
-    count, documents = cached.known(map(FilePart, source.files))
+def _cached_line(tokens: store.Store, source: TextSource) -> str:
+    count, documents = tokens.cached(map(FilePart, source.files))
     if documents is None:
         return (
             "none of these files is in the token cache: tokens and duplicates are not known before "
@@ -43,11 +43,11 @@ def _known(cached: store.Store, source: Source) -> str:
     )
 
 
-def _list_source(source: Source, show: Callable[[str], None]) -> None:
-    total = Summary(source.origin)
+def _list_source(source: TextSource, show: Callable[[str], None]) -> None:
+    total = DataSummary(source.origin)
     total.add(source.found)
     for path in source.files:
-        part, summary = FilePart(path), Summary("")
+        part, summary = FilePart(path), DataSummary("")
         for piece in part.pieces(summary):
             summary.documents += piece.begins
             summary.text_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
@@ -61,7 +61,7 @@ def _list_source(source: Source, show: Callable[[str], None]) -> None:
         show(line)
 
 
-def _judgement(summary: Summary) -> str:
+def _judgement(summary: DataSummary) -> str:
     if summary.skipped:
         return f"skipped, {next(iter(summary.skipped))}"
     words = f"{summary.documents:,} documents, {summary.text_bytes:,} bytes of text"

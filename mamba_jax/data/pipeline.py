@@ -16,15 +16,15 @@ import numpy as np
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.cache.store import Store, cache_folder
-from mamba_jax.data.sources.files import Source, open_source
+from mamba_jax.data.sources.files import TextSource, open_source
 from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.sources.task_rows import open_tasks
-from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.data.windows.fill_in_the_middle import FillInTheMiddle
-from mamba_jax.data.windows.order import Order
-from mamba_jax.data.windows.plan import Plan, Settings, load_or_make
+from mamba_jax.data.windows.order import SampleOrder
+from mamba_jax.data.windows.plan import CorpusPlan, SplitSettings, load_or_make
 from mamba_jax.data.windows.repetition import Overlap
 from mamba_jax.data.windows.windows import DocumentWindows, Joined, PackedWindows, Windows
 from mamba_jax.errors import UserError
@@ -56,7 +56,7 @@ class Corpus:
     fingerprint: str
     train: Joined
     eval: Windows
-    summary: Summary
+    summary: DataSummary
     origins: tuple[str, ...]
     phases: tuple[tuple[int, tuple[float, ...]], ...]
     fill: FillInTheMiddle | None = None
@@ -83,12 +83,12 @@ class Corpus:
             raise ValueError(f"cannot batch by {batch_size} from sample {start_sample}")
         return self._batches(self._order(batch_size, seed), batch_size, seed, start_sample)
 
-    def _order(self, batch_size: int, seed: int) -> Order:
+    def _order(self, batch_size: int, seed: int) -> SampleOrder:
         phases = [(step * batch_size, weights) for step, weights in self.phases]
-        return Order([len(source) for source in self.train.sources], phases, seed)
+        return SampleOrder([len(source) for source in self.train.sources], phases, seed)
 
     def _batches(
-        self, order: Order, batch_size: int, seed: int, start: int
+        self, order: SampleOrder, batch_size: int, seed: int, start: int
     ) -> Iterator[np.ndarray]:
         def window_at(sample: int) -> np.ndarray:
             source, index = order[sample]
@@ -177,22 +177,22 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     if plan.by_place:
         log("too little text to hold out whole documents or blocks: holding out the last window")
     tokens = store.tokens(plan.shards)
-    learn = store.learn(plan.shards) if config.loss_on == "answer" else None
-    if config.loss_on == "answer" and learn is None:
+    loss_mask = store.loss_mask(plan.shards) if config.loss_on == "answer" else None
+    if config.loss_on == "answer" and loss_mask is None:
         raise UserError(
             f'data.loss_on="answer", but nothing in {summary.origin} has a prompt (columns such as '
             'prompt, completion or messages); data.loss_on="all" learns every token'
         )
     kind = DocumentWindows if config.window == "document" else PackedWindows
-    windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, learn)
+    windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, loss_mask)
     train, evaluation = Joined([windows_of(side) for side in plan.train]), windows_of(plan.eval)
     has_targets = lambda side: any(np.any(side[i][1:] >= 0) for i in range(len(side)))
-    if learn is not None and len(train) and not has_targets(train):
+    if loss_mask is not None and len(train) and not has_targets(train):
         raise UserError(
             f'data.loss_on="answer", but no record of {summary.origin} to train on has an answer'
             f'{summary.why()}; data.loss_on="all" learns every token'
         )
-    if learn is not None and not has_targets(evaluation):
+    if loss_mask is not None and not has_targets(evaluation):
         raise UserError(
             "the held-out windows have no answer to be scored on: raise data.eval_fraction or "
             "model.max_seq_len"
@@ -257,7 +257,7 @@ def _repeats_itself(origin: str, total: int, overlap: Overlap, seq_len: int) -> 
 
 def tokenise(
     config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str], None]
-) -> tuple[Tokenizer, Store, Plan]:
+) -> tuple[Tokenizer, Store, CorpusPlan]:
     """Does the part of ``prepare`` that takes long; a corpus may be too small for a window.
 
     Raises:
@@ -265,7 +265,7 @@ def tokenise(
     """
     tokenizer = load_tokenizer(config.tokenizer)
     sources = [open_sources(one, log) for one in config.sources]
-    settings = Settings(
+    settings = SplitSettings(
         seed=seed,
         fraction=config.eval_fraction,
         window_tokens=seq_len + 1,
@@ -275,7 +275,7 @@ def tokenise(
     try:
         for _ in range(3):  # another run may remove a damaged shard between two looks
             store = Store(config.cache_root, tokenizer, log)
-            taken = [store.take(one.parts(), config.tokenise_workers) for one in sources]
+            taken = [store.tokenise(one.parts(), config.tokenise_workers) for one in sources]
             found = [one.found for one in sources]
             if plan := load_or_make(store, tokenizer, taken, settings, found):
                 break
@@ -295,19 +295,19 @@ def tokenise(
     summary = plan.summary
     if not summary.documents:
         raise sources[0].nothing(summary)
-    if summary.tokens == summary.documents:  # markers alone
+    if summary.tokens == summary.documents:  # separators alone
         raise UserError(
             f'data.tokenizer="{config.tokenizer}" makes no token of any text in {summary.origin}; '
             "take another"
         )
     for line in summary.lines():
         log(line)
-    for line in filter(None, (tokenizer.remark, tokenizer.doubt)):
+    for line in filter(None, (tokenizer.remark, tokenizer.roundtrip_warning)):
         log(line)
     return tokenizer, store, plan
 
 
-def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
+def open_sources(config: DataConfig, log: Callable[[str], None]) -> TextSource:
     """Finds the files, and the dataset or tasks; whichever was named is read.
 
     Raises:
@@ -324,4 +324,8 @@ def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
         if config.dataset
         else open_tasks(config.tasks, config.task_examples)
     )
-    return files.with_rows(rows) if files else Source(rows.origin, (), Summary(rows.origin), rows)
+    return (
+        files.with_rows(rows)
+        if files
+        else TextSource(rows.origin, (), DataSummary(rows.origin), rows)
+    )

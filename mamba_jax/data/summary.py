@@ -9,7 +9,7 @@ _EXTENSIONS_SHOWN = 8
 
 
 @dataclasses.dataclass
-class Summary:
+class DataSummary:
     """What was taken from where, and what was not.
 
     Attributes:
@@ -21,7 +21,7 @@ class Summary:
       duplicates: documents left out because an equal one came before.
       near_duplicates: of the rest those left out because a similar one came before.
       text_bytes: UTF-8 bytes of the different documents.
-      tokens: of all documents, each with its end-of-text marker; 0 until tokenised.
+      tokens: of all documents, each with its separator; 0 until tokenised.
       skipped: reason → number of files, folders or rows left out.
       skipped_bytes: reason → their size, of files.
       lost: reason → number of records with text that were left out.
@@ -65,7 +65,7 @@ class Summary:
         if len(examples) < _EXAMPLES:
             examples.append(shown(path))
 
-    def add(self, other: "Summary") -> None:
+    def add(self, other: "DataSummary") -> None:
         """Adds what another one counted."""
         for field in dataclasses.fields(self):
             theirs = getattr(other, field.name)
@@ -83,7 +83,7 @@ class Summary:
         return {name: value for name, value in vars(self).items() if value}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Summary":
+    def from_json(cls, values: dict[str, Any]) -> "DataSummary":
         """Inverts ``to_json``."""
         made = cls("")
         for name, value in values.items():

@@ -67,7 +67,7 @@ def test_inspect_shows_the_windows_that_a_training_begins_with(capsys):
     batch = next(prepare(config, seq_len=100, seed=3, log=print).train_batches(2, 3))
     for number, window in enumerate(batch, 1):
         text = "".join("⟦document⟧" if token == 256 else chr(token) for token in window)
-        heading = f"==> window {number} of a training: 100 targets, 0 of them not learnt; "
+        heading = f"==> window {number} of a training: 100 targets, 0 of them not trained on; "
         begun = int((window == 256).sum())
         assert f"{heading}{begun} documents begin <==\n{text}\n" in out
     assert prepare_data.main([*flags, "--inspect"]) == 0

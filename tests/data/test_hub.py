@@ -13,7 +13,7 @@ from mamba_jax.config import DataConfig, SourceConfig
 from mamba_jax.data.pipeline import prepare
 from mamba_jax.data.sources import hub_access, hub_table
 from mamba_jax.data.sources.hub import open_dataset
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of, texts_of
 
@@ -39,11 +39,11 @@ def put(name: str, **splits: list[dict]) -> str:
     return name
 
 
-def rows_of(name: str, **config) -> tuple[list[str], Summary, list[str]]:
+def rows_of(name: str, **config) -> tuple[list[str], DataSummary, list[str]]:
     """Returns (documents, summary, log)."""
     log: list[str] = []
     rows = open_dataset(DataConfig(dataset=name, **config), log.append)
-    summary = Summary(rows.origin)
+    summary = DataSummary(rows.origin)
     return [text for part in rows.parts() for text in texts_of(part.pieces(summary))], summary, log
 
 
@@ -205,7 +205,7 @@ def test_parts_are_stretches_of_rows(monkeypatch):
     parts = list(opened(name).parts())
     assert [(part.start, part.stop) for part in parts] == [(0, 16), (16, 21)]
     assert parts[1].name == "dataset org/name, split train, rows 16 to 21"
-    summary = Summary("")
+    summary = DataSummary("")
     assert documents_of(parts[1].pieces(summary)) == [
         [(f"Say {i}.", False), (f"\n\nIt is {i}.", True)] for i in range(16, 20)
     ]
@@ -213,7 +213,9 @@ def test_parts_are_stretches_of_rows(monkeypatch):
     assert len({part.key() for part in parts}) == 2
     other_process = pickle.loads(pickle.dumps(parts[1]))
     assert other_process.key() == parts[1].key()
-    assert texts_of(other_process.pieces(Summary(""))) == texts_of(parts[1].pieces(Summary("")))
+    assert texts_of(other_process.pieces(DataSummary(""))) == texts_of(
+        parts[1].pieces(DataSummary(""))
+    )
     assert [part.key() for part in opened(name).parts()] == [part.key() for part in parts]
     for other in ({"text_column": "output"}, {"dataset_split": "train[:20]"}):
         assert not {part.key() for part in parts} & {p.key() for p in opened(name, **other).parts()}

@@ -85,7 +85,7 @@ def test_ids_of_a_long_text_are_the_librarys(files, kind, small_windows):
 @given(text=ANY_TEXT, seed=st.integers(0, 9))
 def test_any_text_comes_back_however_it_is_cut(files, kind, text, seed):
     tokenizer = load_tokenizer(str(files[kind]))
-    assert not tokenizer.doubt
+    assert not tokenizer.roundtrip_warning
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_tokenizer, "_WINDOW_CHARACTERS", 16)
         patch.setattr(json_tokenizer, "_MARGIN_CHARACTERS", 16)
@@ -180,7 +180,10 @@ def test_a_checkpoint_carries_its_tokenizer(files, kind, tmp_path):
 
 
 def test_doubts_are_told(files):
-    assert "does not give every text back" in load_tokenizer(str(files["word_piece"])).doubt
+    assert (
+        "does not give every text back"
+        in load_tokenizer(str(files["word_piece"])).roundtrip_warning
+    )
 
 
 def added(content, **fields):
@@ -212,9 +215,12 @@ def test_a_tokenizer_that_changes_texts_is_doubted(tmp_path, fields):
     record = json.loads(KINDS["byte_level"]().to_str())
     fields = {"added_tokens": []} | fields
     fields["added_tokens"] = record["added_tokens"] + fields["added_tokens"]
-    doubt = load_tokenizer(write(tmp_path, record | fields)).doubt
-    assert "does not give every text back" in doubt and "comes back as" in doubt
-    assert "\n" not in doubt
+    roundtrip_warning = load_tokenizer(write(tmp_path, record | fields)).roundtrip_warning
+    assert (
+        "does not give every text back" in roundtrip_warning
+        and "comes back as" in roundtrip_warning
+    )
+    assert "\n" not in roundtrip_warning
 
 
 @pytest.mark.parametrize("fields", [{}, {"single_word": True}, {"normalized": True}])
@@ -222,7 +228,7 @@ def test_an_added_token_that_takes_nothing_away_is_not_doubted(tmp_path, fields)
     record = json.loads(KINDS["byte_level"]().to_str())
     record["added_tokens"] += [added("<mask>", **fields), added("  ", id=401)]
     tokenizer = load_tokenizer(write(tmp_path, record))
-    assert tokenizer.doubt == tokenizer.remark == ""
+    assert tokenizer.roundtrip_warning == tokenizer.remark == ""
     assert 400 in tokenizer.encode("a <mask> b")
 
 

@@ -155,7 +155,7 @@ def test_of_prompts_and_answers_the_answers_are_learnt(make, tmp_path):
 
 @pytest.mark.parametrize("window", ["packed", "concat", "document"])
 def test_behind_a_document_without_an_answer_nothing_is_learnt(make, tmp_path, window):
-    """Not even the separator: the model would learn to stop after a prompt."""
+    """Not even the separator: the model would loss_mask to stop after a prompt."""
     row = lambda i: {"prompt": words(5, f"d{i}-"), "completion": "Z" * 9 if i % 4 == 0 else ""}
     lines = [json.dumps(row(i)) for i in range(80)]
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "ZZ"}]

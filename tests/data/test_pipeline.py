@@ -1,4 +1,4 @@
-"""Order and resume: the window at sample i is a function of (fingerprint, seed, i) alone.
+"""SampleOrder and resume: the window at sample i is a function of (fingerprint, seed, i) alone.
 
 The state of the iteration is one integer, so it survives JSON and any other storage as it is.
 """
@@ -162,5 +162,5 @@ def test_of_many_windows_an_even_choice_is_counted(corpus, monkeypatch):
 
 
 def test_the_log_tells_the_tokens(corpus, make):
-    assert corpus.summary.tokens == 2_800  # 400 words of 6 letters, 399 spaces and the marker
+    assert corpus.summary.tokens == 2_800  # 400 words of 6 letters, 399 spaces and the separator
     assert any("2,800 tokens" in line for line in make.log)

@@ -48,9 +48,9 @@ def test_no_window_of_too_few_tokens_and_no_index_beyond():
 
 
 def test_targets_that_are_not_learnt_are_written_inverted():
-    tokens, learn = np.arange(20, dtype=np.uint16), np.ones(20, np.uint8)
-    learn[[3, 7]] = 0
-    windows = PackedWindows(Flat([tokens]), np.array([[0, 20]]), 9, EOT, Flat([learn]))
+    tokens, loss_mask = np.arange(20, dtype=np.uint16), np.ones(20, np.uint8)
+    loss_mask[[3, 7]] = 0
+    windows = PackedWindows(Flat([tokens]), np.array([[0, 20]]), 9, EOT, Flat([loss_mask]))
     assert windows[0].tolist() == [EOT, 1, 2, ~3, 4, 5, 6, ~7, 8, 9]
     assert targets_of(windows) == [i for i in range(1, 19) if i not in (3, 7)]
 
@@ -76,8 +76,8 @@ STARTS = np.cumsum([0] + [len(text) + 1 for text, _ in CACHED]).tolist()
 def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards):
     edges = STARTS if shards == 3 else [0, len(CACHED_TOKENS)]
     cut = lambda array: Flat([array[a:b] for a, b in itertools.pairwise(edges)])
-    tokens, learn = cut(CACHED_TOKENS), cut(CACHED_LEARN)
-    # Documents that follow one another in the cache are one run.
+    tokens, loss_mask = cut(CACHED_TOKENS), cut(CACHED_LEARN)
+    # DocumentIndex that follow one another in the cache are one run.
     runs = [[STARTS[number], STARTS[number + 1]] for number in chosen]
     for index in range(len(runs) - 1, 0, -1):
         if runs[index][0] == runs[index - 1][1]:
@@ -87,7 +87,7 @@ def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards)
         text, mask = CACHED[number]
         expected += [t for t, is_learnt in zip(text, mask, strict=True) if is_learnt]
         expected += [EOT] if mask and mask[-1] else []
-    windows = PackedWindows(tokens, np.array(runs), seq_len, EOT, learn)
+    windows = PackedWindows(tokens, np.array(runs), seq_len, EOT, loss_mask)
     total = sum(len(CACHED[number][0]) + 1 for number in chosen)
     left_over = total - 1 - len(windows) * seq_len  # targets that fill no window
     stream = [t for number in chosen for t in (EOT, *CACHED[number][0])]
@@ -96,18 +96,18 @@ def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards)
     packed = [t for t, is_learnt in list(kept)[: total - 1 - left_over] if is_learnt]
     assert targets_of(windows) == packed
     each = np.array([[STARTS[number], STARTS[number + 1]] for number in chosen])
-    assert targets_of(DocumentWindows(tokens, each, seq_len, EOT, learn)) == expected
+    assert targets_of(DocumentWindows(tokens, each, seq_len, EOT, loss_mask)) == expected
 
 
 def test_no_separator_is_a_target_where_a_document_is_cut():
     """Though the token before it is: the answer does not end there."""
-    tokens, learn = Flat([np.array([EOT, 1, 2, 3, 4, EOT, 5])]), Flat([np.ones(7, np.uint8)])
+    tokens, loss_mask = Flat([np.array([EOT, 1, 2, 3, 4, EOT, 5])]), Flat([np.ones(7, np.uint8)])
     runs = np.array([[0, 3], [5, 7]])
-    window = PackedWindows(tokens, runs, 4, EOT, learn)[0]
+    window = PackedWindows(tokens, runs, 4, EOT, loss_mask)[0]
     assert window.tolist() == [EOT, 1, 2, ~EOT, 5]
     whole = PackedWindows(tokens, runs, 4, EOT)[0]  # every token is a target
     assert whole.tolist() == [EOT, 1, 2, EOT, 5]
-    window = DocumentWindows(tokens, runs[:1], 4, EOT, learn)[0]
+    window = DocumentWindows(tokens, runs[:1], 4, EOT, loss_mask)[0]
     assert window.tolist() == [EOT, 1, 2, ~EOT, ~EOT]
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mamba_jax.data.document import Part
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.document import CorpusPart
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import UserError
 
@@ -45,7 +45,7 @@ class Entry:
 
     first: int
     count: int
-    summary: Summary
+    summary: DataSummary
     name: str
 
 
@@ -67,20 +67,20 @@ class Shard:
 
     def entry(self, key: str) -> Entry:
         first, count, summary, name = self.meta["parts"][key]
-        return Entry(first, count, Summary.from_json(summary), name)
+        return Entry(first, count, DataSummary.from_json(summary), name)
 
     def tokens(self) -> np.ndarray:
         """Returns uint16 or uint32 (t,), mapped."""
         return _map(self.folder / "tokens.bin", self.meta["dtype"])
 
-    def learn(self) -> np.ndarray | None:
+    def loss_mask(self) -> np.ndarray | None:
         """Returns uint8 (t,), mapped: 1 where a token is a target; None: everywhere."""
         has_mask = "learn.bin" in self.meta["files"]
         return _map(self.folder / "learn.bin", "uint8") if has_mask else None
 
     def documents(self) -> dict[str, np.ndarray]:
-        """Returns ``start_d`` (of the markers), ``end_d``, ``bytes_d``: int64; ``digest_dk`` of the
-        text and ``lines_dk`` of its lines (``_Lines``): uint8 (d, 16)."""
+        """Returns ``start_d`` (of the separators), ``end_d``, ``bytes_d``: int64; ``digest_dk`` of
+        the text and ``lines_dk`` of its lines (``_Lines``): uint8 (d, 16)."""
         with np.load(self.folder / "index.npz") as arrays:
             index = dict(arrays)
         # Shards of earlier versions know only the text.
@@ -190,7 +190,7 @@ class Builder:
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._eot = self._dtype.type(tokenizer.eot_id).tobytes()
         self._tokens = open(self._aside / "tokens.bin", "wb")  # noqa: SIM115  # closed by __exit__
-        self._learn: Any = None  # opened when the first token comes that is no target
+        self._loss_mask_file: Any = None  # opened when the first token comes that is no target
         self._parts: dict[str, tuple[int, int, dict[str, Any], str]] = {}
         self._starts: list[int] = []
         self._ends: list[int] = []
@@ -205,13 +205,13 @@ class Builder:
 
     def __exit__(self, *_: object) -> None:
         # A full disk shows when the rest of the buffer is written: it was told already.
-        for file in (self._tokens, self._learn):
+        for file in (self._tokens, self._loss_mask_file):
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
         shutil.rmtree(self._aside, ignore_errors=True)
 
-    def add(self, part: Part, key: str, progress: Callable[[int], None]) -> None:
+    def add(self, part: CorpusPart, key: str, progress: Callable[[int], None]) -> None:
         """Tokenises a part.
 
         Args:
@@ -223,12 +223,12 @@ class Builder:
           OSError: if the disk is full.
           UserError: if the part changed while it was read.
         """
-        first, summary, digest, lines = len(self._starts), Summary(""), None, _Lines()
-        encoder, learn = self._tokenizer.document_encoder(), True
+        first, summary, digest, lines = len(self._starts), DataSummary(""), None, _Lines()
+        encoder, is_target = self._tokenizer.document_encoder(), True
         for piece in part.pieces(summary):
-            if piece.begins or piece.learn != learn:
-                self._write_tokens(encoder.cut(), learn)
-                learn = piece.learn
+            if piece.begins or piece.is_target != is_target:
+                self._write_tokens(encoder.cut(), is_target)
+                is_target = piece.is_target
             if piece.begins:
                 self._end_document(digest, lines)
                 encoder = self._tokenizer.document_encoder()
@@ -241,10 +241,10 @@ class Builder:
             digest.update(encoded)
             lines.update(piece.text)
             self._bytes[-1] += len(encoded)
-            self._write_tokens(encoder.push(piece.text), learn)
+            self._write_tokens(encoder.push(piece.text), is_target)
             self.text_bytes += len(encoded)
             progress(len(encoded))
-        self._write_tokens(encoder.cut(), learn)
+        self._write_tokens(encoder.cut(), is_target)
         self._end_document(digest, lines)
         if part.key() != key:
             raise UserError(f"{part.name} changed while it was read; start again")
@@ -257,16 +257,16 @@ class Builder:
             self._digests.append(digest.digest())
             self._lines.append(lines.digest())
 
-    def _write_tokens(self, tokens: np.ndarray, learn: bool) -> None:
-        self._write(tokens.astype(self._dtype).tobytes(), len(tokens), learn)
+    def _write_tokens(self, tokens: np.ndarray, is_target: bool) -> None:
+        self._write(tokens.astype(self._dtype).tobytes(), len(tokens), is_target)
 
-    def _write(self, data: bytes, count: int, learn: bool) -> None:
-        if not learn and self._learn is None:
-            self._learn = open(self._aside / "learn.bin", "wb")  # noqa: SIM115
+    def _write(self, data: bytes, count: int, is_target: bool) -> None:
+        if not is_target and self._loss_mask_file is None:
+            self._loss_mask_file = open(self._aside / "learn.bin", "wb")  # noqa: SIM115
             for start in range(0, self._position, _BLOCK_BYTES):
-                self._learn.write(b"\1" * min(_BLOCK_BYTES, self._position - start))
-        if self._learn is not None:
-            self._learn.write((b"\1" if learn else b"\0") * count)
+                self._loss_mask_file.write(b"\1" * min(_BLOCK_BYTES, self._position - start))
+        if self._loss_mask_file is not None:
+            self._loss_mask_file.write((b"\1" if is_target else b"\0") * count)
         self._tokens.write(data)
         self._position += count
 
@@ -279,8 +279,8 @@ class Builder:
           OSError: if the disk is full.
         """
         self._tokens.close()
-        if self._learn is not None:
-            self._learn.close()
+        if self._loss_mask_file is not None:
+            self._loss_mask_file.close()
         columns = {
             "start_d": np.array(self._starts, np.int64),
             "end_d": np.array(self._ends, np.int64),

@@ -34,7 +34,7 @@ from mamba_jax.data.cache.shards import (
     remove_abandoned,
     remove_damaged,
 )
-from mamba_jax.data.document import Part
+from mamba_jax.data.document import CorpusPart
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.files import write_atomic
@@ -70,7 +70,7 @@ class Flat:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
 
-    def forget(self) -> None:
+    def release_pages(self) -> None:
         """Lets go of what was read: it stays in the system's cache, not in this process."""
         for array in self._arrays:
             mapped = getattr(array.base, "obj", None)  # numpy has it in a memoryview
@@ -79,11 +79,11 @@ class Flat:
 
 
 @dataclasses.dataclass(frozen=True)
-class Documents:
+class DocumentIndex:
     """The documents of a corpus in its order. Shapes: d documents.
 
     Attributes:
-      start_d, end_d: int64, of each with its marker, as positions of ``Store.tokens``.
+      start_d, end_d: int64, of each with its separator, as positions of ``Store.tokens``.
       digest_dk, lines_dk: uint8 (d, 16), of the text, and of its lines however they end.
       bytes_d: int64, of the text in UTF-8.
       source_d: int64, number of the source that each comes from.
@@ -101,7 +101,7 @@ class Documents:
         """Markers included."""
         return int((self.end_d - self.start_d).sum())
 
-    def without_duplicates(self) -> "Documents":
+    def without_duplicates(self) -> "DocumentIndex":
         """Keeps the first of equal documents; how their lines end makes no difference."""
         kept = self
         for column in ("digest_dk", "lines_dk"):  # by both: a shard may know only the first
@@ -109,9 +109,9 @@ class Documents:
             kept = kept.chosen(np.sort(np.unique(digests, return_index=True)[1]))
         return kept
 
-    def chosen(self, indices: np.ndarray) -> "Documents":
+    def chosen(self, indices: np.ndarray) -> "DocumentIndex":
         columns = (getattr(self, field.name)[indices] for field in dataclasses.fields(self))
-        return Documents(*columns)
+        return DocumentIndex(*columns)
 
     def identity(self) -> bytes:
         """Returns a hash of what they say and in which order, wherever they lie."""
@@ -176,7 +176,7 @@ class Store:
             for key in shard.keys:
                 self._places.setdefault(key, shard.folder.name)
 
-    def take(self, parts: Iterable[Part], workers: int) -> list[tuple[str, str]]:
+    def tokenise(self, parts: Iterable[CorpusPart], workers: int) -> list[tuple[str, str]]:
         """Tokenises what is not there yet; returns (key, name) of all parts in order.
 
         Args:
@@ -189,7 +189,7 @@ class Store:
           UserError: if a file changed while it was read.
         """
         taken: list[tuple[str, str]] = []
-        waiting: dict[str, Part] = {}
+        waiting: dict[str, CorpusPart] = {}
         with contextlib.ExitStack() as stack:
             builder: Builder | None = None
             for part in parts:
@@ -220,13 +220,13 @@ class Store:
         remove_abandoned(self._shard_root)
         self._log(f"tokenising {what} into {self.root}, this once")
 
-    def _build(self, waiting: list[tuple[str, Part]], workers: int) -> None:
+    def _build(self, waiting: list[tuple[str, CorpusPart]], workers: int) -> None:
         from tqdm import tqdm
 
         sizes = [part.size_bytes for _, part in waiting]
         total = sum(sizes)
         self._begin(f"{total / 1e6:,.2f} MB")
-        groups: list[list[tuple[str, Part]]] = [[]]
+        groups: list[list[tuple[str, CorpusPart]]] = [[]]
         filled = 0
         for item, size in zip(waiting, sizes, strict=True):
             if groups[-1] and (filled + size > _SHARD_BYTES or len(groups[-1]) >= _SHARD_PARTS):
@@ -258,7 +258,7 @@ class Store:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
 
-    def _key(self, part: Part) -> str:
+    def _key(self, part: CorpusPart) -> str:
         stat = part.stat
         if stat is None:
             return part.key()
@@ -278,7 +278,7 @@ class Store:
             return
         self._files = _read_files(self.root) | self._new_files
         self._new_files = {}
-        keep(self.root / "files.json", json.dumps(self._files).encode())
+        write_best_effort(self.root / "files.json", json.dumps(self._files).encode())
 
     def entries(self, taken: Sequence[tuple[str, str]]) -> list[tuple[str, Entry]]:
         """Returns (name of the shard, entry) of parts, their paths as they are now."""
@@ -291,7 +291,7 @@ class Store:
             found.append((self._places[key], entry))
         return found
 
-    def known(self, parts: Iterable[Part]) -> tuple[int, Documents | None]:
+    def cached(self, parts: Iterable[CorpusPart]) -> tuple[int, DocumentIndex | None]:
         """Returns how many parts were tokenised before, and their documents; tokenises nothing."""
         keys = ((self._key(part), part.name) for part in parts if self._places)
         taken = [(key, name) for key, name in keys if key in self._places]
@@ -319,7 +319,7 @@ class Store:
         entries: Sequence[tuple[str, Entry]],
         names: Sequence[str],
         sources: Sequence[int] = (),
-    ) -> Documents:
+    ) -> DocumentIndex:
         """Returns the documents of parts; positions count through the shards named.
 
         Args:
@@ -341,7 +341,7 @@ class Store:
                 at = offsets[name] if column in ("start_d", "end_d") else None
                 arrays.append(values if at is None else values + at)
         counts = [entry.count for _, entry in entries]
-        return Documents(
+        return DocumentIndex(
             **{column: np.concatenate(arrays) for column, arrays in columns.items()},
             source_d=np.repeat(np.array(sources or [0] * len(entries), np.int64), counts),
         )
@@ -350,9 +350,9 @@ class Store:
         """Returns the tokens of shards, mapped."""
         return Flat([self._shards[name].tokens() for name in names])
 
-    def learn(self, names: Sequence[str]) -> Flat | None:
+    def loss_mask(self, names: Sequence[str]) -> Flat | None:
         """Returns what are targets in them; None if everything is."""
-        masks = {name: self._shards[name].learn() for name in names}
+        masks = {name: self._shards[name].loss_mask() for name in names}
         if all(mask is None for mask in masks.values()):
             return None
         whole = lambda name: np.broadcast_to(np.uint8(1), self._shards[name].token_count)
@@ -362,7 +362,7 @@ class Store:
 def _build_shard(
     root: pathlib.Path,
     tokenizer: Tokenizer,
-    group: Sequence[tuple[str, Part]],
+    group: Sequence[tuple[str, CorpusPart]],
     progress: Callable[[int], Any],
 ) -> int:
     with Builder(root, tokenizer) as builder:
@@ -385,7 +385,9 @@ def _begin_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _build_in_worker(root: pathlib.Path, tokenizer: str, group: list[tuple[str, Part]]) -> int:
+def _build_in_worker(
+    root: pathlib.Path, tokenizer: str, group: list[tuple[str, CorpusPart]]
+) -> int:
     return _build_shard(root, load_tokenizer(tokenizer), group, lambda _: None)
 
 
@@ -396,7 +398,7 @@ def _read_files(root: pathlib.Path) -> dict[str, list[Any]]:
     return {}
 
 
-def keep(path: pathlib.Path, data: bytes) -> None:
+def write_best_effort(path: pathlib.Path, data: bytes) -> None:
     """Writes a file that saves time and no more, never half; not at all where that fails, as the
     cache may be read-only."""
     with contextlib.suppress(OSError):

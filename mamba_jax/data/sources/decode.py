@@ -50,12 +50,12 @@ class Encoding:
     Attributes:
       name: the codec's.
       bom_bytes: of the mark before the text.
-      doubt: why the text may not be what was written; "" if there is none.
+      warning: why the text may not be what was written; "" if there is none.
     """
 
     name: str
     bom_bytes: int = 0
-    doubt: str = ""
+    warning: str = ""
 
 
 def split_extension(path: str) -> tuple[str, str]:
@@ -78,8 +78,8 @@ def probe(path: str) -> Encoding:
         if first.startswith(bom):
             census = _Census(name, first[len(bom) :])
             census.read(blocks)
-            doubt = f"damaged {name.upper()}, bad parts replaced" if census.damaged else ""
-            return Encoding(name, len(bom), doubt)
+            warning = f"damaged {name.upper()}, bad parts replaced" if census.damaged else ""
+            return Encoding(name, len(bom), warning)
     head = first[:_PROBE_BYTES]
     if b"\0" in head:
         raise Skip("binary")
@@ -95,8 +95,8 @@ def probe(path: str) -> Encoding:
     if _is_noise(head):
         raise Skip("binary")  # compressed data without a NUL in its first 8 KB
     if census.not_ascii > 2 * census.replaced:  # most of what is not ASCII is sound UTF-8
-        return Encoding("utf-8", doubt="damaged UTF-8, bad parts replaced")
-    return Encoding("cp1252", doubt="not UTF-8, read as cp1252")
+        return Encoding("utf-8", warning="damaged UTF-8, bad parts replaced")
+    return Encoding("cp1252", warning="not UTF-8, read as cp1252")
 
 
 def _is_noise(head: bytes) -> bool:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.sources.hub_stream import Stream, open_stream
-from mamba_jax.data.sources.hub_table import Rows, open_table
+from mamba_jax.data.sources.hub_table import DatasetTable, open_table
 
 
-def open_dataset(config: DataConfig, log: Callable[[str], None]) -> Rows | Stream:
+def open_dataset(config: DataConfig, log: Callable[[str], None]) -> DatasetTable | Stream:
     """Finds the split and the columns that ``config`` names.
 
     Without ``data.dataset_streaming`` the split is downloaded first, unless it is in the library's

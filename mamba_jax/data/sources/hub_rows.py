@@ -17,7 +17,7 @@ from mamba_jax.data.sources.hub_access import (
 )
 from mamba_jax.data.sources.readers import VERSION, note, pieces_of_document
 from mamba_jax.data.sources.records import document_of, document_of_columns, gathered, usual_columns
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError, did_you_mean
 
 _USUAL_CONFIG = "main"
@@ -142,7 +142,7 @@ def pieces_of_batches(
     named: bool,
     origin: str,
     row: int,
-    summary: Summary,
+    summary: DataSummary,
 ) -> Iterator[Piece]:
     """Yields the documents of rows.
 
@@ -164,6 +164,6 @@ def pieces_of_batches(
         where = f"{origin} row {number}"
         if note(document, where, summary):
             summary.rows += 1
-            yield from pieces_of_document(document.parts)
+            yield from pieces_of_document(document.segments)
         elif not document.skip:
             summary.skip("row without text", where)

@@ -41,7 +41,7 @@ from mamba_jax.data.sources.hub_rows import (
     pieces_of_batches,
 )
 from mamba_jax.data.sources.readers import VERSION
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
 from mamba_jax.files import write_atomic
 
@@ -49,7 +49,7 @@ _SLICE = re.compile(r"(?P<split>[\w.-]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
 @dataclasses.dataclass
-class Record:
+class StreamRecord:
     """What is known of a streamed split, kept as JSON lines in a file that only grows.
 
     Attributes:
@@ -69,7 +69,7 @@ class Record:
     rows: int | None = None
 
     @classmethod
-    def read(cls, path: pathlib.Path) -> "Record | None":
+    def read(cls, path: pathlib.Path) -> "StreamRecord | None":
         """Returns what the file holds; None if there is none or its first line is damaged."""
         record = None
         with contextlib.suppress(OSError, UnicodeDecodeError, KeyError, TypeError):
@@ -119,7 +119,7 @@ class Stream:
     def __init__(
         self,
         name: str,
-        record: Record,
+        record: StreamRecord,
         rows: tuple[int, int | None],
         connect: Callable[[], Any],
         *,
@@ -220,7 +220,7 @@ class StreamPart:
         record, named = self.stream.record, self.stream.named
         return part_key(record.identity, record.columns, named, self.start, self.stop)
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
         stream = self.stream
         batches = stream.batches(self.start, self.stop)
         return pieces_of_batches(
@@ -249,7 +249,7 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
         words[0] = os.path.realpath(name)
     digest = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
     path = config.cache_root / "streams" / f"{digest}.jsonl"
-    record = Record.read(path)
+    record = StreamRecord.read(path)
     if not is_folder(name) and (why := out_of_reach()):
         if record is None:
             raise UserError(unreachable(name, why))
@@ -271,7 +271,7 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
             dataset = splits[split]
             features = dataset._resolve_features().features  # those of JSON show in its first rows
             columns = choose_columns(name, config.text_column, features, log)
-            record = Record(path, identity, split, columns)
+            record = StreamRecord(path, identity, split, columns)
             record.begin()
     split, columns = record.split, list(record.columns)
     connect = lambda: builder.as_streaming_dataset(split).select_columns(columns)

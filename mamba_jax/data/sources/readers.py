@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mamba_jax.data.document import Piece
-from mamba_jax.data.sources.chats import Parts
+from mamba_jax.data.sources.chats import Segments
 from mamba_jax.data.sources.decode import Skip, probe, read_text, split_extension
 from mamba_jax.data.sources.json_records import read_values
 from mamba_jax.data.sources.records import (
@@ -17,7 +17,7 @@ from mamba_jax.data.sources.records import (
     gathered,
     usual_columns,
 )
-from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.data.text_cuts import cut_text
 from mamba_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def is_readable(path: str) -> bool:
     return extension in (EXTENSIONS if not compression else (*_TEXT, *_JSON))
 
 
-def pieces(path: str, summary: Summary) -> Iterator[Piece]:
+def pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
     """Yields the documents of a file in pieces; none, and a line in the summary, if it has no text.
 
     Plain text is one document; JSON is one per record, parquet one per row.
@@ -58,7 +58,7 @@ def pieces(path: str, summary: Summary) -> Iterator[Piece]:
     summary.files += begun
 
 
-def _pieces(path: str, summary: Summary) -> Iterator[Piece]:
+def _pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
     extension = split_extension(path)[0]
     if extension == ".parquet":
         yield from _pieces_of(_parquet(path), path, "parquet without text", summary)
@@ -74,13 +74,13 @@ def _pieces(path: str, summary: Summary) -> Iterator[Piece]:
         values = read_values(open_text, lose)
         yield from _pieces_of(values, path, "JSON without text", summary)
     else:
-        yield from _cut(open_text(), begins=True, learn=True)
-    if encoding.doubt:
-        summary.repair(encoding.doubt, path)
+        yield from _cut(open_text(), begins=True, is_target=True)
+    if encoding.warning:
+        summary.repair(encoding.warning, path)
 
 
 def _pieces_of(
-    records: Iterable[Any], path: str, reason_if_none: str, summary: Summary
+    records: Iterable[Any], path: str, reason_if_none: str, summary: DataSummary
 ) -> Iterator[Piece]:
     """Yields the documents that records are, in pieces.
 
@@ -93,29 +93,29 @@ def _pieces_of(
         taken = note(document, f"{path} record {number}", summary)
         empty = empty and not taken
         if taken:
-            yield from pieces_of_document(document.parts)
+            yield from pieces_of_document(document.segments)
     if empty:
         raise Skip(reason_if_none)
 
 
-def note(document: Document, where: str, summary: Summary) -> bool:
+def note(document: Document, where: str, summary: DataSummary) -> bool:
     """Counts a record with its warnings, or why it is not taken; says whether it is."""
     summary.records += 1
     if document.skip:
         summary.lose(document.skip, where)
     taken = not (document.skip or document.is_blank)
-    for doubt in document.doubts if taken else ():
-        summary.repair(doubt, where)
+    for warning in document.warnings if taken else ():
+        summary.repair(warning, where)
     return taken
 
 
-def pieces_of_document(parts: Parts) -> Iterator[Piece]:
-    """Yields one document, cut where ``learn`` changes and where it is long."""
-    for number, (text, learn) in enumerate(parts):
-        yield from _cut([text], begins=number == 0, learn=learn)
+def pieces_of_document(segments: Segments) -> Iterator[Piece]:
+    """Yields one document, cut where ``is_target`` changes and where it is long."""
+    for number, (text, is_target) in enumerate(segments):
+        yield from _cut([text], begins=number == 0, is_target=is_target)
 
 
-def _cut(texts: Iterable[str], begins: bool, learn: bool) -> Iterator[Piece]:
+def _cut(texts: Iterable[str], begins: bool, is_target: bool) -> Iterator[Piece]:
     """Cuts a text where the tokens of the pieces are the tokens of the whole."""
     rest = ""
     for text in texts:
@@ -123,10 +123,10 @@ def _cut(texts: Iterable[str], begins: bool, learn: bool) -> Iterator[Piece]:
         if len(rest) > _MOST_HELD_CHARACTERS:
             *whole, rest = cut_text(rest)
             for piece in whole:
-                yield Piece(piece, begins, learn)
+                yield Piece(piece, begins, is_target)
                 begins = False
     for piece in cut_text(rest):
-        yield Piece(piece, begins, learn)
+        yield Piece(piece, begins, is_target)
         begins = False
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from mamba_jax.data.document import Piece
 from mamba_jax.data.sources.readers import VERSION, pieces_of_document
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tasks import parse, problems
 
 # Raise it whenever a task would make other problems.
@@ -40,7 +40,7 @@ class ProblemsPart:
         words = ["problems", VERSION, _FORMAT, self.task, self.difficulty, self.stream, self.count]
         return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
         of = self.task, self.difficulty, "train", _SEED, self.count, self.stream
         for problem in problems(*of):
             summary.rows += 1

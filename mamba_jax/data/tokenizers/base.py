@@ -31,7 +31,7 @@ class Tokenizer(abc.ABC):
       files: name → content of what a checkpoint carries, to need neither network nor the user's
         files; empty if the name is enough.
       special_ids: name → id of tokens that no text spells.
-      doubt: why texts may not come back as they were; "" if they do.
+      roundtrip_warning: why texts may not come back as they were; "" if they do.
       remark: what was changed about it when it was loaded; "" if nothing was.
     """
 
@@ -44,7 +44,7 @@ class Tokenizer(abc.ABC):
         *,
         files: Mapping[str, bytes] = types.MappingProxyType({}),
         special_ids: Mapping[str, int] = types.MappingProxyType({}),
-        doubt: str = "",
+        roundtrip_warning: str = "",
         remark: str = "",
     ):
         self.name = name
@@ -54,7 +54,7 @@ class Tokenizer(abc.ABC):
         self.token_bytes = np.array([len(piece) for piece in pieces], np.int32)
         self.files = files
         self.special_ids = special_ids
-        self.doubt = doubt
+        self.roundtrip_warning = roundtrip_warning
         self.remark = remark
 
     @property

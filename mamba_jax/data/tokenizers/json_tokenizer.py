@@ -86,9 +86,11 @@ class _Json(Tokenizer):
             remark=remark,
         )
         self._prefix = self._found_prefix()
-        self.doubt = self._roundtrip_doubt([word["content"] for word in record["added_tokens"]])
+        self.roundtrip_warning = self._find_roundtrip_warning(
+            [word["content"] for word in record["added_tokens"]]
+        )
 
-    def _roundtrip_doubt(self, added: Sequence[str]) -> str:
+    def _find_roundtrip_warning(self, added: Sequence[str]) -> str:
         """Tries texts, and ones with each added token; says which does not come back, if any."""
         texts = [*_PROBES]
         for probe in _ADDED_PROBES:

@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.windows.repetition import Overlap, SpanCounts, span_length
 from mamba_jax.data.windows.split import (
@@ -56,7 +56,7 @@ class Division:
 
 def hold_out(
     tokens: Flat,
-    documents: Documents,
+    documents: DocumentIndex,
     tokenizer: Tokenizer,
     *,
     seed: int,
@@ -74,19 +74,19 @@ def hold_out(
         held out.
     """
     total = documents.token_count
-    cutter = _Cutter(tokens, documents, tokenizer)
+    divider = _Divider(tokens, documents, tokenizer)
     choose = functools.partial(
         split_units, seed=seed, fraction=fraction, window_tokens=window_tokens
     )
     is_good = functools.partial(_is_good, fraction=fraction, window_tokens=window_tokens)
     span = span_length(total, int(documents.bytes_d.sum()))
     large = max(int(LARGEST_UNIT_SHARE * total), SMALLEST_BLOCK_TOKENS)
-    units = cutter.units(large, large)
+    units = divider.units(large, large)
     is_eval_u = choose(units)
     by_place = split_by_place(units, window_tokens) if is_eval_u is None else None
     if by_place:  # one window is held out: copies of a part of it are to be found
         span = min(span, max(window_tokens // 4, _SHORTEST_FINE_SPAN_TOKENS))
-    coarse = cutter.measured(units, is_eval_u, by_place, span)
+    coarse = divider.measured(units, is_eval_u, by_place, span)
     different = coarse.overlap.different_tokens
     if different < min(2 * window_tokens, total / 2):
         return Division(units, coarse.overlap)
@@ -103,11 +103,11 @@ def hold_out(
     if len(documents.end_d) < _FEW_DOCUMENTS:
         ways = [(large, max(window_tokens, limit)), (limit, limit)]
     for cut_above, surplus in ways:
-        units = cutter.units(limit, cut_above)
-        own_u, is_free_u = cutter.own(units, span, most_copies_tokens)
+        units = divider.units(limit, cut_above)
+        own_u, is_free_u = divider.own(units, span, most_copies_tokens)
         is_eval_u = choose(units, own_tokens_u=own_u, is_free_u=is_free_u)
         if is_eval_u is not None:
-            fine = cutter.measured(units, is_eval_u, None, span)
+            fine = divider.measured(units, is_eval_u, None, span)
             if is_good(fine, surplus_tokens=surplus, most_overlap=_MOST_FINE_OVERLAP):
                 rule = f"blocks of {limit} of documents above {cut_above}, spans of {span}"
                 return dataclasses.replace(fine, rule=rule)
@@ -116,11 +116,11 @@ def hold_out(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cutter:
+class _Divider:
     """Cuts a corpus into units and counts its spans."""
 
     tokens: Flat
-    documents: Documents
+    documents: DocumentIndex
     tokenizer: Tokenizer
 
     def units(self, limit: int, cut_above: int) -> Units:

@@ -1,10 +1,10 @@
-"""Documents that are nearly equal, by MinHash of their tokens: ``data.deduplicate="near"``."""
+"""DocumentIndex that are nearly equal, by MinHash of their tokens: ``data.deduplicate="near"``."""
 
 from typing import Any
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.errors import need
 
 _SIMILARITY = 0.8  # of the sets of shingles (Jaccard) from which on a document counts as a copy
@@ -13,10 +13,10 @@ _PERMUTATIONS = 128
 _AT_A_TIME = 20_000  # shingles: each takes 1 kB for a moment
 
 
-def first_of_similar(tokens: Flat, documents: Documents) -> np.ndarray:
+def first_of_similar(tokens: Flat, documents: DocumentIndex) -> np.ndarray:
     """Returns the indices, ascending, of documents that are not like an earlier one that is kept.
 
-    Documents shorter than a shingle are all kept.
+    DocumentIndex shorter than a shingle are all kept.
 
     Raises:
       UserError: if the library is not installed.
@@ -28,7 +28,7 @@ def first_of_similar(tokens: Flat, documents: Documents) -> np.ndarray:
     kept = []
     for number, (start, end) in enumerate(zip(documents.start_d, documents.end_d, strict=True)):
         shingles = _shingles(tokens[int(start) + 1 : int(end)])
-        tokens.forget()
+        tokens.release_pages()
         if len(shingles):
             signature = empty.copy()
             for at in range(0, len(shingles), _AT_A_TIME):

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 # Shares are whole numbers of this many samples: none is off by more than 1 in 65,536.
-_PERIOD_SAMPLES = 1 << 16
+_CYCLE_SAMPLES = 1 << 16
 
 
-class Order:
+class SampleOrder:
     """Shuffled epochs of each source, interleaved evenly by weight.
 
     Within a phase the same period of sources is repeated, in which those of each lie evenly spread:
@@ -29,7 +29,7 @@ class Order:
         # One without windows has no weight, and is never asked.
         self._orders = [_Epochs(length, _seed_of(seed, k)) for k, length in enumerate(lengths)]
         self._starts = [start for start, _ in phases]
-        self._periods = [_Period(weights) for _, weights in phases]
+        self._periods = [MixtureCycle(weights) for _, weights in phases]
         self._bases = [[0] * len(lengths)]
         for period, start, end in zip(self._periods, self._starts, self._starts[1:], strict=False):
             self._bases.append(_added(self._bases[-1], period.counts(end - start)))
@@ -64,8 +64,8 @@ class _Epochs:
         return self._permuted(at, self._length - 1, (self._seed + epoch) % (1 << 32), 4)
 
 
-class _Period:
-    """The sources of ``_PERIOD_SAMPLES`` samples, repeated without end."""
+class MixtureCycle:
+    """The sources of ``_CYCLE_SAMPLES`` samples, repeated without end."""
 
     def __init__(self, weights: Sequence[float]):
         self._counts_k = _apportion(np.asarray(weights, np.float64))
@@ -76,12 +76,12 @@ class _Period:
 
     def place(self, sample: int) -> tuple[int, int]:
         """Returns (source, how many of it came before)."""
-        periods, at = divmod(sample, _PERIOD_SAMPLES)
+        periods, at = divmod(sample, _CYCLE_SAMPLES)
         source = int(self._source_p[at])
         return source, periods * int(self._counts_k[source]) + int(self._number_p[at])
 
     def counts(self, samples: int) -> list[int]:
-        periods, rest = divmod(samples, _PERIOD_SAMPLES)
+        periods, rest = divmod(samples, _CYCLE_SAMPLES)
         begun_k = np.bincount(self._source_p[:rest], minlength=len(self._counts_k))
         return (periods * self._counts_k + begun_k).tolist()
 
@@ -89,9 +89,9 @@ class _Period:
 def _apportion(weights_k: np.ndarray) -> np.ndarray:
     """Returns int64 (k,) that sum to a period, in the ratio of the weights (largest remainders);
     at least 1 where the weight is not 0."""
-    exact_k = weights_k / weights_k.sum() * _PERIOD_SAMPLES
+    exact_k = weights_k / weights_k.sum() * _CYCLE_SAMPLES
     counts_k = np.maximum(np.floor(exact_k), weights_k > 0).astype(np.int64)
-    missing = _PERIOD_SAMPLES - int(counts_k.sum())
+    missing = _CYCLE_SAMPLES - int(counts_k.sum())
     if missing >= 0:
         counts_k[np.argsort(counts_k - exact_k, kind="stable")[:missing]] += 1
     else:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Store, keep
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.cache.store import Store, write_best_effort
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.windows.hold_out import hold_out
 from mamba_jax.data.windows.near_duplicates import first_of_similar
@@ -27,7 +27,7 @@ _KEPT_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SplitSettings:
     """What decides, besides the documents, what is held out.
 
     Attributes:
@@ -47,7 +47,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CorpusPlan:
     """Shapes: r runs, see ``data.split``.
 
     Attributes:
@@ -69,16 +69,16 @@ class Plan:
     eval: np.ndarray
     by_place: bool
     overlap: Overlap | None
-    summary: Summary
+    summary: DataSummary
 
 
 def load_or_make(
     store: Store,
     tokenizer: Tokenizer,
     taken: Sequence[Sequence[tuple[str, str]]],
-    settings: Settings,
-    found: Sequence[Summary],
-) -> Plan | None:
+    settings: SplitSettings,
+    found: Sequence[DataSummary],
+) -> CorpusPlan | None:
     """Returns the plan of parts that the store has; None if a shard of them is damaged.
 
     Args:
@@ -95,7 +95,7 @@ def load_or_make(
     try:
         with np.load(path) as arrays:
             made = json.loads(arrays["made"].tobytes())
-            plan = Plan(
+            plan = CorpusPlan(
                 tuple(made["shards"]),
                 made["fingerprint"],
                 origins,
@@ -115,7 +115,7 @@ def load_or_make(
     if not store.check(shards):
         return None
     documents = store.documents(entries, shards, sources)
-    counted = Summary("")
+    counted = DataSummary("")
     for _, entry in entries:
         counted.add(entry.summary)
     kept = documents if settings.deduplicate == "none" else documents.without_duplicates()
@@ -162,14 +162,14 @@ def load_or_make(
     arrays: dict[str, Any] = {f"train_{number}": mine for number, mine in enumerate(train)}
     arrays |= {"eval": held_out, "made": text}
     np.savez(buffer, **arrays)
-    keep(path, buffer.getvalue())
+    write_best_effort(path, buffer.getvalue())
     summary = _summary(found, made["summary"])
-    return Plan(shards, fingerprint, origins, train, held_out, by_place, overlap, summary)
+    return CorpusPlan(shards, fingerprint, origins, train, held_out, by_place, overlap, summary)
 
 
-def _summary(found: Sequence[Summary], counted: dict[str, Any]) -> Summary:
-    summary = Summary(" and ".join(source.origin for source in found))
+def _summary(found: Sequence[DataSummary], counted: dict[str, Any]) -> DataSummary:
+    summary = DataSummary(" and ".join(source.origin for source in found))
     for source in found:
         summary.add(source)
-    summary.add(Summary.from_json(counted))
+    summary.add(DataSummary.from_json(counted))
     return summary

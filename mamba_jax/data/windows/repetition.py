@@ -65,7 +65,7 @@ class SpanCounts:
         self._value_v = mix(np.arange(1, vocab_size + 1, dtype=np.uint64))
 
     def add(self, start_u: np.ndarray, end_u: np.ndarray, is_eval_u: np.ndarray) -> None:
-        """Counts the spans of more units: stretches of the cache, without markers."""
+        """Counts the spans of more units: stretches of the cache, without separators."""
         for numbers_n, hash_n, weight_n in self._spans(start_u, end_u):
             kept = hash_n <= self._limit
             side_n = is_eval_u[numbers_n[kept]].astype(np.intp)
@@ -137,7 +137,7 @@ class SpanCounts:
             values = np.concatenate(
                 [self._tokens[a:b] for a, b in zip(begin_u.tolist(), close_u.tolist(), strict=True)]
             )
-            self._tokens.forget()
+            self._tokens.release_pages()
             offset_u = np.cumsum(length_u) - length_u
             number_n = np.repeat(np.arange(last - first), length_u)
             place_n = np.arange(len(values)) - offset_u[number_n]  # inside its unit

@@ -3,8 +3,8 @@
 The token cache holds each document as ``<eot> tokens``; the documents of a corpus have an order.
 A *unit* is what goes to one side as a whole: a document, or a block of one that is large. A *run*
 is a stretch (start, end) of the cache that belongs to one side; its first token counts as the
-end-of-text marker. Where a run opens a document that is true in the cache; where it continues one
-after a hole, its first position is the last token of the hole, covered by the marker. So no side
+separator. Where a run opens a document that is true in the cache; where it continues one
+after a hole, its first position is the last token of the hole, covered by the separator. So no side
 sees a token of the other, and nothing is copied. Shapes: u units, r runs.
 """
 
@@ -14,7 +14,7 @@ import itertools
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.windows.repetition import mix
 
@@ -26,10 +26,10 @@ SMALLEST_BLOCK_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """The units in the order of the corpus; together they hold every token but the markers.
+    """The units in the order of the corpus; together they hold every token but the separators.
 
     Attributes:
-      start_u, end_u: int64, the stretch of each unit in the cache, without a marker.
+      start_u, end_u: int64, the stretch of each unit in the cache, without a separator.
       digest_ud: uint8 (u, 16), of its text, or of its tokens where it is a block.
       source_u: int, number of the source that each comes from.
     """
@@ -41,12 +41,12 @@ class Units:
 
 
 def cut_into_units(
-    tokens: Flat, documents: Documents, tokenizer: Tokenizer, limit: int, cut_above: int
+    tokens: Flat, documents: DocumentIndex, tokenizer: Tokenizer, limit: int, cut_above: int
 ) -> Units:
     """Cuts documents of more than ``cut_above`` tokens into units of at most ``limit`` tokens."""
     start_u, end_u = documents.start_d + 1, documents.end_d
     digest_ud, source_u = documents.digest_dk, documents.source_d
-    cutter = _Cutter(tokens, tokenizer, limit)
+    cutter = _BlockCutter(tokens, tokenizer, limit)
     large = np.flatnonzero(end_u - start_u > cut_above)
     counts_d = np.ones(len(start_u), np.int64)
     starts, ends, digests = [], [], []
@@ -59,7 +59,7 @@ def cut_into_units(
             # In one width, so that blocks are equal whatever the cache's.
             block = tokens[first:last].astype("<u4").tobytes()
             digests.append(hashlib.blake2b(block, digest_size=16).digest())
-            tokens.forget()
+            tokens.release_pages()
     if not len(large):
         return Units(start_u, end_u, digest_ud, source_u)
     of_large_u = np.repeat(np.isin(np.arange(len(counts_d)), large), counts_d)
@@ -70,7 +70,7 @@ def cut_into_units(
     return Units(start_u, end_u, digest_ud, spread(source_u))
 
 
-class _Cutter:
+class _BlockCutter:
     """Finds places to cut a large document at, so that no block is longer than ``limit``.
 
     Best before a token that begins with white space, after one that does not end with it: there
@@ -98,7 +98,7 @@ class _Cutter:
             whole = exact if len(exact) else np.flatnonzero(~self._begins_inside[right])
             start = first + int(whole[-1]) if len(whole) else start + size
             edges.append(start)
-            self._tokens.forget()
+            self._tokens.release_pages()
         return [*edges, end]
 
 
@@ -155,7 +155,7 @@ def split_by_place(units: Units, window_tokens: int) -> tuple[np.ndarray, np.nda
     start = int(offset_r[-1]) - window_tokens
     last = int(np.searchsorted(offset_r, start, side="right"))
     cut = int(whole[last, 1]) - (int(offset_r[last]) - start)
-    # The token at `cut` is trained on; the held-out run shows the marker in its place.
+    # The token at `cut` is trained on; the held-out run shows the separator in its place.
     train = np.concatenate([whole[:last], [[whole[last, 0], cut + 1]]])
     return train, np.concatenate([[[cut, whole[last, 1]]], whole[last + 1 :]])
 
@@ -171,7 +171,7 @@ def runs(units: Units, mine_u: np.ndarray, *, across_documents: bool = True) -> 
     index = np.flatnonzero(mine_u)
     if not len(index):
         return np.zeros((0, 2), np.int64)
-    # Between documents lies a marker, between blocks of one document nothing.
+    # Between documents lies a separator, between blocks of one document nothing.
     gap = units.start_u[index[1:]] - units.end_u[index[:-1]]
     joined = (gap == 0) | (gap == 1) if across_documents else gap == 0
     breaks = (np.diff(index) > 1) | ~joined
@@ -181,5 +181,5 @@ def runs(units: Units, mine_u: np.ndarray, *, across_documents: bool = True) -> 
 
 
 def stream_tokens(runs_r2: np.ndarray) -> int:
-    """Returns the number of tokens in runs, markers included."""
+    """Returns the number of tokens in runs, separators included."""
     return int((runs_r2[:, 1] - runs_r2[:, 0]).sum())
