@@ -1,5 +1,4 @@
-"""``--list_files``: what of a corpus' files would be read, and what not and why;
-``--clear_cache``."""
+"""``--list_files``: which files of a corpus are read or skipped, and why; ``--clear_cache``."""
 
 from collections.abc import Callable
 
@@ -14,8 +13,8 @@ from mamba_jax.data.tokenizers.load import load_tokenizer
 def list_files(config: DataConfig, show: Callable[[str], None]) -> None:
     """Reads every file, without tokenising, and shows a line for each and the summary.
 
-    The rows of a dataset are not read. Tokens and duplicates are told as far as the token cache
-    knows the files.
+    The rows of a dataset are not read. Tokens and duplicates are shown for the files that are in
+    the token cache.
 
     Raises:
       UserError: if there is nothing to read, or no such tokenizer.
@@ -32,8 +31,8 @@ def _cached_line(tokens: store.Store, source: TextSource) -> str:
     count, documents = tokens.cached(map(FilePart, source.files))
     if documents is None:
         return (
-            "none of these files is in the token cache: tokens and duplicates are not known before "
-            "they are tokenised (mamba_jax.prepare_data)"
+            "none of these files is in the token cache: tokens and duplicates are known only "
+            "after tokenising (mamba_jax.prepare_data)"
         )
     different = len(documents.without_duplicates().end_d)
     return (

@@ -75,7 +75,7 @@ def test_messages_are_rendered():
     messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yo"}]
     texts, _, log = rows_of(put("org/chat", train=[{"n": 1, "messages": messages}]))
     assert texts == ["user: hi\n\nassistant: yo"]
-    assert log == ["dataset org/chat has no column text: taking messages (of n, messages)"]
+    assert log == ["dataset org/chat has no column text: using messages (of n, messages)"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_configuration_is_named_or_the_main_one():
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
     texts, _, log = rows_of("org/several")
     assert texts == ["main"]
-    assert log == ["dataset org/several has configurations main, other: taking main"]
+    assert log == ["dataset org/several has configurations main, other: using main"]
     assert rows_of("org/several", dataset_config="other")[0] == ["other"]
     assert error_of("org/several", dataset_config="othr") == (
         'dataset org/several has no configuration "othr"; did you mean "other"? '
@@ -158,7 +158,7 @@ def test_without_train_the_first_split_of_such_a_name_is_taken():
         texts, _, log = rows_of("org/chat", dataset_streaming=streaming, cache_dir="cache")
         assert texts == ["train_sft"]
         assert log == [
-            "dataset org/chat has no split train: taking train_sft (of test_sft, train_sft, "
+            "dataset org/chat has no split train: using train_sft (of test_sft, train_sft, "
             "train_gen)"
         ]
     assert rows_of("org/chat", dataset_split="train[:1]")[0] == ["train_sft"]
@@ -225,7 +225,7 @@ def test_a_loading_script_in_a_folder_is_told_what_to_do():
     pathlib.Path("org/old").mkdir(parents=True)
     pathlib.Path("org/old/old.py").write_text("raise SystemExit('must not run')")
     assert error_of("org/old") == (
-        "dataset org/old is a loading script, which is no longer run; put its data there as "
+        "dataset org/old is a loading script, which is not supported; put its data there as "
         ".parquet or .jsonl files"
     )
 
@@ -255,7 +255,7 @@ def test_files_with_different_columns_are_named_with_them(streaming):
     assert str(error.value) == (
         "dataset org/mixed cannot be loaded: its files have different columns (first.jsonl: "
         "text; second.jsonl: text, more): give all files the same columns, or read each by its own "
-        "with --data_dir org/mixed in place of --dataset (.json, .jsonl, .parquet)"
+        "with --data_dir org/mixed instead of --dataset (.json, .jsonl, .parquet)"
     )
 
 
@@ -351,7 +351,7 @@ def test_what_the_library_has_built_before_is_enough(monkeypatch, tmp_path):
     log: list[str] = []
     with pytest.raises(ImportError):
         open_dataset(DataConfig(dataset="TIGER-Lab/MathInstruct"), log.append)
-    assert "taking dataset TIGER-Lab/MathInstruct from the cache" in log[0]
+    assert "using dataset TIGER-Lab/MathInstruct from the cache" in log[0]
     assert "nor in the cache" in error_of("TIGER-Lab/MathInstruct2")
 
 
@@ -402,7 +402,7 @@ def test_a_dataset_alone_leaves_data_alone_and_says_so(corpus_of, tmp_path):
     (tmp_path / "data/a.txt").write_text("not asked for")
     corpus, log = corpus_of(dataset=name, text_column="output")
     assert corpus.summary.files == 0 and corpus.summary.documents == 40
-    assert "./data is not read beside a dataset; --data_dir data adds it" in log
+    assert "./data is ignored because a dataset was given; --data_dir data adds it" in log
 
 
 def test_split_columns_and_content_each_give_another_cache(corpus_of, tmp_path):

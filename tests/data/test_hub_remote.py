@@ -104,11 +104,11 @@ def test_gated_datasets_say_what_to_do(remote, open_):
 @pytest.mark.parametrize("open_", [open_table, open_stream])
 def test_datasets_that_are_gone_name_their_successor(remote, open_):
     assert error_of(open_, "hendrycks/competition_math") == (
-        "the Hugging Face Hub has no dataset hendrycks/competition_math, or does not show it; take "
+        "the Hugging Face Hub has no dataset hendrycks/competition_math, or it is private; use "
         "--dataset EleutherAI/hendrycks_math instead"
     )
     assert error_of(open_, "org/typo").endswith(
-        "no dataset org/typo, or does not show it; check its id; if it is private, log in by "
+        "no dataset org/typo, or it is private; check its id; if it is private, log in by "
         "`hf auth login`"
     )
 
@@ -120,16 +120,16 @@ def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
     (script / "script.py").write_text("raise SystemExit('must not run')")
     remote.repos["org/script", "main"] = script
     assert error_of(open_, "org/script") == (
-        "dataset org/script is a loading script, which is no longer run, and the Hub has no "
-        "parquet copy of it (refs/convert/parquet); take another id with the same data"
+        "dataset org/script is a loading script, which is not supported, and the Hub has no "
+        "parquet copy of it (refs/convert/parquet); use another dataset with the same data"
     )
     serve(remote, "org/script", "refs/convert/parquet")
     log = []
     opened = open_(DataConfig(dataset="org/script", cache_dir="cache"), log.append)
     assert texts_of_parts(opened.parts()) == TEXTS
     assert log == [
-        "dataset org/script is a loading script, which is not run: taking the Hub's parquet copy "
-        "of it"
+        "dataset org/script is a loading script, which is not supported: using the Hub's parquet "
+        "copy of it"
     ]
 
 
@@ -150,7 +150,7 @@ def test_what_was_downloaded_is_taken_from_the_cache_when_the_hub_is_away(remote
     log = []
     assert downloaded("org/name", log) == TEXTS
     assert datasets.config.HF_HUB_OFFLINE and not remote.requests
-    assert "taking dataset org/name from the cache" in log[0]
+    assert "using dataset org/name from the cache" in log[0]
     began = time.monotonic()
     assert "neither a folder here nor in the cache" in error_of(open_table, "org/other")
     assert time.monotonic() - began < 2

@@ -1,4 +1,4 @@
-"""SampleOrder and resume: the window at sample i is a function of (fingerprint, seed, i) alone.
+"""Order and resume: the window at sample i is a function of (fingerprint, seed, i) alone.
 
 The state of the iteration is one integer, so it survives JSON and any other storage as it is.
 """

@@ -390,5 +390,7 @@ def test_a_file_that_changes_meanwhile_ends_the_reading(tmp_path):
     with open(path, "r+b") as file:
         file.seek(2_500_000)
         file.write(b"{{{{")
-    with pytest.raises(UserError, match=r"a\.json changed while it was read; start again"):
+    with pytest.raises(
+        UserError, match=r"a\.json changed while it was being read; run the command again"
+    ):
         list(reading)

@@ -150,7 +150,7 @@ def test_processes_do_not_change_the_corpus(make, many_files, tmp_path, small_sh
 def test_an_error_in_a_process_is_told(make, many_files, small_shards, monkeypatch):
     """A file that goes while the processes wait for their turn."""
     monkeypatch.setattr(sources.FilePart, "key", lambda self: f"not of the content {self.path}")
-    with pytest.raises(UserError, match="changed while it was read; start again"):
+    with pytest.raises(UserError, match="changed while it was being read; run the command again"):
         make(many_files, tokenise_workers=2)
 
 
@@ -541,7 +541,9 @@ def test_files_that_change_while_they_are_read(make, many_files, tmp_path, monke
                 file.write_text("edited" if change == "edited" else '["one", "two"]')
 
     monkeypatch.setattr(sources.FilePart, "pieces", read_then_change)
-    with pytest.raises(UserError, match=rf"{file} changed while it was read; start again"):
+    with pytest.raises(
+        UserError, match=rf"{file} changed while it was being read; run the command again"
+    ):
         make(many_files)
     assert shard_folders(tmp_path) == []
 

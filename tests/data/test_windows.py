@@ -77,7 +77,7 @@ def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards)
     edges = STARTS if shards == 3 else [0, len(CACHED_TOKENS)]
     cut = lambda array: Flat([array[a:b] for a, b in itertools.pairwise(edges)])
     tokens, loss_mask = cut(CACHED_TOKENS), cut(CACHED_LEARN)
-    # DocumentIndex that follow one another in the cache are one run.
+    # Documents that follow one another in the cache are one run.
     runs = [[STARTS[number], STARTS[number + 1]] for number in chosen]
     for index in range(len(runs) - 1, 0, -1):
         if runs[index][0] == runs[index - 1][1]:

@@ -99,7 +99,7 @@ class TextSource:
         """Returns the error for a source without text; ``summary`` says what was read."""
         needs = f"data.data_dir needs files with text, named {' '.join(EXTENSIONS)}"
         if self.rows and not self.files:
-            needs = "name the columns with text by data.text_column"
+            needs = "name the text columns with data.text_column"
         return UserError(f"no text in {self.origin}{summary.why()}; {needs}")
 
     def with_rows(self, rows: RowSource) -> "TextSource":

@@ -83,7 +83,7 @@ def _explained(name: str, error: Exception) -> str:
         )
     if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "DefunctDatasetError"}:
         remedy = moved(name) or "check its id; if it is private, log in by `hf auth login`"
-        return f"the Hugging Face Hub has no dataset {name}, or does not show it; {remedy}"
+        return f"the Hugging Face Hub has no dataset {name}, or it is private; {remedy}"
     if kinds & {
         "ConnectionError",
         "OfflineModeIsEnabled",
@@ -110,8 +110,8 @@ def _different_columns(name: str, error: Any) -> str:
     kinds.pop((), None)
     shown = "; ".join(f"{path}: {', '.join(columns)}" for columns, path in kinds.items())
     return (
-        f"{what} ({shown}): give all files the same columns, or read each by its own with "
-        f"--data_dir {name} in place of --dataset (.json, .jsonl, .parquet)"
+        f"{what} ({shown}): give all files the same columns, or read each on its own with "
+        f"--data_dir {name} instead of --dataset (.json, .jsonl, .parquet)"
     )
 
 
@@ -134,19 +134,19 @@ def _columns_of(path: pathlib.Path) -> tuple[str, ...]:
 
 def moved(name: str) -> str:
     """Returns what to name in place of a dataset that is known to be gone; "" for another."""
-    return f"take --dataset {_MOVED[name]} instead" if name in _MOVED else ""
+    return f"use --dataset {_MOVED[name]} instead" if name in _MOVED else ""
 
 
 def without_script(name: str) -> str:
     """Returns the error's line for a dataset that is a loading script and nothing else."""
     if os.path.isdir(name):
         return (
-            f"dataset {name} is a loading script, which is no longer run; put its data there as "
+            f"dataset {name} is a loading script, which is not supported; put its data there as "
             ".parquet or .jsonl files"
         )
     return (
-        f"dataset {name} is a loading script, which is no longer run, and the Hub has no parquet "
-        f"copy of it ({PARQUET_COPY}); {moved(name) or 'take another id with the same data'}"
+        f"dataset {name} is a loading script, which is not supported, and the Hub has no parquet "
+        f"copy of it ({PARQUET_COPY}); {moved(name) or 'use another dataset with the same data'}"
     )
 
 
@@ -158,7 +158,7 @@ def check_within_reach(name: str, log: Callable[[str], None]) -> None:
         return
     if not _is_cached(name, pathlib.Path(constants.HF_HOME)):
         raise UserError(unreachable(name, why))
-    log(f"the Hugging Face Hub is out of reach ({why}): taking dataset {name} from the cache")
+    log(f"the Hugging Face Hub is out of reach ({why}): using dataset {name} from the cache")
     os.environ["HF_DATASETS_OFFLINE"] = "1"  # read once, when the library is imported
     if library := sys.modules.get("datasets"):
         library.config.HF_HUB_OFFLINE = True
@@ -187,7 +187,7 @@ def tokenizer_file(name: str, file: str, beside: str) -> pathlib.Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{what}: the Hugging Face Hub has no such model, or does not show it; check its id"
+            f"{what}: the Hugging Face Hub has no such model, or it is private; check its id"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(

@@ -44,9 +44,7 @@ def open_builder(datasets: Any, name: str, config: str, log: Callable[[str], Non
     except LoadingScript:
         if os.path.isdir(name):
             raise UserError(without_script(name)) from None
-    log(
-        f"dataset {name} is a loading script, which is not run: taking the Hub's parquet copy of it"
-    )
+    log(f"dataset {name} is a loading script, which is not supported: using the Hub's parquet copy")
     try:
         return _builder(datasets, name, config, PARQUET_COPY, log)
     except FileNotFoundError as error:  # no such branch
@@ -74,7 +72,7 @@ def _builder(
             f"dataset {name} has several configurations; choose one by --dataset_config: "
             + ", ".join(choices)
         )
-    log(f"dataset {name} has configurations {', '.join(choices)}: taking {_USUAL_CONFIG}")
+    log(f"dataset {name} has configurations {', '.join(choices)}: using {_USUAL_CONFIG}")
     return datasets.load_dataset_builder(name, _USUAL_CONFIG, revision=revision)
 
 
@@ -97,7 +95,7 @@ def choose_split(name: str, split: str, known: Sequence[str], log: Callable[[str
                 f'dataset {name} has no split "{base}"{did_you_mean(base, known)} '
                 f"(choices: {', '.join(known)}); give one by --dataset_split"
             )
-        log(f"dataset {name} has no split train: taking {alike[0]} (of {', '.join(known)})")
+        log(f"dataset {name} has no split train: using {alike[0]} (of {', '.join(known)})")
         chosen.append(part.replace(base, alike[0], 1))
     return "+".join(chosen)
 
@@ -122,11 +120,11 @@ def choose_columns(
     usual, read = usual_columns(features.arrow_schema)
     if not usual:
         raise UserError(
-            f"dataset {name} has no column text; name its columns with text by --text_column, "
+            f"dataset {name} has no column text; name its text columns with --text_column, "
             f"separated by commas (it has: {there})"
         )
     if usual != ("text",):
-        log(f"dataset {name} has no column text: taking {', '.join(usual)} (of {there})")
+        log(f"dataset {name} has no column text: using {', '.join(usual)} (of {there})")
     return read
 
 

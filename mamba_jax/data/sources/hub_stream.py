@@ -253,14 +253,14 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
     if not is_folder(name) and (why := out_of_reach()):
         if record is None:
             raise UserError(unreachable(name, why))
-        log(f"the Hugging Face Hub is out of reach ({why}): taking dataset {name} from the cache")
+        log(f"the Hugging Face Hub is out of reach ({why}): using dataset {name} from the cache")
         return Stream(name, record, rows, lambda: _refuse(name, why), named=named)
 
     datasets = load_library()
     with library_errors(name):
         if is_saved(name):
             raise UserError(
-                f"dataset {name} was written by save_to_disk and lies here: leave out "
+                f"dataset {name} was written by save_to_disk and is on this machine: leave out "
                 "--dataset_streaming"
             )
         builder = open_builder(datasets, name, config.dataset_config, log)

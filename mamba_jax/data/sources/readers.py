@@ -50,7 +50,9 @@ def pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
             yield piece
     except Skip as skip:
         if begun:
-            raise UserError(f"{shown(path)} changed while it was read; start again") from skip
+            raise UserError(
+                f"{shown(path)} changed while it was being read; run the command again"
+            ) from skip
         size_bytes = 0
         with contextlib.suppress(OSError):
             size_bytes = os.path.getsize(path)

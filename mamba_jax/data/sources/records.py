@@ -65,11 +65,11 @@ _ASKED = ("question", "instruction", "prompt", "query", "problem")
 _CHOICES = ("choices", "options")
 
 WITHOUT_ANSWER = 'record without an answer: no target with loss_on="answer"'
-CHOSEN_ALONE = "preference pair: chosen is taken, rejected is left out"
-LOOSE = "record of no known form: its strings are joined"
-CHAT_NOT_UNDERSTOOD = "chat that is not understood"
-UNDESIRABLE = "completion that is labelled undesirable (label false)"
-CHOICE_BY_NUMBER = "answer that is the number of a choice"
+CHOSEN_ALONE = "preference pair: only the chosen answer is used"
+LOOSE = "record of unknown form: its strings are joined"
+CHAT_NOT_UNDERSTOOD = "chat in an unknown format"
+UNDESIRABLE = "completion labelled undesirable (label false)"
+CHOICE_BY_NUMBER = "answer given as the number of a choice"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,7 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     if wanted and wanted < needed:
         raise UserError(
             f"model.vocab_size={wanted} is below the {needed} ids of "
-            f'data.tokenizer="{tokenizer.name}"; give 0 for exactly as many'
+            f'data.tokenizer="{tokenizer.name}"; set 0 to match it'
         )
     model = dataclasses.replace(config.model, vocab_size=wanted or needed)
     return dataclasses.replace(config, model=model)

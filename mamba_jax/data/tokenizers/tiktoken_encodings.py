@@ -77,7 +77,7 @@ def load(name: str) -> Tokenizer:
         hint = f"the folder {folder} (TIKTOKEN_CACHE_DIR)" if folder else "TIKTOKEN_CACHE_DIR"
         raise UserError(
             f'data.tokenizer="{name}" cannot be downloaded ({first_line(error)}); go online once, '
-            f"put tiktoken's file of it into {hint}, or take gpt2, which is packaged"
+            f"put tiktoken's file of it into {hint}, or use gpt2, which is included"
         ) from error
     if _END_OF_TEXT not in encoding._special_tokens:
         raise UserError(
@@ -135,13 +135,13 @@ def _gpt2_ranks() -> dict[bytes, int]:
         data = file.read_bytes()
     except OSError as error:
         raise UserError(
-            f"cannot read the tokenizer's file {file}: {error.strerror}; install mamba_jax again"
+            f"cannot read the tokenizer's file {file}: {error.strerror}; reinstall mamba_jax"
         ) from error
     found = hashlib.sha256(data).hexdigest()
     if found != _GPT2_RANKS_SHA256:
         raise UserError(
             f"the tokenizer's file {file} is damaged (sha256 {found[:12]}…, expected "
-            f"{_GPT2_RANKS_SHA256[:12]}…); install mamba_jax again"
+            f"{_GPT2_RANKS_SHA256[:12]}…); reinstall mamba_jax"
         )
     lines = (line.split() for line in data.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}

@@ -1,9 +1,9 @@
-"""Chooses what is held out, measures what it shares with training, and refuses a bad choice.
+"""Chooses what is held out, measures what it shares with training, and rejects a bad choice.
 
-First whole documents and blocks of half a percent of the corpus (``data.split``). That is kept
-where it holds out little enough, also when repetition is counted once, and not only copies of what
-is trained on. Else the corpus is tiny or repeats itself: finer blocks are cut, and of those only
-are held out that are mostly text of their own.
+The first choice is whole documents and blocks of half a percent of the corpus
+(``data.windows.split``). It is used if it holds out little enough, also when repetition is counted
+once, and more than copies of training text. Otherwise the corpus is tiny or repeats itself: finer
+blocks are cut, and only blocks that are mostly unique text are held out.
 """
 
 import dataclasses
@@ -24,27 +24,30 @@ from mamba_jax.data.windows.split import (
     stream_tokens,
 )
 
-# Of the tokens, held out without need; with repetition counted once, which is an estimate, less.
+# Largest shares of the tokens to hold out, and, less, of those counted once, an estimate.
 _MOST_SHARE, _MOST_DIFFERENT_SHARE = 0.02, 0.0175
-_MOST_WINDOWS = 1.25  # held out where one window is more than that share
-_MOST_OVERLAP = 0.995  # of the held-out text also trained on: beyond it, it measures nothing
+_MOST_WINDOWS = 1.25  # held out if one window is more than that share
+_MOST_OVERLAP = 0.995  # share of held-out text also trained on; above it, its loss measures nothing
 _SMALLEST_FINE_BLOCK_TOKENS, _SHORTEST_FINE_SPAN_TOKENS = 16, 8
 _FEW_DOCUMENTS = 20
 _MOST_FINE_BLOCKS = 1 << 20
-_LEAST_OWN_SHARE, _MOST_FINE_OVERLAP = 0.5, 0.5  # of a fine block that is held out, and of all
+_LEAST_OWN_SHARE = 0.5  # unique text in a fine block that is held out
+_MOST_FINE_OVERLAP = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """What goes to which side; neither ``is_eval_u`` nor ``by_place`` where the text repeats so
-    much that nothing can be held out. Shapes: u units, r runs.
+    """What is trained on and what is held out. Shapes: u units, r runs.
+
+    Both ``is_eval_u`` and ``by_place`` are None if the text repeats itself so much that nothing can
+    be held out.
 
     Attributes:
       units: that were divided.
       overlap: what the sides share.
       is_eval_u: bool, what is held out.
-      by_place: (train, held out), int64 (r, 2), of a text too little to be split by content.
-      rule: "" for the coarse units; else it tells this way of splitting from them.
+      by_place: (train, held out), int64 (r, 2), of a text too small to be split by content.
+      rule: identifies the way of splitting in fingerprints; "" for the coarse units.
     """
 
     units: Units
@@ -84,7 +87,7 @@ def hold_out(
     units = divider.units(large, large)
     is_eval_u = choose(units)
     by_place = split_by_place(units, window_tokens) if is_eval_u is None else None
-    if by_place:  # one window is held out: copies of a part of it are to be found
+    if by_place:  # one window is held out: copies of a part of it must be found
         span = min(span, max(window_tokens // 4, _SHORTEST_FINE_SPAN_TOKENS))
     coarse = divider.measured(units, is_eval_u, by_place, span)
     different = coarse.overlap.different_tokens
@@ -98,7 +101,8 @@ def hold_out(
     limit = min(large, max(int(LARGEST_UNIT_SHARE * different), least))
     span = min(span, max(limit // 2, _SHORTEST_FINE_SPAN_TOKENS))
     most_copies_tokens = max(LARGEST_UNIT_SHARE * total, limit)
-    # Short documents may be records: they stay whole, be it one too many, unless there are few.
+    # Short documents can be records and stay whole, even if that holds out up to one document more
+    # than needed. Only if there are few documents, they are cut.
     ways = [(large, large)]
     if len(documents.end_d) < _FEW_DOCUMENTS:
         ways = [(large, max(window_tokens, limit)), (limit, limit)]
@@ -146,7 +150,7 @@ class _Divider:
 
     def own(self, units: Units, span: int, most_tokens: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns float (u,), the tokens of units with repetition counted once, and bool (u,),
-        which are mostly their own and with their copies no longer than ``most_tokens``."""
+        which units are mostly unique and, with their copies, no longer than ``most_tokens``."""
         _, group_u, copies_g = np.unique(
             units.digest_ud, axis=0, return_inverse=True, return_counts=True
         )
@@ -175,7 +179,7 @@ def _is_good(
     surplus_tokens: int = 0,
     most_overlap: float = _MOST_OVERLAP,
 ) -> bool:
-    """Says whether little enough is held out, and text that is not only a copy of the rest."""
+    """Returns whether little enough is held out, and more than copies of training text."""
 
     def most(tokens: float, share: float) -> float:
         needed = max(window_tokens, fraction * tokens)

@@ -1,5 +1,5 @@
-"""What a corpus is made of, kept from run to run: which stretches of the cache are trained on and
-which are held out. A warm start opens this and reads neither files nor documents."""
+"""The plan of a corpus, cached between runs: which stretches of the token cache are trained on and
+which are held out. A warm start reads the plan, and neither files nor documents."""
 
 import dataclasses
 import hashlib
@@ -19,23 +19,23 @@ from mamba_jax.data.windows.near_duplicates import first_of_similar
 from mamba_jax.data.windows.repetition import Overlap
 from mamba_jax.data.windows.split import runs
 
-# Raise it whenever the same documents would be split in another way: runs of before then no longer
+# Raise it whenever the same documents would be split in another way: earlier runs then no longer
 # resume. A split that only some corpora get has ``Division.rule`` in its fingerprint instead.
 _FORMAT = 2
-# Raise it whenever a plan that is kept would be another, or has other fields.
+# Raise it whenever a cached plan would differ or has other fields.
 _KEPT_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitSettings:
-    """What decides, besides the documents, what is held out.
+    """What decides, besides the documents, which text is held out.
 
     Attributes:
       seed: of the choice.
       fraction: of the tokens.
       window_tokens: of one window, its last target included.
-      deduplicate: "exact": equal documents are left out but for the first; "near": similar ones
-        as well; "none".
+      deduplicate: "exact" keeps the first of equal documents; "near" also the first of similar
+        ones; "none" keeps all.
       document_windows: whether a run is one document, or a part of one.
     """
 
@@ -48,17 +48,17 @@ class SplitSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CorpusPlan:
-    """Shapes: r runs, see ``data.split``.
+    """Shapes: r runs, see ``data.windows.split``.
 
     Attributes:
-      shards: names of those whose tokens the runs are positions in.
-      fingerprint: hash of documents, tokenizer and settings: equal ones give equal windows, however
-        the cache is laid out.
+      shards: names of the shards; the runs are positions in their tokens.
+      fingerprint: hash of documents, tokenizer and settings: equal ones give equal windows,
+        whatever the layout of the cache.
       origins: of the sources.
       train: int64 (r, 2) of each source, runs.
       eval: int64 (r, 2), runs of all.
-      by_place: whether the text was too little to be split by content.
-      overlap: what the sides share; None where there is too little text for two windows.
+      by_place: whether there was too little text to split it by content.
+      overlap: what the sides share; None if there is too little text for two windows.
       summary: of what was read.
     """
 
@@ -79,14 +79,14 @@ def load_or_make(
     settings: SplitSettings,
     found: Sequence[DataSummary],
 ) -> CorpusPlan | None:
-    """Returns the plan of parts that the store has; None if a shard of them is damaged.
+    """Returns the plan of parts that are in the store; None if one of their shards is damaged.
 
     Args:
-      store: has the parts.
-      tokenizer: that the store is of.
-      taken: of each source (key, name) of its parts, in order.
+      store: that holds the parts.
+      tokenizer: of the store.
+      taken: (key, name) of the parts of each source, in order.
       settings: how to split.
-      found: of each source, what the search for them skipped.
+      found: for each source, what the search for its files skipped.
     """
     origins = tuple(source.origin for source in found)
     words = [_KEPT_FORMAT, dataclasses.astuple(settings), [list(parts) for parts in taken]]
@@ -108,7 +108,7 @@ def load_or_make(
         if plan.shards and store.has(plan.shards):
             return plan if store.check(plan.shards) else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # there is none yet, or it is damaged: it is made anew
+        pass  # there is none yet, or it is damaged: make it
     entries = store.entries([part for parts in taken for part in parts])
     sources = [number for number, parts in enumerate(taken) for _ in parts]
     shards = tuple(dict.fromkeys(name for name, _ in entries))

@@ -1,8 +1,9 @@
-"""Random access to the windows of tokens that lie in runs of the token cache.
+"""Random access to the windows of tokens in runs of the token cache.
 
-A token that is no target is written as ``~token``, which is negative: one array carries both. The
-first token of a window is no target anyway. A separator is a target where the token before it is
-one and ends its document: behind a prompt without an answer nothing is learnt, not even to stop.
+A token that is no target is written as ``~token``, which is negative, so that one array holds both
+tokens and loss mask. The first token of a window is never a target. A separator is a target if the
+token before it is one and ends its document: after a prompt without an answer nothing is trained
+on, not even stopping.
 """
 
 import bisect
@@ -28,7 +29,7 @@ class Windows(Protocol):
 
 
 class _Cache:
-    """The cache's tokens, those that are no targets as ``~token``."""
+    """The tokens of the cache; one that is no target is given as ``~token``."""
 
     def __init__(self, tokens: Flat, loss_mask: Flat | None, eot_id: int):
         self._tokens, self._loss_mask, self._eot_id = tokens, loss_mask, eot_id
@@ -42,14 +43,14 @@ class _Cache:
             np.invert(out, out=out, where=~loss_mask)
 
     def separator(self, end: int) -> int:
-        """Returns the separator behind a stretch that ends at ``end``, as a window has it."""
+        """Returns the separator after a stretch that ends at ``end``, as a window holds it."""
         is_target = self._loss_mask is None or (
             self._ends_document(end) and self._is_target(end - 1)
         )
         return self._eot_id if is_target else ~self._eot_id
 
     def _is_target(self, position: int) -> bool:
-        """Says whether a token of a text is a target; a separator there has no text behind it."""
+        """Returns whether a token of a text is a target; False for a separator."""
         assert self._loss_mask is not None
         here = slice(position, position + 1)
         return bool(self._loss_mask[here][0]) and int(self._tokens[here][0]) != self._eot_id
@@ -59,7 +60,7 @@ class _Cache:
 
 
 class PackedWindows:
-    """Windows of a stream of documents; neighbours share one token, so that each is a target once.
+    """Windows of a stream of documents; adjacent ones share a token, so that each is a target once.
 
     Window i holds positions ``i * seq_len … (i + 1) * seq_len`` of the stream, both included. The
     rest of the stream that fills no window (fewer than ``seq_len`` tokens) is not used.
@@ -107,7 +108,7 @@ class PackedWindows:
             count = min(run_end - run_start - skip, len(out) - filled)
             first = run_start + skip
             self._cache.copy(first, first + count, out[filled : filled + count])
-            if skip == 0:  # the first of all has no document before it, and is no target anyway
+            if skip == 0:  # the first run has no document before it, and its start is no target
                 out[filled] = self._cache.separator(self._runs[run - 1][1]) if run else self._eot_id
             filled += count
             run += 1
