@@ -103,23 +103,23 @@ def main(argv: list[str]) -> int:
         parser.print_help()
         return 0
     count, rest = _take_inspect(_take_workers(argv))
-    asked = train_arguments.read(rest)
-    if asked.resume or asked.profile or asked.dry_run:
+    arguments = train_arguments.read(rest)
+    if arguments.resume or arguments.profile or arguments.dry_run:
         raise UserError(
             "--resume, --profile and --dry_run do not apply: prepare_data does not train"
         )
     from mamba_jax.data.listing import clear_cache, list_files
 
-    if asked.clear_cache:
-        clear_cache(asked.config.data, _say)
-    if asked.list_files:
-        list_files(asked.config.data, _say)
+    if arguments.clear_cache:
+        clear_cache(arguments.config.data, _say)
+    if arguments.list_files:
+        list_files(arguments.config.data, _say)
         return 0
     try:
         if count:
-            inspect(asked.config, count)
+            inspect(arguments.config, count)
         else:
-            run(asked.config)
+            run(arguments.config)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130

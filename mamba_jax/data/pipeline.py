@@ -158,7 +158,7 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
       config: where the text is, the tokenizer, the share to hold out, the cache.
       seq_len: input tokens of a window.
       seed: chooses what is held out.
-      log: takes lines for people, e.g. ``print``.
+      log: called with lines for the user, e.g. ``print``.
 
     Raises:
       UserError: if there is no text or too little of it, or the cache cannot be used.

@@ -274,7 +274,7 @@ def test_with_all_parts_in_the_cache_nothing_is_fetched(remote, small_parts, mon
     assert not remote.requests
     part = next(iter(offline.parts()))
     with pytest.raises(
-        UserError, match=r"org/name is in the cache only in part, .*train\[:100000\]"
+        UserError, match=r"org/name is only partly in the cache, .*train\[:100000\]"
     ):
         list(part.pieces(DataSummary("")))
     assert "neither a folder here nor in the cache" in error_of(open_stream, "org/other")

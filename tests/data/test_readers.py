@@ -1,4 +1,4 @@
-"""Files read in pieces: compression, encodings, JSON layouts, parquet, what is learnt."""
+"""Files read in pieces: compression, encodings, JSON layouts, parquet, the loss mask."""
 
 import gzip
 import json

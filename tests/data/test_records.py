@@ -459,7 +459,7 @@ def test_lists_that_only_have_roles_are_no_chats():
     assert document_of(record) == Document([target("f\n\ndirector\n\np")], (LOOSE,))
 
 
-REJECTED = "never learn this"
+REJECTED = "never train on this"
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ REJECTED = "never learn this"
         ),
     ],
 )  # fmt: skip
-def test_of_a_preference_pair_the_chosen_answer_is_learnt(record, parts, place):
+def test_of_a_preference_pair_the_chosen_answer_is_the_target(record, parts, place):
     for document in routes(record, place):
         assert document == Document(parts, (CHOSEN_ALONE,))
     path = place / "pair.jsonl"
@@ -497,7 +497,7 @@ def test_of_a_preference_pair_the_chosen_answer_is_learnt(record, parts, place):
         assert found == [parts] and summary.repaired == {CHOSEN_ALONE: 1}
 
 
-def test_what_must_not_be_learnt_is_left_out_and_counted():
+def test_what_must_not_be_trained_on_is_left_out_and_counted():
     bad = {"prompt": "q", "completion": REJECTED, "label": False}
     assert document_of(bad).skip == UNDESIRABLE
     assert document_of(bad | {"label": True}).segments == [masked("q"), target(f"\n\n{REJECTED}")]

@@ -34,7 +34,7 @@ def test_plain_marks():
     )
 
 
-def test_colours_tell_documents_apart_and_dim_what_is_not_learnt():
+def test_colours_tell_documents_apart_and_dim_what_is_no_target():
     shown = show_window(WINDOW, BYTES, {257: "suffix"}, colour=True)
     plain = re.sub(r"\033\[[\d;]*m", "", shown)
     assert plain == (

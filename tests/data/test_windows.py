@@ -17,7 +17,7 @@ def laid_out(tokens, runs):
 
 
 def targets_of(windows):
-    """Those that are learnt, in order."""
+    """The targets, in order."""
     return [target for window in windows for target in window[1:].tolist() if target >= 0]
 
 
@@ -47,7 +47,7 @@ def test_no_window_of_too_few_tokens_and_no_index_beyond():
             windows[bad]
 
 
-def test_targets_that_are_not_learnt_are_written_inverted():
+def test_masked_tokens_are_written_inverted():
     tokens, loss_mask = np.arange(20, dtype=np.uint16), np.ones(20, np.uint8)
     loss_mask[[3, 7]] = 0
     windows = PackedWindows(Flat([tokens]), np.array([[0, 20]]), 9, EOT, Flat([loss_mask]))
@@ -55,7 +55,7 @@ def test_targets_that_are_not_learnt_are_written_inverted():
     assert targets_of(windows) == [i for i in range(1, 19) if i not in (3, 7)]
 
 
-# (text, learnt) of the documents in the cache: answered ones, prompts alone, one without a token,
+# (text, loss mask) of the documents in the cache: answered ones, prompts alone, one without tokens,
 # and some that end in a prompt.
 CACHED = [
     ([1, 2, 3], [0, 0, 1]), ([4, 5], [0, 0]), ([], []), ([6, 7, 8], [0, 1, 0]),
@@ -85,7 +85,7 @@ def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards)
     expected = []
     for number in chosen:
         text, mask = CACHED[number]
-        expected += [t for t, is_learnt in zip(text, mask, strict=True) if is_learnt]
+        expected += [t for t, is_target in zip(text, mask, strict=True) if is_target]
         expected += [EOT] if mask and mask[-1] else []
     windows = PackedWindows(tokens, np.array(runs), seq_len, EOT, loss_mask)
     total = sum(len(CACHED[number][0]) + 1 for number in chosen)
@@ -93,7 +93,7 @@ def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards)
     stream = [t for number in chosen for t in (EOT, *CACHED[number][0])]
     mask = [x for n in chosen for x in (*CACHED[n][1], int(CACHED[n][1][-1:] == [1]))][: total - 1]
     kept = zip(stream[1:], mask, strict=True)
-    packed = [t for t, is_learnt in list(kept)[: total - 1 - left_over] if is_learnt]
+    packed = [t for t, is_target in list(kept)[: total - 1 - left_over] if is_target]
     assert targets_of(windows) == packed
     each = np.array([[STARTS[number], STARTS[number + 1]] for number in chosen])
     assert targets_of(DocumentWindows(tokens, each, seq_len, EOT, loss_mask)) == expected

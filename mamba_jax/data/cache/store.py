@@ -159,7 +159,7 @@ class Store:
           OSError: if it cannot be read.
         """
         identity = f"{_FORMAT}\n{tokenizer.identity}".encode()
-        name = pathlib.PurePath(tokenizer.name).name  # for people: of a path the last part
+        name = pathlib.PurePath(tokenizer.name).name  # readable: the last part of a path
         name = f"{name}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
         self.root = cache_folder(cache_root) / name
         self._shard_root = self.root / "shards"

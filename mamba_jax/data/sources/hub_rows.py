@@ -1,4 +1,4 @@
-"""What datasets on disk and streamed ones share: split, columns, and documents made of rows."""
+"""Common parts of datasets on disk and streamed ones: split, columns, documents from rows."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from mamba_jax.errors import UserError, did_you_mean
 
 _USUAL_CONFIG = "main"
 PART_ROWS = 10_000  # cached as a whole
-ROWS_AT_A_TIME = 1_000  # read row by row a table is ten times slower
+ROWS_AT_A_TIME = 1_000  # reading a table row by row is ten times slower
 
 
 def load_library() -> Any:
@@ -36,7 +36,7 @@ def load_library() -> Any:
 def open_builder(datasets: Any, name: str, config: str, log: Callable[[str], None]) -> Any:
     """Returns the library's builder of one configuration.
 
-    Of a loading script it takes the parquet copy that the Hub made.
+    For a loading script it uses the parquet copy that the Hub made.
     """
     try:
         with library_errors(name):
@@ -54,8 +54,8 @@ def open_builder(datasets: Any, name: str, config: str, log: Callable[[str], Non
 def _builder(
     datasets: Any, name: str, config: str, revision: str | None, log: Callable[[str], None]
 ) -> Any:
-    """Where there are several and none was named, it takes the one called "default" (the library
-    does that by itself) or "main"."""
+    """If there are several configurations and none was named, uses the one called "default" (as
+    the library does) or "main"."""
     try:
         return datasets.load_dataset_builder(name, config or None, revision=revision)
     except ValueError as error:
@@ -77,9 +77,9 @@ def _builder(
 
 
 def choose_split(name: str, split: str, known: Sequence[str], log: Callable[[str], None]) -> str:
-    """Returns a split that is there, slices such as ``train[:10%]+test`` included.
+    """Returns an existing split, slices such as ``train[:10%]+test`` included.
 
-    Where there is no "train", it takes the first whose name begins so, such as "train_sft".
+    If there is no "train", uses the first split whose name begins with it, such as "train_sft".
     """
     if not known:
         return split
@@ -108,7 +108,7 @@ def named_columns(wanted: str) -> tuple[str, ...]:
 def choose_columns(
     name: str, wanted: str, features: Any, log: Callable[[str], None]
 ) -> tuple[str, ...]:
-    """Returns the columns that were named, else those that the forms of records may need."""
+    """Returns the columns that the user named, else those that the forms of records can need."""
     columns = named_columns(wanted)
     there = ", ".join(features)
     for column in columns:
@@ -129,7 +129,7 @@ def choose_columns(
 
 
 def part_key(identity: str, columns: Sequence[str], named: bool, start: int, stop: int) -> str:
-    """Returns the hash of what rows hold and of how they are read."""
+    """Returns the hash of the content of rows and of how they are read."""
     words = ["rows", VERSION, identity, *columns, named, str(start), str(stop)]
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
 
@@ -147,10 +147,10 @@ def pieces_of_batches(
     Args:
       batches: of the columns.
       columns: to read.
-      named: whether the user named them, in the order of the text; else a row is a record.
-      origin: of the rows, for people.
-      row: number of the first.
-      summary: takes what was left out.
+      named: whether the user named them, in the order of the text; otherwise a row is a record.
+      origin: of the rows, for messages.
+      row: number of the first row.
+      summary: counts what was left out.
     """
     rows = (
         dict(zip(columns, values, strict=True))

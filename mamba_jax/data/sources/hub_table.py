@@ -35,7 +35,7 @@ class RowsPart:
     """Some thousand rows of a split on disk, cached as a whole.
 
     Attributes:
-      name: for people.
+      name: for messages.
       origin: of the split they belong to.
       identity: hash of the split's content; changes whenever a row may have changed.
       table: datasets.Dataset of the columns alone.
@@ -93,7 +93,7 @@ def open_table(config: DataConfig, log: Callable[[str], None]) -> DatasetTable:
     """Finds the split and the columns that ``config`` names; downloads what is not in the cache.
 
     Raises:
-      UserError: if the dataset cannot be had, or has no such configuration, split or column.
+      UserError: if the dataset is not available, or has no such configuration, split or column.
     """
     name = os.path.expanduser(config.dataset)
     if not is_folder(name):

@@ -1,4 +1,4 @@
-"""From a file to pieces of documents: the door to ``decode``, ``json_records`` and ``records``."""
+"""From a file to pieces of documents: uses ``decode``, ``json_records`` and ``records``."""
 
 import contextlib
 import os
@@ -30,26 +30,26 @@ _MOST_HELD_CHARACTERS = 1 << 21
 
 
 def is_readable(path: str) -> bool:
-    """Says whether a file's name is one of those that ``pieces`` reads."""
+    """Returns whether ``pieces`` reads files with this name."""
     extension, compression = split_extension(path)
     return extension in (EXTENSIONS if not compression else (*_TEXT, *_JSON))
 
 
 def pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
-    """Yields the documents of a file in pieces; none, and a line in the summary, if it has no text.
+    """Yields the documents of a file in pieces; if it has no text, reports that in the summary.
 
-    Plain text is one document; JSON is one per record, parquet one per row.
+    Plain text is one document; JSON has one per record, parquet one per row.
 
     Raises:
       UserError: if the file changed between the reading that examined it and this one.
     """
-    begun = False
+    has_text = False
     try:
         for piece in _pieces(path, summary):
-            begun = True
+            has_text = True
             yield piece
     except Skip as skip:
-        if begun:
+        if has_text:
             raise UserError(
                 f"{shown(path)} changed while it was being read; run the command again"
             ) from skip
@@ -57,7 +57,7 @@ def pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
         with contextlib.suppress(OSError):
             size_bytes = os.path.getsize(path)
         summary.skip(skip.reason, f"{path}:{skip.line}" if skip.line else path, size_bytes)
-    summary.files += begun
+    summary.files += has_text
 
 
 def _pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
@@ -84,10 +84,10 @@ def _pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
 def _pieces_of(
     records: Iterable[Any], path: str, reason_if_none: str, summary: DataSummary
 ) -> Iterator[Piece]:
-    """Yields the documents that records are, in pieces.
+    """Yields the documents of records, in pieces.
 
     Raises:
-      Skip: if that leaves none.
+      Skip: if there is no document.
     """
     empty = True
     for number, record in enumerate(gathered(records), 1):
@@ -101,7 +101,7 @@ def _pieces_of(
 
 
 def note(document: Document, where: str, summary: DataSummary) -> bool:
-    """Counts a record with its warnings, or why it is not taken; says whether it is."""
+    """Counts a record and its warnings; returns whether the record is used."""
     summary.records += 1
     if document.skip:
         summary.lose(document.skip, where)
@@ -112,7 +112,7 @@ def note(document: Document, where: str, summary: DataSummary) -> bool:
 
 
 def pieces_of_document(segments: Segments) -> Iterator[Piece]:
-    """Yields one document, cut where ``is_target`` changes and where it is long."""
+    """Yields one document, cut where ``is_target`` changes and where the text is long."""
     for number, (text, is_target) in enumerate(segments):
         yield from _cut([text], begins=number == 0, is_target=is_target)
 
@@ -133,7 +133,7 @@ def _cut(texts: Iterable[str], begins: bool, is_target: bool) -> Iterator[Piece]
 
 
 def _parquet(path: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file; its columns are chosen as those of a dataset."""
+    """Yields the rows of a file, with columns chosen as for a dataset."""
     import pyarrow
     from pyarrow import parquet
 

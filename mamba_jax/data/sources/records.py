@@ -12,8 +12,8 @@ form gives no text, the next form is tried:
 2. ``text``, ``content``: plain text, all of it trained on;
 3. ``chosen``, with or without a prompt: the chosen answer, never the rejected one; with a warning;
 4. ``messages`` and its aliases: a chat, possibly as JSON in a string, possibly with ``system``;
-5. a question or instruction and its answer (``_ANSWERED``): the question, a blank line, and the
-   answer, which alone is trained on. If either is a list of turns, both become one chat. A
+5. a question or instruction and its answer (``_QUESTION_FORMS``): the question, a blank line, and
+   the answer, which alone is trained on. If either is a list of turns, both become one chat. A
    ``completion`` that begins with white space follows its prompt directly;
 6. ``code``: as text.
 
@@ -44,8 +44,8 @@ TEMPLATE = 3
 _TEXT_KEYS = ("text", "content")
 _CHAT_KEYS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 _SYSTEM_KEYS = ("system_prompt", "system")
-# (before, question, behind, answers): the answer is the first one that is not blank.
-_ANSWERED = (
+# (before, question, after, answers): the answer is the first one that is not blank.
+_QUESTION_FORMS = (
     (
         ("instruction", "context"),
         "question",
@@ -61,7 +61,7 @@ _ANSWERED = (
     ((), "source", (), ("target",)),
 )
 # A record that has only these, and what stands beside them, is a question without an answer.
-_ASKED = ("question", "instruction", "prompt", "query", "problem")
+_QUESTION_KEYS = ("question", "instruction", "prompt", "query", "problem")
 _CHOICES = ("choices", "options")
 
 WITHOUT_ANSWER = 'record without an answer: no target with loss_on="answer"'
@@ -167,13 +167,13 @@ def _forms(names: Collection[str]) -> Iterator[_Form]:
     system = here(_SYSTEM_KEYS)[:1]
     for key in here(_TEXT_KEYS):
         yield _Form("text", (), (key,))
-    asked = [(prompts, here(answers)) for prompts, _, answers in _questions(names)]
+    questions = [(prompts, here(answers)) for prompts, _, answers in _questions(names)]
     if "chosen" in names:
-        prompts = next((prompts for prompts, _ in asked), None)
+        prompts = next((prompts for prompts, _ in questions), None)
         yield _Form("preference", prompts or (*system, *here(_CHAT_KEYS)[:1]), ("chosen",))
     for key in here(_CHAT_KEYS):
         yield _Form("chat", system, (key,))
-    for prompts, answers in asked:
+    for prompts, answers in questions:
         if answers:
             yield _Form("answer", prompts, answers, here((*_CHOICES, "label")))
     if "code" in names:
@@ -185,9 +185,9 @@ def _questions(names: Collection[str]) -> Iterator[tuple[tuple[str, ...], str, t
     whole prompt, the key of the question itself, and the possible keys of the answer."""
     here = lambda keys: tuple(key for key in keys if key in names)
     system = here(_SYSTEM_KEYS)[:1]
-    for before, prompt, behind, answers in _ANSWERED:
+    for before, prompt, after, answers in _QUESTION_FORMS:
         if prompt in names:
-            yield (*system, *here(before), prompt, *here(behind)), prompt, answers
+            yield (*system, *here(before), prompt, *here(after)), prompt, answers
 
 
 def _read(form: _Form, record: Mapping[str, Any]) -> Document:
@@ -206,14 +206,14 @@ def _read(form: _Form, record: Mapping[str, Any]) -> Document:
 
 
 def _loose(record: Mapping[str, Any]) -> Document:
-    """Returns a record of no known form: its one chat, or its strings."""
+    """Returns a record of unknown form: its one chat, or its strings."""
     kept = {key: value for key, value in record.items() if not is_metadata(str(key))}
     if turns := _nested_chat(kept):
         return Document(render(turns))
     texts = {key: list(leaves(value, numbers=False)) for key, value in kept.items()}
     keys = [key for key, found in texts.items() if found]
     for prompts, prompt, _ in _questions(keys):
-        if prompt in _ASKED and set(prompts) == set(keys):
+        if prompt in _QUESTION_KEYS and set(prompts) == set(keys):
             return Document(_joined(["\n\n".join(texts[key]) for key in prompts], ""))
     text = "\n\n".join(text for key in keys for text in texts[key])
     return Document(_joined((), text), (LOOSE,) if len(keys) > 1 else ())
@@ -253,24 +253,24 @@ def _prompted(
     record: Mapping[str, Any], prompts: Sequence[str], answer: str, *, is_chat: bool
 ) -> Segments:
     """Renders prompt and answer: as text, or as a chat if one of them holds turns."""
-    asked = [_chat_in(record[key]) for key in prompts]
-    answered = _chat_in(record[answer], expected=is_chat)
-    if answered is None and all(turns is None for turns in asked):
+    prompt_turns = [_chat_in(record[key]) for key in prompts]
+    answer_turns = _chat_in(record[answer], expected=is_chat)
+    if answer_turns is None and all(turns is None for turns in prompt_turns):
         texts = [_text(record, key) for key in prompts]
         follows = answer == "completion"
         return _joined(texts, _text(record, answer), follows=follows)
     turns: list[Turn] = []
-    for key, found in zip(prompts, asked, strict=True):
+    for key, found in zip(prompts, prompt_turns, strict=True):
         role = "system" if key in _SYSTEM_KEYS else "user"
         for turn in [(role, _text(record, key), False)] if found is None else found:
             turns.append((*turn[:2], False))
-    if answered is None:
-        answered = [("assistant", _text(record, answer), True)]
+    if answer_turns is None:
+        answer_turns = [("assistant", _text(record, answer), True)]
     # An answer that begins with the prompt holds the whole prompt.
-    begins = answered[0][0] if answered else ""
+    begins = answer_turns[0][0] if answer_turns else ""
     if begins in ("system", "user"):
         turns = [turn for turn in turns if turn[0] == "system" != begins]
-    return render([turn for turn in (*turns, *answered) if turn[1].strip()])
+    return render([turn for turn in (*turns, *answer_turns) if turn[1].strip()])
 
 
 def _joined(prompts: Iterable[str], answer: str, *, follows: bool = False) -> Segments:

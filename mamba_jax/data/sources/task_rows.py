@@ -1,4 +1,4 @@
-"""Problems of tasks as a source of text: those for training alone, each a document."""
+"""The training problems of tasks as a source of text, each one a document."""
 
 import dataclasses
 import hashlib
@@ -67,8 +67,8 @@ def open_tasks(spec: str, examples: int) -> TaskRows:
 
     Args:
       spec: as of ``tasks.parse``.
-      examples: of each task and difficulty, or as many as there are. Where they fill several parts,
-        those that two parts share are left out as duplicates.
+      examples: problems of each task and difficulty, at most as many as exist. Problems that
+        several parts share are left out as duplicates.
 
     Raises:
       UserError: on an unknown task or difficulty.

@@ -157,10 +157,10 @@ class SpanCounts:
 def _batches(length_u: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
     """Yields (first unit, end of the units, skip, stop): units that are processed at once, or
     positions ``skip`` to ``stop`` of a long unit."""
-    first, behind = 0, np.cumsum(length_u)
+    first, end_u = 0, np.cumsum(length_u)
     while first < len(length_u):
-        before = int(behind[first - 1]) if first else 0
-        last = int(np.searchsorted(behind, before + _AT_A_TIME, side="right"))
+        before = int(end_u[first - 1]) if first else 0
+        last = int(np.searchsorted(end_u, before + _AT_A_TIME, side="right"))
         if last > first:
             yield first, last, 0, int(length_u[first])
         else:

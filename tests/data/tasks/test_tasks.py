@@ -218,7 +218,7 @@ def corpus_of(tmp_path, monkeypatch):
 
 
 def documents(windows):
-    """(text, learnt text) of windows that hold one document each."""
+    """(text, text that is trained on) of windows that hold one document each."""
     for window in windows:
         tokens = np.where(window < 0, ~window, window)
         text = bytes(tokens[tokens < 256].tolist()).decode()
