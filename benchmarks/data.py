@@ -292,7 +292,7 @@ def write_sparse_cache(root: pathlib.Path, size_bytes: int) -> None:
     from mamba_jax.data.cache.shards import _BLOCK_BYTES
     from mamba_jax.data.cache.store import Store
     from mamba_jax.data.sources.files import FilePart
-    from mamba_jax.data.summary import Summary
+    from mamba_jax.data.summary import DataSummary
     from mamba_jax.data.tokenizers.load import load_tokenizer
 
     n_shards, document_tokens = 10, 1_000
@@ -325,7 +325,7 @@ def write_sparse_cache(root: pathlib.Path, size_bytes: int) -> None:
         blocks, rest = divmod(2 * tokens, _BLOCK_BYTES)
         hashes = [xxhash.xxh3_64_hexdigest(zeros)] * blocks
         hashes += [xxhash.xxh3_64_hexdigest(zeros[:rest])] if rest else []
-        summary = Summary("", files=1, documents=documents, text_bytes=4 * tokens)
+        summary = DataSummary("", files=1, documents=documents, text_bytes=4 * tokens)
         meta = {
             "tokenizer": "gpt2",
             "dtype": "uint16",

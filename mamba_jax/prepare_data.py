@@ -1,7 +1,7 @@
-"""``python -m mamba_jax.prepare_data``: tokenises a corpus ahead of training, and tells about it.
+"""``python -m mamba_jax.prepare_data``: tokenises a corpus before training and reports statistics.
 
-It takes the flags of ``train``; a run with the same ones starts at once. Stopped or killed, the
-same command goes on where it stopped.
+It takes the flags of ``train``; a run with the same flags then starts at once. After an
+interruption, the same command resumes where it stopped.
 """
 
 import argparse
@@ -17,7 +17,7 @@ _INSPECTED = 3
 
 
 def run(config: RunConfig) -> None:
-    """Tokenises what is not in the cache, and prints what there is.
+    """Tokenises what is not in the cache, and prints the statistics of the corpus.
 
     Raises:
       UserError: if there is no text, or the cache cannot be used.
@@ -28,7 +28,7 @@ def run(config: RunConfig) -> None:
     data = config.data
     *_, plan = tokenise(data, seq_len=config.model.max_seq_len, seed=config.seed, log=_say)
     summary = plan.summary
-    own_tokens = summary.tokens - summary.documents  # without the markers
+    own_tokens = summary.tokens - summary.documents  # without the separators
     print(
         f"{summary.text_bytes / own_tokens:.3f} bytes per token ({data.tokenizer}); "
         f"{summary.duplicates:,} exact and {summary.near_duplicates:,} near duplicates\n"
@@ -38,13 +38,13 @@ def run(config: RunConfig) -> None:
 
 
 def inspect(config: RunConfig, count: int) -> None:
-    """Prints the windows that a run with this config begins with.
+    """Prints the first training windows of a run with this config.
 
     Raises:
-      UserError: as ``run``; and if the text is too little for a run.
+      UserError: as ``run``; and if there is too little text for a run.
     """
     from mamba_jax.data.pipeline import prepare
-    from mamba_jax.data.show import documents_begun, show_window
+    from mamba_jax.data.show import count_separators, show_window
 
     corpus = prepare(config.data, seq_len=config.model.max_seq_len, seed=config.seed, log=_say)
     tokenizer = corpus.tokenizer
@@ -56,9 +56,9 @@ def inspect(config: RunConfig, count: int) -> None:
     windows = itertools.islice(itertools.chain.from_iterable(batches), count)
     for number, window in enumerate(windows, 1):
         print(
-            f"\n==> window {number} of a training: {len(window) - 1:,} targets, "
-            f"{int((window[1:] < 0).sum()):,} of them not learnt; "
-            f"{documents_begun(window, tokenizer.eot_id):,} documents begin <=="
+            f"\n==> training window {number}: {len(window) - 1:,} tokens to predict, "
+            f"{int((window[1:] < 0).sum()):,} of them not trained on; "
+            f"{count_separators(window, tokenizer.eot_id):,} documents begin <=="
         )
         print(show_window(window, tokenizer, names, colour=colour))
 
@@ -71,24 +71,25 @@ def _parser() -> train_arguments.Parser:
     parser = train_arguments.Parser(
         prog="mamba_jax.prepare_data",
         usage="%(prog)s [flags]",
-        description="Tokenises a corpus ahead of training, and tells about it. Stopped or killed, "
-        "the same command goes on where it stopped.",
-        epilog="and those of mamba_jax.train, which --config FILE and --config.data.FIELD= belong "
-        "to: give here what the run will be given",
+        description="Tokenises a corpus before training and reports statistics. After an "
+        "interruption, run the same command again: it resumes where it stopped.",
+        epilog="The flags of mamba_jax.train, such as --config FILE and --config.data.FIELD=, work "
+        "here too: give the same ones as for the run.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--workers",
         metavar="N",
-        help="processes; default data.tokenise_workers: as many as there are processors and the "
-        "text is worth",
+        help="number of tokenising processes (default: data.tokenise_workers, by default one per "
+        "processor, and fewer for little text)",
     )
     parser.add_argument(
         "--inspect",
         metavar="N",
         nargs="?",
-        help=f"show the first N windows of a training as text (default {_INSPECTED}): where "
-        "documents begin, what is not learnt, in colours on a terminal unless NO_COLOR is set",
+        help=f"show the first N training windows as text (default {_INSPECTED}), with the starts "
+        "of documents and the text that is not trained on; in colour on a terminal unless NO_COLOR "
+        "is set",
     )
     train_arguments.add_data_flags(parser)
     return parser
@@ -102,32 +103,34 @@ def main(argv: list[str]) -> int:
         parser.print_help()
         return 0
     count, rest = _take_inspect(_take_workers(argv))
-    asked = train_arguments.read(rest)
-    if asked.resume or asked.profile or asked.dry_run:
-        raise UserError("--resume, --profile and --dry_run have no use where nothing is trained")
+    arguments = train_arguments.read(rest)
+    if arguments.resume or arguments.profile or arguments.dry_run:
+        raise UserError(
+            "--resume, --profile and --dry_run do not apply: prepare_data does not train"
+        )
     from mamba_jax.data.listing import clear_cache, list_files
 
-    if asked.clear_cache:
-        clear_cache(asked.config.data, _say)
-    if asked.list_files:
-        list_files(asked.config.data, _say)
+    if arguments.clear_cache:
+        clear_cache(arguments.config.data, _say)
+    if arguments.list_files:
+        list_files(arguments.config.data, _say)
         return 0
     try:
         if count:
-            inspect(asked.config, count)
+            inspect(arguments.config, count)
         else:
-            run(asked.config)
+            run(arguments.config)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 
 
 def _take_inspect(argv: list[str]) -> tuple[int, list[str]]:
-    """Returns the number of ``--inspect``, 0 without it, and the other words.
+    """Returns the number given with ``--inspect``, 0 without it, and the other arguments.
 
     Raises:
-      UserError: if it is no number from 1 up.
+      UserError: if it is not a number of at least 1.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--inspect", nargs="?", const=str(_INSPECTED), default=None)
@@ -135,12 +138,12 @@ def _take_inspect(argv: list[str]) -> tuple[int, list[str]]:
     if found.inspect is None:
         return 0, rest
     if not found.inspect.isdecimal() or not int(found.inspect):
-        raise UserError(f"--inspect={found.inspect}: give a number of windows from 1 up")
+        raise UserError(f"--inspect={found.inspect}: give a number of windows, 1 or more")
     return int(found.inspect), rest
 
 
 def _take_workers(argv: list[str]) -> list[str]:
-    """Writes ``--workers N`` as the field that it sets."""
+    """Replaces ``--workers N`` by the config field that it sets."""
     field = "--config.data.tokenise_workers"
     named = [word.replace("--workers=", f"{field}=", 1) for word in argv]
     return [field if word == "--workers" else word for word in named]

@@ -1,45 +1,45 @@
-"""What passes between readers and the token cache: parts that give documents, in pieces."""
+"""The interface between readers and the token cache: parts that yield documents in pieces."""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A stretch of a document: a large one never is a single string.
+    """A stretch of a document, so that a large document is never a single string.
 
     Attributes:
-      text: cut where the tokens of the pieces are the tokens of the whole, or where ``learn``
+      text: cut where the tokens of the pieces are the tokens of the whole, or where ``is_target``
         changes.
-      begins: whether it is the first of its document.
-      learn: whether its tokens are targets under ``data.loss_on="answer"``.
+      begins: whether it is the first piece of its document.
+      is_target: whether its tokens are targets under ``data.loss_on="answer"``.
     """
 
     text: str
     begins: bool
-    learn: bool = True
+    is_target: bool = True
 
 
-class Part(Protocol):
-    """What is tokenised and cached as a whole: a file, or some thousand rows of a dataset."""
+class CorpusPart(Protocol):
+    """The unit of tokenising and caching: a file, or some thousand rows of a dataset."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For messages."""
         ...
 
     @property
     def stat(self) -> tuple[Any, ...] | None:
-        """What tells, without reading it, that a file is still what it was: its path, when it was
-        changed (ns since 1970), and more; None: nothing does."""
+        """What identifies an unchanged file without reading it: its path, the time of its last
+        change (ns since 1970), and more; None if nothing does."""
         ...
 
     @property
     def size_bytes(self) -> int:
-        """About as many bytes as it gives text."""
+        """The approximate size of its text."""
         ...
 
     @property
@@ -51,6 +51,6 @@ class Part(Protocol):
         """Returns the hash of the content and of how it is read."""
         ...
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
-        """Reads it; what was skipped goes into the summary."""
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
+        """Yields its documents; what was skipped is counted in the summary."""
         ...

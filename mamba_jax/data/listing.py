@@ -1,21 +1,20 @@
-"""``--list_files``: what of a corpus' files would be read, and what not and why;
-``--clear_cache``."""
+"""``--list_files``: which files of a corpus are read or skipped, and why; ``--clear_cache``."""
 
 from collections.abc import Callable
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.cache import store
 from mamba_jax.data.pipeline import open_sources
-from mamba_jax.data.sources.files import FilePart, Source
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.sources.files import FilePart, TextSource
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 
 
 def list_files(config: DataConfig, show: Callable[[str], None]) -> None:
     """Reads every file, without tokenising, and shows a line for each and the summary.
 
-    The rows of a dataset are not read. Tokens and duplicates are told as far as the token cache
-    knows the files.
+    The rows of a dataset are not read. Tokens and duplicates are shown for the files that are in
+    the token cache.
 
     Raises:
       UserError: if there is nothing to read, or no such tokenizer.
@@ -24,16 +23,16 @@ def list_files(config: DataConfig, show: Callable[[str], None]) -> None:
         source = open_sources(one, show)
         _list_source(source, show)
         if source.files:
-            cached = store.Store(config.cache_root, load_tokenizer(config.tokenizer), show)
-            show(_known(cached, source))
+            tokens = store.Store(config.cache_root, load_tokenizer(config.tokenizer), show)
+            show(_cached_line(tokens, source))
 
 
-def _known(cached: store.Store, source: Source) -> str:
-    count, documents = cached.known(map(FilePart, source.files))
+def _cached_line(tokens: store.Store, source: TextSource) -> str:
+    count, documents = tokens.cached(map(FilePart, source.files))
     if documents is None:
         return (
-            "none of these files is in the token cache: tokens and duplicates are not known before "
-            "they are tokenised (mamba_jax.prepare_data)"
+            "none of these files is in the token cache: tokens and duplicates are known only "
+            "after tokenising (mamba_jax.prepare_data)"
         )
     different = len(documents.without_duplicates().end_d)
     return (
@@ -43,11 +42,11 @@ def _known(cached: store.Store, source: Source) -> str:
     )
 
 
-def _list_source(source: Source, show: Callable[[str], None]) -> None:
-    total = Summary(source.origin)
+def _list_source(source: TextSource, show: Callable[[str], None]) -> None:
+    total = DataSummary(source.origin)
     total.add(source.found)
     for path in source.files:
-        part, summary = FilePart(path), Summary("")
+        part, summary = FilePart(path), DataSummary("")
         for piece in part.pieces(summary):
             summary.documents += piece.begins
             summary.text_bytes += len(piece.text.encode("utf-8", "surrogatepass"))
@@ -61,7 +60,7 @@ def _list_source(source: Source, show: Callable[[str], None]) -> None:
         show(line)
 
 
-def _judgement(summary: Summary) -> str:
+def _judgement(summary: DataSummary) -> str:
     if summary.skipped:
         return f"skipped, {next(iter(summary.skipped))}"
     words = f"{summary.documents:,} documents, {summary.text_bytes:,} bytes of text"

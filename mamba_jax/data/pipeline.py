@@ -1,7 +1,7 @@
-"""The door to the data: ``prepare`` finds, tokenises and splits; ``Corpus`` gives batches.
+"""Entry point to the data: ``prepare`` finds, tokenises and splits text; ``Corpus`` gives batches.
 
-A batch is read in about a millisecond while the device computes the step before it (steps are
-dispatched asynchronously), so there is no thread here that could hang or run ahead of a resume.
+Reading a batch takes about a millisecond while the device computes the previous step (steps are
+dispatched asynchronously), so no loader thread is needed that could hang or run ahead of a resume.
 """
 
 import concurrent.futures.process
@@ -16,25 +16,25 @@ import numpy as np
 
 from mamba_jax.config import DataConfig
 from mamba_jax.data.cache.store import Store, cache_folder
-from mamba_jax.data.sources.files import Source, open_source
+from mamba_jax.data.sources.files import TextSource, open_source
 from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.sources.task_rows import open_tasks
-from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.data.windows.fill_in_the_middle import FillInTheMiddle
-from mamba_jax.data.windows.order import Order
-from mamba_jax.data.windows.plan import Plan, Settings, load_or_make
+from mamba_jax.data.windows.order import SampleOrder
+from mamba_jax.data.windows.plan import CorpusPlan, SplitSettings, load_or_make
 from mamba_jax.data.windows.repetition import Overlap
 from mamba_jax.data.windows.windows import DocumentWindows, Joined, PackedWindows, Windows
 from mamba_jax.errors import UserError
 
 _COUNTED_TOKENS = 1 << 24  # of a side, for the distribution of its tokens
 _COUNTED_AT_ONCE = 256  # windows
-_REPETITIVE = 0.8  # of the tokens, left when repetition is counted once: from there down it is said
-# Of the held-out text that also occurs in training: from when on it is said, and is a warning. Code
+_REPETITIVE = 0.8  # share of tokens left when repetition is counted once: reported below this
+# Shares of held-out text that also occurs in training: reported, and a warning, from these on. Code
 # of many authors has about a tenth: licences, imports, tables.
-_TOLD_OVERLAP, _WARNED_OVERLAP = 0.001, 0.1
+_REPORTED_OVERLAP, _WARNED_OVERLAP = 0.001, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +44,19 @@ class Corpus:
     Attributes:
       tokenizer: what made the tokens.
       fingerprint: hash of tokens, split, windows and weights; equal ones give equal batches.
-      train: windows to learn from, of all sources.
-      eval: windows held out; no document or block of one is on both sides.
+      train: training windows of all sources.
+      eval: held-out windows; no document or block of one is on both sides.
       summary: what was read and what was skipped.
       origins: names of the sources.
-      phases: (step, weight of each source), the first at 0: which weights hold from which step on.
-      fill: turns some documents of training windows around; None: none.
+      phases: (step, weight of each source), the first at step 0: the weights from that step on.
+      fill: reorders some documents of training windows for fill-in-the-middle; None: disabled.
     """
 
     tokenizer: Tokenizer
     fingerprint: str
     train: Joined
     eval: Windows
-    summary: Summary
+    summary: DataSummary
     origins: tuple[str, ...]
     phases: tuple[tuple[int, tuple[float, ...]], ...]
     fill: FillInTheMiddle | None = None
@@ -83,12 +83,12 @@ class Corpus:
             raise ValueError(f"cannot batch by {batch_size} from sample {start_sample}")
         return self._batches(self._order(batch_size, seed), batch_size, seed, start_sample)
 
-    def _order(self, batch_size: int, seed: int) -> Order:
+    def _order(self, batch_size: int, seed: int) -> SampleOrder:
         phases = [(step * batch_size, weights) for step, weights in self.phases]
-        return Order([len(source) for source in self.train.sources], phases, seed)
+        return SampleOrder([len(source) for source in self.train.sources], phases, seed)
 
     def _batches(
-        self, order: Order, batch_size: int, seed: int, start: int
+        self, order: SampleOrder, batch_size: int, seed: int, start: int
     ) -> Iterator[np.ndarray]:
         def window_at(sample: int) -> np.ndarray:
             source, index = order[sample]
@@ -100,7 +100,7 @@ class Corpus:
             start += batch_size
 
     def shares_text(self, samples: int, batch_size: int) -> str:
-        """Tells what the first samples of a training came from; "" with one source."""
+        """Returns a line on the sources of a run's first samples; "" with one source."""
         if len(self.origins) == 1 or not samples:
             return ""
         counts = self._order(batch_size, 0).counts(samples)
@@ -117,7 +117,7 @@ class Corpus:
         """Yields held-out windows int32 (b, t) with weights float32 (b,), the same every time.
 
         Args:
-          batch_size: windows per batch; the last is filled up with windows of weight 0.
+          batch_size: windows per batch; the last batch is padded with windows of weight 0.
           max_windows: how many windows, evenly spread over the set; 0 for all.
         """
         count = min(max_windows or len(self.eval), len(self.eval))
@@ -132,15 +132,16 @@ class Corpus:
     def unigram_nll(self) -> float:
         """Nats per held-out target under the add-one unigram distribution of the train targets.
 
-        A model that has learnt only how frequent tokens are scores this. Of a side with more than
-        some ten million tokens as many count, in windows evenly spread: a start reads no more.
+        A model that knows only the frequencies of tokens reaches this loss. Where a side has more
+        than some ten million tokens, evenly spread windows with that many are counted, so that
+        starting stays fast.
         """
         train_v, eval_v = self._counts(self.train), self._counts(self.eval)
         log_p_v = np.log(train_v + 1) - np.log(train_v.sum() + len(train_v))
         return float(-(eval_v * log_p_v).sum() / eval_v.sum())
 
     def _counts(self, side: Windows) -> np.ndarray:
-        """Returns int64 (v,), how often each id is a target that is learnt."""
+        """Returns int64 (v,), how often each id is a target."""
         counts_v = np.zeros(self.tokenizer.vocab_size, np.int64)
         count = min(len(side), max(_COUNTED_TOKENS // len(self.eval[0]), 1))
         for first in range(0, count, _COUNTED_AT_ONCE):
@@ -151,13 +152,13 @@ class Corpus:
 
 
 def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str], None]) -> Corpus:
-    """Makes a corpus of the text that ``config`` names; quick when the cache has its tokens.
+    """Makes a corpus of the text that ``config`` names; fast if its tokens are cached.
 
     Args:
-      config: where the text lies, the tokenizer, the share to hold out, the cache.
+      config: where the text is, the tokenizer, the share to hold out, the cache.
       seq_len: input tokens of a window.
       seed: chooses what is held out.
-      log: takes lines for people, e.g. ``print``.
+      log: called with lines for the user, e.g. ``print``.
 
     Raises:
       UserError: if there is no text or too little of it, or the cache cannot be used.
@@ -177,32 +178,31 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
     if plan.by_place:
         log("too little text to hold out whole documents or blocks: holding out the last window")
     tokens = store.tokens(plan.shards)
-    learn = store.learn(plan.shards) if config.loss_on == "answer" else None
-    if config.loss_on == "answer" and learn is None:
+    loss_mask = store.loss_mask(plan.shards) if config.loss_on == "answer" else None
+    if config.loss_on == "answer" and loss_mask is None:
         raise UserError(
             f'data.loss_on="answer", but nothing in {summary.origin} has a prompt (columns such as '
-            'prompt, completion or messages); data.loss_on="all" learns every token'
+            'prompt, completion or messages); data.loss_on="all" trains on every token'
         )
     kind = DocumentWindows if config.window == "document" else PackedWindows
-    windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, learn)
+    windows_of = lambda side: kind(tokens, side, seq_len, tokenizer.eot_id, loss_mask)
     train, evaluation = Joined([windows_of(side) for side in plan.train]), windows_of(plan.eval)
     has_targets = lambda side: any(np.any(side[i][1:] >= 0) for i in range(len(side)))
-    if learn is not None and len(train) and not has_targets(train):
+    if loss_mask is not None and len(train) and not has_targets(train):
         raise UserError(
-            f'data.loss_on="answer", but no record of {summary.origin} to train on has an answer'
-            f'{summary.why()}; data.loss_on="all" learns every token'
+            f'data.loss_on="answer", but no training record of {summary.origin} has an answer'
+            f'{summary.why()}; data.loss_on="all" trains on every token'
         )
-    if learn is not None and not has_targets(evaluation):
+    if loss_mask is not None and not has_targets(evaluation):
         raise UserError(
-            "the held-out windows have no answer to be scored on: raise data.eval_fraction or "
-            "model.max_seq_len"
+            "no held-out window has an answer: raise data.eval_fraction or model.max_seq_len"
         )
     whole = ((0, tuple(source.weight for source in config.mixture) or (1.0,)),)
     phases = tuple((phase.step, phase.weights) for phase in config.curriculum) or whole
     for number, (origin, source) in enumerate(zip(plan.origins, train.sources, strict=True)):
         if not len(source) and any(weights[number] for _, weights in phases):
             raise UserError(
-                f"{origin} has not one window of {seq_len} tokens to train on; leave it out of "
+                f"{origin} has no window of {seq_len} tokens to train on; remove it from "
                 "data.mixture, add text to it, or lower model.max_seq_len"
             )
     words = [plan.fingerprint, config.window, config.loss_on, config.fim_rate, phases]
@@ -215,7 +215,7 @@ def prepare(config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str],
         f"held out {held:,} tokens ({share}): {len(evaluation):,} windows of {seq_len:,}; to train "
         f"on: {len(train):,}"
     )
-    if plan.overlap.share >= _TOLD_OVERLAP:
+    if plan.overlap.share >= _REPORTED_OVERLAP:
         log(_shared_text(plan.overlap))
     fill = FillInTheMiddle(config.fim_rate, tokenizer.eot_id, tokenizer.fim_ids)
     return Corpus(
@@ -239,10 +239,10 @@ def _shared_text(overlap: Overlap) -> str:
 
 
 def _repeats_itself(origin: str, total: int, overlap: Overlap, seq_len: int) -> str:
-    """Returns the error's line for text of which nothing can be held out."""
+    """Returns the error message for text of which nothing can be held out."""
     different, needed = round(overlap.different_tokens), 2 * (seq_len + 1)
     left = (
-        f"{origin} repeats itself: of its {total:,} tokens about {different:,} are left when "
+        f"{origin} repeats itself: about {different:,} of its {total:,} tokens are left when "
         "repetition is counted once"
     )
     if different < needed:
@@ -250,22 +250,20 @@ def _repeats_itself(origin: str, total: int, overlap: Overlap, seq_len: int) -> 
             f"{left}; need ≥ {needed:,} for seq_len {seq_len} (one window to train on, one held "
             "out): add other text to data.data_dir or lower model.max_seq_len"
         )
-    return (
-        f"{left}, and whatever is held out is trained on as well: add other text to data.data_dir"
-    )
+    return f"{left}, and any held-out text also occurs in training: add other text to data.data_dir"
 
 
 def tokenise(
     config: DataConfig, *, seq_len: int, seed: int, log: Callable[[str], None]
-) -> tuple[Tokenizer, Store, Plan]:
-    """Does the part of ``prepare`` that takes long; a corpus may be too small for a window.
+) -> tuple[Tokenizer, Store, CorpusPlan]:
+    """Does the slow part of ``prepare``; the corpus may be too small for a window.
 
     Raises:
       UserError: if there is no text, or the cache cannot be used.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     sources = [open_sources(one, log) for one in config.sources]
-    settings = Settings(
+    settings = SplitSettings(
         seed=seed,
         fraction=config.eval_fraction,
         window_tokens=seq_len + 1,
@@ -273,18 +271,18 @@ def tokenise(
         document_windows=config.window == "document",
     )
     try:
-        for _ in range(3):  # another run may remove a damaged shard between two looks
+        for _ in range(3):  # another run can remove a damaged shard between two attempts
             store = Store(config.cache_root, tokenizer, log)
-            taken = [store.take(one.parts(), config.tokenise_workers) for one in sources]
+            taken = [store.tokenise(one.parts(), config.tokenise_workers) for one in sources]
             found = [one.found for one in sources]
             if plan := load_or_make(store, tokenizer, taken, settings, found):
                 break
         else:
-            raise OSError(None, "what was written there does not read back")
+            raise OSError(None, "a file written there could not be read back")
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a process that tokenises was killed, maybe for want of memory; "
-            "data.tokenise_workers=1 needs the least"
+            "a tokenising process was killed, possibly out of memory; set "
+            "data.tokenise_workers=1, which needs the least memory"
         ) from error
     except OSError as error:
         root = shown(str(cache_folder(config.cache_root)))
@@ -295,20 +293,20 @@ def tokenise(
     summary = plan.summary
     if not summary.documents:
         raise sources[0].nothing(summary)
-    if summary.tokens == summary.documents:  # markers alone
+    if summary.tokens == summary.documents:  # separators alone
         raise UserError(
-            f'data.tokenizer="{config.tokenizer}" makes no token of any text in {summary.origin}; '
-            "take another"
+            f'data.tokenizer="{config.tokenizer}" produces no tokens for the text of '
+            f"{summary.origin}; use another tokenizer"
         )
     for line in summary.lines():
         log(line)
-    for line in filter(None, (tokenizer.remark, tokenizer.doubt)):
+    for line in filter(None, (tokenizer.remark, tokenizer.roundtrip_warning)):
         log(line)
     return tokenizer, store, plan
 
 
-def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
-    """Finds the files, and the dataset or tasks; whichever was named is read.
+def open_sources(config: DataConfig, log: Callable[[str], None]) -> TextSource:
+    """Finds the files, dataset and tasks that ``config`` names.
 
     Raises:
       UserError: if there is none.
@@ -317,11 +315,15 @@ def open_sources(config: DataConfig, log: Callable[[str], None]) -> Source:
         return open_source(config.data_dir, log)
     if not config.data_dir and os.path.exists("data"):
         what = "a dataset" if config.dataset else "tasks"
-        log(f"./data is not read beside {what}; --data_dir data adds it")
+        log(f"./data is ignored because {what} was given; --data_dir data adds it")
     files = open_source(config.data_dir, log) if config.data_dir else None
     rows = (
         open_dataset(config, log)
         if config.dataset
         else open_tasks(config.tasks, config.task_examples)
     )
-    return files.with_rows(rows) if files else Source(rows.origin, (), Summary(rows.origin), rows)
+    return (
+        files.with_rows(rows)
+        if files
+        else TextSource(rows.origin, (), DataSummary(rows.origin), rows)
+    )

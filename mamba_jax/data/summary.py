@@ -1,4 +1,4 @@
-"""What was read and what was not, for people."""
+"""What was read and what was skipped, for messages."""
 
 import dataclasses
 from collections import Counter
@@ -9,26 +9,26 @@ _EXTENSIONS_SHOWN = 8
 
 
 @dataclasses.dataclass
-class Summary:
-    """What was taken from where, and what was not.
+class DataSummary:
+    """What was used from which source, and what was not.
 
     Attributes:
-      origin: where the text comes from, for people.
-      files: files that gave at least one document.
-      rows: rows of a dataset that gave one.
-      records: records of files and rows of datasets that were read, whatever became of them.
+      origin: where the text comes from, for messages.
+      files: files with at least one document.
+      rows: rows of a dataset with a document.
+      records: records of files and rows of datasets that were read, used or not.
       documents: different documents.
-      duplicates: documents left out because an equal one came before.
-      near_duplicates: of the rest those left out because a similar one came before.
+      duplicates: documents left out because they equal an earlier one.
+      near_duplicates: other documents left out because they are similar to an earlier one.
       text_bytes: UTF-8 bytes of the different documents.
-      tokens: of all documents, each with its end-of-text marker; 0 until tokenised.
+      tokens: of all documents, each with its separator; 0 until tokenised.
       skipped: reason → number of files, folders or rows left out.
       skipped_bytes: reason → their size, of files.
       lost: reason → number of records with text that were left out.
-      repaired: reason → number of files and records taken with a warning, such as files whose
-        encoding is doubtful.
+      repaired: reason → number of files and records used with a warning, such as files with an
+        uncertain encoding.
       examples: reason → the first few paths.
-      other_extensions: extension → number of files not looked at because of it.
+      other_extensions: extension → number of files skipped because of it.
     """
 
     origin: str
@@ -65,8 +65,8 @@ class Summary:
         if len(examples) < _EXAMPLES:
             examples.append(shown(path))
 
-    def add(self, other: "Summary") -> None:
-        """Adds what another one counted."""
+    def add(self, other: "DataSummary") -> None:
+        """Adds the counts of another summary."""
         for field in dataclasses.fields(self):
             theirs = getattr(other, field.name)
             if isinstance(theirs, int):
@@ -78,12 +78,12 @@ class Summary:
                 self._example(reason, path)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what is not empty, as plain JSON types."""
-        # Not dataclasses.asdict, which spoils a Counter.
+        """Returns the fields that are not empty, as plain JSON types."""
+        # Not dataclasses.asdict, which breaks a Counter.
         return {name: value for name, value in vars(self).items() if value}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Summary":
+    def from_json(cls, values: dict[str, Any]) -> "DataSummary":
         """Inverts ``to_json``."""
         made = cls("")
         for name, value in values.items():
@@ -91,7 +91,7 @@ class Summary:
         return made
 
     def lines(self) -> list[str]:
-        """Returns the summary for people, one line per fact."""
+        """Returns the summary as lines of text, one per fact."""
         counts = {"files": self.files, "rows": self.rows, "documents": self.documents}
         units = [f"{count:,} {unit}" for unit, count in counts.items() if count]
         taken = f"{self.origin}: {', '.join(units)}, {self.text_bytes / 1e6:,.2f} MB of text"
@@ -104,7 +104,7 @@ class Summary:
         return [taken, *self._exceptions()]
 
     def why(self) -> str:
-        """Returns what was skipped in brackets, as a part of an error's single line."""
+        """Returns what was skipped, in brackets, for a single-line error message."""
         exceptions = "; ".join(self._exceptions())
         return f" ({exceptions})" if exceptions else ""
 
@@ -138,8 +138,8 @@ class Summary:
 
 
 def shown(path: str) -> str:
-    """Returns a path that can be printed on one line: names on disk need be neither Unicode nor
-    free of control characters."""
+    """Returns a path that can be printed on one line: file names can hold bytes that are not
+    Unicode, and control characters."""
     text = path.encode("utf-8", "backslashreplace").decode("utf-8")
     escaped = lambda character: character.encode("unicode_escape").decode("ascii")
     return "".join(c if c.isprintable() else escaped(c) for c in text)

@@ -1,4 +1,4 @@
-"""Cuts a long text where no tokenizer's token reaches across, and mends what UTF-8 cannot say."""
+"""Cuts long texts where no token crosses the cut, and repairs text that UTF-8 cannot express."""
 
 from collections.abc import Iterator
 
@@ -25,11 +25,11 @@ def well_formed(text: str) -> str:
 def cut_text(text: str) -> Iterator[str]:
     """Cuts text into pieces whose tokens, joined, are the tokens of the whole.
 
-    No token of tiktoken's encodings reaches from a non-space into a following space, nor from a
-    letter or digit into a line feed; GPT-2's none from any non-space into a line feed. A cut there
-    is exact. Only freaks are cut elsewhere: a million characters with none of these, and a run of
-    more than 100,000 white-space characters (on which tiktoken may panic). Their text still
-    survives the round trip.
+    No token of tiktoken's encodings extends from a non-space into a following space, nor from a
+    letter or digit into a line feed; in GPT-2's encoding, none extends from any non-space into a
+    line feed. A cut at these places is exact. Only extreme texts are cut elsewhere: a million
+    characters without such a place, and a run of more than 100,000 white-space characters (on which
+    tiktoken can panic). They still survive the round trip.
     """
     start = 0
     while start < len(text):
@@ -54,10 +54,10 @@ def _last_exact_cut(text: str, start: int, limit: int) -> int:
 
 
 def _chop_white_space(text: str) -> Iterator[str]:
-    """Chops the runs of white space that are too long for tiktoken; mostly there is none."""
+    """Cuts the rare runs of white space that are too long for tiktoken."""
     start, step = 0, _LONGEST_WHITE_SPACE
-    # A run longer than 2 steps covers a whole stretch between two multiples of the step: looking
-    # at those is enough, and costs nothing on ordinary text.
+    # A run longer than 2 steps covers a whole stretch between two multiples of the step: checking
+    # those is enough, and costs nothing on ordinary text.
     for probe in range(0, len(text) - step + 1, step):
         if text[probe] in WHITE_SPACE and not text[probe : probe + step].strip(WHITE_SPACE):
             if probe > start:

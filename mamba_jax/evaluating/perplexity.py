@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from mamba_jax.config import DataConfig
-from mamba_jax.data.document import Part
+from mamba_jax.data.document import CorpusPart
 from mamba_jax.data.sources.files import open_source
 from mamba_jax.data.sources.hub import open_dataset
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.text_cuts import well_formed
 from mamba_jax.errors import UserError
 from mamba_jax.evaluating.scorer import Scorer
@@ -48,7 +48,7 @@ def documents(data: str, split: str, log: Callable[[str], None]) -> Iterator[str
         source = open_source(data, log)
     else:
         source = open_dataset(DataConfig(dataset=data, dataset_split=split), log)
-    summary = Summary(source.origin)
+    summary = DataSummary(source.origin)
     n_documents = 0
     for text in _texts(source.parts(), summary):
         n_documents += 1
@@ -57,7 +57,7 @@ def documents(data: str, split: str, log: Callable[[str], None]) -> Iterator[str
         raise UserError(f"no text in {source.origin}{summary.why()}; give --data files with text")
 
 
-def _texts(parts: Iterable[Part], summary: Summary) -> Iterator[str]:
+def _texts(parts: Iterable[CorpusPart], summary: DataSummary) -> Iterator[str]:
     for part in parts:
         text: list[str] = []
         for piece in part.pieces(summary):

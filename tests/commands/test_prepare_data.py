@@ -67,11 +67,11 @@ def test_inspect_shows_the_windows_that_a_training_begins_with(capsys):
     batch = next(prepare(config, seq_len=100, seed=3, log=print).train_batches(2, 3))
     for number, window in enumerate(batch, 1):
         text = "".join("⟦document⟧" if token == 256 else chr(token) for token in window)
-        heading = f"==> window {number} of a training: 100 targets, 0 of them not learnt; "
+        heading = f"==> training window {number}: 100 tokens to predict, 0 of them not trained on; "
         begun = int((window == 256).sum())
         assert f"{heading}{begun} documents begin <==\n{text}\n" in out
     assert prepare_data.main([*flags, "--inspect"]) == 0
-    assert capsys.readouterr().out.count("==> window") == 3
+    assert capsys.readouterr().out.count("==> training window") == 3
     for count in ("0", "", "x"):
         assert prepare_data.main([*flags, f"--inspect={count}"]) == 2
         assert f"--inspect={count}: give a number of windows" in capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_clear_cache_removes_the_tokens(capsys, tmp_path):
         (["--workers", "x"], "data.tokenise_workers='x' is not a whole number"),
         (["--workers"], "needs a value"),
         (["--workers=-1"], "data.tokenise_workers=-1 must not be negative"),
-        (["--dry_run"], "no use where nothing is trained"),
+        (["--dry_run"], "do not apply: prepare_data does not train"),
         (["--wrkers", "2"], "unknown flag --wrkers"),
         (["--data_dir", "nowhere"], "nowhere does not exist"),
     ],
@@ -132,7 +132,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr(store.Store, "_build", interrupt)
     assert prepare_data.main(FLAGS) == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
+    assert capsys.readouterr().err == "interrupted; run the same command again to resume\n"
 
 
 def test_processes_end_with_a_parent_that_is_killed(tmp_path):

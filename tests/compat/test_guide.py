@@ -23,7 +23,7 @@ from mamba_jax.checkpoints.folder import Metadata, read_metadata
 from mamba_jax.cli.train_arguments import read
 from mamba_jax.config import freeze, merge, preset_config, presets
 from mamba_jax.data.sources.hub import open_dataset
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.runs import metrics
 from tests.compat.blocks import GUIDE, Block, blocks, calls
 from tests.data.reading import texts_of
@@ -230,7 +230,9 @@ def test_every_command_with_a_dataset_finds_its_text(place, tmp_path):
             config = dataclasses.replace(
                 config, dataset_streaming=streaming, cache_dir=str(tmp_path)
             )
-            texts = texts_of(next(iter(open_dataset(config, print).parts())).pieces(Summary("")))
+            texts = texts_of(
+                next(iter(open_dataset(config, print).parts())).pieces(DataSummary(""))
+            )
             assert len(texts) == 60 and texts[5] == TEXTS[choice]
     assert {choice[:2] for choice in found} == set(TEXTS)
     assert {split for _, _, split in found} == set(SPLITS)

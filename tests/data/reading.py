@@ -8,23 +8,23 @@ from mamba_jax.data.cache.store import Store
 from mamba_jax.data.document import Piece
 from mamba_jax.data.sources.files import open_source
 from mamba_jax.data.sources.readers import pieces
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
-from mamba_jax.data.windows.plan import Settings, load_or_make
+from mamba_jax.data.windows.plan import SplitSettings, load_or_make
 
 
 def documents_of(pieces: Iterable[Piece]) -> list[list[tuple[str, bool]]]:
-    """Joins pieces to documents: lists of (text, learn)."""
+    """Joins pieces to documents: lists of (text, is_target)."""
     documents: list[list[tuple[str, bool]]] = []
     for piece in pieces:
         assert piece.text
         if piece.begins:
             documents.append([])
         document = documents[-1]
-        if document and document[-1][1] == piece.learn:
-            document[-1] = (document[-1][0] + piece.text, piece.learn)
+        if document and document[-1][1] == piece.is_target:
+            document[-1] = (document[-1][0] + piece.text, piece.is_target)
         else:
-            document.append((piece.text, piece.learn))
+            document.append((piece.text, piece.is_target))
     return documents
 
 
@@ -32,19 +32,19 @@ def texts_of(pieces: Iterable[Piece]) -> list[str]:
     return ["".join(text for text, _ in document) for document in documents_of(pieces)]
 
 
-def read(path) -> tuple[list[str], Summary]:
+def read(path) -> tuple[list[str], DataSummary]:
     """Returns (texts, summary) of one file."""
-    summary = Summary(str(path))
+    summary = DataSummary(str(path))
     return texts_of(pieces(str(path), summary)), summary
 
 
-def read_folder(path) -> tuple[list[str], Summary]:
+def read_folder(path) -> tuple[list[str], DataSummary]:
     """Returns (texts, summary) of a folder or file, as ``data_dir`` would be read: by the cache."""
     source, tokenizer = open_source(str(path), print), load_tokenizer("bytes")
     with tempfile.TemporaryDirectory() as folder:
         store = Store(pathlib.Path(folder), tokenizer, print)
-        taken = store.take(source.parts(), workers=1)
-        settings = Settings(
+        taken = store.tokenise(source.parts(), workers=1)
+        settings = SplitSettings(
             seed=0,
             fraction=0.01,
             window_tokens=1 << 40,

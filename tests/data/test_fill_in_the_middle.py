@@ -76,7 +76,7 @@ def test_cuts_are_everywhere_and_depend_on_seed_and_sample():
     assert any((fill(window, 3, n) != fill(window, 4, n)).any() for n in range(3))
 
 
-def test_padding_and_what_is_not_learnt_stay():
+def test_padding_and_what_is_no_target_stay():
     window = np.concatenate([[EOT], np.arange(50), [EOT], np.full(30, ~EOT)]).astype(np.int32)
     found = FillInTheMiddle(1.0, EOT, IDS)(window, 0, 0)
     text, count = turned_back(found)

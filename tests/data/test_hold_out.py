@@ -103,7 +103,7 @@ REPEATED = {
 @pytest.mark.parametrize("seq_len", [32, 128])
 def test_nothing_but_repetition_is_refused(make, tmp_path, text, seq_len):
     (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(UserError, match=r"repeats itself: of its .* tokens about .* are left"):
+    with pytest.raises(UserError, match=r"repeats itself: about .* of its .* tokens are left"):
         make(tmp_path / "a.txt", seq_len=seq_len)
 
 
@@ -121,6 +121,21 @@ def test_a_paragraph_a_thousand_times_beside_other_text(make, tmp_path):
         held_by_seed.append(held)
     assert len(set(held_by_seed)) == 4
     assert not any("also occurs" in line for line in make.log)
+
+
+@pytest.mark.parametrize(("single", "copies"), [(40, [600]), (100, [20] * 10)])
+def test_few_different_documents_that_stay_double(make, tmp_path, single, copies):
+    """At most one document more than 1% of the different ones, none of which is trained on."""
+    (tmp_path / "in").mkdir()
+    counts = [1] * single + copies
+    numbers = [number for number, count in enumerate(counts) for _ in range(count)]
+    for place, number in enumerate(numbers):
+        (tmp_path / "in" / f"{place}.txt").write_text(sentence(number))
+    for seed in range(4):
+        train, held = sides(make(tmp_path / "in", seed=seed, deduplicate="none"))
+        assert not train.keys() & held.keys()
+        assert 1 <= len(held) / 15 <= 1 + 0.01 * len(counts)
+        assert held.total() / (held.total() + train.total()) <= 0.02
 
 
 def test_what_near_copies_share_is_a_warning(make, tmp_path):

@@ -13,7 +13,7 @@ from mamba_jax.config import DataConfig, SourceConfig
 from mamba_jax.data.pipeline import prepare
 from mamba_jax.data.sources import hub_access, hub_table
 from mamba_jax.data.sources.hub import open_dataset
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of, texts_of
 
@@ -39,11 +39,11 @@ def put(name: str, **splits: list[dict]) -> str:
     return name
 
 
-def rows_of(name: str, **config) -> tuple[list[str], Summary, list[str]]:
+def rows_of(name: str, **config) -> tuple[list[str], DataSummary, list[str]]:
     """Returns (documents, summary, log)."""
     log: list[str] = []
     rows = open_dataset(DataConfig(dataset=name, **config), log.append)
-    summary = Summary(rows.origin)
+    summary = DataSummary(rows.origin)
     return [text for part in rows.parts() for text in texts_of(part.pieces(summary))], summary, log
 
 
@@ -75,7 +75,7 @@ def test_messages_are_rendered():
     messages = [{"role": "user", "content": "hi"}, {"role": "bot", "content": "yo"}]
     texts, _, log = rows_of(put("org/chat", train=[{"n": 1, "messages": messages}]))
     assert texts == ["user: hi\n\nassistant: yo"]
-    assert log == ["dataset org/chat has no column text: taking messages (of n, messages)"]
+    assert log == ["dataset org/chat has no column text: using messages (of n, messages)"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_configuration_is_named_or_the_main_one():
         (folder / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
     texts, _, log = rows_of("org/several")
     assert texts == ["main"]
-    assert log == ["dataset org/several has configurations main, other: taking main"]
+    assert log == ["dataset org/several has configurations main, other: using main"]
     assert rows_of("org/several", dataset_config="other")[0] == ["other"]
     assert error_of("org/several", dataset_config="othr") == (
         'dataset org/several has no configuration "othr"; did you mean "other"? '
@@ -158,7 +158,7 @@ def test_without_train_the_first_split_of_such_a_name_is_taken():
         texts, _, log = rows_of("org/chat", dataset_streaming=streaming, cache_dir="cache")
         assert texts == ["train_sft"]
         assert log == [
-            "dataset org/chat has no split train: taking train_sft (of test_sft, train_sft, "
+            "dataset org/chat has no split train: using train_sft (of test_sft, train_sft, "
             "train_gen)"
         ]
     assert rows_of("org/chat", dataset_split="train[:1]")[0] == ["train_sft"]
@@ -205,7 +205,7 @@ def test_parts_are_stretches_of_rows(monkeypatch):
     parts = list(opened(name).parts())
     assert [(part.start, part.stop) for part in parts] == [(0, 16), (16, 21)]
     assert parts[1].name == "dataset org/name, split train, rows 16 to 21"
-    summary = Summary("")
+    summary = DataSummary("")
     assert documents_of(parts[1].pieces(summary)) == [
         [(f"Say {i}.", False), (f"\n\nIt is {i}.", True)] for i in range(16, 20)
     ]
@@ -213,7 +213,9 @@ def test_parts_are_stretches_of_rows(monkeypatch):
     assert len({part.key() for part in parts}) == 2
     other_process = pickle.loads(pickle.dumps(parts[1]))
     assert other_process.key() == parts[1].key()
-    assert texts_of(other_process.pieces(Summary(""))) == texts_of(parts[1].pieces(Summary("")))
+    assert texts_of(other_process.pieces(DataSummary(""))) == texts_of(
+        parts[1].pieces(DataSummary(""))
+    )
     assert [part.key() for part in opened(name).parts()] == [part.key() for part in parts]
     for other in ({"text_column": "output"}, {"dataset_split": "train[:20]"}):
         assert not {part.key() for part in parts} & {p.key() for p in opened(name, **other).parts()}
@@ -223,7 +225,7 @@ def test_a_loading_script_in_a_folder_is_told_what_to_do():
     pathlib.Path("org/old").mkdir(parents=True)
     pathlib.Path("org/old/old.py").write_text("raise SystemExit('must not run')")
     assert error_of("org/old") == (
-        "dataset org/old is a loading script, which is no longer run; put its data there as "
+        "dataset org/old is a loading script, which is not supported; put its data there as "
         ".parquet or .jsonl files"
     )
 
@@ -246,12 +248,14 @@ def test_mistakes_name_what_there_is():
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files_with_different_columns_are_named_with_them(streaming):
     name = put("org/mixed", first=[{"text": "one"}] * 3, second=[{"text": "two", "more": 1}] * 2)
+    for no_columns in ("third.csv", "third.parquet"):
+        pathlib.Path(name, no_columns).touch()
     with pytest.raises(UserError) as error:
         rows_of(name, dataset_streaming=streaming)
     assert str(error.value) == (
         "dataset org/mixed cannot be loaded: its files have different columns (first.jsonl: "
         "text; second.jsonl: text, more): give all files the same columns, or read each by its own "
-        "with --data_dir org/mixed in place of --dataset (.json, .jsonl, .parquet)"
+        "with --data_dir org/mixed instead of --dataset (.json, .jsonl, .parquet)"
     )
 
 
@@ -347,7 +351,7 @@ def test_what_the_library_has_built_before_is_enough(monkeypatch, tmp_path):
     log: list[str] = []
     with pytest.raises(ImportError):
         open_dataset(DataConfig(dataset="TIGER-Lab/MathInstruct"), log.append)
-    assert "taking dataset TIGER-Lab/MathInstruct from the cache" in log[0]
+    assert "using dataset TIGER-Lab/MathInstruct from the cache" in log[0]
     assert "nor in the cache" in error_of("TIGER-Lab/MathInstruct2")
 
 
@@ -398,7 +402,7 @@ def test_a_dataset_alone_leaves_data_alone_and_says_so(corpus_of, tmp_path):
     (tmp_path / "data/a.txt").write_text("not asked for")
     corpus, log = corpus_of(dataset=name, text_column="output")
     assert corpus.summary.files == 0 and corpus.summary.documents == 40
-    assert "./data is not read beside a dataset; --data_dir data adds it" in log
+    assert "./data is ignored because a dataset was given; --data_dir data adds it" in log
 
 
 def test_split_columns_and_content_each_give_another_cache(corpus_of, tmp_path):

@@ -14,7 +14,7 @@ from mamba_jax.data.cache.store import Store
 from mamba_jax.data.sources import hub_stream, hub_table
 from mamba_jax.data.sources.hub_stream import open_stream
 from mamba_jax.data.sources.hub_table import open_table
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.fake_hub import FakeHub
@@ -72,7 +72,7 @@ def serve(remote: FakeHub, name: str, revision: str = "main", extension: str = "
 
 
 def texts_of_parts(parts) -> list[str]:
-    summary = Summary("")
+    summary = DataSummary("")
     return [text for part in parts for text in texts_of(part.pieces(summary))]
 
 
@@ -104,11 +104,11 @@ def test_gated_datasets_say_what_to_do(remote, open_):
 @pytest.mark.parametrize("open_", [open_table, open_stream])
 def test_datasets_that_are_gone_name_their_successor(remote, open_):
     assert error_of(open_, "hendrycks/competition_math") == (
-        "the Hugging Face Hub has no dataset hendrycks/competition_math, or does not show it; take "
+        "the Hugging Face Hub has no dataset hendrycks/competition_math, or it is private; use "
         "--dataset EleutherAI/hendrycks_math instead"
     )
     assert error_of(open_, "org/typo").endswith(
-        "no dataset org/typo, or does not show it; check its id; if it is private, log in by "
+        "no dataset org/typo, or it is private; check its id; if it is private, log in by "
         "`hf auth login`"
     )
 
@@ -120,16 +120,16 @@ def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
     (script / "script.py").write_text("raise SystemExit('must not run')")
     remote.repos["org/script", "main"] = script
     assert error_of(open_, "org/script") == (
-        "dataset org/script is a loading script, which is no longer run, and the Hub has no "
-        "parquet copy of it (refs/convert/parquet); take another id with the same data"
+        "dataset org/script is a loading script, which is not supported, and the Hub has no "
+        "parquet copy of it (refs/convert/parquet); use another dataset with the same data"
     )
     serve(remote, "org/script", "refs/convert/parquet")
     log = []
     opened = open_(DataConfig(dataset="org/script", cache_dir="cache"), log.append)
     assert texts_of_parts(opened.parts()) == TEXTS
     assert log == [
-        "dataset org/script is a loading script, which is not run: taking the Hub's parquet copy "
-        "of it"
+        "dataset org/script is a loading script, which is not supported: using the Hub's parquet "
+        "copy of it"
     ]
 
 
@@ -150,7 +150,7 @@ def test_what_was_downloaded_is_taken_from_the_cache_when_the_hub_is_away(remote
     log = []
     assert downloaded("org/name", log) == TEXTS
     assert datasets.config.HF_HUB_OFFLINE and not remote.requests
-    assert "taking dataset org/name from the cache" in log[0]
+    assert "using dataset org/name from the cache" in log[0]
     began = time.monotonic()
     assert "neither a folder here nor in the cache" in error_of(open_table, "org/other")
     assert time.monotonic() - began < 2
@@ -186,7 +186,7 @@ def test_a_stream_has_the_rows_of_the_download_and_keeps_no_copy(remote, small_p
 def taken(parts, stop_after=None):
     """Yields (part, texts) as a store would go through them."""
     for number, part in enumerate(parts):
-        yield part, texts_of(part.pieces(Summary("")))
+        yield part, texts_of(part.pieces(DataSummary("")))
         if number + 1 == stop_after:
             return
 
@@ -205,7 +205,7 @@ def test_a_killed_stream_goes_on_where_it_stopped(remote, small_parts, extension
         remote.requests.clear()
         for part in (parts := stream_of().parts()):
             if part.key() not in cached:
-                seen.append((part.key(), texts_of(part.pieces(Summary("")))))
+                seen.append((part.key(), texts_of(part.pieces(DataSummary("")))))
         assert seen == undisturbed and not list(parts)
         # Complete files before the last known place are left alone, but for two that the library
         # looks at the ends of; the first file tells the columns.
@@ -233,7 +233,7 @@ def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypat
     serve(remote, "org/name")
     open_store = lambda: Store(pathlib.Path("cache"), load_tokenizer("bytes"), [].append)
     store = open_store()
-    undisturbed = tokens_of(store, store.take(stream_of().parts(), 1))
+    undisturbed = tokens_of(store, store.tokenise(stream_of().parts(), 1))
     pathlib.Path("cache").rename("first")
 
     def killed():
@@ -243,7 +243,7 @@ def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypat
             yield part
 
     with pytest.raises(KeyboardInterrupt):
-        open_store().take(killed(), 1)
+        open_store().tokenise(killed(), 1)
     store, asked = open_store(), []
     monkeypatch.setattr(
         hub_stream.Stream,
@@ -253,7 +253,7 @@ def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypat
             real(self, start, stop),
         )[1],
     )
-    assert tokens_of(store, store.take(stream_of().parts(), 1)) == undisturbed
+    assert tokens_of(store, store.tokenise(stream_of().parts(), 1)) == undisturbed
     assert len(undisturbed) == len(TEXTS)
     assert 200 <= asked[0] <= 600 and asked == list(range(asked[0], 900, 100))
 
@@ -274,9 +274,9 @@ def test_with_all_parts_in_the_cache_nothing_is_fetched(remote, small_parts, mon
     assert not remote.requests
     part = next(iter(offline.parts()))
     with pytest.raises(
-        UserError, match=r"org/name is in the cache only in part, .*train\[:100000\]"
+        UserError, match=r"org/name is only partly in the cache, .*train\[:100000\]"
     ):
-        list(part.pieces(Summary("")))
+        list(part.pieces(DataSummary("")))
     assert "neither a folder here nor in the cache" in error_of(open_stream, "org/other")
 
 
@@ -331,11 +331,11 @@ def test_a_hub_that_falls_silent_is_one_line_and_a_restart_goes_on(remote, small
     folder = serve(remote, "org/name")
     stream = stream_of()
     parts = stream.parts()
-    first = [texts_of(next(parts).pieces(Summary(""))) for _ in range(4)]
+    first = [texts_of(next(parts).pieces(DataSummary(""))) for _ in range(4)]
     remote.repos["org/name", "main"] = "Gone"
     with pytest.raises(UserError) as error:
         for part in parts:
-            first.append(texts_of(part.pieces(Summary(""))))
+            first.append(texts_of(part.pieces(DataSummary(""))))
     assert "\n" not in str(error.value) and "org/name" in str(error.value)
     remote.repos["org/name", "main"] = folder
     assert texts_of_parts(stream_of().parts()) == TEXTS

@@ -142,7 +142,7 @@ def test_held_out_windows_without_an_answer_are_refused(make, tmp_path):
         make(tmp_path / "a.jsonl", loss_on="answer", seq_len=8, eval_fraction=0.0)
 
 
-def test_of_prompts_and_answers_the_answers_are_learnt(make, tmp_path):
+def test_of_prompts_and_answers_the_answers_are_targets(make, tmp_path):
     lines = (f'{{"prompt": "{words(5, f"d{i}-")}", "completion": "{"Z" * 20}"}}' for i in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     corpus = make(tmp_path / "a.jsonl", loss_on="answer", deduplicate="none")
@@ -154,8 +154,8 @@ def test_of_prompts_and_answers_the_answers_are_learnt(make, tmp_path):
 
 
 @pytest.mark.parametrize("window", ["packed", "concat", "document"])
-def test_behind_a_document_without_an_answer_nothing_is_learnt(make, tmp_path, window):
-    """Not even the separator: the model would learn to stop after a prompt."""
+def test_behind_a_document_without_an_answer_nothing_is_a_target(make, tmp_path, window):
+    """Not even the separator: the model would loss_mask to stop after a prompt."""
     row = lambda i: {"prompt": words(5, f"d{i}-"), "completion": "Z" * 9 if i % 4 == 0 else ""}
     lines = [json.dumps(row(i)) for i in range(80)]
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "ZZ"}]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.data.windows.near_duplicates import first_of_similar
 from mamba_jax.errors import UserError
 
@@ -16,7 +16,7 @@ def documents_of(texts):
     starts = ends - [len(text) + 1 for text in texts]
     tokens = np.concatenate([[999, *text] for text in texts]).astype(np.uint16)
     nothing = np.zeros((len(texts), 16), np.uint8)
-    return Flat([tokens[:777], tokens[777:]]), Documents(starts, ends, nothing, ends, 0 * ends)
+    return Flat([tokens[:777], tokens[777:]]), DocumentIndex(starts, ends, nothing, ends, 0 * ends)
 
 
 def similarity(a, b):

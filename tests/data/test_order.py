@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba_jax.data.windows.order import Order
+from mamba_jax.data.windows.order import SampleOrder
 
 PHASES = [(0, (3.0, 1.0, 0.0)), (700, (0.0, 1.0, 1.0)), (100_000, (1.0, 1e-9, 2.0))]
 
@@ -15,7 +15,7 @@ def drawn():
     with pytest.MonkeyPatch.context() as patch:
         rotated = lambda at, last, seed, rounds: (at + seed) % (last + 1)
         patch.setattr("grain.experimental.index_shuffle", rotated)
-        order = Order([50, 7, 1_000], PHASES, seed=3)
+        order = SampleOrder([50, 7, 1_000], PHASES, seed=3)
     return order, [order[sample] for sample in range(170_000)]
 
 
@@ -51,7 +51,7 @@ def test_each_source_goes_through_whole_epochs_across_phases(drawn):
 
 
 def test_sources_of_one_length_are_shuffled_apart():
-    order = Order([40, 40], [(0, (1.0, 1.0))], seed=0)
+    order = SampleOrder([40, 40], [(0, (1.0, 1.0))], seed=0)
     places = [order[sample] for sample in range(80)]
     first, second = ([window for mine, window in places if mine == k] for k in (0, 1))
     assert sorted(first) == sorted(second) and first != second
@@ -61,6 +61,6 @@ def test_sources_of_one_length_are_shuffled_apart():
 def test_the_order_is_that_of_a_shuffled_and_repeated_dataset(seed):
     import grain
 
-    order = Order([53], [(0, (1.0,))], seed)
+    order = SampleOrder([53], [(0, (1.0,))], seed)
     same = grain.MapDataset.range(53).seed(seed).shuffle().repeat(None)
     assert [order[i] for i in range(1_000)] == [(0, same[i]) for i in range(1_000)]

@@ -162,5 +162,5 @@ def test_of_many_windows_an_even_choice_is_counted(corpus, monkeypatch):
 
 
 def test_the_log_tells_the_tokens(corpus, make):
-    assert corpus.summary.tokens == 2_800  # 400 words of 6 letters, 399 spaces and the marker
+    assert corpus.summary.tokens == 2_800  # 400 words of 6 letters, 399 spaces and the separator
     assert any("2,800 tokens" in line for line in make.log)

@@ -1,4 +1,4 @@
-"""Files read in pieces: compression, encodings, JSON layouts, parquet, what is learnt."""
+"""Files read in pieces: compression, encodings, JSON layouts, parquet, the loss mask."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ from mamba_jax.data.sources.decode import Skip, probe, read_text
 from mamba_jax.data.sources.json_records import read_values
 from mamba_jax.data.sources.readers import is_readable, pieces
 from mamba_jax.data.sources.records import document_of
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of, read, texts_of
@@ -127,7 +127,7 @@ def test_block_borders_do_not_show(tmp_path_factory, text, encoding, block):
         except Skip as skip:
             assert skip.reason == "empty" and not text.strip()
             return
-        assert not found.doubt and "".join(read_text(str(path), found)) == text
+        assert not found.warning and "".join(read_text(str(path), found)) == text
 
 
 def test_damage_is_judged_by_the_whole_file(tmp_path, monkeypatch):
@@ -262,7 +262,7 @@ def test_one_value_that_is_too_large_is_left_out(tmp_path, monkeypatch):
     assert summary.examples == {reason: [f"{path}:2"]}
 
 
-@pytest.mark.parametrize("layout", ["lines", "broken lines", "array", "text", "lines.gz"])
+@pytest.mark.parametrize("layout", ["lines", "broken lines", "array", "line", "text", "lines.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 1 << 16)
     monkeypatch.setattr(readers, "_MOST_HELD_CHARACTERS", 1 << 17)
@@ -271,14 +271,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, layout):
     record = record[:-1] + ",\n" if layout == "array" else record
     record += record[:-3] + "\n" if layout == "broken lines" else ""
     data = (record * 8_000).encode()  # 9 MB, or twice as much
-    if layout == "array":
-        data = b"[" + data[:-2] + b"]"
+    if layout == "line":  # an array in one
+        data = (record[:-1] + ",").encode() * 8_000
+    if layout in ("array", "line"):
+        data = b"[" + data.rstrip(b",\n") + b"]"
     name = {"text": "a.txt", "lines.gz": "a.jsonl.gz"}.get(layout, "a.json")
     path = tmp_path / name
     path.write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
     del data
     tracemalloc.start()
-    count = sum(len(piece.text) for piece in pieces(str(path), Summary("")))
+    count = sum(len(piece.text) for piece in pieces(str(path), DataSummary("")))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count >= 8_000 * 1_100
@@ -298,7 +300,7 @@ sentence = st.lists(word, min_size=1, max_size=6).map(" ".join)
 def test_cuts_between_turns_change_no_token(turns):
     chat = [{"role": role, "content": content} for role, content in turns]
     tokens = load_tokenizer("gpt2").encode
-    parts = [text for text, _ in document_of({"messages": chat}).parts]
+    parts = [text for text, _ in document_of({"messages": chat}).segments]
     assert np.concatenate([tokens(text) for text in parts]).tolist() == (
         tokens("".join(parts)).tolist()
     )
@@ -313,7 +315,7 @@ def test_long_texts_are_cut_without_changing_a_token(tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps("short"))
     tokens = load_tokenizer("gpt2").encode
     for name, count in (("a.txt", 1), ("b.jsonl", 2)):
-        found = list(pieces(str(tmp_path / name), Summary("")))
+        found = list(pieces(str(tmp_path / name), DataSummary("")))
         assert len(found) > 20 and max(len(piece.text) for piece in found) <= 200
         assert [piece.begins for piece in found].count(True) == count
         assert texts_of(found)[0] == text
@@ -346,7 +348,7 @@ def put(path, rows, **options):
 )
 def test_columns_of_parquet_are_chosen_as_those_of_a_dataset(tmp_path, row, expected):
     path = put(tmp_path / "a.parquet", [row] * 3)
-    assert documents_of(pieces(path, Summary(""))) == [expected] * 3
+    assert documents_of(pieces(path, DataSummary(""))) == [expected] * 3
 
 
 def test_parquet_is_read_by_batches_and_rows_without_text_are_left_out(tmp_path):
@@ -383,10 +385,12 @@ def test_damaged_parquet_gives_nothing(tmp_path):
 def test_a_file_that_changes_meanwhile_ends_the_reading(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x" * 1_000}, *[{"text": "y"}] * 200_000]))
-    reading = pieces(str(path), Summary(""))
+    reading = pieces(str(path), DataSummary(""))
     assert next(reading).text == "x" * 1_000
     with open(path, "r+b") as file:
         file.seek(2_500_000)
         file.write(b"{{{{")
-    with pytest.raises(UserError, match=r"a\.json changed while it was read; start again"):
+    with pytest.raises(
+        UserError, match=r"a\.json changed while it was being read; run the command again"
+    ):
         list(reading)

@@ -27,7 +27,7 @@ from mamba_jax.data.sources.records import (
     document_of,
     document_of_columns,
 )
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
 from tests.data.reading import documents_of
 
@@ -35,11 +35,11 @@ CASES = pathlib.Path(__file__).parent / "cases"
 BROKEN_LINE = "broken JSON line"
 
 
-def asked(text: str) -> tuple[str, bool]:
+def masked(text: str) -> tuple[str, bool]:
     return text, False
 
 
-def learnt(text: str) -> tuple[str, bool]:
+def target(text: str) -> tuple[str, bool]:
     return text, True
 
 
@@ -53,18 +53,18 @@ def place(tmp_path, monkeypatch) -> pathlib.Path:
     return tmp_path
 
 
-def by_file(path: pathlib.Path) -> tuple[list, Summary]:
-    summary = Summary("")
+def by_file(path: pathlib.Path) -> tuple[list, DataSummary]:
+    summary = DataSummary("")
     return documents_of(pieces(str(path), summary)), summary
 
 
-def by_dataset(path: pathlib.Path, **config) -> tuple[list, Summary]:
+def by_dataset(path: pathlib.Path, **config) -> tuple[list, DataSummary]:
     """Reads a file as the split of a dataset."""
     folder = pathlib.Path("org") / path.stem
     if not folder.is_dir():
         folder.mkdir(parents=True)
         shutil.copy(path, folder / f"train{path.suffix}")
-    summary = Summary("")
+    summary = DataSummary("")
     rows = open_dataset(
         DataConfig(dataset=str(folder), cache_dir="cache", **config), lambda line: None
     )
@@ -74,30 +74,30 @@ def by_dataset(path: pathlib.Path, **config) -> tuple[list, Summary]:
 # name → (documents, warnings)
 EXPECTED = {
     "answer_is_a_number.jsonl": (
-        [[asked(f"What is {i} plus one?"), learnt(f"\n\n{i + 1}")] for i in range(4)],
+        [[masked(f"What is {i} plus one?"), target(f"\n\n{i + 1}")] for i in range(4)],
         {},
     ),
-    "answer_key_first.jsonl": ([[asked("Which colour?"), learnt("\n\nIt is red.")]], {}),
+    "answer_key_first.jsonl": ([[masked("Which colour?"), target("\n\nIt is red.")]], {}),
     "chat_array_per_line.jsonl": (
         [
             [
-                asked(f"user: Which colour has number {i}?\n\nassistant:"),
-                learnt(f" Number {i} is {c}."),
+                masked(f"user: Which colour has number {i}?\n\nassistant:"),
+                target(f" Number {i} is {c}."),
             ]
             for i, c in enumerate(("red", "green", "blue", "white"))
         ],
         {},
     ),
     "chat_beside_empty_text.jsonl": (
-        [[asked("user: Hello.\n\nassistant:"), learnt(" Good day.")]],
+        [[masked("user: Hello.\n\nassistant:"), target(" Good day.")]],
         {},
     ),
     "chat_ends_with_user.jsonl": (
         [
             [
-                asked("user: Say four.\n\nassistant:"),
-                learnt(" Four."),
-                asked("\n\nuser: Thanks."),
+                masked("user: Say four.\n\nassistant:"),
+                target(" Four."),
+                masked("\n\nuser: Thanks."),
             ]
         ],
         {},
@@ -105,10 +105,10 @@ EXPECTED = {
     "chat_one_conversation.json": (
         [
             [
-                asked("user: Say one.\n\nassistant:"),
-                learnt(" One."),
-                asked("\n\nuser: Say two.\n\nassistant:"),
-                learnt(" Two."),
+                masked("user: Say one.\n\nassistant:"),
+                target(" One."),
+                masked("\n\nuser: Say two.\n\nassistant:"),
+                target(" Two."),
             ]
         ],
         {},
@@ -116,43 +116,43 @@ EXPECTED = {
     "chat_tool_call_without_content.jsonl": (
         [
             [
-                asked("user: Is it warm?\n\nassistant:"),
-                learnt(' {"name": "weather", "arguments": {"town": 1}}'),
-                asked("\n\ntool: 21 degrees\n\nassistant:"),
-                learnt(" Yes, 21 degrees."),
+                masked("user: Is it warm?\n\nassistant:"),
+                target(' {"name": "weather", "arguments": {"town": 1}}'),
+                masked("\n\ntool: 21 degrees\n\nassistant:"),
+                target(" Yes, 21 degrees."),
             ]
         ],
         {},
     ),
     "chat_trl_conversational.jsonl": (
-        [[asked(f"user: Name {i}.\n\nassistant:"), learnt(f" It is {i}.")] for i in range(4)],
+        [[masked(f"user: Name {i}.\n\nassistant:"), target(f" It is {i}.")] for i in range(4)],
         {},
     ),
     "empty_answers.jsonl": (
         [
-            [asked("Which colour has number 4?")],
-            [asked("And 5?")],
-            [asked("And 6?"), learnt(" Blue.")],
+            [masked("Which colour has number 4?")],
+            [masked("And 5?")],
+            [masked("And 6?"), target(" Blue.")],
         ],
         {WITHOUT_ANSWER: 2},
     ),
     "instruction_with_context.jsonl": (
         [
             [
-                asked("Which town is named?\n\nThe bus stops in Oakfield."),
-                learnt("\n\nOakfield."),
+                masked("Which town is named?\n\nThe bus stops in Oakfield."),
+                target("\n\nOakfield."),
             ]
         ],
         {},
     ),
     "one_broken_line.jsonl": (
         [
-            *[[learnt(f"line {i} of a longer text")] for i in range(24)],
-            [learnt("a last good line")],
+            *[[target(f"line {i} of a longer text")] for i in range(24)],
+            [target("a last good line")],
         ],
         {BROKEN_LINE: 1},
     ),
-    "preference_pair.jsonl": ([[learnt("Good answer.")]], {CHOSEN_ALONE: 1}),
+    "preference_pair.jsonl": ([[target("Good answer.")]], {CHOSEN_ALONE: 1}),
 }
 # The library itself refuses these.
 FILES_ALONE = {"chat_array_per_line.jsonl", "one_broken_line.jsonl"}
@@ -250,7 +250,8 @@ def write(path: pathlib.Path, answers) -> pathlib.Path:
 
 def rendered(texts) -> list:
     return [
-        [asked(f"q{i}"), *([learnt(f"\n\n{text}")] if text else [])] for i, text in enumerate(texts)
+        [masked(f"q{i}"), *([target(f"\n\n{text}")] if text else [])]
+        for i, text in enumerate(texts)
     ]
 
 
@@ -273,7 +274,7 @@ def test_typed_answers_of_parquet(kind):
     path = write(pathlib.Path("typed.parquet"), answers)
     assert by_file(path)[0] == by_dataset(path)[0] == rendered(texts)
     found, _ = by_dataset(path, text_column="answer")
-    assert found == [[learnt(text)] for text in texts]
+    assert found == [[target(text)] for text in texts]
 
 
 def test_a_column_of_bytes_is_text_or_named():
@@ -284,7 +285,7 @@ def test_a_column_of_bytes_is_text_or_named():
     reason = 'bytes that are not UTF-8 in "text"'
     for route in (by_file, by_dataset, lambda path: by_dataset(path, text_column="text")):
         found, summary = route(path)
-        assert found == [[learnt("é")]] and summary.lost == {reason: 1}
+        assert found == [[target("é")]] and summary.lost == {reason: 1}
 
 
 def test_an_array_of_rows_with_bytes_alone_is_named_in_the_error(make):
@@ -297,7 +298,7 @@ def test_an_array_of_rows_with_bytes_alone_is_named_in_the_error(make):
 # --- forms ----------------------------------------------------------------------------------------
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-QUESTION = [asked("user: q\n\nassistant:"), learnt(" a")]
+QUESTION = [masked("user: q\n\nassistant:"), target(" a")]
 FORMS = {
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -305,6 +306,10 @@ FORMS = {
     ),
     "role and text": (
         {"conversation": [{"role": "user", "text": "q"}, {"role": "assistant", "text": "a"}]},
+        QUESTION,
+    ),
+    "text beside empty content": (
+        {"chat": [USER | {"content": "", "text": "q"}, BOT | {"content": None, "text": "a"}]},
         QUESTION,
     ),
     "chat": ({"chat": [USER, BOT], "url": "u"}, QUESTION),
@@ -317,11 +322,11 @@ FORMS = {
     "deep inside": ({"data": {"thread": [USER, BOT]}, "note": "n"}, QUESTION),
     "system beside a chat": (
         {"system": "s", "conversations": [USER, BOT]},
-        [asked("system: s\n\nuser: q\n\nassistant:"), learnt(" a")],
+        [masked("system: s\n\nuser: q\n\nassistant:"), target(" a")],
     ),
     "developer": (
         {"messages": [{"role": "developer", "content": "s"}, USER, BOT]},
-        [asked("system: s\n\nuser: q\n\nassistant:"), learnt(" a")],
+        [masked("system: s\n\nuser: q\n\nassistant:"), target(" a")],
     ),
     "content in parts": (
         {"messages": [turn | {"content": [{"text": turn["content"]}]} for turn in (USER, BOT)]},
@@ -329,47 +334,47 @@ FORMS = {
     ),
     "weight 0": (
         {"messages": [USER, BOT | {"weight": 0}, USER, BOT]},
-        [asked("user: q\n\nassistant: a\n\nuser: q\n\nassistant:"), learnt(" a")],
+        [masked("user: q\n\nassistant: a\n\nuser: q\n\nassistant:"), target(" a")],
     ),
     "TRL with history": (
         {"prompt": [USER, BOT, USER], "completion": [BOT]},
-        [asked("user: q\n\nassistant: a\n\nuser: q\n\nassistant:"), learnt(" a")],
+        [masked("user: q\n\nassistant: a\n\nuser: q\n\nassistant:"), target(" a")],
     ),
     "prompt as text, completion as turns": ({"prompt": "q", "completion": [BOT]}, QUESTION),
     "prompt as turns, completion as text": ({"prompt": [USER], "completion": "a"}, QUESTION),
     "system prompt": (
         {"response": "a", "question": "q", "system_prompt": "s", "id": "7", "license": "mit"},
-        [asked("s\n\nq"), learnt("\n\na")],
+        [masked("s\n\nq"), target("\n\na")],
     ),
     "system and instruction": (
         {"response": "a", "instruction": "q", "system": "s"},
-        [asked("s\n\nq"), learnt("\n\na")],
+        [masked("s\n\nq"), target("\n\na")],
     ),
     "Alpaca": (
         {"output": "a", "input": "i", "instruction": "q", "text": ""},
-        [asked("q\n\ni"), learnt("\n\na")],
+        [masked("q\n\ni"), target("\n\na")],
     ),
     "Alpaca without input": (
         {"output": "a", "input": "", "instruction": "q"},
-        [asked("q"), learnt("\n\na")],
+        [masked("q"), target("\n\na")],
     ),
     "context before a question": (
         {"answers": {"text": ["a"], "answer_start": [3]}, "question": "q", "context": "c"},
-        [asked("c\n\nq"), learnt("\n\na")],
+        [masked("c\n\nq"), target("\n\na")],
     ),
     "problem": (
         {"solution": "a", "problem": "q", "answer": "4", "url": "u"},
-        [asked("q"), learnt("\n\na")],
+        [masked("q"), target("\n\na")],
     ),
     "the answer that is there": (
         {"solution": None, "problem": "q", "answer": 4},
-        [asked("q"), learnt("\n\n4")],
+        [masked("q"), target("\n\n4")],
     ),
-    "query": ({"response": "a", "query": "q", "type": "t"}, [asked("q"), learnt("\n\na")]),
-    "input and output": ({"output": "a", "input": "q"}, [asked("q"), learnt("\n\na")]),
-    "number as text": ({"text": 2.50}, [learnt("2.5")]),
-    "content": ({"text": None, "content": "c", "meta": {"a": "b"}}, [learnt("c")]),
-    "no known key but one": ({"id": "7", "url": "u", "license": "mit", "body": "b"}, [learnt("b")]),
+    "query": ({"response": "a", "query": "q", "type": "t"}, [masked("q"), target("\n\na")]),
+    "input and output": ({"output": "a", "input": "q"}, [masked("q"), target("\n\na")]),
+    "number as text": ({"text": 2.50}, [target("2.5")]),
+    "content": ({"text": None, "content": "c", "meta": {"a": "b"}}, [target("c")]),
+    "no known key but one": ({"id": "7", "url": "u", "license": "mit", "body": "b"}, [target("b")]),
 }  # fmt: skip
 
 
@@ -421,7 +426,7 @@ def call(**function) -> dict:
     ],
 )  # fmt: skip
 def test_tool_calls_are_lines_of_json_that_the_assistant_says(turn, text):
-    expected = [asked("user: q\n\nassistant:"), learnt(f" {text}")]
+    expected = [masked("user: q\n\nassistant:"), target(f" {text}")]
     assert document_of({"messages": [USER, turn]}) == Document(expected)
     assert chat_text([USER, turn]) == f"user: q\n\nassistant: {text}"
 
@@ -445,26 +450,26 @@ def test_a_chat_that_is_not_understood_is_left_out_and_counted(chat, place):
     path = place / "a.jsonl"
     path.write_text(json.dumps({"text": "good"}) + "\n" + json.dumps({"messages": chat}))
     found, summary = by_file(path)
-    assert found == [[learnt("good")]] and summary.lost == {CHAT_NOT_UNDERSTOOD: 1}
+    assert found == [[target("good")]] and summary.lost == {CHAT_NOT_UNDERSTOOD: 1}
     assert summary.examples == {CHAT_NOT_UNDERSTOOD: [f"{path} record 2"]}
 
 
 def test_lists_that_only_have_roles_are_no_chats():
     record = {"film": "f", "credits": [{"role": "director", "person": "p"}]}
-    assert document_of(record) == Document([learnt("f\n\ndirector\n\np")], (LOOSE,))
+    assert document_of(record) == Document([target("f\n\ndirector\n\np")], (LOOSE,))
 
 
-REJECTED = "never learn this"
+REJECTED = "never train on this"
 
 
 @pytest.mark.parametrize(
     ("record", "parts"),
     [
-        ({"chosen": "a", "rejected": REJECTED}, [learnt("a")]),
-        ({"rejected": REJECTED, "chosen": "a", "prompt": "q"}, [asked("q"), learnt("\n\na")]),
+        ({"chosen": "a", "rejected": REJECTED}, [target("a")]),
+        ({"rejected": REJECTED, "chosen": "a", "prompt": "q"}, [masked("q"), target("\n\na")]),
         (
             {"system": "s", "question": "q", "chosen": "a", "rejected": REJECTED},
-            [asked("s\n\nq"), learnt("\n\na")],
+            [masked("s\n\nq"), target("\n\na")],
         ),
         ({"chosen": [USER, BOT], "rejected": [USER, BOT | {"content": REJECTED}]}, QUESTION),
         (
@@ -482,7 +487,7 @@ REJECTED = "never learn this"
         ),
     ],
 )  # fmt: skip
-def test_of_a_preference_pair_the_chosen_answer_is_learnt(record, parts, place):
+def test_of_a_preference_pair_the_chosen_answer_is_the_target(record, parts, place):
     for document in routes(record, place):
         assert document == Document(parts, (CHOSEN_ALONE,))
     path = place / "pair.jsonl"
@@ -492,23 +497,29 @@ def test_of_a_preference_pair_the_chosen_answer_is_learnt(record, parts, place):
         assert found == [parts] and summary.repaired == {CHOSEN_ALONE: 1}
 
 
-def test_what_must_not_be_learnt_is_left_out_and_counted():
+def test_what_must_not_be_trained_on_is_left_out_and_counted():
     bad = {"prompt": "q", "completion": REJECTED, "label": False}
     assert document_of(bad).skip == UNDESIRABLE
-    assert document_of(bad | {"label": True}).parts == [asked("q"), learnt(f"\n\n{REJECTED}")]
+    assert document_of(bad | {"label": True}).segments == [masked("q"), target(f"\n\n{REJECTED}")]
     assert document_of({"rejected": REJECTED}).is_blank
-    assert document_of({"rejected": REJECTED, "note": "n"}).parts == [learnt("n")]
+    assert document_of({"rejected": REJECTED, "note": "n"}).segments == [target("n")]
     choice = {"question": "q", "choices": ["x", "y"], "answer": 1}
     assert document_of(choice).skip == CHOICE_BY_NUMBER
-    assert document_of(choice | {"answer": "y"}).parts == [asked("q"), learnt("\n\ny")]
+    assert document_of(choice | {"answer": "y"}).segments == [masked("q"), target("\n\ny")]
 
 
 def test_records_of_no_known_form():
     assert document_of({"title": "t", "body": "b", "id": "7", "n": 3}) == Document(
-        [learnt("t\n\nb")], (LOOSE,)
+        [target("t\n\nb")], (LOOSE,)
     )
-    assert document_of({"question": "q", "id": "7"}) == Document([asked("q")], (WITHOUT_ANSWER,))
-    assert document_of(["x", {"a": "y", "url": "u"}]) == Document([learnt("x\n\ny")])
+    for record, text in (
+        ({"question": "q", "id": "7"}, "q"),
+        ({"input": "i", "instruction": "q"}, "q\n\ni"),
+        ({"question": "q", "context": "c", "system": "s"}, "s\n\nc\n\nq"),
+    ):
+        assert document_of(record) == Document([masked(text)], (WITHOUT_ANSWER,))
+    assert document_of({"question": "q", "body": "b"}).warnings == (LOOSE,)
+    assert document_of(["x", {"a": "y", "url": "u"}]) == Document([target("x\n\ny")])
     for blank in (None, 3, "", " ", [], {}, {"text": " "}, {"text": None, "title": "t"}, [1, 2]):
         assert document_of(blank).is_blank
 
@@ -516,24 +527,24 @@ def test_records_of_no_known_form():
 def test_a_chat_without_content_is_blank():
     assert document_of({"messages": [{"role": "user", "content": None}]}) == Document()
     left_out = [USER, {"role": "assistant", "content": ""}, BOT]
-    assert document_of({"messages": left_out}).parts == QUESTION
+    assert document_of({"messages": left_out}).segments == QUESTION
 
 
 def test_halves_of_characters_are_joined_or_replaced():
     halves = "\ud83d\ude00 \ud800"
     for record in ({"text": halves}, [halves], {"question": "", "answer": halves}):
-        assert document_of(record).parts == [learnt("😀 \ufffd")]
-    assert document_of_columns({"a": halves}, ("a",)).parts == [learnt("😀 \ufffd")]
+        assert document_of(record).segments == [target("😀 \ufffd")]
+    assert document_of_columns({"a": halves}, ("a",)).segments == [target("😀 \ufffd")]
 
 
 def test_of_several_columns_that_are_named_the_last_is_the_answer():
     row = {"a": "x ", "b": "\n", "c": 3, "d": ["z", None]}
     of = lambda *columns: document_of_columns(row, columns)
-    assert of("a", "b", "c", "d") == Document([asked("x \n\n3"), learnt("\n\nz")])
-    assert of("d", "a") == Document([asked("z"), learnt("\n\nx ")])
-    assert of("a") == Document([learnt("x ")])
-    assert of("a", "b") == Document([asked("x ")], (WITHOUT_ANSWER,))
-    assert document_of_columns({"q": None, "a": "only"}, ("q", "a")).parts == [learnt("only")]
+    assert of("a", "b", "c", "d") == Document([masked("x \n\n3"), target("\n\nz")])
+    assert of("d", "a") == Document([masked("z"), target("\n\nx ")])
+    assert of("a") == Document([target("x ")])
+    assert of("a", "b") == Document([masked("x ")], (WITHOUT_ANSWER,))
+    assert document_of_columns({"q": None, "a": "only"}, ("q", "a")).segments == [target("only")]
     chat = {"turns": json.dumps([USER, BOT]), "title": "t"}
-    assert document_of_columns(chat, ("turns",)).parts == QUESTION
-    assert document_of_columns(chat, ("title", "turns")).parts == QUESTION
+    assert document_of_columns(chat, ("turns",)).segments == QUESTION
+    assert document_of_columns(chat, ("title", "turns")).segments == QUESTION

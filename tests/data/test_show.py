@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from mamba_jax.data.show import documents_begun, show_window
+from mamba_jax.data.show import count_separators, show_window
 from mamba_jax.data.tokenizers.load import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -15,26 +15,26 @@ def window_of(*parts):
     return np.concatenate([np.atleast_1d(part) for part in parts]).astype(np.int32)
 
 
-def ids(text, learnt=True):
+def ids(text, is_target=True):
     tokens = BYTES.encode(text)
-    return tokens if learnt else ~tokens
+    return tokens if is_target else ~tokens
 
 
 WINDOW = window_of(
-    ids("end of one"), EOT, ids("Q: naïve 🌍?", learnt=False), ids(" A\n"), EOT, ids("x"), 257, EOT,
-    [~EOT] * 5,
+    ids("end of one"), EOT, ids("Q: naïve 🌍?", is_target=False), ids(" A\n"), EOT, ids("x"), 257,
+    EOT, [~EOT] * 5,
 )  # fmt: skip
 
 
 def test_plain_marks():
     shown = show_window(WINDOW, BYTES, {257: "suffix"}, colour=False)
     assert shown == (
-        "end of one⟦document⟧⟦not learnt:⟧Q: naïve 🌍?⟦learnt:⟧ A\n⟦document⟧x⟦suffix⟧⟦document⟧"
-        "⟦padding: 5 tokens⟧"
+        "end of one⟦document⟧⟦not trained on:⟧Q: naïve 🌍?⟦trained on:⟧ A\n⟦document⟧x⟦suffix⟧"
+        "⟦document⟧⟦padding: 5 tokens⟧"
     )
 
 
-def test_colours_tell_documents_apart_and_dim_what_is_not_learnt():
+def test_colours_tell_documents_apart_and_dim_what_is_no_target():
     shown = show_window(WINDOW, BYTES, {257: "suffix"}, colour=True)
     plain = re.sub(r"\033\[[\d;]*m", "", shown)
     assert plain == (
@@ -67,22 +67,22 @@ def test_one_token_of_padding_is_padding():
 def test_a_separator_that_is_no_target_is_no_padding():
     window = window_of(
         EOT,
-        ids("ask", learnt=False),
+        ids("ask", is_target=False),
         ~EOT,
-        ids("q?", learnt=False),
+        ids("q?", is_target=False),
         ids(" a"),
         ~EOT,
         ids("z"),
         ~EOT,
     )
     assert show_window(window, BYTES, {}, colour=False) == (
-        "⟦document⟧⟦not learnt:⟧ask⟦document⟧q?⟦learnt:⟧ a⟦not learnt:⟧⟦document⟧⟦learnt:⟧z"
-        "⟦not learnt:⟧⟦document⟧⟦learnt:⟧"
+        "⟦document⟧⟦not trained on:⟧ask⟦document⟧q?⟦trained on:⟧ a⟦not trained on:⟧⟦document⟧"
+        "⟦trained on:⟧z⟦not trained on:⟧⟦document⟧⟦trained on:⟧"
     )
-    assert documents_begun(window, EOT) == 4
+    assert count_separators(window, EOT) == 4
     padded = window_of(window, ~EOT, ~EOT)
     assert show_window(padded, BYTES, {}, colour=False).endswith(
-        "⟦learnt:⟧z⟦not learnt:⟧⟦document⟧⟦learnt:⟧⟦padding: 2 tokens⟧"
+        "⟦trained on:⟧z⟦not trained on:⟧⟦document⟧⟦trained on:⟧⟦padding: 2 tokens⟧"
     )
-    assert documents_begun(padded, EOT) == 4
-    assert documents_begun(WINDOW, EOT) == 3
+    assert count_separators(padded, EOT) == 4
+    assert count_separators(WINDOW, EOT) == 3

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.data.windows.split import Units, cut_into_units, runs, split_units, stream_tokens
 from mamba_jax.data.windows.windows import Joined, Windows
@@ -83,8 +83,8 @@ def test_equal_units_are_never_parted():
 
 
 def cut(tokens, tokenizer) -> Units:
-    """Cuts one document, marker included."""
-    whole = Documents(
+    """Cuts one document, separator included."""
+    whole = DocumentIndex(
         start_d=np.array([0]),
         end_d=np.array([len(tokens)]),
         digest_dk=np.zeros((1, 16), np.uint8),
@@ -139,7 +139,7 @@ def test_small_shares_still_hold_out_one_window(make, many_files):
 
 @pytest.mark.parametrize("seq_len", [7, 100, 511])
 def test_the_smallest_text_that_works(make, tmp_path, seq_len):
-    """2 · (seq_len + 1) tokens, one of them the marker, as the error promises."""
+    """2 · (seq_len + 1) tokens, one of them the separator, as the error promises."""
     enough = 2 * (seq_len + 1)
     file = tmp_path / "a.txt"
     file.write_text(words(1_000)[: enough - 1])

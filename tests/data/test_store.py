@@ -101,16 +101,16 @@ def test_what_is_no_target_is_marked(tmp_path):
             return "talk"
 
         def pieces(self, summary):
-            yield Piece("all learnt", True)
-            yield Piece("ask", True, learn=False)
+            yield Piece("as a whole", True)
+            yield Piece("ask", True, is_target=False)
             yield Piece("answer", False)
 
     made = store.Store(tmp_path, load_tokenizer("bytes"), print)
-    entries = made.entries(made.take([Talk()], workers=1))
+    entries = made.entries(made.tokenise([Talk()], workers=1))
     names = [name for name, _ in entries]
-    learn = made.learn(names)
-    assert learn is not None
-    assert learn[0 : len(learn)].tolist() == [1] * 11 + [1, 0, 0, 0] + [1] * 6
+    loss_mask = made.loss_mask(names)
+    assert loss_mask is not None
+    assert loss_mask[0 : len(loss_mask)].tolist() == [1] * 11 + [1, 0, 0, 0] + [1] * 6
     assert made.documents(entries, names).end_d.tolist() == [11, 21]
 
 
@@ -150,7 +150,7 @@ def test_processes_do_not_change_the_corpus(make, many_files, tmp_path, small_sh
 def test_an_error_in_a_process_is_told(make, many_files, small_shards, monkeypatch):
     """A file that goes while the processes wait for their turn."""
     monkeypatch.setattr(sources.FilePart, "key", lambda self: f"not of the content {self.path}")
-    with pytest.raises(UserError, match="changed while it was read; start again"):
+    with pytest.raises(UserError, match="changed while it was being read; run the command again"):
         make(many_files, tokenise_workers=2)
 
 
@@ -252,7 +252,7 @@ def test_duplicates_may_be_kept(make, many_files):
     left_out, kept = make(many_files).summary, make(many_files, deduplicate="none").summary
     assert (left_out.documents, left_out.duplicates) == (60, 1)
     assert (kept.documents, kept.duplicates) == (61, 0)
-    assert kept.tokens == left_out.tokens + 151  # the first 150 bytes, and a marker
+    assert kept.tokens == left_out.tokens + 151  # the first 150 bytes, and a separator
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -541,7 +541,9 @@ def test_files_that_change_while_they_are_read(make, many_files, tmp_path, monke
                 file.write_text("edited" if change == "edited" else '["one", "two"]')
 
     monkeypatch.setattr(sources.FilePart, "pieces", read_then_change)
-    with pytest.raises(UserError, match=rf"{file} changed while it was read; start again"):
+    with pytest.raises(
+        UserError, match=rf"{file} changed while it was being read; run the command again"
+    ):
         make(many_files)
     assert shard_folders(tmp_path) == []
 

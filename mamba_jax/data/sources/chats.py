@@ -1,4 +1,4 @@
-"""Chats: which values are one, and how their turns are rendered.
+"""Chats: which values are chats, and how their turns are rendered.
 
 A turn is ``role: content``, a blank line between two turns:
 
@@ -6,12 +6,12 @@ A turn is ``role: content``, a blank line between two turns:
 
     assistant: It is 2.
 
-What follows ``assistant:`` is learnt, unless the turn has ``weight`` 0. A turn names its role by
-``role`` or ``from``, its content by ``content``, ``value`` or ``text``; ``ROLES`` gives the names
-of roles. Content that is a list gives the text of its entries, joined by line feeds. Each tool call
-of a turn is a line of JSON behind the content, ``{"name": "weather", "arguments": {"town": 1}}``:
-arguments that are a JSON string stand as they are, others are written with sorted keys. A turn with
-neither content nor calls is left out.
+The text after ``assistant:`` is trained on, unless the turn has ``weight`` 0. A turn has its role
+under ``role`` or ``from``, its content under ``content``, ``value`` or ``text``; ``ROLES`` maps the
+aliases of roles. Content that is a list contributes the text of its entries, joined by line feeds.
+Each tool call of a turn is a line of JSON after the content, such as ``{"name": "weather",
+"arguments": {"town": 1}}``: arguments given as a JSON string are kept as they are, others are
+written with sorted keys. A turn with neither content nor tool calls is left out.
 """
 
 import json
@@ -21,8 +21,8 @@ from typing import Any
 from mamba_jax.data.sources.values import scalar_text
 from mamba_jax.data.text_cuts import well_formed
 
-Parts = list[tuple[str, bool]]
-Turn = tuple[str, str, bool]  # role, content, learnt
+Segments = list[tuple[str, bool]]
+Turn = tuple[str, str, bool]  # role, content, is_target
 
 ROLES = (
     dict.fromkeys(("human", "prompter"), "user")
@@ -31,7 +31,7 @@ ROLES = (
     | {"developer": "system"}
 )
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value", "text")
-# Other keys of turns; what they hold is not rendered.
+# Other keys of turns; their values are not rendered, except for tool calls.
 _OTHER_KEYS = (
     *("name", "weight", "tool_calls", "function_call", "tool_call_id", "refusal", "audio"),
     *("annotations", "prefix", "thinking", "reasoning", "reasoning_content"),
@@ -41,11 +41,11 @@ _KNOWN_ROLES = frozenset(("user", "assistant", "system", "tool", *ROLES))
 
 
 class NotUnderstood(Exception):
-    """What looks like a chat, and whose turns cannot be told."""
+    """A value looks like a chat, but its turns cannot be identified."""
 
 
 def is_lone_turn(record: Any) -> bool:
-    """Says whether a record is a turn and nothing else."""
+    """Returns whether a record is only a turn."""
     if not _has_known_role(record):
         return False
     keys = {key for key, value in record.items() if value is not None}
@@ -53,7 +53,7 @@ def is_lone_turn(record: Any) -> bool:
 
 
 def are_turn_keys(names: Sequence[str]) -> bool:
-    """Says whether a table with these columns has a turn in each row, and nothing else."""
+    """Returns whether each row of a table with these columns is only a turn."""
     has = lambda keys: any(key in names for key in keys)
     return has(_ROLE_KEYS) and has(_CONTENT_KEYS) and set(names) <= _TURN_KEYS
 
@@ -62,13 +62,13 @@ def turns_in(value: Any, *, expected: bool) -> list[Turn] | None:
     """Returns the turns of a chat that have content; None if the value does not look like a chat.
 
     Args:
-      value: a list of turns, a single turn, an object of lists with the parts of turns, or a string
-        with one of these as JSON.
-      expected: whether every list of objects looks like a chat, as under a key that names one;
-        else one of them must have a role that is known.
+      value: a list of turns, a single turn, an object of lists (of roles, of contents), or a
+        string with one of these as JSON.
+      expected: whether every list of objects looks like a chat, as under a key such as
+        ``messages``; otherwise one of the objects must have a known role.
 
     Raises:
-      NotUnderstood: if it looks like a chat, and a turn has no role or no content that is known.
+      NotUnderstood: if it looks like a chat, but a turn has no known role or content.
     """
     if isinstance(value, str):
         value = _decoded(value)
@@ -94,7 +94,7 @@ def _has_known_role(value: Any) -> bool:
 
 
 def _decoded(text: str) -> Any:
-    """Returns what a string holds as JSON, if that may be a chat."""
+    """Returns the JSON value in a string if it can be a chat, else None."""
     if text.lstrip()[:1] not in ("[", "{") or not any(f'"{key}"' in text for key in _ROLE_KEYS):
         return None
     try:
@@ -123,16 +123,16 @@ def _turn(turn: Any) -> Turn:
         raise NotUnderstood
     role = role.strip().lower()
     role = ROLES.get(role, role)
-    content = next((given[key] for key in _CONTENT_KEYS if key in given), "")
+    content = next((given[key] for key in _CONTENT_KEYS if given.get(key, "") != ""), "")
     lines = [text for text in (_content(content), *_calls(given)) if text.strip()]
     if not lines and any(given.keys() - _TURN_KEYS):
-        raise NotUnderstood  # its content has a name that is not known
-    learnt = role == "assistant" and given.get("weight") != 0
-    return role, "\n".join(lines), learnt
+        raise NotUnderstood  # its content is under an unknown key
+    is_target = role == "assistant" and given.get("weight") != 0
+    return role, "\n".join(lines), is_target
 
 
 def _content(value: Any) -> str:
-    if isinstance(value, dict):  # a single entry, or the parts of one
+    if isinstance(value, dict):  # a single entry, or an object with a list of entries
         value = value["parts"] if isinstance(value.get("parts"), list) else [value]
     if isinstance(value, list):
         texts = [_entry(entry) for entry in value]
@@ -144,7 +144,7 @@ def _content(value: Any) -> str:
 
 
 def _entry(entry: Any) -> str:
-    """Returns the text of an entry of a content; "" of an image and the like."""
+    """Returns the text of one entry of a content; "" for an image and the like."""
     if not isinstance(entry, dict):
         return entry if isinstance(entry, str) else ""
     if entry.get("type") == "tool_use":
@@ -179,7 +179,7 @@ def _call_text(name: Any, arguments: Any) -> str:
         except (ValueError, RecursionError):
             arguments = json.dumps(arguments, ensure_ascii=False)
     else:
-        # Tables give every object the keys of all; nulls tell nothing of this one.
+        # Tables give every object the keys of all objects; nulls are not this object's own.
         arguments = json.dumps(_without_nulls(arguments or {}), ensure_ascii=False, sort_keys=True)
     return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
 
@@ -192,25 +192,25 @@ def _without_nulls(value: Any) -> Any:
     return scalar_text(value) if isinstance(value, bytes) else value
 
 
-def render(turns: Sequence[Turn]) -> Parts:
+def render(turns: Sequence[Turn]) -> Segments:
     """Returns a chat as it is trained on."""
-    parts: Parts = []
-    for role, content, learnt in turns:
-        add(parts, f"\n\n{role}:" if parts else f"{role}:", False)
-        add(parts, f" {content}", learnt)
-    return parts
+    segments: Segments = []
+    for role, content, is_target in turns:
+        add(segments, f"\n\n{role}:" if segments else f"{role}:", False)
+        add(segments, f" {content}", is_target)
+    return segments
 
 
-def add(parts: Parts, text: str, learn: bool) -> None:
-    """Appends to a document, joining what is learnt alike."""
+def add(segments: Segments, text: str, is_target: bool) -> None:
+    """Appends to a document, joined to the last segment if both have the same ``is_target``."""
     text = well_formed(text)
-    if parts and parts[-1][1] == learn:
-        text = parts.pop()[0] + text
-    parts.append((text, learn))
+    if segments and segments[-1][1] == is_target:
+        text = segments.pop()[0] + text
+    segments.append((text, is_target))
 
 
 def chat_text(turns: list[Any]) -> str:
-    """Returns a chat as it is rendered for training; "" if these are no turns, or empty ones."""
+    """Returns a chat as it is rendered for training; "" if there is no turn with content."""
     try:
         return "".join(text for text, _ in render(turns_in(turns, expected=True) or ()))
     except NotUnderstood:

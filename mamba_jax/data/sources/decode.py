@@ -1,8 +1,8 @@
-"""From a file's bytes to its text, a megabyte at a time: compression, encoding, what is no text.
+"""From a file's bytes to its text, a megabyte at a time: compression, encoding, binary files.
 
-A file is read twice. The first reading (``probe``) finds out what it is and whether all of it can
-be read, so that a file which breaks off in its last line is left out as a whole; the second gives
-the text. Both take a fraction of the time that tokenising takes.
+A file is read twice. The first pass (``probe``) determines what it is and whether all of it can be
+read, so that a file that is cut off in its last line is skipped as a whole. The second pass yields
+the text. Both take a fraction of the time of tokenising.
 """
 
 import codecs
@@ -18,7 +18,7 @@ COMPRESSED = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
 _PROBE_BYTES = 8_192  # of a file's start decide whether it is binary
 _MOST_CONTROL_SHARE = 0.01  # compressed data has about 10% control characters, text has none
-# A compressed file that gives more is no text that anyone wrote: text shrinks 3 to 50 times.
+# A compressed file that expands more is not ordinary text, which compresses 3 to 50 times.
 _MOST_BYTES_UNASKED, _MOST_EXPANSION = 1 << 28, 200
 _BOMS = (  # UTF-32's begins with UTF-16's, so it comes first
     (codecs.BOM_UTF8, "utf-8"),
@@ -30,11 +30,11 @@ _BOMS = (  # UTF-32's begins with UTF-16's, so it comes first
 
 
 class Skip(Exception):
-    """A file that is left out.
+    """A file is skipped.
 
     Attributes:
       reason: in a few words, the same for all files with this fault.
-      line: where it is, from 1; 0 if that says nothing.
+      line: the line of the fault, from 1; 0 if there is none.
     """
 
     def __init__(self, reason: str, line: int = 0):
@@ -49,13 +49,13 @@ class Encoding:
 
     Attributes:
       name: the codec's.
-      bom_bytes: of the mark before the text.
-      doubt: why the text may not be what was written; "" if there is none.
+      bom_bytes: length of the byte order mark before the text.
+      warning: why the text may differ from what was written; "" if it does not.
     """
 
     name: str
     bom_bytes: int = 0
-    doubt: str = ""
+    warning: str = ""
 
 
 def split_extension(path: str) -> tuple[str, str]:
@@ -78,8 +78,8 @@ def probe(path: str) -> Encoding:
         if first.startswith(bom):
             census = _Census(name, first[len(bom) :])
             census.read(blocks)
-            doubt = f"damaged {name.upper()}, bad parts replaced" if census.damaged else ""
-            return Encoding(name, len(bom), doubt)
+            warning = f"damaged {name.upper()}, bad parts replaced" if census.damaged else ""
+            return Encoding(name, len(bom), warning)
     head = first[:_PROBE_BYTES]
     if b"\0" in head:
         raise Skip("binary")
@@ -95,8 +95,8 @@ def probe(path: str) -> Encoding:
     if _is_noise(head):
         raise Skip("binary")  # compressed data without a NUL in its first 8 KB
     if census.not_ascii > 2 * census.replaced:  # most of what is not ASCII is sound UTF-8
-        return Encoding("utf-8", doubt="damaged UTF-8, bad parts replaced")
-    return Encoding("cp1252", doubt="not UTF-8, read as cp1252")
+        return Encoding("utf-8", warning="damaged UTF-8, bad parts replaced")
+    return Encoding("cp1252", warning="not UTF-8, read as cp1252")
 
 
 def _is_noise(head: bytes) -> bool:

@@ -1,8 +1,8 @@
-"""From a folder to documents: what is text is taken, everything else is skipped and counted.
+"""From a folder to documents: text is read, everything else is skipped and counted.
 
-Nothing that lies in a folder may end a run or slip in as garbage. The order is that of the sorted
-paths; ``data.readers`` turns each file into documents. Rows of a dataset (``data.hub``) come after
-the files.
+No file may abort a run or add garbage to it. Files are read in the order of their sorted paths;
+``data.sources.readers`` turns each one into documents. The rows of a dataset
+(``data.sources.hub``) come after the files.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from mamba_jax.data.document import Part, Piece
+from mamba_jax.data.document import CorpusPart, Piece
 from mamba_jax.data.sources.decode import split_extension
 from mamba_jax.data.sources.readers import EXTENSIONS, VERSION, is_readable, pieces
-from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.errors import UserError
 
 # What version control, package managers, editors and other tools keep beside what people write.
@@ -26,12 +26,12 @@ _SKIPPED_FOLDERS = (
     *("__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".cache"),
     *(".ipynb_checkpoints", ".idea", ".vscode", "__MACOSX"),
 )
-# Tests hold files that are broken on purpose; IDLE is an application, not the library.
+# Tests contain files that are broken on purpose; IDLE is an application, not part of the library.
 _NOT_STANDARD_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idlelib")
 
 
-class Rows(Protocol):
-    """What else gives documents: ``data.hub`` and ``data.task_rows``."""
+class RowSource(Protocol):
+    """Documents besides files: ``data.sources.hub`` and ``data.sources.task_rows``."""
 
     @property
     def origin(self) -> str: ...
@@ -52,7 +52,7 @@ class FilePart:
 
     @property
     def stat(self) -> tuple[str, int, int, int, int] | None:
-        """Returns path, times, size and number; nobody can set back the first of the times."""
+        """Returns path, times, size and inode; the first of the times cannot be set by a user."""
         try:
             it = os.stat(self.path)
         except OSError:
@@ -72,43 +72,43 @@ class FilePart:
             with open(self.path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        except OSError as error:  # what reads it says so in the summary
+        except OSError as error:  # reading it reports this in the summary
             digest.update(f"{error.errno} {self.name}".encode())
         return digest.hexdigest()
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
         return pieces(self.path, summary)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Files to read, found by ``open_source``, and the rows of a dataset."""
+class TextSource:
+    """Files to read, found by ``open_source``, and possibly the rows of a dataset."""
 
     origin: str
     files: tuple[str, ...]
-    found: Summary  # what the search for files skipped
-    rows: Rows | None = None
+    found: DataSummary  # what the search for files skipped
+    rows: RowSource | None = None
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CorpusPart]:
         """Yields the files, then the parts of the dataset."""
         yield from map(FilePart, self.files)
         if self.rows:
             yield from self.rows.parts()
 
-    def nothing(self, summary: Summary) -> UserError:
-        """Returns the error for a source without text, of which this was read."""
+    def nothing(self, summary: DataSummary) -> UserError:
+        """Returns the error for a source without text; ``summary`` says what was read."""
         needs = f"data.data_dir needs files with text, named {' '.join(EXTENSIONS)}"
         if self.rows and not self.files:
-            needs = "name the columns with text by data.text_column"
+            needs = "name the text columns with data.text_column"
         return UserError(f"no text in {self.origin}{summary.why()}; {needs}")
 
-    def with_rows(self, rows: Rows) -> "Source":
+    def with_rows(self, rows: RowSource) -> "TextSource":
         """Returns a source of these files and then the rows."""
         origin = f"{self.origin} and {rows.origin}"
-        return Source(origin, self.files, dataclasses.replace(self.found, origin=origin), rows)
+        return TextSource(origin, self.files, dataclasses.replace(self.found, origin=origin), rows)
 
 
-def open_source(data_dir: str, log: Callable[[str], None]) -> Source:
+def open_source(data_dir: str, log: Callable[[str], None]) -> TextSource:
     """Finds the files of ``data_dir``: a folder, a single file, or "" for the default.
 
     The default is ``./data`` where it exists, else the source of Python's own standard library.
@@ -124,36 +124,36 @@ def open_source(data_dir: str, log: Callable[[str], None]) -> Source:
             "no data.data_dir given and no ./data here: training on the source of Python's "
             f"standard library ({library})"
         )
-        found = Summary("Python's standard library")
+        found = DataSummary("Python's standard library")
         files = find_files(
             library,
             lambda path: path.endswith(".py"),
             _NOT_STANDARD_LIBRARY + _SKIPPED_FOLDERS,
             found,
         )
-        found = Summary(found.origin)  # what else lies there was not asked for
+        found = DataSummary(found.origin)  # the user did not ask for the other files there
         remedy = "set data.data_dir to a folder with text"
     else:
         root = os.path.expanduser(data_dir)
-        found = Summary(shown(root))
+        found = DataSummary(shown(root))
         remedy = "give data.data_dir a file or folder with " + " ".join(EXTENSIONS)
         if not os.path.exists(root):
             raise UserError(f"data.data_dir={shown(root)} does not exist; {remedy}")
         files = find_files(root, is_readable, _SKIPPED_FOLDERS, found)
     if not files:
         raise UserError(f"no files to read in {found.origin}{found.why()}; {remedy}")
-    return Source(found.origin, tuple(files), found)
+    return TextSource(found.origin, tuple(files), found)
 
 
 def find_files(
     root: str,
     accepts: Callable[[str], bool],
     skipped_folders: tuple[str, ...],
-    summary: Summary,
+    summary: DataSummary,
 ) -> list[str]:
-    """Returns the regular files below ``root`` (or ``root`` itself) whose name is accepted.
+    """Returns the regular files below ``root`` (or ``root`` itself) whose names are accepted.
 
-    Links to files are followed, each real file is taken once; links to folders are not followed.
+    Links to files are followed, and each real file is used once; links to folders are not followed.
     """
     candidates: list[str] = []
     folders = [root]
@@ -190,7 +190,7 @@ def find_files(
 
 
 def _reason_to_skip(path: str) -> str:
-    """Judges a path that is not a folder by its kind alone; "" if it is a file."""
+    """Returns why a path that is not a folder is skipped; "" for a regular file."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whether a dataset can be reached, and what its library's errors mean, in one line each."""
+"""Whether a dataset can be reached, and one-line messages for the errors of its library."""
 
 import contextlib
 import csv
@@ -16,9 +16,9 @@ from typing import Any
 
 from mamba_jax.errors import UserError, first_line
 
-_PATIENCE_SECS = 1.5  # for the Hub's first sign of life; the library itself would wait for 24
+_PATIENCE_SECS = 1.5  # for the Hub's first answer; the library itself would wait 24 seconds
 PARQUET_COPY = "refs/convert/parquet"  # the branch on which the Hub keeps its own conversion
-# Datasets that guides and papers name and that are no longer there, or only as a script.
+# Datasets that tutorials and papers name but that no longer exist, or only as a script.
 _MOVED = {
     "hendrycks/competition_math": "EleutherAI/hendrycks_math",
     "competition_math": "EleutherAI/hendrycks_math",
@@ -29,14 +29,14 @@ _MOVED = {
 
 
 class LoadingScript(Exception):
-    """A dataset that is a program, which the library no longer runs."""
+    """A dataset is a loading script, which the library no longer supports."""
 
 
 def is_folder(dataset: str) -> bool:
-    """Says whether a dataset is a folder here; else it is an id of the Hub.
+    """Returns whether a dataset is a local folder; otherwise it is an id of the Hub.
 
     Raises:
-      UserError: if it reads like a folder, and there is none.
+      UserError: if the name looks like a folder that does not exist.
     """
     path = os.path.expanduser(dataset)
     if os.path.isdir(path):
@@ -50,14 +50,14 @@ def is_folder(dataset: str) -> bool:
 
 
 def is_saved(name: str) -> bool:
-    """Says whether a folder is one that ``save_to_disk`` wrote."""
+    """Returns whether ``save_to_disk`` wrote a folder."""
     has = lambda file: os.path.isfile(os.path.join(name, file))
     return has("dataset_dict.json") or (has("dataset_info.json") and has("state.json"))
 
 
 @contextlib.contextmanager
 def library_errors(name: str) -> Iterator[None]:
-    """Turns whatever ``datasets`` raises into one line: it has dozens of exceptions."""
+    """Turns the exceptions of ``datasets``, of which there are dozens, into one-line errors."""
     try:
         yield
     except (UserError, LoadingScript, KeyboardInterrupt):
@@ -83,7 +83,7 @@ def _explained(name: str, error: Exception) -> str:
         )
     if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "DefunctDatasetError"}:
         remedy = moved(name) or "check its id; if it is private, log in by `hf auth login`"
-        return f"the Hugging Face Hub has no dataset {name}, or does not show it; {remedy}"
+        return f"the Hugging Face Hub has no dataset {name}, or it is private; {remedy}"
     if kinds & {
         "ConnectionError",
         "OfflineModeIsEnabled",
@@ -95,7 +95,7 @@ def _explained(name: str, error: Exception) -> str:
 
 
 def _different_columns(name: str, error: Any) -> str:
-    """Returns the error's line for files that the library cannot join to one table."""
+    """Returns the error message for files that the library cannot join to one table."""
     what = f"dataset {name} cannot be loaded: its files have different columns"
     if not os.path.isdir(name):
         expected, found = (
@@ -105,25 +105,26 @@ def _different_columns(name: str, error: Any) -> str:
         return f"{what} ({expected}; then {found}): load a part of it by --dataset_config"
     kinds = {}  # columns → the first file that has them
     for path in sorted(pathlib.Path(name).rglob("*")):
-        with contextlib.suppress(OSError, ValueError, ImportError):
+        with contextlib.suppress(OSError, ValueError, ImportError, csv.Error):
             kinds.setdefault(_columns_of(path), path.relative_to(name))
     kinds.pop((), None)
     shown = "; ".join(f"{path}: {', '.join(columns)}" for columns, path in kinds.items())
     return (
-        f"{what} ({shown}): give all files the same columns, or read each by its own with "
-        f"--data_dir {name} in place of --dataset (.json, .jsonl, .parquet)"
+        f"{what} ({shown}): give all files the same columns, or read each on its own with "
+        f"--data_dir {name} instead of --dataset (.json, .jsonl, .parquet)"
     )
 
 
 def _columns_of(path: pathlib.Path) -> tuple[str, ...]:
-    """Returns the columns of a file: of JSON lines and CSV those of the first line."""
+    """Returns the columns of a file; for JSON lines and CSV, those of the first line."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
         return tuple(parquet.read_schema(path).names)
     if path.suffix in (".csv", ".tsv"):
         with path.open(newline="") as file:
-            return tuple(next(csv.reader(file, "excel" if path.suffix == ".csv" else "excel-tab")))
+            lines = csv.reader(file, "excel" if path.suffix == ".csv" else "excel-tab")
+            return tuple(next(lines, ()))
     if path.suffix in (".json", ".jsonl"):
         with path.open() as file:
             record = json.loads(file.readline())
@@ -132,39 +133,39 @@ def _columns_of(path: pathlib.Path) -> tuple[str, ...]:
 
 
 def moved(name: str) -> str:
-    """Returns what to name in place of a dataset that is known to be gone; "" for another."""
-    return f"take --dataset {_MOVED[name]} instead" if name in _MOVED else ""
+    """Returns what to use instead of a dataset that is known to be gone; "" for any other."""
+    return f"use --dataset {_MOVED[name]} instead" if name in _MOVED else ""
 
 
 def without_script(name: str) -> str:
-    """Returns the error's line for a dataset that is a loading script and nothing else."""
+    """Returns the error message for a dataset that is only a loading script."""
     if os.path.isdir(name):
         return (
-            f"dataset {name} is a loading script, which is no longer run; put its data there as "
+            f"dataset {name} is a loading script, which is not supported; put its data there as "
             ".parquet or .jsonl files"
         )
     return (
-        f"dataset {name} is a loading script, which is no longer run, and the Hub has no parquet "
-        f"copy of it ({PARQUET_COPY}); {moved(name) or 'take another id with the same data'}"
+        f"dataset {name} is a loading script, which is not supported, and the Hub has no parquet "
+        f"copy of it ({PARQUET_COPY}); {moved(name) or 'use another dataset with the same data'}"
     )
 
 
 def check_within_reach(name: str, log: Callable[[str], None]) -> None:
-    """Refuses at once what is neither on the Hub now nor in the cache: retries take long."""
+    """Rejects a dataset at once if it is neither reachable nor cached: retries take long."""
     from huggingface_hub import constants
 
     if not (why := out_of_reach()):
         return
     if not _is_cached(name, pathlib.Path(constants.HF_HOME)):
         raise UserError(unreachable(name, why))
-    log(f"the Hugging Face Hub is out of reach ({why}): taking dataset {name} from the cache")
+    log(f"the Hugging Face Hub is out of reach ({why}): using dataset {name} from the cache")
     os.environ["HF_DATASETS_OFFLINE"] = "1"  # read once, when the library is imported
     if library := sys.modules.get("datasets"):
         library.config.HF_HUB_OFFLINE = True
 
 
 def tokenizer_file(name: str, file: str, beside: str) -> pathlib.Path:
-    """Returns where a file of a model on the Hub lies here now, with ``beside`` beside it if any.
+    """Returns the local path of a file of a model on the Hub, with ``beside`` in the same folder.
 
     Raises:
       UserError: if it is neither on the Hub nor in its cache.
@@ -186,7 +187,7 @@ def tokenizer_file(name: str, file: str, beside: str) -> pathlib.Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{what}: the Hugging Face Hub has no such model, or does not show it; check its id"
+            f"{what}: the Hugging Face Hub has no such model, or it is private; check its id"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
@@ -202,7 +203,7 @@ def tokenizer_file(name: str, file: str, beside: str) -> pathlib.Path:
 
 
 def unreachable(name: str, why: str) -> str:
-    """Returns the error's line for a dataset that is nowhere."""
+    """Returns the error message for a dataset that is neither local, cached nor reachable."""
     return (
         f"dataset {name} is neither a folder here nor in the cache, and the Hugging Face Hub is "
         f"out of reach ({why}); go online once, or give a folder"
@@ -210,7 +211,7 @@ def unreachable(name: str, why: str) -> str:
 
 
 def out_of_reach() -> str:
-    """Says why the Hub cannot be asked; "" if it can. Takes under two seconds."""
+    """Returns why the Hub cannot be reached; "" if it can. Takes under two seconds."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or _is_true(os.environ.get("HF_DATASETS_OFFLINE")):
@@ -223,7 +224,7 @@ def _is_true(text: str | None) -> bool:
 
 
 def _answers(endpoint: str) -> bool:
-    """Says whether the host takes a connection, through the proxy if one is set."""
+    """Returns whether the host accepts a connection, through the proxy if one is set."""
     url = urllib.parse.urlsplit(endpoint)
     port = url.port or (443 if url.scheme == "https" else 80)
     proxy = urllib.request.getproxies().get(url.scheme)
@@ -237,8 +238,8 @@ def _answers(endpoint: str) -> bool:
                 connected.set()
 
     if proxy and url.scheme == "http":
-        return True  # such a proxy tells nothing before it is asked for a page
-    # In a thread, since looking up a name knows no timeout.
+        return True  # such a proxy shows nothing before a page is requested
+    # In a thread, since a name lookup has no timeout.
     attempt = threading.Thread(target=connect, daemon=True)
     attempt.start()
     attempt.join(_PATIENCE_SECS)
@@ -259,7 +260,7 @@ def _connects(host: str | None, port: int, proxy: str | None) -> bool:
 
 
 def _is_cached(name: str, hf_home: pathlib.Path) -> bool:
-    """Says whether the library has built this dataset before: ``<namespace>___<snake_case>``."""
+    """Returns whether the library has built this dataset before: ``<namespace>___<snake_case>``."""
     cache = pathlib.Path(os.environ.get("HF_DATASETS_CACHE") or hf_home / "datasets")
     plain = lambda text: re.sub(r"[_/]", "", text).lower()
     return cache.is_dir() and any(plain(path.name) == plain(name) for path in cache.iterdir())

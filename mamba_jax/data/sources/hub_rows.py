@@ -1,4 +1,4 @@
-"""What datasets on disk and streamed ones share: split, columns, and documents made of rows."""
+"""Common parts of datasets on disk and streamed ones: split, columns, documents from rows."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from mamba_jax.data.sources.hub_access import (
 )
 from mamba_jax.data.sources.readers import VERSION, note, pieces_of_document
 from mamba_jax.data.sources.records import document_of, document_of_columns, gathered, usual_columns
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError, did_you_mean
 
 _USUAL_CONFIG = "main"
 PART_ROWS = 10_000  # cached as a whole
-ROWS_AT_A_TIME = 1_000  # read row by row a table is ten times slower
+ROWS_AT_A_TIME = 1_000  # reading a table row by row is ten times slower
 
 
 def load_library() -> Any:
@@ -36,7 +36,7 @@ def load_library() -> Any:
 def open_builder(datasets: Any, name: str, config: str, log: Callable[[str], None]) -> Any:
     """Returns the library's builder of one configuration.
 
-    Of a loading script it takes the parquet copy that the Hub made.
+    For a loading script it uses the parquet copy that the Hub made.
     """
     try:
         with library_errors(name):
@@ -44,9 +44,7 @@ def open_builder(datasets: Any, name: str, config: str, log: Callable[[str], Non
     except LoadingScript:
         if os.path.isdir(name):
             raise UserError(without_script(name)) from None
-    log(
-        f"dataset {name} is a loading script, which is not run: taking the Hub's parquet copy of it"
-    )
+    log(f"dataset {name} is a loading script, which is not supported: using the Hub's parquet copy")
     try:
         return _builder(datasets, name, config, PARQUET_COPY, log)
     except FileNotFoundError as error:  # no such branch
@@ -56,8 +54,8 @@ def open_builder(datasets: Any, name: str, config: str, log: Callable[[str], Non
 def _builder(
     datasets: Any, name: str, config: str, revision: str | None, log: Callable[[str], None]
 ) -> Any:
-    """Where there are several and none was named, it takes the one called "default" (the library
-    does that by itself) or "main"."""
+    """If there are several configurations and none was named, uses the one called "default" (as
+    the library does) or "main"."""
     try:
         return datasets.load_dataset_builder(name, config or None, revision=revision)
     except ValueError as error:
@@ -74,14 +72,14 @@ def _builder(
             f"dataset {name} has several configurations; choose one by --dataset_config: "
             + ", ".join(choices)
         )
-    log(f"dataset {name} has configurations {', '.join(choices)}: taking {_USUAL_CONFIG}")
+    log(f"dataset {name} has configurations {', '.join(choices)}: using {_USUAL_CONFIG}")
     return datasets.load_dataset_builder(name, _USUAL_CONFIG, revision=revision)
 
 
 def choose_split(name: str, split: str, known: Sequence[str], log: Callable[[str], None]) -> str:
-    """Returns a split that is there, slices such as ``train[:10%]+test`` included.
+    """Returns an existing split, slices such as ``train[:10%]+test`` included.
 
-    Where there is no "train", it takes the first whose name begins so, such as "train_sft".
+    If there is no "train", uses the first split whose name begins with it, such as "train_sft".
     """
     if not known:
         return split
@@ -97,7 +95,7 @@ def choose_split(name: str, split: str, known: Sequence[str], log: Callable[[str
                 f'dataset {name} has no split "{base}"{did_you_mean(base, known)} '
                 f"(choices: {', '.join(known)}); give one by --dataset_split"
             )
-        log(f"dataset {name} has no split train: taking {alike[0]} (of {', '.join(known)})")
+        log(f"dataset {name} has no split train: using {alike[0]} (of {', '.join(known)})")
         chosen.append(part.replace(base, alike[0], 1))
     return "+".join(chosen)
 
@@ -110,7 +108,7 @@ def named_columns(wanted: str) -> tuple[str, ...]:
 def choose_columns(
     name: str, wanted: str, features: Any, log: Callable[[str], None]
 ) -> tuple[str, ...]:
-    """Returns the columns that were named, else those that the forms of records may need."""
+    """Returns the columns that the user named, else those that the forms of records can need."""
     columns = named_columns(wanted)
     there = ", ".join(features)
     for column in columns:
@@ -122,16 +120,16 @@ def choose_columns(
     usual, read = usual_columns(features.arrow_schema)
     if not usual:
         raise UserError(
-            f"dataset {name} has no column text; name its columns with text by --text_column, "
+            f"dataset {name} has no column text; name its text columns with --text_column, "
             f"separated by commas (it has: {there})"
         )
     if usual != ("text",):
-        log(f"dataset {name} has no column text: taking {', '.join(usual)} (of {there})")
+        log(f"dataset {name} has no column text: using {', '.join(usual)} (of {there})")
     return read
 
 
 def part_key(identity: str, columns: Sequence[str], named: bool, start: int, stop: int) -> str:
-    """Returns the hash of what rows hold and of how they are read."""
+    """Returns the hash of the content of rows and of how they are read."""
     words = ["rows", VERSION, identity, *columns, named, str(start), str(stop)]
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
 
@@ -142,17 +140,17 @@ def pieces_of_batches(
     named: bool,
     origin: str,
     row: int,
-    summary: Summary,
+    summary: DataSummary,
 ) -> Iterator[Piece]:
     """Yields the documents of rows.
 
     Args:
       batches: of the columns.
       columns: to read.
-      named: whether the user named them, in the order of the text; else a row is a record.
-      origin: of the rows, for people.
-      row: number of the first.
-      summary: takes what was left out.
+      named: whether the user named them, in the order of the text; otherwise a row is a record.
+      origin: of the rows, for messages.
+      row: number of the first row.
+      summary: counts what was left out.
     """
     rows = (
         dict(zip(columns, values, strict=True))
@@ -164,6 +162,6 @@ def pieces_of_batches(
         where = f"{origin} row {number}"
         if note(document, where, summary):
             summary.rows += 1
-            yield from pieces_of_document(document.parts)
+            yield from pieces_of_document(document.segments)
         elif not document.skip:
             summary.skip("row without text", where)

@@ -1,12 +1,11 @@
 """The rows of a dataset as they arrive, for corpora larger than the disk.
 
-The rows are taken in their order, never through a shuffle buffer, whose content a restart would
-lose: what is shuffled is windows of tokens, later. Parts of a fixed number of rows go to the token
-cache one by one. Beside it a *record* keeps where in the dataset's files each part ends, so that a
-run after a kill goes on behind the last part that the cache has: files before that are not fetched
-again, but for those around the place itself, of which the library's reader may look at the ends.
-With the record a corpus that was taken to its end, or to the end of the slice asked for, needs the
-Hub no more.
+Rows are read in order, never through a shuffle buffer, whose content a restart would lose; windows
+of tokens are shuffled later. Parts of a fixed number of rows go to the token cache one by one. A
+*record* beside the cache stores where in the dataset's files each part ends, so that a run after a
+kill resumes after the last cached part. Earlier files are not fetched again, except for those
+around that place, whose ends the library's reader can look at. Once a corpus, or the requested
+slice of it, was read to its end, the record makes the Hub unnecessary.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ from mamba_jax.data.sources.hub_rows import (
     pieces_of_batches,
 )
 from mamba_jax.data.sources.readers import VERSION
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
 from mamba_jax.files import write_atomic
 
@@ -49,16 +48,16 @@ _SLICE = re.compile(r"(?P<split>[\w.-]+)(\[(?P<start>\d*):(?P<stop>\d*)\])?")
 
 
 @dataclasses.dataclass
-class Record:
-    """What is known of a streamed split, kept as JSON lines in a file that only grows.
+class StreamRecord:
+    """What is known of a streamed split, stored as JSON lines in a file that only grows.
 
     Attributes:
       path: the file.
       identity: hash of the split's content; changes whenever a row may have changed.
       split: its name.
-      columns: with the text.
-      states: row → the library's state before it, of rows at which a part ended.
-      rows: of the whole split; None until its end was seen.
+      columns: the columns with text.
+      states: row → the library's state before it, for the rows at which a part ended.
+      rows: number of rows of the whole split; None until its end was reached.
     """
 
     path: pathlib.Path
@@ -69,8 +68,8 @@ class Record:
     rows: int | None = None
 
     @classmethod
-    def read(cls, path: pathlib.Path) -> "Record | None":
-        """Returns what the file holds; None if there is none or its first line is damaged."""
+    def read(cls, path: pathlib.Path) -> "StreamRecord | None":
+        """Returns the record in the file; None if there is none or its first line is damaged."""
         record = None
         with contextlib.suppress(OSError, UnicodeDecodeError, KeyError, TypeError):
             for line in path.read_text().splitlines():
@@ -85,7 +84,7 @@ class Record:
         return record
 
     def begin(self) -> None:
-        """Writes the file anew."""
+        """Creates or replaces the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = {"identity": self.identity, "split": self.split, "columns": self.columns}
         write_atomic(self.path, json.dumps(header) + "\n")
@@ -114,12 +113,12 @@ def _entry(line: str) -> dict[str, Any]:
 
 
 class Stream:
-    """A split whose rows come one after the other."""
+    """A split whose rows are fetched one after the other."""
 
     def __init__(
         self,
         name: str,
-        record: Record,
+        record: StreamRecord,
         rows: tuple[int, int | None],
         connect: Callable[[], Any],
         *,
@@ -128,7 +127,7 @@ class Stream:
         """Args:
         name: of the dataset.
         record: what earlier runs saw.
-        rows: (first, behind the last) to take; None for the end of the split.
+        rows: (first, end) of the rows to use; None for the end of the split.
         connect: opens the dataset, an IterableDataset of the columns.
         named: whether the user named the columns, in the order of the text.
         """
@@ -145,21 +144,21 @@ class Stream:
     def parts(self) -> Iterator["StreamPart"]:
         """Yields parts in order.
 
-        Each must be taken, or be found in the cache, before the next is asked for: the end of the
-        split shows when it is reached.
+        Each one must be read, or found in the cache, before the next is requested: the end of the
+        split is only known when it is reached.
         """
         start = self._start
-        while not (self._is_behind(start, self._stop) or self._is_behind(start, self.record.rows)):
+        while not (self._is_past(start, self._stop) or self._is_past(start, self.record.rows)):
             stop = (start // PART_ROWS + 1) * PART_ROWS
             yield StreamPart(self, start, min(stop, self._stop or stop))
             start = stop
 
     @staticmethod
-    def _is_behind(row: int, end: int | None) -> bool:
+    def _is_past(row: int, end: int | None) -> bool:
         return end is not None and row >= end
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, list]]:
-        """Yields rows ``start`` to ``stop`` or to the end of the split; notes where they end."""
+        """Yields rows ``start`` to ``stop`` or to the end of the split; records where they end."""
         if self._position != start:
             self._seek(start)
         while self._position < stop:
@@ -167,7 +166,7 @@ class Stream:
             if not batch:
                 return
             surplus = self._position - stop
-            if surplus > 0:  # the end of a slice: nothing is read on from here
+            if surplus > 0:  # the end of a slice: reading does not continue from here
                 batch = {column: values[:-surplus] for column, values in batch.items()}
                 self._position = -1
                 yield batch
@@ -191,7 +190,7 @@ class Stream:
                 self._position = start
 
     def _next(self) -> dict[str, list]:
-        """Returns the next rows; nothing, and notes the end, where there are no more."""
+        """Returns the next rows; at the end of the split, records it and returns nothing."""
         with library_errors(self._name):
             batch = next(self._batches, {})
         if batch:
@@ -203,7 +202,7 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class StreamPart:
-    """Some thousand rows that are fetched when they are read."""
+    """Some thousand rows, fetched on demand."""
 
     stream: Stream
     start: int
@@ -220,7 +219,7 @@ class StreamPart:
         record, named = self.stream.record, self.stream.named
         return part_key(record.identity, record.columns, named, self.start, self.stop)
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
         stream = self.stream
         batches = stream.batches(self.start, self.stop)
         return pieces_of_batches(
@@ -229,10 +228,10 @@ class StreamPart:
 
 
 def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
-    """Finds the split and the columns that ``config`` names; fetches no more than some rows.
+    """Finds the split and the columns that ``config`` names; fetches only a few rows.
 
     Raises:
-      UserError: if the dataset cannot be had, or has no such configuration, split or column.
+      UserError: if the dataset is not available, or has no such configuration, split or column.
     """
     name = os.path.expanduser(config.dataset)
     match = _SLICE.fullmatch(config.dataset_split)
@@ -243,24 +242,24 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
         )
     rows = int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
     named = bool(named_columns(config.text_column))
-    # The forms of records decide which columns are fetched where none is named.
+    # The forms of records decide which columns are fetched if none is named.
     words = [config.dataset, config.dataset_config, match["split"], config.text_column, VERSION]
     if is_folder(name):
         words[0] = os.path.realpath(name)
     digest = hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
     path = config.cache_root / "streams" / f"{digest}.jsonl"
-    record = Record.read(path)
+    record = StreamRecord.read(path)
     if not is_folder(name) and (why := out_of_reach()):
         if record is None:
             raise UserError(unreachable(name, why))
-        log(f"the Hugging Face Hub is out of reach ({why}): taking dataset {name} from the cache")
+        log(f"the Hugging Face Hub is out of reach ({why}): using dataset {name} from the cache")
         return Stream(name, record, rows, lambda: _refuse(name, why), named=named)
 
     datasets = load_library()
     with library_errors(name):
         if is_saved(name):
             raise UserError(
-                f"dataset {name} was written by save_to_disk and lies here: leave out "
+                f"dataset {name} was written by save_to_disk and is on this machine: leave out "
                 "--dataset_streaming"
             )
         builder = open_builder(datasets, name, config.dataset_config, log)
@@ -271,7 +270,7 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
             dataset = splits[split]
             features = dataset._resolve_features().features  # those of JSON show in its first rows
             columns = choose_columns(name, config.text_column, features, log)
-            record = Record(path, identity, split, columns)
+            record = StreamRecord(path, identity, split, columns)
             record.begin()
     split, columns = record.split, list(record.columns)
     connect = lambda: builder.as_streaming_dataset(split).select_columns(columns)
@@ -280,6 +279,6 @@ def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:
 
 def _refuse(name: str, why: str) -> Any:
     raise UserError(
-        f"dataset {name} is in the cache only in part, and the Hugging Face Hub is out of reach "
-        f"({why}); go online once, or take fewer rows by --dataset_split, such as train[:100000]"
+        f"dataset {name} is only partly in the cache, and the Hugging Face Hub is out of reach "
+        f"({why}); go online once, or use fewer rows with --dataset_split, such as train[:100000]"
     )

@@ -26,7 +26,7 @@ from mamba_jax.data.sources.hub_rows import (
     part_key,
     pieces_of_batches,
 )
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
 
 
@@ -35,7 +35,7 @@ class RowsPart:
     """Some thousand rows of a split on disk, cached as a whole.
 
     Attributes:
-      name: for people.
+      name: for messages.
       origin: of the split they belong to.
       identity: hash of the split's content; changes whenever a row may have changed.
       table: datasets.Dataset of the columns alone.
@@ -66,13 +66,13 @@ class RowsPart:
     def key(self) -> str:
         return part_key(self.identity, self.columns, self.named, self.start, self.stop)
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
         rows = self.table.select(range(self.start, self.stop)).iter(ROWS_AT_A_TIME)
         return pieces_of_batches(rows, self.columns, self.named, self.origin, self.start, summary)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class DatasetTable:
     """A split of a dataset, on disk."""
 
     origin: str
@@ -89,11 +89,11 @@ class Rows:
             )
 
 
-def open_table(config: DataConfig, log: Callable[[str], None]) -> Rows:
+def open_table(config: DataConfig, log: Callable[[str], None]) -> DatasetTable:
     """Finds the split and the columns that ``config`` names; downloads what is not in the cache.
 
     Raises:
-      UserError: if the dataset cannot be had, or has no such configuration, split or column.
+      UserError: if the dataset is not available, or has no such configuration, split or column.
     """
     name = os.path.expanduser(config.dataset)
     if not is_folder(name):
@@ -105,7 +105,7 @@ def open_table(config: DataConfig, log: Callable[[str], None]) -> Rows:
         else:
             identity, split, table = _prepared(datasets, name, config, log)
         columns = choose_columns(name, config.text_column, table.features, log)
-        return Rows(
+        return DatasetTable(
             f"dataset {name}, split {split}",
             identity,
             table.select_columns(list(columns)),

@@ -1,8 +1,8 @@
-"""The values in a JSON file, whatever its layout: one value, an array of them, or one a line.
+"""The values in a JSON file of any layout: a single value, an array, or one value per line.
 
-Neither an array nor lines are ever held as a whole. An array and a single value are parsed once to
-their end before the first value is given, so that one which is broken gives nothing. Of lines the
-broken ones are left out one by one, and told.
+Neither an array nor a file of lines is ever held as a whole. An array and a single value are parsed
+once to their end before the first value is yielded, so that a broken one yields nothing. In a file
+of lines, each broken line is left out and reported.
 """
 
 import json
@@ -18,7 +18,7 @@ _DECODER = json.JSONDecoder(
     parse_int=lambda digits: int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 )
 _MOST_CHARACTERS = 1 << 28  # of one value: parsed, it takes several times its size
-# A value that ends, or goes wrong, so close to the end of what is read may go on beyond.
+# A value that ends or fails this close to the end of the buffer may continue in the next block.
 _MARGIN = 16
 _BROKEN = "broken JSON"
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
@@ -30,22 +30,23 @@ def read_values(
     """Yields the elements of an array, the values of the lines, or the single value.
 
     Args:
-      open_text: gives the text from its start, in pieces; called up to five times.
-      lose: told why a line is left out, and its number.
+      open_text: returns the text from its start, in pieces; called up to five times.
+      lose: called with the reason and the number of a line that is left out.
 
     Raises:
-      Skip: before the first value, if the text is something else than JSON.
+      Skip: before the first value, if the text is not JSON.
     """
     is_array = _Buffer(open_text()).next_character() == "["
-    begins_with_value = _parses(next(_lines(open_text()), (0, ""))[1] or "")
+    # A whole array can be in the first line, which is then parsed as one value only if necessary.
+    begins_with_value = lambda: _parses(next(_lines(open_text()), (0, ""))[1] or "")
     reader = _array if is_array else _single
-    is_lines = begins_with_value and not is_array
+    is_lines = not is_array and begins_with_value()
     if not is_lines:
         try:
             for _ in reader(open_text()):
                 pass
         except Skip:
-            if not (begins_with_value or _are_mostly_values(open_text())):
+            if not ((is_array and begins_with_value()) or _are_mostly_values(open_text())):
                 raise
             is_lines = True
     yield from _each_line(open_text(), lose) if is_lines else reader(open_text())
@@ -63,7 +64,7 @@ def _array(texts: Iterator[str]) -> Iterator[Any]:
     if buffer.next_character() != "]":
         raise Skip(_BROKEN, buffer.line_of(buffer.position))
     buffer.position += 1
-    if buffer.next_character():  # behind the array
+    if buffer.next_character():  # after the array
         raise Skip(_BROKEN, buffer.line_of(buffer.position))
 
 
@@ -89,7 +90,7 @@ def _each_line(texts: Iterator[str], lose: Callable[[str, int], None]) -> Iterat
 
 
 def _are_mostly_values(texts: Iterator[str]) -> bool:
-    """Says whether most lines hold a value each: those of a broken array, say, end in commas."""
+    """Returns whether most lines are values; those of a broken array end in commas."""
     sound = broken = 0
     for _, line in _lines(texts):
         is_sound = line is not None and _parses(line)
@@ -113,7 +114,7 @@ def _lines(texts: Iterator[str]) -> Iterator[tuple[int, str | None]]:
     number, parts, size = 1, [], 0
     for text in texts:
         for index, piece in enumerate(text.split("\n")):
-            if index:  # behind a line feed
+            if index:  # after a line feed
                 yield from _line(number, parts, size)
                 number, parts, size = number + 1, [], 0
             size += len(piece)
@@ -141,7 +142,7 @@ def _too_large() -> str:
 
 
 class _Buffer:
-    """Text that is read on when it is needed, and dropped behind ``position``."""
+    """Text that is read on demand and dropped before ``position``."""
 
     def __init__(self, texts: Iterator[str]):
         self.position = 0
@@ -153,7 +154,7 @@ class _Buffer:
         return self._line + self._text.count("\n", 0, position)
 
     def next_character(self) -> str:
-        """Moves to the next character that is no white space and returns it; "" at the end."""
+        """Moves to the next character that is not white space and returns it; "" at the end."""
         while True:
             blank = _WHITE_SPACE.match(self._text, self.position)
             self.position = blank.end() if blank else self.position
@@ -163,7 +164,7 @@ class _Buffer:
                 return ""
 
     def value(self) -> Any:
-        """Moves behind the next value and returns it."""
+        """Returns the next value and moves past it."""
         self.next_character()
         while True:
             try:
@@ -180,7 +181,7 @@ class _Buffer:
                 raise Skip(_BROKEN, self.line_of(self.position)) from None
 
     def _grow(self) -> bool:
-        """At least doubles what is left, for parsing it again to stay linear; False at the end."""
+        """At least doubles the remaining text, so re-parsing stays linear; False at the end."""
         left = len(self._text) - self.position
         _check_size(left, self.line_of(self.position))
         more, size = [], 0

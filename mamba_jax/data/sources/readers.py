@@ -1,4 +1,4 @@
-"""From a file to pieces of documents: the door to ``decode``, ``json_records`` and ``records``."""
+"""From a file to pieces of documents: uses ``decode``, ``json_records`` and ``records``."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mamba_jax.data.document import Piece
-from mamba_jax.data.sources.chats import Parts
+from mamba_jax.data.sources.chats import Segments
 from mamba_jax.data.sources.decode import Skip, probe, read_text, split_extension
 from mamba_jax.data.sources.json_records import read_values
 from mamba_jax.data.sources.records import (
@@ -17,7 +17,7 @@ from mamba_jax.data.sources.records import (
     gathered,
     usual_columns,
 )
-from mamba_jax.data.summary import Summary, shown
+from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.data.text_cuts import cut_text
 from mamba_jax.errors import UserError
 
@@ -30,35 +30,37 @@ _MOST_HELD_CHARACTERS = 1 << 21
 
 
 def is_readable(path: str) -> bool:
-    """Says whether a file's name is one of those that ``pieces`` reads."""
+    """Returns whether ``pieces`` reads files with this name."""
     extension, compression = split_extension(path)
     return extension in (EXTENSIONS if not compression else (*_TEXT, *_JSON))
 
 
-def pieces(path: str, summary: Summary) -> Iterator[Piece]:
-    """Yields the documents of a file in pieces; none, and a line in the summary, if it has no text.
+def pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
+    """Yields the documents of a file in pieces; if it has no text, reports that in the summary.
 
-    Plain text is one document; JSON is one per record, parquet one per row.
+    Plain text is one document; JSON has one per record, parquet one per row.
 
     Raises:
       UserError: if the file changed between the reading that examined it and this one.
     """
-    begun = False
+    has_text = False
     try:
         for piece in _pieces(path, summary):
-            begun = True
+            has_text = True
             yield piece
     except Skip as skip:
-        if begun:
-            raise UserError(f"{shown(path)} changed while it was read; start again") from skip
+        if has_text:
+            raise UserError(
+                f"{shown(path)} changed while it was being read; run the command again"
+            ) from skip
         size_bytes = 0
         with contextlib.suppress(OSError):
             size_bytes = os.path.getsize(path)
         summary.skip(skip.reason, f"{path}:{skip.line}" if skip.line else path, size_bytes)
-    summary.files += begun
+    summary.files += has_text
 
 
-def _pieces(path: str, summary: Summary) -> Iterator[Piece]:
+def _pieces(path: str, summary: DataSummary) -> Iterator[Piece]:
     extension = split_extension(path)[0]
     if extension == ".parquet":
         yield from _pieces_of(_parquet(path), path, "parquet without text", summary)
@@ -74,18 +76,18 @@ def _pieces(path: str, summary: Summary) -> Iterator[Piece]:
         values = read_values(open_text, lose)
         yield from _pieces_of(values, path, "JSON without text", summary)
     else:
-        yield from _cut(open_text(), begins=True, learn=True)
-    if encoding.doubt:
-        summary.repair(encoding.doubt, path)
+        yield from _cut(open_text(), begins=True, is_target=True)
+    if encoding.warning:
+        summary.repair(encoding.warning, path)
 
 
 def _pieces_of(
-    records: Iterable[Any], path: str, reason_if_none: str, summary: Summary
+    records: Iterable[Any], path: str, reason_if_none: str, summary: DataSummary
 ) -> Iterator[Piece]:
-    """Yields the documents that records are, in pieces.
+    """Yields the documents of records, in pieces.
 
     Raises:
-      Skip: if that leaves none.
+      Skip: if there is no document.
     """
     empty = True
     for number, record in enumerate(gathered(records), 1):
@@ -93,29 +95,29 @@ def _pieces_of(
         taken = note(document, f"{path} record {number}", summary)
         empty = empty and not taken
         if taken:
-            yield from pieces_of_document(document.parts)
+            yield from pieces_of_document(document.segments)
     if empty:
         raise Skip(reason_if_none)
 
 
-def note(document: Document, where: str, summary: Summary) -> bool:
-    """Counts a record with its warnings, or why it is not taken; says whether it is."""
+def note(document: Document, where: str, summary: DataSummary) -> bool:
+    """Counts a record and its warnings; returns whether the record is used."""
     summary.records += 1
     if document.skip:
         summary.lose(document.skip, where)
     taken = not (document.skip or document.is_blank)
-    for doubt in document.doubts if taken else ():
-        summary.repair(doubt, where)
+    for warning in document.warnings if taken else ():
+        summary.repair(warning, where)
     return taken
 
 
-def pieces_of_document(parts: Parts) -> Iterator[Piece]:
-    """Yields one document, cut where ``learn`` changes and where it is long."""
-    for number, (text, learn) in enumerate(parts):
-        yield from _cut([text], begins=number == 0, learn=learn)
+def pieces_of_document(segments: Segments) -> Iterator[Piece]:
+    """Yields one document, cut where ``is_target`` changes and where the text is long."""
+    for number, (text, is_target) in enumerate(segments):
+        yield from _cut([text], begins=number == 0, is_target=is_target)
 
 
-def _cut(texts: Iterable[str], begins: bool, learn: bool) -> Iterator[Piece]:
+def _cut(texts: Iterable[str], begins: bool, is_target: bool) -> Iterator[Piece]:
     """Cuts a text where the tokens of the pieces are the tokens of the whole."""
     rest = ""
     for text in texts:
@@ -123,15 +125,15 @@ def _cut(texts: Iterable[str], begins: bool, learn: bool) -> Iterator[Piece]:
         if len(rest) > _MOST_HELD_CHARACTERS:
             *whole, rest = cut_text(rest)
             for piece in whole:
-                yield Piece(piece, begins, learn)
+                yield Piece(piece, begins, is_target)
                 begins = False
     for piece in cut_text(rest):
-        yield Piece(piece, begins, learn)
+        yield Piece(piece, begins, is_target)
         begins = False
 
 
 def _parquet(path: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file; its columns are chosen as those of a dataset."""
+    """Yields the rows of a file, with columns chosen as for a dataset."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,24 +1,24 @@
-"""From a record to a document: the one recogniser, of files and of datasets.
+"""From a record to a document: one recogniser for files and datasets.
 
-A record is a JSON value, a row of parquet, or a row of a dataset. It becomes *parts* ``(text,
-learn)``: joined they are the text; ``learn`` is False where ``data.loss_on="answer"`` takes no
-loss. Each part after the first begins with the white space before it, so that the tokens of the
-parts are, as a rule, the tokens of the whole.
+A record is a JSON value, a row of parquet, or a row of a dataset. It becomes *segments* ``(text,
+is_target)``: joined they are the text; ``is_target`` is False where ``data.loss_on="answer"`` takes
+no loss. Each segment after the first begins with the white space before it, so that the tokens of
+the segments are, as a rule, the tokens of the whole text.
 
-Forms of records, by their keys and best first; the order of the keys changes nothing, and a form
-that gives no text leaves the record to the next:
+The recogniser tries these forms in this order. The order of a record's keys has no effect. If a
+form gives no text, the next form is tried:
 
-1. a turn, or a list of turns: a chat (``data.chats``);
-2. ``text``, ``content``: plain text, learnt as a whole;
+1. a turn, or a list of turns: a chat (``data.sources.chats``);
+2. ``text``, ``content``: plain text, all of it trained on;
 3. ``chosen``, with or without a prompt: the chosen answer, never the rejected one; with a warning;
-4. ``messages`` and its other names: a chat, maybe as JSON in a string, maybe with ``system``;
-5. a question or instruction and its answer (``_ANSWERED``): what is asked, a blank line, the
-   answer, which alone is learnt. If either is a list of turns, all of it is one chat. A
+4. ``messages`` and its aliases: a chat, possibly as JSON in a string, possibly with ``system``;
+5. a question or instruction and its answer (``_QUESTION_FORMS``): the question, a blank line, and
+   the answer, which alone is trained on. If either is a list of turns, both become one chat. A
    ``completion`` that begins with white space follows its prompt directly;
 6. ``code``: as text.
 
-Of other records a single list of turns is a chat, else their strings are joined, metadata left out
-(``data.values``). What looks like a chat and is not understood is skipped.
+In any other record a single list of turns is a chat; otherwise its strings are joined, without
+metadata (``data.sources.values``). A value that looks like a chat but is not understood is skipped.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from typing import Any
 
 from mamba_jax.data.sources.chats import (
     NotUnderstood,
-    Parts,
+    Segments,
     Turn,
     add,
     are_turn_keys,
@@ -38,14 +38,14 @@ from mamba_jax.data.sources.chats import (
 from mamba_jax.data.sources.values import is_metadata, leaves, value_text
 from mamba_jax.data.text_cuts import well_formed
 
-# Raise it whenever the same record would give other parts.
+# Raise it whenever the same record would give other segments.
 TEMPLATE = 3
 
 _TEXT_KEYS = ("text", "content")
 _CHAT_KEYS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 _SYSTEM_KEYS = ("system_prompt", "system")
-# (before, what is asked, behind, answers): the answer is the first that is not blank.
-_ANSWERED = (
+# (before, question, after, answers): the answer is the first one that is not blank.
+_QUESTION_FORMS = (
     (
         ("instruction", "context"),
         "question",
@@ -60,16 +60,16 @@ _ANSWERED = (
     ((), "inputs", (), ("targets", "outputs")),
     ((), "source", (), ("target",)),
 )
-# Alone in a record, these are asked and not answered.
-_ASKED = ("question", "instruction", "prompt", "query", "problem")
+# A record that has only these, and what stands beside them, is a question without an answer.
+_QUESTION_KEYS = ("question", "instruction", "prompt", "query", "problem")
 _CHOICES = ("choices", "options")
 
 WITHOUT_ANSWER = 'record without an answer: no target with loss_on="answer"'
-CHOSEN_ALONE = "preference pair: chosen is taken, rejected is left out"
-LOOSE = "record of no known form: its strings are joined"
-CHAT_NOT_UNDERSTOOD = "chat that is not understood"
-UNDESIRABLE = "completion that is labelled undesirable (label false)"
-CHOICE_BY_NUMBER = "answer that is the number of a choice"
+CHOSEN_ALONE = "preference pair: only the chosen answer is used"
+LOOSE = "record of unknown form: its strings are joined"
+CHAT_NOT_UNDERSTOOD = "chat in an unknown format"
+UNDESIRABLE = "completion labelled undesirable (label false)"
+CHOICE_BY_NUMBER = "answer given as the number of a choice"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,29 +77,29 @@ class Document:
     """What a record gives.
 
     Attributes:
-      parts: its text.
-      doubts: warnings.
-      skip: why nothing is taken, though there is something; "" if it is taken.
+      segments: its text.
+      warnings: what to report about it.
+      skip: why the record is left out although it has content; "" if it is used.
     """
 
-    parts: Parts = dataclasses.field(default_factory=list)
-    doubts: tuple[str, ...] = ()
+    segments: Segments = dataclasses.field(default_factory=list)
+    warnings: tuple[str, ...] = ()
     skip: str = ""
 
     @property
     def is_blank(self) -> bool:
-        return not any(text.strip() for text, _ in self.parts)
+        return not any(text.strip() for text, _ in self.segments)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """Where a record of one form has what.
+    """The keys that a record of one form uses.
 
     Attributes:
       kind: "text", "chat", "preference" or "answer".
-      prompts: keys of what comes first, in order.
-      answers: keys, the first that is not blank is taken.
-      beside: keys that may rule a record out.
+      prompts: keys of the text before the answer, in order.
+      answers: keys of the answer; the first one that is not blank is used.
+      beside: keys that can exclude a record.
     """
 
     kind: str
@@ -113,19 +113,19 @@ class _Form:
 
 
 class _Skipped(Exception):
-    """A record that is not taken, and why."""
+    """A record is left out; the message says why."""
 
 
 def document_of(record: Any) -> Document:
-    """Returns the document that a record is, whatever its form."""
+    """Returns the document of a record of any form."""
     return _checked(lambda: _recognised(record))
 
 
 def document_of_columns(row: Mapping[str, Any], columns: Sequence[str]) -> Document:
-    """Returns the document made of columns that the user named, in this order.
+    """Returns the document made of the columns that the user named, in this order.
 
-    Of several columns the last is the answer and learnt; a single one is learnt whole, or as a
-    chat.
+    If there are several columns, only the last one, the answer, is trained on. A single column is
+    trained on as a whole, or as a chat.
     """
     *prompts, answer = columns
     chat = not prompts
@@ -141,9 +141,9 @@ def _checked(read: Callable[[], Document]) -> Document:
         return Document(skip=str(skipped))
     except UnicodeDecodeError:
         return Document(skip="bytes that are not UTF-8")
-    if document.is_blank or any(learn for _, learn in document.parts):
+    if document.is_blank or any(is_target for _, is_target in document.segments):
         return document
-    return dataclasses.replace(document, doubts=(*document.doubts, WITHOUT_ANSWER))
+    return dataclasses.replace(document, warnings=(*document.warnings, WITHOUT_ANSWER))
 
 
 def _recognised(record: Any) -> Document:
@@ -162,26 +162,32 @@ def _recognised(record: Any) -> Document:
 
 
 def _forms(names: Collection[str]) -> Iterator[_Form]:
-    """Yields the forms that a record with these keys may have, best first."""
+    """Yields the forms that a record with these keys can have, in order of preference."""
     here = lambda keys: tuple(key for key in keys if key in names)
     system = here(_SYSTEM_KEYS)[:1]
     for key in here(_TEXT_KEYS):
         yield _Form("text", (), (key,))
-    asked = []
-    for before, prompt, behind, answers in _ANSWERED:
-        if prompt in names:
-            prompts = (*system, *here(before), prompt, *here(behind))
-            asked.append((prompts, here(answers)))
+    questions = [(prompts, here(answers)) for prompts, _, answers in _questions(names)]
     if "chosen" in names:
-        prompts = next((prompts for prompts, _ in asked), None)
+        prompts = next((prompts for prompts, _ in questions), None)
         yield _Form("preference", prompts or (*system, *here(_CHAT_KEYS)[:1]), ("chosen",))
     for key in here(_CHAT_KEYS):
         yield _Form("chat", system, (key,))
-    for prompts, answers in asked:
+    for prompts, answers in questions:
         if answers:
             yield _Form("answer", prompts, answers, here((*_CHOICES, "label")))
     if "code" in names:
         yield _Form("text", (), ("code",))
+
+
+def _questions(names: Collection[str]) -> Iterator[tuple[tuple[str, ...], str, tuple[str, ...]]]:
+    """Yields, for each kind of question that a record with these keys can hold: the keys of the
+    whole prompt, the key of the question itself, and the possible keys of the answer."""
+    here = lambda keys: tuple(key for key in keys if key in names)
+    system = here(_SYSTEM_KEYS)[:1]
+    for before, prompt, after, answers in _QUESTION_FORMS:
+        if prompt in names:
+            yield (*system, *here(before), prompt, *here(after)), prompt, answers
 
 
 def _read(form: _Form, record: Mapping[str, Any]) -> Document:
@@ -195,20 +201,21 @@ def _read(form: _Form, record: Mapping[str, Any]) -> Document:
     is_number = isinstance(record[answer], int | float) and not isinstance(record[answer], bool)
     if is_number and any(record.get(key) for key in _CHOICES):
         raise _Skipped(CHOICE_BY_NUMBER)
-    parts = _prompted(record, form.prompts, answer, is_chat=form.kind == "chat")
-    return Document(parts, (CHOSEN_ALONE,) if form.kind == "preference" else ())
+    segments = _prompted(record, form.prompts, answer, is_chat=form.kind == "chat")
+    return Document(segments, (CHOSEN_ALONE,) if form.kind == "preference" else ())
 
 
 def _loose(record: Mapping[str, Any]) -> Document:
-    """Returns a record of no known form: its one chat, or its strings."""
+    """Returns a record of unknown form: its one chat, or its strings."""
     kept = {key: value for key, value in record.items() if not is_metadata(str(key))}
     if turns := _nested_chat(kept):
         return Document(render(turns))
     texts = {key: list(leaves(value, numbers=False)) for key, value in kept.items()}
     keys = [key for key, found in texts.items() if found]
+    for prompts, prompt, _ in _questions(keys):
+        if prompt in _QUESTION_KEYS and set(prompts) == set(keys):
+            return Document(_joined(["\n\n".join(texts[key]) for key in prompts], ""))
     text = "\n\n".join(text for key in keys for text in texts[key])
-    if len(keys) == 1 and keys[0] in _ASKED:
-        return Document(_joined([text], ""))
     return Document(_joined((), text), (LOOSE,) if len(keys) > 1 else ())
 
 
@@ -244,48 +251,48 @@ def _text(record: Mapping[str, Any], key: str) -> str:
 
 def _prompted(
     record: Mapping[str, Any], prompts: Sequence[str], answer: str, *, is_chat: bool
-) -> Parts:
-    """Renders what is asked and the answer, as text or, if one of them holds turns, as a chat."""
-    asked = [_chat_in(record[key]) for key in prompts]
-    answered = _chat_in(record[answer], expected=is_chat)
-    if answered is None and all(turns is None for turns in asked):
+) -> Segments:
+    """Renders prompt and answer: as text, or as a chat if one of them holds turns."""
+    prompt_turns = [_chat_in(record[key]) for key in prompts]
+    answer_turns = _chat_in(record[answer], expected=is_chat)
+    if answer_turns is None and all(turns is None for turns in prompt_turns):
         texts = [_text(record, key) for key in prompts]
         follows = answer == "completion"
         return _joined(texts, _text(record, answer), follows=follows)
     turns: list[Turn] = []
-    for key, found in zip(prompts, asked, strict=True):
+    for key, found in zip(prompts, prompt_turns, strict=True):
         role = "system" if key in _SYSTEM_KEYS else "user"
         for turn in [(role, _text(record, key), False)] if found is None else found:
             turns.append((*turn[:2], False))
-    if answered is None:
-        answered = [("assistant", _text(record, answer), True)]
-    # An answer that begins with what was asked has all of it.
-    begins = answered[0][0] if answered else ""
+    if answer_turns is None:
+        answer_turns = [("assistant", _text(record, answer), True)]
+    # An answer that begins with the prompt holds the whole prompt.
+    begins = answer_turns[0][0] if answer_turns else ""
     if begins in ("system", "user"):
         turns = [turn for turn in turns if turn[0] == "system" != begins]
-    return render([turn for turn in (*turns, *answered) if turn[1].strip()])
+    return render([turn for turn in (*turns, *answer_turns) if turn[1].strip()])
 
 
-def _joined(prompts: Iterable[str], answer: str, *, follows: bool = False) -> Parts:
-    """Joins texts by a blank line, leaving out white space alone; the answer is learnt.
+def _joined(prompts: Iterable[str], answer: str, *, follows: bool = False) -> Segments:
+    """Joins texts by blank lines and leaves out blank texts; only the answer is trained on.
 
     Args:
-      prompts: what is not learnt.
-      answer: what is.
-      follows: whether white space at the answer's start takes the place of the blank line.
+      prompts: the texts that are not trained on.
+      answer: the text that is.
+      follows: whether white space at the answer's start replaces the blank line.
     """
-    parts: Parts = []
+    segments: Segments = []
     for text in prompts:
         if text.strip():
-            add(parts, f"\n\n{text}" if parts else text, False)
+            add(segments, f"\n\n{text}" if segments else text, False)
     if answer.strip():
-        is_joined = not parts or (follows and answer[0].isspace())
-        add(parts, answer if is_joined else f"\n\n{answer}", True)
-    return parts
+        is_joined = not segments or (follows and answer[0].isspace())
+        add(segments, answer if is_joined else f"\n\n{answer}", True)
+    return segments
 
 
 def gathered(records: Iterable[Any]) -> Iterator[Any]:
-    """Yields records; where each is a turn and nothing else, all of them as one conversation."""
+    """Yields records; if each one is only a turn, yields all of them as one conversation."""
     turns: list[Any] | None = []
     for record in records:
         if turns is not None and is_lone_turn(record):
@@ -299,11 +306,11 @@ def gathered(records: Iterable[Any]) -> Iterator[Any]:
 
 
 def usual_columns(schema: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns what to take of a table with this Arrow schema, by the forms of records.
+    """Returns the columns to use from a table with this Arrow schema, by the forms of records.
 
     Returns:
-      The columns of the best form that the table may have, and those to read: of all of them, as
-      a row may be of another form. Both () if nothing suggests itself.
+      The columns of the table's preferred form, and the columns to read: those of all possible
+      forms, since a row can have another form. Both () if no form fits.
     """
     names = list(dict.fromkeys(schema.names))
     if are_turn_keys(names):
@@ -317,7 +324,7 @@ def usual_columns(schema: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def columns_with_strings(schema: Any) -> list[str]:
-    """Returns the columns of an Arrow schema that hold strings, be it deep inside, and no
+    """Returns the columns of an Arrow schema that hold strings at any depth and are not
     metadata."""
     return [f.name for f in schema if _has_strings(f.type) and not is_metadata(f.name)]
 

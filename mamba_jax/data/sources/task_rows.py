@@ -1,4 +1,4 @@
-"""Problems of tasks as a source of text: those for training alone, each a document."""
+"""The training problems of tasks as a source of text, each one a document."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from mamba_jax.data.document import Piece
 from mamba_jax.data.sources.readers import VERSION, pieces_of_document
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tasks import parse, problems
 
 # Raise it whenever a task would make other problems.
@@ -40,7 +40,7 @@ class ProblemsPart:
         words = ["problems", VERSION, _FORMAT, self.task, self.difficulty, self.stream, self.count]
         return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
 
-    def pieces(self, summary: Summary) -> Iterator[Piece]:
+    def pieces(self, summary: DataSummary) -> Iterator[Piece]:
         of = self.task, self.difficulty, "train", _SEED, self.count, self.stream
         for problem in problems(*of):
             summary.rows += 1
@@ -67,8 +67,8 @@ def open_tasks(spec: str, examples: int) -> TaskRows:
 
     Args:
       spec: as of ``tasks.parse``.
-      examples: of each task and difficulty, or as many as there are. Where they fill several parts,
-        those that two parts share are left out as duplicates.
+      examples: problems of each task and difficulty, at most as many as exist. Problems that
+        several parts share are left out as duplicates.
 
     Raises:
       UserError: on an unknown task or difficulty.

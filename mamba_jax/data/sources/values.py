@@ -1,9 +1,9 @@
-"""From a value of a record or row to its text: one spelling, wherever the value comes from.
+"""From a value of a record or row to its text: one spelling for every source.
 
-A string is itself. A number is its shortest decimal form, without ``.0``: 1, 2.5, 0.1; so a column
-that a file holds as 1 and a table as 1.0 or 1.00 reads alike. Truth values are ``true`` and
-``false``. Dates and times are ISO 8601, a time stamp at midnight its date alone: libraries read
-``2024-01-02`` as one. Bytes are UTF-8. Null and NaN are no text.
+A string is its own text. A number has its shortest decimal form, without ``.0``: 1, 2.5, 0.1; so a
+value that is 1 in a file and 1.0 or 1.00 in a table gives the same text. Booleans are ``true`` and
+``false``. Dates and times are in ISO 8601; a time stamp at midnight is only its date, since
+libraries read ``2024-01-02`` as a time stamp. Bytes are UTF-8. Null and NaN have no text.
 """
 
 import datetime
@@ -13,8 +13,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-# Keys that describe a record. What they hold is no text, unless a column is named by the user.
-# A rejected answer is here, for it must never be learnt.
+# Keys that describe a record. Their values are not text, unless the user names a column.
+# "rejected" is among them because a rejected answer must never be trained on.
 _METADATA = frozenset(
     (
         *("id", "uid", "uuid", "guid", "idx", "index", "hash", "sha", "sha256", "md5"),
@@ -24,18 +24,18 @@ _METADATA = frozenset(
     )
 )
 _METADATA_ENDINGS = ("_id", "_url", "_uri", "_license", "_licence", "_hash", "_path", "_metadata")
-# Of a value that is an object the first of these is its text, as in SQuAD's answers.
+# The text of an object is the first of these, as in SQuAD's answers.
 _INNER_TEXT = ("text", "value")
 
 
 def is_metadata(key: str) -> bool:
-    """Says whether a key describes a record and holds no text of it."""
+    """Returns whether a key describes a record and is not part of its text."""
     key = key.lower()
     return key in _METADATA or key.endswith(_METADATA_ENDINGS)
 
 
 def scalar_text(value: Any) -> str | None:
-    """Returns the text of a single value; None if it is none, or of another kind.
+    """Returns the text of a single value; None if it has none, or is a list or object.
 
     Raises:
       UnicodeDecodeError: if it is bytes that are not UTF-8.
@@ -67,7 +67,7 @@ def _float_text(value: float) -> str | None:
         return "Infinity" if value > 0 else "-Infinity"
     text = repr(value).removesuffix(".0")
     if "." in text and len(text) > 12 and _as_single(value) == value:
-        # A number in single precision, whose neighbours are far: 0.1, not 0.10000000149011612.
+        # A number in single precision, with few digits: 0.1, not 0.10000000149011612.
         shorter = (f"{value:.{digits}g}" for digits in range(1, 10))
         text = next((t for t in shorter if _as_single(float(t)) == value), text)
     return text
@@ -86,7 +86,7 @@ def _as_single(value: float) -> float:
 
 
 def value_text(value: Any) -> str:
-    """Returns the text of a value; that of a list or object are its leaves, a blank line between.
+    """Returns the text of a value; for a list or object, its leaves joined by blank lines.
 
     Raises:
       UnicodeDecodeError: if it holds bytes that are not UTF-8.
@@ -96,11 +96,11 @@ def value_text(value: Any) -> str:
 
 
 def leaves(value: Any, *, numbers: bool) -> Iterator[str]:
-    """Yields the text in a value in order, that of metadata left out; white space alone as well.
+    """Yields the texts in a value in order, without metadata and blank texts.
 
     Args:
       value: of any kind.
-      numbers: whether what is no string counts, in lists; in objects strings alone do.
+      numbers: whether values other than strings count, in lists; in objects only strings do.
 
     Raises:
       UnicodeDecodeError: if it holds bytes that are not UTF-8.

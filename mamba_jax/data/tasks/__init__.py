@@ -1,4 +1,4 @@
-"""Tasks whose answers can be checked exactly: text to learn from, and evidence of learning.
+"""Tasks whose answers can be checked exactly: training text, and a test of what was learned.
 
 Each problem belongs to "train" or "test" by the hash of its prompt alone: no seed and no difficulty
 ever moves one to the other side.
@@ -28,8 +28,8 @@ def problems(
 ) -> Iterator[Problem]:
     """Yields distinct problems, the same ones for the same arguments.
 
-    An easy task has few: where a split has fewer than ``count``, as many come as there are, but
-    maybe for a few.
+    An easy task has few problems: if a split has fewer than ``count``, nearly all of them are
+    yielded.
 
     Args:
       name: of a task in ``TASKS``.

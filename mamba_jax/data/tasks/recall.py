@@ -1,7 +1,7 @@
 """Associative recall: ``ba 3 ko 7 ze 1 ; ko ba =``; the difficulty is the number of pairs.
 
 After multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): half of the keys are
-asked for, in an order of their own.
+queried, in another order.
 """
 
 import numpy as np
@@ -16,6 +16,6 @@ def make(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
     keys = choose_names(rng, difficulty)
     values = rng.integers(0, 10, difficulty).tolist()
     pairs = " ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    asked = rng.permutation(difficulty)[: -(-difficulty // 2)].tolist()
-    queries = " ".join(keys[index] for index in asked)
-    return f"{pairs} ; {queries} =", " ".join(str(values[index]) for index in asked)
+    queried = rng.permutation(difficulty)[: -(-difficulty // 2)].tolist()
+    queries = " ".join(keys[index] for index in queried)
+    return f"{pairs} ; {queries} =", " ".join(str(values[index]) for index in queried)

@@ -1,8 +1,8 @@
-"""Text ↔ token ids: what every tokenizer does, and the door to all of them.
+"""Text ↔ token ids: what every tokenizer does.
 
-User text never becomes a control token: ``encode`` emits neither the end-of-text id nor any other
-special one, whatever the text spells, so that document boundaries can be found again in the token
-stream alone.
+User text never becomes a control token: whatever the text spells, ``encode`` returns neither the
+separator nor any other special id, so that document boundaries can be found in the token stream
+alone.
 """
 
 import abc
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-# Of prefix, suffix and middle, as those of OpenAI, of StarCoder and their kin name them.
+# The tokens of prefix, suffix and middle in the tokenizers of OpenAI, and of StarCoder and others.
 _FIM_NAMES = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
@@ -23,16 +23,17 @@ class Tokenizer(abc.ABC):
     """Text ↔ ids.
 
     Attributes:
-      name: what ``load_tokenizer`` was asked for.
-      identity: changes whenever the same text might give other tokens; part of cache keys.
-      eot_id: begins every document and ends it when sampled. Never made by ``encode``.
+      name: the argument of ``load_tokenizer``.
+      identity: changes whenever the same text could give other tokens; part of cache keys.
+      eot_id: the separator, which begins every document and, when sampled, ends it. ``encode``
+        never returns it.
       pieces: the bytes of each token, by id; those of special tokens and of gaps are empty.
       token_bytes: int32 (vocab_size,), the lengths of ``pieces``.
-      files: name → content of what a checkpoint carries, to need neither network nor the user's
-        files; empty if the name is enough.
-      special_ids: name → id of tokens that no text spells.
-      doubt: why texts may not come back as they were; "" if they do.
-      remark: what was changed about it when it was loaded; "" if nothing was.
+      files: name → content of the files in a checkpoint, which make it independent of the network
+        and of the user's files; empty if the name is enough.
+      special_ids: name → id of the tokens that no text can spell.
+      roundtrip_warning: why a text may change in encoding and decoding; "" if none does.
+      remark: what loading changed about the tokenizer; "" if nothing.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Tokenizer(abc.ABC):
         *,
         files: Mapping[str, bytes] = types.MappingProxyType({}),
         special_ids: Mapping[str, int] = types.MappingProxyType({}),
-        doubt: str = "",
+        roundtrip_warning: str = "",
         remark: str = "",
     ):
         self.name = name
@@ -54,7 +55,7 @@ class Tokenizer(abc.ABC):
         self.token_bytes = np.array([len(piece) for piece in pieces], np.int32)
         self.files = files
         self.special_ids = special_ids
-        self.doubt = doubt
+        self.roundtrip_warning = roundtrip_warning
         self.remark = remark
 
     @property
@@ -63,8 +64,8 @@ class Tokenizer(abc.ABC):
 
     @property
     def fim_ids(self) -> tuple[int, int, int]:
-        """Ids that stand before prefix, suffix and middle: the tokenizer's own where it has them,
-        else the three after its last, which the model's tables then need."""
+        """The ids before prefix, suffix and middle: the tokenizer's own if it has them, else the
+        three ids after its last, which the model's embeddings then need."""
         for names in _FIM_NAMES:
             if self.special_ids.keys() >= set(names):
                 prefix_id, suffix_id, middle_id = (self.special_ids[name] for name in names)
@@ -84,35 +85,36 @@ class Tokenizer(abc.ABC):
         return b"".join(self.piece(token) for token in ids).decode("utf-8", "replace")
 
     def piece(self, token: int) -> bytes:
-        """Returns the bytes of one token, checked: a negative id would index from the end."""
+        """Returns the bytes of one token; checks the id, since a negative one would index from the
+        end."""
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token id {token} is outside 0 … {self.vocab_size - 1} ({self.name})")
         return self.pieces[int(token)]
 
     def document_encoder(self) -> "DocumentEncoder":
-        """Returns what encodes one document that comes in pieces."""
+        """Returns an encoder for one document that arrives in pieces."""
         return DocumentEncoder(self)
 
 
 class DocumentEncoder:
-    """Encodes a document piece by piece; this one where tokens never cross from piece to piece."""
+    """Encodes a document piece by piece; this class assumes that no token crosses pieces."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
 
     def push(self, text: str) -> np.ndarray:
-        """Returns ids that are certain by now, int32 (tokens,); ``text`` may be held back."""
+        """Returns the ids that later text cannot change, int32 (tokens,); can hold text back."""
         return self._tokenizer.encode(text)
 
     def cut(self) -> np.ndarray:
-        """Returns the ids of what is held back: a token ends here. More text may come."""
+        """Returns the ids of the text held back: a token ends here. More text can follow."""
         return np.zeros(0, np.int32)
 
 
 class StreamDecoder:
-    """Decodes token by token, holding back bytes until they form whole characters.
+    """Decodes token by token; holds bytes back until they form whole characters.
 
-    A character that is still incomplete when the text ends is not part of it.
+    A character that is incomplete when the text ends is not part of it.
 
     Attributes:
       n_chars: characters returned so far.
@@ -132,7 +134,7 @@ class StreamDecoder:
     def push(self, token: int) -> str:
         """Returns the text that became complete with ``token``; may be empty."""
         piece = self._tokenizer.piece(token)
-        # The first byte alone: it may also show that the bytes before it are no character.
+        # The first byte alone: it can show that the bytes before it are not a character.
         text = self._decoder.decode(piece[:1])
         self.start = self.n_chars + len(text) - (text != "" and not self.holds_back)
         text += self._decoder.decode(piece[1:])

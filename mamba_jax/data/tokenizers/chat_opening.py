@@ -19,8 +19,8 @@ _START, _BEFORE_A_ROLE = r"\A", r"(?=\w+: )|"
 def add(record: dict[str, Any], name: str, token: int) -> dict[str, Any] | None:
     """Returns the record with the opening; None if the tokenizer has no place for one.
 
-    Byte-level byte-pair encoding with one splitting pattern has: that of GPT-2, tiktoken, NeoX,
-    Llama 3, Qwen.
+    It needs byte-level byte-pair encoding with one splitting pattern, as in GPT-2, tiktoken, NeoX,
+    Llama 3 and Qwen.
 
     Args:
       record: of a ``tokenizer.json``, without an opening.
@@ -42,7 +42,10 @@ def add(record: dict[str, Any], name: str, token: int) -> dict[str, Any] | None:
 
 
 def remove(source: bytes) -> bytes:
-    """Returns a ``tokenizer.json`` as it was before ``add``; one without an opening as it is."""
+    """Returns a ``tokenizer.json`` without the opening of ``add``.
+
+    The separator's name stays in the vocabulary, where no text reaches it without the opening.
+    """
     if _BEFORE_A_ROLE.encode() not in source.replace(rb"\\", b"\\"):
         return source
     record = json.loads(source)

@@ -1,10 +1,10 @@
 """Any ``tokenizer.json`` of the Hugging Face library ``tokenizers``: a file, a folder or the Hub.
 
-Ids are those of ``tokenizers.Tokenizer.encode(text, add_special_tokens=False)``, except that text
-which spells a special token stays text, and that BPE dropout, which makes other ids each time, is
-off. Which token ends a text, in this order: the ``eos_token`` that a ``tokenizer_config.json``
-beside the file names; the first of ``_USUAL_ENDS`` among the special tokens; else
-``<|endoftext|>`` is added as the last id.
+Ids are those of ``tokenizers.Tokenizer.encode(text, add_special_tokens=False)``, with two
+exceptions: text that spells a special token stays text, and BPE dropout, which produces different
+ids each time, is disabled. The separator is, in this order: the ``eos_token`` of the
+``tokenizer_config.json`` beside the file; the first of ``_USUAL_ENDS`` among the special tokens;
+otherwise ``<|endoftext|>``, added as the last id.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ _PROBES = (
 )
 # Around each added token: some take the white space beside them away.
 _ADDED_PROBES = ("a {} b", "a  {}\n\nb", "a{}b", "\t{}\t")
-_SHOWN_CHARACTERS = 12  # of a text that does not come back, on each side of the change
+_SHOWN_CHARACTERS = 12  # of a text that changes, on each side of the change
 
 
 class _Json(Tokenizer):
@@ -54,8 +54,8 @@ class _Json(Tokenizer):
         Args:
           name: for ``load_tokenizer``.
           encoding: ``tokenizers.Tokenizer``.
-          source: the file that it was made of: as the library writes it changes with versions.
-          end: content of the token that ends a text; None: the usual one.
+          source: the file it was loaded from; what the library writes changes with its version.
+          end: content of the separator; None: the usual one.
           remark: as of ``Tokenizer``.
         """
         self._encoding = encoding
@@ -86,26 +86,28 @@ class _Json(Tokenizer):
             remark=remark,
         )
         self._prefix = self._found_prefix()
-        self.doubt = self._roundtrip_doubt([word["content"] for word in record["added_tokens"]])
+        self.roundtrip_warning = self._find_roundtrip_warning(
+            [word["content"] for word in record["added_tokens"]]
+        )
 
-    def _roundtrip_doubt(self, added: Sequence[str]) -> str:
-        """Tries texts, and ones with each added token; says which does not come back, if any."""
+    def _find_roundtrip_warning(self, added: Sequence[str]) -> str:
+        """Tries probes, alone and with each added token; names the first one that changes."""
         texts = [*_PROBES]
         for probe in _ADDED_PROBES:
             each = [probe.format(word) for word in added]
-            # All at once, as there may be thousands; by itself where that fails.
+            # All at once, since there can be thousands; one by one only if that changes.
             if self._change("".join(each)):
                 texts += [*each, "".join(each)]
         change = next(filter(None, map(self._change, texts)), None)
         if change is None:
             return ""
         return (
-            f"the tokenizer {self.name} does not give every text back as it was ({change[0]} comes "
-            f"back as {change[1]}); bits per byte count what it does give"
+            f"the tokenizer {self.name} is lossy: {change[0]} decodes to "
+            f"{change[1]}; bits per byte count the decoded text"
         )
 
     def _change(self, text: str) -> tuple[str, str] | None:
-        """Returns a stretch of the text and what it comes back as; None if all does."""
+        """Returns a stretch of the text and what it decodes to; None if nothing changes."""
         back = self.decode(self.encode(text))
         if back == text:
             return None
@@ -115,7 +117,7 @@ class _Json(Tokenizer):
         return ascii(text[around]), ascii(back[around])
 
     def _found_prefix(self) -> str:
-        """Returns what the tokenizer puts before every text: often a space."""
+        """Returns what the tokenizer adds before every text, often a space."""
         words = (piece.decode("utf-8", "replace").strip() for piece in self.pieces)
         for word in itertools.islice(filter(str.isalnum, words), _PREFIX_PROBES):
             text = b"".join(self.pieces[token] for token in self.encode(word)).decode("utf-8")
@@ -149,15 +151,15 @@ class _Json(Tokenizer):
             return self._encoding.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises Exception itself
             raise UserError(
-                f"the tokenizer {self.name} cannot encode what it does not know "
-                f"({first_line(error)}): give it an unknown token, or take another"
+                f"the tokenizer {self.name} cannot encode unknown text "
+                f"({first_line(error)}): give it an unknown token, or use another tokenizer"
             ) from error
 
     def _spelt_out(
         self, text: str, ids_n: np.ndarray, offsets_n2: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes what became a special token character by character: some vocabularies hold the
-        spelling of one as an ordinary word."""
+        """Re-encodes text that became a special token, character by character: some vocabularies
+        have the spelling of one as an ordinary word."""
         ids, offsets = [], []
         for token, (start, end) in zip(ids_n.tolist(), offsets_n2.tolist(), strict=True):
             if token not in self._forbidden:
@@ -175,17 +177,17 @@ class _Json(Tokenizer):
 class _ContextEncoder(DocumentEncoder):
     """Encodes a long text window by window, each with the end of the one before it.
 
-    A window's tokens are taken up to a place that lies far enough from its end not to hang on what
-    follows; the next window begins far enough before that place for its tokens to be the same
-    again. So the tokens are those of the whole text, unless a "word" exceeds the margin: then a
-    token may end at another place, and the text still comes back; but of a tokenizer that puts a
-    space before every text, one may come there too.
+    The tokens of a window are used up to a place so far from its end that later text cannot change
+    them; the next window begins so far before that place that its tokens there are the same. The
+    result is therefore that of encoding the whole text, unless a "word" is longer than the margin.
+    Then a token can end elsewhere, and a tokenizer that adds a space before every text can add one
+    there too; otherwise the text still decodes exactly.
     """
 
     def __init__(self, tokenizer: _Json):
         self._json = tokenizer
         self._text = ""
-        self._done = 0  # characters of _text whose ids were returned; the rest is yet to come
+        self._done = 0  # characters of _text whose ids were returned
 
     def push(self, text: str) -> np.ndarray:
         text, found = well_formed(text), []
@@ -218,31 +220,31 @@ class _ContextEncoder(DocumentEncoder):
 
 
 def _clean_cuts(offsets_n2: np.ndarray) -> np.ndarray:
-    """Returns the indices of tokens before which one can cut: no character is on both sides."""
+    """Returns the indices of tokens before which a cut splits no character."""
     start_n, end_n = offsets_n2[:, 0], offsets_n2[:, 1]
     solid_n = end_n > start_n
     return 1 + np.flatnonzero((end_n[:-1] <= start_n[1:]) & solid_n[:-1] & solid_n[1:])
 
 
 def _token_after(offsets_n2: np.ndarray, place: int) -> int | None:
-    """Returns the first token behind a cut at ``place``; None if the tokens cannot be cut there."""
+    """Returns the first token after a cut at ``place``; None if the tokens cannot be cut there."""
     cuts = _clean_cuts(offsets_n2)
     found = cuts[offsets_n2[cuts - 1, 1] == place]
     return int(found[0]) if len(found) else None
 
 
 def _last_cut(offsets_n2: np.ndarray, limit: int) -> int:
-    """Returns the last token before which one can cut at most ``limit`` characters in; or 0."""
+    """Returns the last token before which one can cut within ``limit`` characters; 0 if none."""
     cuts = _clean_cuts(offsets_n2)
     cuts = cuts[offsets_n2[cuts - 1, 1] <= limit]
     return int(cuts[-1]) if len(cuts) else 0
 
 
 def load(name: str) -> Tokenizer:
-    """Makes the tokenizer of a file or of an id of the Hub.
+    """Loads the tokenizer of a file or of a Hub id.
 
     Raises:
-      UserError: if it is not there, out of reach, or damaged.
+      UserError: if it does not exist, cannot be reached, or is damaged.
     """
     path = pathlib.Path(os.path.expanduser(name))
     if path.is_dir():
@@ -255,7 +257,7 @@ def load(name: str) -> Tokenizer:
 
 
 def from_file(name: str, path: pathlib.Path) -> Tokenizer:
-    """Makes the tokenizer of a file; also of one that a checkpoint carries.
+    """Loads the tokenizer of a file, such as the one in a checkpoint.
 
     Raises:
       UserError: if it cannot be read, or the library that reads it is missing.
@@ -272,8 +274,8 @@ def from_file(name: str, path: pathlib.Path) -> Tokenizer:
             source = json.dumps(record, ensure_ascii=False).encode()
             encoding = tokenizers.Tokenizer.from_str(source.decode("utf-8"))
             remark = (
-                f"the tokenizer {name} has a BPE dropout of {rate}, which is switched off: the "
-                "same text always gives the same tokens"
+                f"the tokenizer {name} has a BPE dropout of {rate}, which is disabled: the same "
+                "text always gives the same tokens"
             )
         return _Json(name, encoding, source, end, remark)
     except (UserError, KeyboardInterrupt, SystemExit):
@@ -288,7 +290,7 @@ def _named_end(path: pathlib.Path) -> str | None:
     """Returns the ``eos_token`` of a ``tokenizer_config.json``; None where neither is there.
 
     Raises:
-      UserError: if it cannot be read: with another end of texts it would be another tokenizer.
+      UserError: if it cannot be read: with another separator it would be another tokenizer.
     """
     try:
         end = json.loads(path.read_text("utf-8-sig")).get("eos_token")
@@ -299,7 +301,9 @@ def _named_end(path: pathlib.Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}; mend or remove it") from error
+        raise UserError(
+            f"{path} cannot be read: {first_line(error)}; repair or remove it"
+        ) from error
 
 
 def _usual_end(encoding: Any) -> str:
@@ -308,7 +312,7 @@ def _usual_end(encoding: Any) -> str:
 
 
 def _make_plain(encoding: Any) -> None:
-    """Switches off what is not encoding: special tokens of texts, cutting, filling."""
+    """Disables what is not encoding: special tokens in texts, truncation, padding."""
     encoding.encode_special_tokens = True
     encoding.no_truncation()
     encoding.no_padding()
@@ -358,7 +362,7 @@ def _byte_fallback(word: str) -> bytes | None:
 
 
 def _byte_level(word: str) -> bytes | None:
-    """GPT-2's alphabet of bytes: those that print as themselves, the others from U+0100 on."""
+    """GPT-2's byte alphabet: printable bytes stand for themselves, the others from U+0100 on."""
     try:
         return bytes(_BYTE_OF[character] for character in word)
     except KeyError:

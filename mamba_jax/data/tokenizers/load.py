@@ -33,7 +33,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         a folder with one, or an id of the Hugging Face Hub such as "EleutherAI/pythia-160m".
 
     Raises:
-      UserError: if there is no such tokenizer, it is out of reach, or its file is damaged.
+      UserError: if there is no such tokenizer, it cannot be reached, or its file is damaged.
     """
     if name == "bytes":
         return _Bytes()
@@ -61,7 +61,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def load_saved(folder: pathlib.Path, name: str) -> Tokenizer:
-    """Returns a checkpoint's tokenizer: that of the file in its folder, else the one of the name.
+    """Returns a checkpoint's tokenizer: from the file in its folder, else by its name.
 
     Args:
       folder: of the checkpoint.
@@ -83,11 +83,11 @@ def _in_folder(folder: pathlib.Path, name: str) -> Tokenizer | None:
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Gives the model as many ids as the tokenizer has, if the config leaves it open; those that
-    fill-in-the-middle adds included.
+    """Sets the model's vocabulary size to the tokenizer's, including the ids that
+    fill-in-the-middle adds, if the config leaves it open.
 
     Raises:
-      UserError: if the config names fewer.
+      UserError: if the config has fewer ids than the tokenizer.
     """
     wanted, needed = config.model.vocab_size, tokenizer.vocab_size
     if config.data.fim_rate:
@@ -95,7 +95,7 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     if wanted and wanted < needed:
         raise UserError(
             f"model.vocab_size={wanted} is below the {needed} ids of "
-            f'data.tokenizer="{tokenizer.name}"; give 0 for exactly as many'
+            f'data.tokenizer="{tokenizer.name}"; set 0 to match it'
         )
     model = dataclasses.replace(config.model, vocab_size=wanted or needed)
     return dataclasses.replace(config, model=model)

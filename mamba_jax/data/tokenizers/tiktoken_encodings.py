@@ -1,4 +1,4 @@
-"""The byte-pair encodings of tiktoken: GPT-2's from a packaged file, the others from its cache."""
+"""The byte-pair encodings of tiktoken: GPT-2's from a packaged file, others from its cache."""
 
 import base64
 import hashlib
@@ -24,11 +24,11 @@ _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\
 
 
 class _BytePair(Tokenizer):
-    """Token for token as tiktoken's ``encode_ordinary``."""
+    """Gives the same tokens as tiktoken's ``encode_ordinary``."""
 
     def __init__(self, name: str, identity: str, encoding: Any, files: Mapping[str, bytes]):
         self._encoding = encoding
-        pieces = [b""] * encoding.n_vocab  # some ids are of no token
+        pieces = [b""] * encoding.n_vocab  # some ids have no token
         for piece, token in encoding._mergeable_ranks.items():
             pieces[token] = piece
         eot_id = encoding._special_tokens[_END_OF_TEXT]
@@ -45,7 +45,7 @@ class _BytePair(Tokenizer):
 
 
 def packaged_gpt2() -> Tokenizer:
-    """Makes GPT-2's tokenizer; no network.
+    """Loads GPT-2's tokenizer without network access.
 
     Raises:
       UserError: if the packaged file is missing or damaged.
@@ -56,14 +56,14 @@ def packaged_gpt2() -> Tokenizer:
 
 
 def names() -> list[str]:
-    """Returns the encodings that the installed tiktoken knows, those of its plugins included."""
+    """Returns the encodings of the installed tiktoken, those of its plugins included."""
     import tiktoken
 
     return tiktoken.list_encoding_names()
 
 
 def load(name: str) -> Tokenizer:
-    """Makes the tokenizer of a name among ``names()``; tiktoken downloads it once.
+    """Loads the tokenizer of a name in ``names()``; tiktoken downloads it once.
 
     Raises:
       UserError: if it can neither be downloaded nor found in tiktoken's cache.
@@ -77,11 +77,11 @@ def load(name: str) -> Tokenizer:
         hint = f"the folder {folder} (TIKTOKEN_CACHE_DIR)" if folder else "TIKTOKEN_CACHE_DIR"
         raise UserError(
             f'data.tokenizer="{name}" cannot be downloaded ({first_line(error)}); go online once, '
-            f"put tiktoken's file of it into {hint}, or take gpt2, which is packaged"
+            f"put tiktoken's file of it into {hint}, or use gpt2, which is included"
         ) from error
     if _END_OF_TEXT not in encoding._special_tokens:
         raise UserError(
-            f'data.tokenizer="{name}" has no {_END_OF_TEXT}, which begins every document; take '
+            f'data.tokenizer="{name}" has no {_END_OF_TEXT}, which begins every document; use '
             "another encoding"
         )
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
@@ -98,7 +98,7 @@ def load(name: str) -> Tokenizer:
 
 
 def from_file(name: str, path: pathlib.Path) -> Tokenizer:
-    """Makes the tokenizer that a checkpoint carries.
+    """Loads the tokenizer in a checkpoint.
 
     Raises:
       UserError: if the file is damaged.
@@ -135,13 +135,13 @@ def _gpt2_ranks() -> dict[bytes, int]:
         data = file.read_bytes()
     except OSError as error:
         raise UserError(
-            f"cannot read the tokenizer's file {file}: {error.strerror}; install mamba_jax again"
+            f"cannot read the tokenizer's file {file}: {error.strerror}; reinstall mamba_jax"
         ) from error
     found = hashlib.sha256(data).hexdigest()
     if found != _GPT2_RANKS_SHA256:
         raise UserError(
             f"the tokenizer's file {file} is damaged (sha256 {found[:12]}…, expected "
-            f"{_GPT2_RANKS_SHA256[:12]}…); install mamba_jax again"
+            f"{_GPT2_RANKS_SHA256[:12]}…); reinstall mamba_jax"
         )
     lines = (line.split() for line in data.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in lines}

@@ -1,8 +1,8 @@
-"""Fill-in-the-middle: some documents of a window are learnt as prefix, suffix, then the middle.
+"""Fill-in-the-middle: some documents of a window are reordered as prefix, suffix, middle.
 
-Bavarian et al. 2022 (arXiv 2207.14255): the order prefix–suffix–middle, applied to what of a
-document lies in a window ("context level"), so that no part is torn away by the window's edge. The
-cuts fall between tokens, not between characters as there.
+Bavarian et al. 2022 (arXiv 2207.14255), in the order prefix–suffix–middle. It is applied to the
+part of a document inside a window ("context level"), so that the window's edge separates no parts.
+Deviation from the paper: the cuts are between tokens, not between characters.
 """
 
 import dataclasses
@@ -10,17 +10,17 @@ import itertools
 
 import numpy as np
 
-_FEWEST_TOKENS = 8  # of a stretch that is worth cutting in three
+_FEWEST_TOKENS = 8  # of a document that is worth cutting in three
 
 
 @dataclasses.dataclass(frozen=True)
 class FillInTheMiddle:
-    """Turns documents around.
+    """Reorders documents.
 
     Attributes:
-      rate: of all documents of windows, 0 to 1.
-      eot_id: begins a document.
-      ids: that stand before prefix, suffix and middle.
+      rate: share of the documents of windows, 0 to 1.
+      eot_id: the separator, which begins a document.
+      ids: the tokens before prefix, suffix and middle.
     """
 
     rate: float
@@ -28,10 +28,10 @@ class FillInTheMiddle:
     ids: tuple[int, int, int]
 
     def __call__(self, window: np.ndarray, seed: int, sample: int) -> np.ndarray:
-        """Returns the window with some of its documents turned around, of the same length.
+        """Returns the window with some of its documents reordered, of the same length.
 
-        Each takes three tokens more; so many are left out at the window's end, before what lies
-        there is cut in three.
+        Each one takes three more tokens; the same number is dropped at the window's end, before the
+        last document is cut in three.
 
         Args:
           window: int32 (t,), as ``windows`` gives it.
@@ -46,7 +46,7 @@ class FillInTheMiddle:
         for start, end in itertools.pairwise(edges):
             head = window[start : start + (start in starts)]
             text = window[start + len(head) : end]
-            # The same draws for every document, whatever becomes of it.
+            # The same draws for every document, reordered or not.
             chosen, low, high = rng.random(), *np.sort(rng.random(2))
             whole = text[: max(room - len(head) - before, 0)]
             if chosen < self.rate and len(whole) >= _FEWEST_TOKENS and np.all(whole >= 0):

@@ -1,9 +1,9 @@
-"""Chooses what is held out, measures what it shares with training, and refuses a bad choice.
+"""Chooses what is held out, measures what it shares with training, and rejects a bad choice.
 
-First whole documents and blocks of half a percent of the corpus (``data.split``). That is kept
-where it holds out little enough, also when repetition is counted once, and not only copies of what
-is trained on. Else the corpus is tiny or repeats itself: finer blocks are cut, and of those only
-are held out that are mostly text of their own.
+The first choice is whole documents and blocks of half a percent of the corpus
+(``data.windows.split``). It is used if it holds out little enough, also when repetition is counted
+once, and more than copies of training text. Otherwise the corpus is tiny or repeats itself: finer
+blocks are cut, and only blocks that are mostly unique text are held out.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.windows.repetition import Overlap, SpanCounts, span_length
 from mamba_jax.data.windows.split import (
@@ -24,27 +24,30 @@ from mamba_jax.data.windows.split import (
     stream_tokens,
 )
 
-# Of the tokens, held out without need; with repetition counted once, which is an estimate, less.
+# Largest shares of the tokens to hold out, and, less, of those counted once, an estimate.
 _MOST_SHARE, _MOST_DIFFERENT_SHARE = 0.02, 0.0175
-_MOST_WINDOWS = 1.25  # held out where one window is more than that share
-_MOST_OVERLAP = 0.995  # of the held-out text also trained on: beyond it, it measures nothing
+_MOST_WINDOWS = 1.25  # held out if one window is more than that share
+_MOST_OVERLAP = 0.995  # share of held-out text also trained on; above it, its loss measures nothing
 _SMALLEST_FINE_BLOCK_TOKENS, _SHORTEST_FINE_SPAN_TOKENS = 16, 8
 _FEW_DOCUMENTS = 20
 _MOST_FINE_BLOCKS = 1 << 20
-_LEAST_OWN_SHARE, _MOST_FINE_OVERLAP = 0.5, 0.5  # of a fine block that is held out, and of all
+_LEAST_OWN_SHARE = 0.5  # unique text in a fine block that is held out
+_MOST_FINE_OVERLAP = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """What goes to which side; neither ``is_eval_u`` nor ``by_place`` where the text repeats so
-    much that nothing can be held out. Shapes: u units, r runs.
+    """What is trained on and what is held out. Shapes: u units, r runs.
+
+    Both ``is_eval_u`` and ``by_place`` are None if the text repeats itself so much that nothing can
+    be held out.
 
     Attributes:
       units: that were divided.
       overlap: what the sides share.
       is_eval_u: bool, what is held out.
-      by_place: (train, held out), int64 (r, 2), of a text too little to be split by content.
-      rule: "" for the coarse units; else it tells this way of splitting from them.
+      by_place: (train, held out), int64 (r, 2), of a text too small to be split by content.
+      rule: identifies the way of splitting in fingerprints; "" for the coarse units.
     """
 
     units: Units
@@ -56,7 +59,7 @@ class Division:
 
 def hold_out(
     tokens: Flat,
-    documents: Documents,
+    documents: DocumentIndex,
     tokenizer: Tokenizer,
     *,
     seed: int,
@@ -74,19 +77,19 @@ def hold_out(
         held out.
     """
     total = documents.token_count
-    cutter = _Cutter(tokens, documents, tokenizer)
+    divider = _Divider(tokens, documents, tokenizer)
     choose = functools.partial(
         split_units, seed=seed, fraction=fraction, window_tokens=window_tokens
     )
     is_good = functools.partial(_is_good, fraction=fraction, window_tokens=window_tokens)
     span = span_length(total, int(documents.bytes_d.sum()))
     large = max(int(LARGEST_UNIT_SHARE * total), SMALLEST_BLOCK_TOKENS)
-    units = cutter.units(large, large)
+    units = divider.units(large, large)
     is_eval_u = choose(units)
     by_place = split_by_place(units, window_tokens) if is_eval_u is None else None
-    if by_place:  # one window is held out: copies of a part of it are to be found
+    if by_place:  # one window is held out: copies of a part of it must be found
         span = min(span, max(window_tokens // 4, _SHORTEST_FINE_SPAN_TOKENS))
-    coarse = cutter.measured(units, is_eval_u, by_place, span)
+    coarse = divider.measured(units, is_eval_u, by_place, span)
     different = coarse.overlap.different_tokens
     if different < min(2 * window_tokens, total / 2):
         return Division(units, coarse.overlap)
@@ -98,14 +101,17 @@ def hold_out(
     limit = min(large, max(int(LARGEST_UNIT_SHARE * different), least))
     span = min(span, max(limit // 2, _SHORTEST_FINE_SPAN_TOKENS))
     most_copies_tokens = max(LARGEST_UNIT_SHARE * total, limit)
-    # Short documents may be records: they stay whole, unless there are few.
-    ways = [(large, max(window_tokens, limit)), (limit, limit)]
-    for cut_above, surplus in ways[: 2 if len(documents.end_d) < _FEW_DOCUMENTS else 1]:
-        units = cutter.units(limit, cut_above)
-        own_u, is_free_u = cutter.own(units, span, most_copies_tokens)
+    # Short documents can be records and stay whole, even if that holds out up to one document more
+    # than needed. Only if there are few documents, they are cut.
+    ways = [(large, large)]
+    if len(documents.end_d) < _FEW_DOCUMENTS:
+        ways = [(large, max(window_tokens, limit)), (limit, limit)]
+    for cut_above, surplus in ways:
+        units = divider.units(limit, cut_above)
+        own_u, is_free_u = divider.own(units, span, most_copies_tokens)
         is_eval_u = choose(units, own_tokens_u=own_u, is_free_u=is_free_u)
         if is_eval_u is not None:
-            fine = cutter.measured(units, is_eval_u, None, span)
+            fine = divider.measured(units, is_eval_u, None, span)
             if is_good(fine, surplus_tokens=surplus, most_overlap=_MOST_FINE_OVERLAP):
                 rule = f"blocks of {limit} of documents above {cut_above}, spans of {span}"
                 return dataclasses.replace(fine, rule=rule)
@@ -114,11 +120,11 @@ def hold_out(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cutter:
+class _Divider:
     """Cuts a corpus into units and counts its spans."""
 
     tokens: Flat
-    documents: Documents
+    documents: DocumentIndex
     tokenizer: Tokenizer
 
     def units(self, limit: int, cut_above: int) -> Units:
@@ -144,7 +150,7 @@ class _Cutter:
 
     def own(self, units: Units, span: int, most_tokens: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns float (u,), the tokens of units with repetition counted once, and bool (u,),
-        which are mostly their own and with their copies no longer than ``most_tokens``."""
+        which units are mostly unique and, with their copies, no longer than ``most_tokens``."""
         _, group_u, copies_g = np.unique(
             units.digest_ud, axis=0, return_inverse=True, return_counts=True
         )
@@ -173,7 +179,7 @@ def _is_good(
     surplus_tokens: int = 0,
     most_overlap: float = _MOST_OVERLAP,
 ) -> bool:
-    """Says whether little enough is held out, and text that is not only a copy of the rest."""
+    """Returns whether little enough is held out, and more than copies of training text."""
 
     def most(tokens: float, share: float) -> float:
         needed = max(window_tokens, fraction * tokens)

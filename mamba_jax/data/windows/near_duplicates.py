@@ -1,20 +1,20 @@
-"""Documents that are nearly equal, by MinHash of their tokens: ``data.deduplicate="near"``."""
+"""Nearly equal documents, by MinHash of their tokens: ``data.deduplicate="near"``."""
 
 from typing import Any
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.errors import need
 
-_SIMILARITY = 0.8  # of the sets of shingles (Jaccard) from which on a document counts as a copy
+_SIMILARITY = 0.8  # Jaccard similarity of the shingles from which on a document counts as a copy
 _SHINGLE_TOKENS = 5
 _PERMUTATIONS = 128
 _AT_A_TIME = 20_000  # shingles: each takes 1 kB for a moment
 
 
-def first_of_similar(tokens: Flat, documents: Documents) -> np.ndarray:
-    """Returns the indices, ascending, of documents that are not like an earlier one that is kept.
+def first_of_similar(tokens: Flat, documents: DocumentIndex) -> np.ndarray:
+    """Returns the ascending indices of documents that are not similar to an earlier kept one.
 
     Documents shorter than a shingle are all kept.
 
@@ -28,12 +28,12 @@ def first_of_similar(tokens: Flat, documents: Documents) -> np.ndarray:
     kept = []
     for number, (start, end) in enumerate(zip(documents.start_d, documents.end_d, strict=True)):
         shingles = _shingles(tokens[int(start) + 1 : int(end)])
-        tokens.forget()
+        tokens.release_pages()
         if len(shingles):
             signature = empty.copy()
             for at in range(0, len(shingles), _AT_A_TIME):
                 signature.update_batch(shingles[at : at + _AT_A_TIME])
-            # The candidates of the index are likely ones; the signatures decide.
+            # The index gives candidates; the signatures decide.
             if any(
                 signature.jaccard(signatures[other]) >= _SIMILARITY
                 for other in seen.query(signature)

@@ -1,6 +1,6 @@
-"""Which window is the i-th sample of a training: a function of (windows, weights, seed, i) alone.
+"""Which window is the i-th sample of a run: a function of (windows, weights, seed, i) alone.
 
-Shapes: k sources, p samples of a period.
+Shapes: k sources, p samples of a mixture cycle.
 """
 
 import bisect
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 
 # Shares are whole numbers of this many samples: none is off by more than 1 in 65,536.
-_PERIOD_SAMPLES = 1 << 16
+_CYCLE_SAMPLES = 1 << 16
 
 
-class Order:
+class SampleOrder:
     """Shuffled epochs of each source, interleaved evenly by weight.
 
-    Within a phase the same period of sources is repeated, in which those of each lie evenly spread:
-    after any number of samples every source has had its share to about one window, and how many it
-    has had can be computed without counting. Each source goes through shuffled epochs of its own.
+    A phase repeats one cycle of sources, in which the samples of each source are evenly spread.
+    After any number of samples every source has had its share to within about one window, and the
+    number of its samples can be computed without counting. Each source has its own shuffled epochs.
     """
 
     def __init__(self, lengths: Sequence[int], phases: Sequence[tuple[int, Sequence[float]]], seed):
@@ -26,29 +26,29 @@ class Order:
         phases: (first sample, weight of each source), the first at 0, rising.
         seed: of the orders, 0 or more.
         """
-        # One without windows has no weight, and is never asked.
+        # A source without windows has weight 0 and is never used.
         self._orders = [_Epochs(length, _seed_of(seed, k)) for k, length in enumerate(lengths)]
         self._starts = [start for start, _ in phases]
-        self._periods = [_Period(weights) for _, weights in phases]
+        self._cycles = [MixtureCycle(weights) for _, weights in phases]
         self._bases = [[0] * len(lengths)]
-        for period, start, end in zip(self._periods, self._starts, self._starts[1:], strict=False):
-            self._bases.append(_added(self._bases[-1], period.counts(end - start)))
+        for cycle, start, end in zip(self._cycles, self._starts, self._starts[1:], strict=False):
+            self._bases.append(_added(self._bases[-1], cycle.counts(end - start)))
 
     def __getitem__(self, sample: int) -> tuple[int, int]:
         """Returns (source, index of its window)."""
         phase = bisect.bisect_right(self._starts, sample) - 1
-        source, number = self._periods[phase].place(sample - self._starts[phase])
+        source, number = self._cycles[phase].place(sample - self._starts[phase])
         return source, self._orders[source][self._bases[phase][source] + number]
 
     def counts(self, samples: int) -> list[int]:
         """Returns how many of the first samples come from each source."""
         phase = max(bisect.bisect_left(self._starts, samples) - 1, 0)
-        period = self._periods[phase]
-        return _added(self._bases[phase], period.counts(samples - self._starts[phase]))
+        cycle = self._cycles[phase]
+        return _added(self._bases[phase], cycle.counts(samples - self._starts[phase]))
 
 
 class _Epochs:
-    """Shuffled epochs of one source without end, each a permutation that is computed, not kept."""
+    """Endless shuffled epochs of one source, each a permutation that is computed, not stored."""
 
     def __init__(self, length: int, seed: int):
         from grain.experimental import index_shuffle  # takes a second: not before it is needed
@@ -64,8 +64,8 @@ class _Epochs:
         return self._permuted(at, self._length - 1, (self._seed + epoch) % (1 << 32), 4)
 
 
-class _Period:
-    """The sources of ``_PERIOD_SAMPLES`` samples, repeated without end."""
+class MixtureCycle:
+    """The sources of ``_CYCLE_SAMPLES`` samples, repeated endlessly."""
 
     def __init__(self, weights: Sequence[float]):
         self._counts_k = _apportion(np.asarray(weights, np.float64))
@@ -76,22 +76,22 @@ class _Period:
 
     def place(self, sample: int) -> tuple[int, int]:
         """Returns (source, how many of it came before)."""
-        periods, at = divmod(sample, _PERIOD_SAMPLES)
+        cycles, at = divmod(sample, _CYCLE_SAMPLES)
         source = int(self._source_p[at])
-        return source, periods * int(self._counts_k[source]) + int(self._number_p[at])
+        return source, cycles * int(self._counts_k[source]) + int(self._number_p[at])
 
     def counts(self, samples: int) -> list[int]:
-        periods, rest = divmod(samples, _PERIOD_SAMPLES)
-        begun_k = np.bincount(self._source_p[:rest], minlength=len(self._counts_k))
-        return (periods * self._counts_k + begun_k).tolist()
+        cycles, rest = divmod(samples, _CYCLE_SAMPLES)
+        started_k = np.bincount(self._source_p[:rest], minlength=len(self._counts_k))
+        return (cycles * self._counts_k + started_k).tolist()
 
 
 def _apportion(weights_k: np.ndarray) -> np.ndarray:
-    """Returns int64 (k,) that sum to a period, in the ratio of the weights (largest remainders);
+    """Returns int64 (k,) that sum to a cycle, in the ratio of the weights (largest remainders);
     at least 1 where the weight is not 0."""
-    exact_k = weights_k / weights_k.sum() * _PERIOD_SAMPLES
+    exact_k = weights_k / weights_k.sum() * _CYCLE_SAMPLES
     counts_k = np.maximum(np.floor(exact_k), weights_k > 0).astype(np.int64)
-    missing = _PERIOD_SAMPLES - int(counts_k.sum())
+    missing = _CYCLE_SAMPLES - int(counts_k.sum())
     if missing >= 0:
         counts_k[np.argsort(counts_k - exact_k, kind="stable")[:missing]] += 1
     else:

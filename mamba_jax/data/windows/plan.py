@@ -1,5 +1,5 @@
-"""What a corpus is made of, kept from run to run: which stretches of the cache are trained on and
-which are held out. A warm start opens this and reads neither files nor documents."""
+"""The plan of a corpus, cached between runs: which stretches of the token cache are trained on and
+which are held out. A warm start reads the plan, and neither files nor documents."""
 
 import dataclasses
 import hashlib
@@ -11,31 +11,31 @@ from typing import Any
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Store, keep
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.cache.store import Store, write_best_effort
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.windows.hold_out import hold_out
 from mamba_jax.data.windows.near_duplicates import first_of_similar
 from mamba_jax.data.windows.repetition import Overlap
 from mamba_jax.data.windows.split import runs
 
-# Raise it whenever the same documents would be split in another way: runs of before then no longer
+# Raise it whenever the same documents would be split in another way: earlier runs then no longer
 # resume. A split that only some corpora get has ``Division.rule`` in its fingerprint instead.
 _FORMAT = 2
-# Raise it whenever a plan that is kept would be another, or has other fields.
+# Raise it whenever a cached plan would differ or has other fields.
 _KEPT_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides, besides the documents, what is held out.
+class SplitSettings:
+    """What decides, besides the documents, which text is held out.
 
     Attributes:
       seed: of the choice.
       fraction: of the tokens.
       window_tokens: of one window, its last target included.
-      deduplicate: "exact": equal documents are left out but for the first; "near": similar ones
-        as well; "none".
+      deduplicate: "exact" keeps the first of equal documents; "near" also the first of similar
+        ones; "none" keeps all.
       document_windows: whether a run is one document, or a part of one.
     """
 
@@ -47,18 +47,18 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Shapes: r runs, see ``data.split``.
+class CorpusPlan:
+    """Shapes: r runs, see ``data.windows.split``.
 
     Attributes:
-      shards: names of those whose tokens the runs are positions in.
-      fingerprint: hash of documents, tokenizer and settings: equal ones give equal windows, however
-        the cache is laid out.
+      shards: names of the shards; the runs are positions in their tokens.
+      fingerprint: hash of documents, tokenizer and settings: equal ones give equal windows,
+        whatever the layout of the cache.
       origins: of the sources.
       train: int64 (r, 2) of each source, runs.
       eval: int64 (r, 2), runs of all.
-      by_place: whether the text was too little to be split by content.
-      overlap: what the sides share; None where there is too little text for two windows.
+      by_place: whether there was too little text to split it by content.
+      overlap: what the sides share; None if there is too little text for two windows.
       summary: of what was read.
     """
 
@@ -69,24 +69,24 @@ class Plan:
     eval: np.ndarray
     by_place: bool
     overlap: Overlap | None
-    summary: Summary
+    summary: DataSummary
 
 
 def load_or_make(
     store: Store,
     tokenizer: Tokenizer,
     taken: Sequence[Sequence[tuple[str, str]]],
-    settings: Settings,
-    found: Sequence[Summary],
-) -> Plan | None:
-    """Returns the plan of parts that the store has; None if a shard of them is damaged.
+    settings: SplitSettings,
+    found: Sequence[DataSummary],
+) -> CorpusPlan | None:
+    """Returns the plan of parts that are in the store; None if one of their shards is damaged.
 
     Args:
-      store: has the parts.
-      tokenizer: that the store is of.
-      taken: of each source (key, name) of its parts, in order.
+      store: that holds the parts.
+      tokenizer: of the store.
+      taken: (key, name) of the parts of each source, in order.
       settings: how to split.
-      found: of each source, what the search for them skipped.
+      found: for each source, what the search for its files skipped.
     """
     origins = tuple(source.origin for source in found)
     words = [_KEPT_FORMAT, dataclasses.astuple(settings), [list(parts) for parts in taken]]
@@ -95,7 +95,7 @@ def load_or_make(
     try:
         with np.load(path) as arrays:
             made = json.loads(arrays["made"].tobytes())
-            plan = Plan(
+            plan = CorpusPlan(
                 tuple(made["shards"]),
                 made["fingerprint"],
                 origins,
@@ -108,14 +108,14 @@ def load_or_make(
         if plan.shards and store.has(plan.shards):
             return plan if store.check(plan.shards) else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        pass  # there is none yet, or it is damaged: it is made anew
+        pass  # there is none yet, or it is damaged: make it
     entries = store.entries([part for parts in taken for part in parts])
     sources = [number for number, parts in enumerate(taken) for _ in parts]
     shards = tuple(dict.fromkeys(name for name, _ in entries))
     if not store.check(shards):
         return None
     documents = store.documents(entries, shards, sources)
-    counted = Summary("")
+    counted = DataSummary("")
     for _, entry in entries:
         counted.add(entry.summary)
     kept = documents if settings.deduplicate == "none" else documents.without_duplicates()
@@ -162,14 +162,14 @@ def load_or_make(
     arrays: dict[str, Any] = {f"train_{number}": mine for number, mine in enumerate(train)}
     arrays |= {"eval": held_out, "made": text}
     np.savez(buffer, **arrays)
-    keep(path, buffer.getvalue())
+    write_best_effort(path, buffer.getvalue())
     summary = _summary(found, made["summary"])
-    return Plan(shards, fingerprint, origins, train, held_out, by_place, overlap, summary)
+    return CorpusPlan(shards, fingerprint, origins, train, held_out, by_place, overlap, summary)
 
 
-def _summary(found: Sequence[Summary], counted: dict[str, Any]) -> Summary:
-    summary = Summary(" and ".join(source.origin for source in found))
+def _summary(found: Sequence[DataSummary], counted: dict[str, Any]) -> DataSummary:
+    summary = DataSummary(" and ".join(source.origin for source in found))
     for source in found:
         summary.add(source)
-    summary.add(Summary.from_json(counted))
+    summary.add(DataSummary.from_json(counted))
     return summary

@@ -1,12 +1,13 @@
-"""How much of a corpus repeats itself, and how much of what is held out is also trained on.
+"""How much of a corpus repeats itself, and how much of the held-out text is also trained on.
 
-A *span* is a stretch of tokens inside one unit (``data.split``), ``span_tokens`` long; a shorter
-unit is one span. Spans begin at every token, so a copy is found wherever it stands. Each span
-counts for one token, the first of a unit for all of its own: the weights of a unit's spans sum to
-its tokens. A copy shorter than a span, or one with a change in every span, is not found.
+A *span* is a stretch of ``span_tokens`` tokens inside one unit (``data.windows.split``); a shorter
+unit is one span. A span begins at every token, so a copy is found at any place. Each span has the
+weight of one token, except that the first span of a unit has its length: the weights of a unit's
+spans sum to its tokens. A copy shorter than a span, or one with a change in every span, is missed.
 
-One pass over the tokens, in bounded memory: of more than ``_MOST_SPANS`` different spans those with
-the smallest hashes stand for all, about 0.2% off. Shapes: u units, n positions, s different spans.
+One pass over the tokens in bounded memory: if there are more than ``_MOST_SPANS`` different spans,
+those with the smallest hashes represent all, with an error of about 0.2%. Shapes: u units,
+n positions, s different spans.
 """
 
 import dataclasses
@@ -19,19 +20,20 @@ from mamba_jax.data.cache.store import Flat
 _SPAN_BYTES = 64  # about 13 words, the length of overlaps in arXiv 2005.14165, appendix C
 _SHORTEST_SPAN_TOKENS = 8
 _MOST_SPANS = 1 << 18
-_AT_A_TIME = 1 << 17  # positions: each takes about 100 bytes for a moment
+_AT_A_TIME = 1 << 17  # positions: each one needs about 100 bytes of working memory
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """What a split shares. Token counts are estimates where not all spans could be kept.
+    """What the two sides share. Token counts are estimates if not all spans were kept.
 
     Attributes:
-      span_tokens: of the spans that were compared.
-      different_tokens: of the corpus, repetition counted once: a span with k copies counts 1/k.
-      held_out_tokens: of these the held-out ones.
-      share: of the held-out text, the part that is also trained on, 0 to 1.
+      span_tokens: length of the compared spans.
+      different_tokens: tokens of the corpus with repetition counted once: a span with k copies
+        counts 1/k.
+      held_out_tokens: how many of these are held out.
+      share: the share of the held-out text that is also trained on, 0 to 1.
     """
 
     span_tokens: int
@@ -41,7 +43,7 @@ class Overlap:
 
 
 def span_length(token_count: int, text_bytes: int) -> int:
-    """Returns how many tokens of a corpus take about ``_SPAN_BYTES`` of text."""
+    """Returns how many tokens of a corpus hold about ``_SPAN_BYTES`` of text."""
     return max(round(_SPAN_BYTES * token_count / max(text_bytes, 1)), _SHORTEST_SPAN_TOKENS)
 
 
@@ -55,7 +57,7 @@ class SpanCounts:
         self._count_s2 = np.zeros((0, 2))
         self._weight_s2 = np.zeros((0, 2))
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        # As large as a batch of positions can be: a longer unit is read in pieces.
+        # The largest batch of positions; a longer unit is processed in pieces.
         powers = np.full(_AT_A_TIME + span_tokens, _BASE, np.uint64)
         powers[0] = 1
         self._power_n = np.cumprod(powers)
@@ -65,7 +67,7 @@ class SpanCounts:
         self._value_v = mix(np.arange(1, vocab_size + 1, dtype=np.uint64))
 
     def add(self, start_u: np.ndarray, end_u: np.ndarray, is_eval_u: np.ndarray) -> None:
-        """Counts the spans of more units: stretches of the cache, without markers."""
+        """Counts the spans of more units: stretches of the cache, without separators."""
         for numbers_n, hash_n, weight_n in self._spans(start_u, end_u):
             kept = hash_n <= self._limit
             side_n = is_eval_u[numbers_n[kept]].astype(np.intp)
@@ -109,7 +111,7 @@ class SpanCounts:
     def own_tokens(self, start_u: np.ndarray, end_u: np.ndarray) -> np.ndarray:
         """Returns float (u,): the tokens of units that were counted, repetition counted once.
 
-        A unit without a span that was kept counts as its own.
+        A unit none of whose spans was kept counts in full.
         """
         found_u, own_u = np.zeros(len(start_u)), np.zeros(len(start_u))
         copies_s = self._count_s2.sum(1)
@@ -125,19 +127,19 @@ class SpanCounts:
     def _spans(
         self, start_u: np.ndarray, end_u: np.ndarray
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields (number of the unit, hash, weight) of spans, some ten thousand at a time."""
+        """Yields (number of the unit, hash, weight) of spans, up to ``_AT_A_TIME`` at once."""
         span = self._span_tokens
         for first, last, skip, stop in _batches(end_u - start_u):
             begin_u, close_u = start_u[first:last], end_u[first:last]
             whole = last - first > 1 or (not skip and stop == close_u[0] - begin_u[0])
-            if not whole:  # a piece of one long unit, with what its last spans reach into
+            if not whole:  # a piece of one long unit, and the tokens that its last spans reach
                 begin_u = start_u[first:last] + skip
                 close_u = np.minimum(begin_u + (stop - skip) + span - 1, close_u)
             length_u = close_u - begin_u
             values = np.concatenate(
                 [self._tokens[a:b] for a, b in zip(begin_u.tolist(), close_u.tolist(), strict=True)]
             )
-            self._tokens.forget()
+            self._tokens.release_pages()
             offset_u = np.cumsum(length_u) - length_u
             number_n = np.repeat(np.arange(last - first), length_u)
             place_n = np.arange(len(values)) - offset_u[number_n]  # inside its unit
@@ -153,12 +155,12 @@ class SpanCounts:
 
 
 def _batches(length_u: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (first unit, behind the last, skip, stop): units that are read at once, or positions
-    ``skip`` to ``stop`` of a long one."""
-    first, behind = 0, np.cumsum(length_u)
+    """Yields (first unit, end of the units, skip, stop): units that are processed at once, or
+    positions ``skip`` to ``stop`` of a long unit."""
+    first, end_u = 0, np.cumsum(length_u)
     while first < len(length_u):
-        before = int(behind[first - 1]) if first else 0
-        last = int(np.searchsorted(behind, before + _AT_A_TIME, side="right"))
+        before = int(end_u[first - 1]) if first else 0
+        last = int(np.searchsorted(end_u, before + _AT_A_TIME, side="right"))
         if last > first:
             yield first, last, 0, int(length_u[first])
         else:

@@ -1,11 +1,11 @@
-"""Which tokens are trained on and which are held out: by content, never by place.
+"""Which tokens are trained on and which are held out: by content, never by position.
 
-The token cache holds each document as ``<eot> tokens``; the documents of a corpus have an order.
-A *unit* is what goes to one side as a whole: a document, or a block of one that is large. A *run*
-is a stretch (start, end) of the cache that belongs to one side; its first token counts as the
-end-of-text marker. Where a run opens a document that is true in the cache; where it continues one
-after a hole, its first position is the last token of the hole, covered by the marker. So no side
-sees a token of the other, and nothing is copied. Shapes: u units, r runs.
+The token cache holds each document as ``<separator> tokens``; the documents of a corpus have an
+order. A *unit* goes to one side as a whole: a document, or a block of a large one. A *run* is a
+stretch (start, end) of the cache that belongs to one side; its first token counts as the separator.
+If the run begins a document, that token is the separator in the cache. If it continues a document
+after a hole, that token is the last one of the hole, and windows show the separator instead. So no
+side sees a token of the other, and nothing is copied. Shapes: u units, r runs.
 """
 
 import dataclasses
@@ -14,23 +14,23 @@ import itertools
 
 import numpy as np
 
-from mamba_jax.data.cache.store import Documents, Flat
+from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.windows.repetition import mix
 
-# A document above this share of all tokens is cut: a single one would be all or nothing.
+# A larger document is cut: whole, it would hold out too much or nothing.
 LARGEST_UNIT_SHARE = 0.005
-# But not without need into blocks below this many tokens, which leaves a small corpus in shreds.
+# Smaller blocks are only cut if necessary, since they would fragment a small corpus.
 SMALLEST_BLOCK_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """The units in the order of the corpus; together they hold every token but the markers.
+    """The units in the order of the corpus; together they hold every token but the separators.
 
     Attributes:
-      start_u, end_u: int64, the stretch of each unit in the cache, without a marker.
-      digest_ud: uint8 (u, 16), of its text, or of its tokens where it is a block.
+      start_u, end_u: int64, the stretch of each unit in the cache, without a separator.
+      digest_ud: uint8 (u, 16), hash of its text, or of its tokens if it is a block.
       source_u: int, number of the source that each comes from.
     """
 
@@ -41,12 +41,12 @@ class Units:
 
 
 def cut_into_units(
-    tokens: Flat, documents: Documents, tokenizer: Tokenizer, limit: int, cut_above: int
+    tokens: Flat, documents: DocumentIndex, tokenizer: Tokenizer, limit: int, cut_above: int
 ) -> Units:
     """Cuts documents of more than ``cut_above`` tokens into units of at most ``limit`` tokens."""
     start_u, end_u = documents.start_d + 1, documents.end_d
     digest_ud, source_u = documents.digest_dk, documents.source_d
-    cutter = _Cutter(tokens, tokenizer, limit)
+    cutter = _BlockCutter(tokens, tokenizer, limit)
     large = np.flatnonzero(end_u - start_u > cut_above)
     counts_d = np.ones(len(start_u), np.int64)
     starts, ends, digests = [], [], []
@@ -56,10 +56,10 @@ def cut_into_units(
         starts.append(edges[:-1])
         ends.append(edges[1:])
         for first, last in itertools.pairwise(edges):
-            # In one width, so that blocks are equal whatever the cache's.
+            # In one integer width, so that digests do not depend on that of the cache.
             block = tokens[first:last].astype("<u4").tobytes()
             digests.append(hashlib.blake2b(block, digest_size=16).digest())
-            tokens.forget()
+            tokens.release_pages()
     if not len(large):
         return Units(start_u, end_u, digest_ud, source_u)
     of_large_u = np.repeat(np.isin(np.arange(len(counts_d)), large), counts_d)
@@ -70,11 +70,12 @@ def cut_into_units(
     return Units(start_u, end_u, digest_ud, spread(source_u))
 
 
-class _Cutter:
-    """Finds places to cut a large document at, so that no block is longer than ``limit``.
+class _BlockCutter:
+    """Finds places to cut a large document, so that no block is longer than ``limit``.
 
-    Best before a token that begins with white space, after one that does not end with it: there
-    the blocks' texts have exactly these tokens. Else between whole characters, else anywhere.
+    The best place is before a token that begins with white space and after one that does not end
+    with it: the texts of the blocks then have exactly these tokens. The next best is between whole
+    characters, then anywhere.
     """
 
     def __init__(self, tokens: Flat, tokenizer: Tokenizer, limit: int):
@@ -98,7 +99,7 @@ class _Cutter:
             whole = exact if len(exact) else np.flatnonzero(~self._begins_inside[right])
             start = first + int(whole[-1]) if len(whole) else start + size
             edges.append(start)
-            self._tokens.forget()
+            self._tokens.release_pages()
         return [*edges, end]
 
 
@@ -113,16 +114,16 @@ def split_units(
 ) -> np.ndarray | None:
     """Holds out about ``fraction`` of the tokens and at least one window.
 
-    Equal units go to the same side. The order in which units are held out is that of their
-    digests hashed with the seed: it depends on nothing but their content.
+    Equal units go to the same side. Units are held out in the order of their digests hashed with
+    the seed, which depends only on their content.
 
     Args:
       units: from ``cut_into_units``.
       seed: of the choice.
       fraction: of the tokens to hold out, 0 to 1.
       window_tokens: of one window, the target after its last input included.
-      own_tokens_u: float (u,), what counts of each unit; None: all of its tokens.
-      is_free_u: bool (u,), which may be held out; None: all.
+      own_tokens_u: float (u,), the tokens of each unit that count; None: all of them.
+      is_free_u: bool (u,), which units can be held out; None: all.
 
     Returns:
       bool (u,), what is held out; None if this leaves a side without a whole window.
@@ -149,29 +150,29 @@ def _ranks(digest_ud: np.ndarray, seed: int) -> np.ndarray:
 
 
 def split_by_place(units: Units, window_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Holds out the last window: for a text too small to be split by content."""
+    """Holds out the last window of a text that is too small to be split by content."""
     whole = runs(units, np.ones(len(units.end_u), bool))
     offset_r = np.cumsum(whole[:, 1] - whole[:, 0])
     start = int(offset_r[-1]) - window_tokens
     last = int(np.searchsorted(offset_r, start, side="right"))
     cut = int(whole[last, 1]) - (int(offset_r[last]) - start)
-    # The token at `cut` is trained on; the held-out run shows the marker in its place.
+    # The token at `cut` is trained on; the held-out run shows the separator in its place.
     train = np.concatenate([whole[:last], [[whole[last, 0], cut + 1]]])
     return train, np.concatenate([[[cut, whole[last, 1]]], whole[last + 1 :]])
 
 
 def runs(units: Units, mine_u: np.ndarray, *, across_documents: bool = True) -> np.ndarray:
-    """Joins units that follow one another in the cache to runs, int64 (r, 2).
+    """Joins units that are adjacent in the cache to runs, int64 (r, 2).
 
     Args:
       units: from ``cut_into_units``.
-      mine_u: bool (u,), which of them.
-      across_documents: whether a run may hold several documents, or blocks of one alone.
+      mine_u: bool (u,), which units to join.
+      across_documents: whether a run can hold several documents; otherwise only blocks of one.
     """
     index = np.flatnonzero(mine_u)
     if not len(index):
         return np.zeros((0, 2), np.int64)
-    # Between documents lies a marker, between blocks of one document nothing.
+    # There is a separator between documents, and nothing between blocks of one document.
     gap = units.start_u[index[1:]] - units.end_u[index[:-1]]
     joined = (gap == 0) | (gap == 1) if across_documents else gap == 0
     breaks = (np.diff(index) > 1) | ~joined
@@ -181,5 +182,5 @@ def runs(units: Units, mine_u: np.ndarray, *, across_documents: bool = True) -> 
 
 
 def stream_tokens(runs_r2: np.ndarray) -> int:
-    """Returns the number of tokens in runs, markers included."""
+    """Returns the number of tokens in runs, separators included."""
     return int((runs_r2[:, 1] - runs_r2[:, 0]).sum())

@@ -1,8 +1,9 @@
-"""Random access to the windows of tokens that lie in runs of the token cache.
+"""Random access to the windows of tokens in runs of the token cache.
 
-A token that is no target is written as ``~token``, which is negative: one array carries both. The
-first token of a window is no target anyway. A separator is a target where the token before it is
-one and ends its document: behind a prompt without an answer nothing is learnt, not even to stop.
+A token that is no target is written as ``~token``, which is negative, so that one array holds both
+tokens and loss mask. The first token of a window is never a target. A separator is a target if the
+token before it is one and ends its document: after a prompt without an answer nothing is trained
+on, not even stopping.
 """
 
 import bisect
@@ -18,7 +19,7 @@ from mamba_jax.data.windows.split import stream_tokens
 class Windows(Protocol):
     """Windows of ``seq_len + 1`` tokens, int32."""
 
-    stream_tokens: int  # of the runs, markers included
+    stream_tokens: int  # of the runs, separators included
 
     def __len__(self) -> int: ...
 
@@ -28,53 +29,60 @@ class Windows(Protocol):
 
 
 class _Cache:
-    """The cache's tokens, those that are no targets as ``~token``."""
+    """The tokens of the cache; one that is no target is given as ``~token``."""
 
-    def __init__(self, tokens: Flat, learn: Flat | None, eot_id: int):
-        self._tokens, self._learn, self._eot_id = tokens, learn, eot_id
+    def __init__(self, tokens: Flat, loss_mask: Flat | None, eot_id: int):
+        self._tokens, self._loss_mask, self._eot_id = tokens, loss_mask, eot_id
 
     def copy(self, start: int, stop: int, out: np.ndarray) -> None:
         out[:] = self._tokens[start:stop]
-        if self._learn is not None:
-            learn = self._learn[start:stop] != 0
+        if self._loss_mask is not None:
+            loss_mask = self._loss_mask[start:stop] != 0
             for at in np.flatnonzero(out == self._eot_id).tolist():
-                learn[at] = start + at > 0 and self._is_learnt(start + at - 1)
-            np.invert(out, out=out, where=~learn)
+                loss_mask[at] = start + at > 0 and self._is_target(start + at - 1)
+            np.invert(out, out=out, where=~loss_mask)
 
     def separator(self, end: int) -> int:
-        """Returns the separator behind a stretch that ends at ``end``, as a window has it."""
-        is_target = self._learn is None or (self._ends_document(end) and self._is_learnt(end - 1))
+        """Returns the separator after a stretch that ends at ``end``, as a window holds it."""
+        is_target = self._loss_mask is None or (
+            self._ends_document(end) and self._is_target(end - 1)
+        )
         return self._eot_id if is_target else ~self._eot_id
 
-    def _is_learnt(self, position: int) -> bool:
-        """Says whether a token of a text is a target; a separator there has no text behind it."""
-        assert self._learn is not None
+    def _is_target(self, position: int) -> bool:
+        """Returns whether a token of a text is a target; False for a separator."""
+        assert self._loss_mask is not None
         here = slice(position, position + 1)
-        return bool(self._learn[here][0]) and int(self._tokens[here][0]) != self._eot_id
+        return bool(self._loss_mask[here][0]) and int(self._tokens[here][0]) != self._eot_id
 
     def _ends_document(self, end: int) -> bool:
         return end == len(self._tokens) or int(self._tokens[end : end + 1][0]) == self._eot_id
 
 
 class PackedWindows:
-    """Windows of a stream of documents; neighbours share one token, so that each is a target once.
+    """Windows of a stream of documents; adjacent ones share a token, so that each is a target once.
 
     Window i holds positions ``i * seq_len … (i + 1) * seq_len`` of the stream, both included. The
     rest of the stream that fills no window (fewer than ``seq_len`` tokens) is not used.
     """
 
     def __init__(
-        self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int, learn: Flat | None = None
+        self,
+        tokens: Flat,
+        runs: np.ndarray,
+        seq_len: int,
+        eot_id: int,
+        loss_mask: Flat | None = None,
     ):
         """Args:
         tokens: of the cache.
         runs: int64 (r, 2), see ``split``; the first token of each reads as ``eot_id``.
         seq_len: inputs, and targets, of one window.
-        learn: 0 where a token of the cache is no target; None: all are.
+        loss_mask: 0 where a token of the cache is no target; None: all are.
         """
         self.seq_len = seq_len
         self.stream_tokens = stream_tokens(runs)
-        self._cache = _Cache(tokens, learn, eot_id)
+        self._cache = _Cache(tokens, loss_mask, eot_id)
         self._eot_id = eot_id
         # Plain integers: ten times faster than numpy's in the loop of `_read`.
         self._runs: list[tuple[int, int]] = [(start, end) for start, end in runs.tolist()]
@@ -100,7 +108,7 @@ class PackedWindows:
             count = min(run_end - run_start - skip, len(out) - filled)
             first = run_start + skip
             self._cache.copy(first, first + count, out[filled : filled + count])
-            if skip == 0:  # the first of all has no document before it, and is no target anyway
+            if skip == 0:  # the first run has no document before it, and its start is no target
                 out[filled] = self._cache.separator(self._runs[run - 1][1]) if run else self._eot_id
             filled += count
             run += 1
@@ -108,18 +116,23 @@ class PackedWindows:
 
 
 class DocumentWindows:
-    """Windows that hold one document each, ended by a marker and filled up with markers that are
-    no targets; a document longer than a window takes several, neighbours of which share a token."""
+    """Windows that hold one document each, ended by a separator and padded with separators that are
+    no targets. A document longer than a window takes several; adjacent ones share a token."""
 
     def __init__(
-        self, tokens: Flat, runs: np.ndarray, seq_len: int, eot_id: int, learn: Flat | None = None
+        self,
+        tokens: Flat,
+        runs: np.ndarray,
+        seq_len: int,
+        eot_id: int,
+        loss_mask: Flat | None = None,
     ):
         """Args as of ``PackedWindows``, each run a document or a part of one."""
         self.seq_len = seq_len
         self.stream_tokens = stream_tokens(runs)
-        self._cache = _Cache(tokens, learn, eot_id)
+        self._cache = _Cache(tokens, loss_mask, eot_id)
         self._eot_id, self._runs = eot_id, runs
-        # A run of n tokens with its marker has as many targets: the last one is the marker behind.
+        # A run of n tokens, its separator included, has n targets: the last is the next separator.
         windows_r = -(-(runs[:, 1] - runs[:, 0]) // seq_len)
         self._firsts = np.concatenate([[0], np.cumsum(windows_r)]).astype(np.int64)
 

@@ -9,7 +9,7 @@ import pytest
 from mamba_jax.config import DataConfig, SourceConfig, default_config, freeze
 from mamba_jax.data.pipeline import prepare
 from mamba_jax.data.sources.task_rows import open_tasks
-from mamba_jax.data.summary import Summary
+from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tasks import SPLITS, TASKS, Problem, parse, problems
 from mamba_jax.data.tasks.problem import split_of
 from mamba_jax.errors import UserError
@@ -179,7 +179,7 @@ def test_of_an_easy_task_as_many_come_as_there_are():
     assert len(set(sides["train"])) == len(sides["train"])
     assert 0.99 * 1_323 <= sum(map(len, sides.values())) <= 1_323
     asked = list(open_tasks("arithmetic:1-2,recall:1", 10_000).parts())  # the default's count
-    rows = Summary("")
+    rows = DataSummary("")
     found = [piece.text for part in asked for piece in part.pieces(rows) if piece.begins]
     assert rows.rows == len(found) > 10_000
 
@@ -218,7 +218,7 @@ def corpus_of(tmp_path, monkeypatch):
 
 
 def documents(windows):
-    """(text, learnt text) of windows that hold one document each."""
+    """(text, text that is trained on) of windows that hold one document each."""
     for window in windows:
         tokens = np.where(window < 0, ~window, window)
         text = bytes(tokens[tokens < 256].tolist()).decode()
