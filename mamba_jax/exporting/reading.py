@@ -42,9 +42,8 @@ def find(name: str) -> pathlib.Path:
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        for file in sorted(
-            (*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.bin"))
-        ):
+        weights = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
+        for file in sorted((*path.glob("*.json"), *weights)):
             refuse_stand_in(file)
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -351,6 +351,11 @@ def test_a_pointer_in_the_place_of_a_file_is_named(folder, tmp_path, capsys, nam
     assert not out.exists()
 
 
+def test_a_pointer_that_is_not_needed_is_no_hindrance(folder):
+    (folder / "pytorch_model.bin").write_bytes(POINTER)  # beside the same model's safetensors
+    assert_same(reading.read(reading.find(str(folder))).params, random_params(UNTIED))
+
+
 @pytest.mark.parametrize(
     ("config", "method"),
     [({"quant_method": "fp8"}, "fp8"), ({"load_in_4bit": True}, "unknown"), ("int8", "int8")],
