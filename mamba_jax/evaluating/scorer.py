@@ -22,6 +22,7 @@ from mamba_jax.data.tokenizers.base import StreamDecoder
 from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model, mean_probability
 from mamba_jax.generation.generate import empty_cache, prepare
+from mamba_jax.generation.stops import StopFinder
 from mamba_jax.models import build
 
 _SHORTEST_CHUNK = 16  # of what is scored; shorter ones would save less than compiling them costs
@@ -105,14 +106,15 @@ class Scorer:
         self,
         sequences: Sequence[np.ndarray],
         max_tokens: int,
-        is_complete: Callable[[list[int]], bool],
+        is_complete: Callable[[int, int], bool],
     ) -> list[list[int]]:
         """Continues each sequence with the likeliest token again and again.
 
         Args:
           sequences: int32 (t,), t ≥ 1; what all begin with is read once.
           max_tokens: new tokens of each at most.
-          is_complete: asked of each one's new tokens after every token.
+          is_complete: called with a sequence's index and each of its new tokens; whether that
+            sequence ends with it.
 
         Returns:
           The new tokens of each, without the end-of-text token.
@@ -124,7 +126,7 @@ class Scorer:
         contexts = [sequence[:-1] for sequence in sequences]
         for rows, caches in self._read_in_batches(contexts, generating=True):
             last_tokens = [int(sequences[i][-1]) for i in rows]
-            made = self._continue(last_tokens, caches, max_tokens, is_complete)
+            made = self._continue(rows, last_tokens, caches, max_tokens, is_complete)
             for i, tokens in zip(rows, made, strict=True):
                 result[i] = tokens
         return result
@@ -200,10 +202,11 @@ class Scorer:
 
     def _continue(
         self,
+        indices: list[int],
         last_tokens: list[int],
         caches: Caches,
         max_tokens: int,
-        is_complete: Callable[[list[int]], bool],
+        is_complete: Callable[[int, int], bool],
     ) -> list[list[int]]:
         token_b = np.pad(np.array(last_tokens, np.int32), (0, self._batch_size - len(last_tokens)))
         made: list[list[int]] = [[] for _ in last_tokens]
@@ -221,9 +224,11 @@ class Scorer:
             for row in sorted(going):
                 if tokens[row] < 0:
                     raise UserError(_NOT_FINITE)
-                if tokens[row] != self.tokenizer.eot_id:
-                    made[row].append(tokens[row])
-                if tokens[row] == self.tokenizer.eot_id or is_complete(made[row]):
+                if tokens[row] == self.tokenizer.eot_id:
+                    going.discard(row)
+                    continue
+                made[row].append(tokens[row])
+                if is_complete(indices[row], tokens[row]):
                     going.discard(row)
             if not going:
                 break
@@ -238,18 +243,19 @@ def continue_texts(
     scorer: Scorer, contexts: Sequence[str], max_tokens: int, stops: Sequence[str]
 ) -> list[str]:
     """Returns the greedy continuation of each context, up to the first of the stops."""
-
-    def decode(tokens: list[int]) -> str:
-        """As texts are generated: with what tokenizers put before a text, without half a character
-        at the end."""
-        return "".join(map(StreamDecoder(scorer.tokenizer).push, tokens))
-
     begin = np.array([scorer.tokenizer.eot_id], np.int32)
     sequences = [np.concatenate([begin, scorer.tokenizer.encode(text)]) for text in contexts]
-    stopped = lambda tokens: any(stop in decode(tokens) for stop in stops)
-    texts = map(decode, scorer.continuations(sequences, max_tokens, stopped))
-    cut = lambda text: text[: min((text.find(s) for s in stops if s in text), default=len(text))]
-    return [cut(text) for text in texts]
+    # As texts are generated: without half a character at the end.
+    decoders = [StreamDecoder(scorer.tokenizer) for _ in contexts]
+    finders = [StopFinder(stops) for _ in contexts]
+    texts = [""] * len(contexts)
+
+    def is_complete(index: int, token: int) -> bool:
+        texts[index] += finders[index].push(decoders[index].push(token))
+        return finders[index].found is not None
+
+    scorer.continuations(sequences, max_tokens, is_complete)
+    return [text + finder.flush() for text, finder in zip(texts, finders, strict=True)]
 
 
 def _common_length(sequences: list[np.ndarray]) -> int:

@@ -64,7 +64,7 @@ def test_generation_reads_what_prompts_begin_with_once():
     model = model_of("hybrid", 4)  # says other things after other prompts
     scorer = scorer_of(model)
     rows = [[TOKENIZER.eot_id, *f"{EXAMPLES}{end}".encode()] for end in ("a", "bc", "def")]
-    made = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda tokens: False)
+    made = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda *_: False)
     assert scorer.tokens_read == (1 + 6) + (0 + 1 + 2) + 3 * 5
     for row, tokens in zip(rows, made, strict=True):
         likeliest = log_probs_of(model, row + tokens).argmax(-1)
@@ -77,7 +77,7 @@ def test_generation_reads_what_prompts_begin_with_once():
     kernel[TOKENIZER.eot_id] = 1.001 * kernel[last]
     params = model.params | {"lm_head": {"kernel": kernel}}
     scorer = scorer_of(dataclasses.replace(model, params=params))
-    ended = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda tokens: False)
+    ended = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda *_: False)
     assert ended == [row[: row.index(last)] if last in row else row for row in made]
     assert len(ended[0]) == 1
 
