@@ -1,4 +1,4 @@
-"""A folder that appears under its name whole or not at all."""
+"""Creates a folder that appears under its name complete or not at all."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: if ``target`` exists, another process is writing it, or the disk is full.
     """
-    # Not as checkpoints are called while they are written: a run removes such ones of its own.
+    # Named unlike unfinished checkpoints, which a run removes.
     aside = target.with_name(f".part-{target.name}")
     try:
         with _claim(target, aside):
@@ -56,8 +56,8 @@ def _claim(target: pathlib.Path, aside: pathlib.Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                # Some network file systems cannot lock a folder: one that is new is ours all the
-                # same, and of any other nobody knows.
+                # Some network file systems cannot lock a folder. A new one is certainly ours; an
+                # old one may have a writer.
                 if not is_new or isinstance(error, BlockingIOError):
                     raise UserError(
                         f"--out {target}: another process is writing it; give another folder, or "
@@ -82,26 +82,26 @@ def _is_at(path: pathlib.Path, descriptor: int) -> bool:
 
 
 def check_room(folder: pathlib.Path, n_bytes: int) -> None:
-    """Refuses to begin what cannot end.
+    """Refuses to start writing what does not fit on the disk.
 
     Raises:
-      UserError: if fewer bytes are free where the folder lies.
+      UserError: if fewer bytes are free on the folder's disk.
     """
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise UserError(
-            f"no room in {folder.parent}: {n_bytes / 1e6:,.0f} MB are needed, "
-            f"{free / 1e6:,.0f} MB are free"
+            f"not enough disk space in {folder.parent}: {n_bytes / 1e6:,.0f} MB are needed, "
+            f"{free / 1e6:,.0f} MB are free; free some, or give another --out"
         )
 
 
 def _disk_reason(error: Exception) -> str | None:
-    """Returns what a disk would not do, None for other errors."""
+    """Returns the reason if the disk caused an error, else None."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return os.strerror(error.errno).lower()
-    # safetensors puts the system's error into words of its own; numpy keeps only the lengths.
+    # safetensors rephrases the system's error; numpy keeps only the lengths.
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return os.strerror(int(found[1])).lower()
     if re.fullmatch(r"\d+ requested and \d+ written", str(error)):
-        return "the disk took only a part of a file; is it full?"
+        return "the disk stored only part of a file; is it full?"
     return None

@@ -57,7 +57,7 @@ def test_continuations_of_one_context_score_as_whole_sequences(family):
         assert is_greedy == (log_probs.argmax(-1).tolist() == targets)
     # The marker and the examples; what the contexts add, without their last token, which is read
     # with each answer; the answers without their last tokens.
-    assert scorer.tokens_read == (1 + 6) + (3 + 3 + 5) + 3 * (1 + 1 + 2)
+    assert scorer.tokens_processed == (1 + 6) + (3 + 3 + 5) + 3 * (1 + 1 + 2)
 
 
 def test_generation_reads_what_prompts_begin_with_once():
@@ -65,7 +65,7 @@ def test_generation_reads_what_prompts_begin_with_once():
     scorer = scorer_of(model)
     rows = [[TOKENIZER.eot_id, *f"{EXAMPLES}{end}".encode()] for end in ("a", "bc", "def")]
     made = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda *_: False)
-    assert scorer.tokens_read == (1 + 6) + (0 + 1 + 2) + 3 * 5
+    assert scorer.tokens_processed == (1 + 6) + (0 + 1 + 2) + 3 * 5
     for row, tokens in zip(rows, made, strict=True):
         likeliest = log_probs_of(model, row + tokens).argmax(-1)
         assert likeliest[len(row) - 1 : -1].tolist() == tokens and len(tokens) == 5

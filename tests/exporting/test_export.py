@@ -85,7 +85,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
         (OSError(errno.ENOSPC, "full"), "no space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left"),
         (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
-        (OSError("1048576 requested and 519008 written"), "took only a part of a file"),
+        (OSError("1048576 requested and 519008 written"), "stored only part of a file"),
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, told):
