@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--ensemble",
         nargs="+",
         metavar="DIR",
-        help="several such, with one tokenizer: the mean of their probabilities is measured",
+        help="several checkpoints with the same tokenizer: measure the mean of their probabilities",
     )
     parser.add_argument(
         "--data",
@@ -61,23 +61,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tasks",
         metavar="A,B",
-        help="built-in tasks with a difficulty, such as arithmetic:2 or recall:4-8, and tasks of "
-        "lm_eval, such as gsm8k (pip install 'mamba_jax[eval]')",
+        help="built-in tasks with a difficulty, such as arithmetic:2 or recall:4-8, and lm_eval "
+        "tasks such as gsm8k (pip install 'mamba_jax[eval]')",
     )
-    parser.add_argument("--task_dir", metavar="DIR", help="with task files (.yaml) of your own")
+    parser.add_argument(
+        "--task_dir", metavar="DIR", help="a folder with your own task files (.yaml)"
+    )
     for name, type_, default, about in (
-        ("--limit", int, None, "documents, or problems of each task, at most; built-in: 200"),
-        ("--num_fewshot", int, None, "solved examples before a problem of lm_eval's; default: the "
-         "task's"),
-        ("--batch_size", int, 8, "sequences at a time"),
-        ("--chunk_tokens", int, 256, "read at a time; the state carries over, so only speed and "
+        ("--limit", int, None, "most documents, or problems of each task; built-in tasks: 200"),
+        ("--num_fewshot", int, None, "solved examples before each lm_eval problem; default: the "
+         "task's own"),
+        ("--batch_size", int, 8, "sequences per batch"),
+        ("--chunk_tokens", int, 256, "tokens per chunk; the state carries over, so only speed and "
          "memory depend on it"),
-        ("--seed", int, 0, "of the confidence intervals"),
-        ("--samples", int, 3, "problems of each task to show with their answers"),
+        ("--seed", int, 0, "random seed of the confidence intervals"),
+        ("--samples", int, 3, "problems of each task to print with their answers"),
     ):  # fmt: skip
         about += "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, type=type_, default=default, help=about)
-    parser.add_argument("--json", metavar="FILE", help="write all results there")
+    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
     return parser.parse_args(argv)
 
 
@@ -85,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Loads the models, measures them, prints a table and writes the JSON file.
 
     Raises:
-      UserError: if nothing was asked, or something cannot be had.
+      UserError: if there is nothing to measure, or data or a model is missing.
     """
     check(arguments)
     from mamba_jax.evaluating.scorer import Scorer
@@ -108,19 +110,19 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         if arguments.json:
             write(arguments.json, result)
-    finally:  # a full disk shall not take away what was measured
+    finally:  # a full disk must not discard the results
         show(result)
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuses what cannot work before anything slow is begun.
+    """Refuses what cannot work before anything slow starts.
 
     Raises:
       UserError: see its text.
       OSError: if the JSON file cannot be written.
     """
     if not (arguments.data or arguments.tasks):
-        raise UserError("nothing to measure: give --data PATH or --tasks NAME")
+        raise UserError("nothing to measure; give --data PATH or --tasks NAME")
     for name, least in (("limit", 1), ("num_fewshot", 0), ("seed", 0), ("samples", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -135,7 +137,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def write(file: str, result: Result) -> None:
-    """Writes JSON; what is no number becomes null, for which JSON has no other word.
+    """Writes JSON; NaN and infinity become null, because JSON has no numbers for them.
 
     Raises:
       UserError: if the disk is full.
@@ -174,7 +176,7 @@ def on_text(scorer: "Scorer", arguments: argparse.Namespace, log: Any) -> list[R
         {
             "of": arguments.data,
             "metric": name,
-            "variant": f"{variants[name]}, whole documents, end marker not scored; "
+            "variant": f"{variants[name]}, whole documents, separator not scored; "
             "95% bootstrap over documents",
             **values,
             **n,
@@ -197,7 +199,9 @@ def find_tasks(arguments: argparse.Namespace) -> list[Answer]:
 
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     if not names:
-        raise UserError(f'--tasks "{arguments.tasks}" names none, such as recall:2 or gsm8k')
+        raise UserError(
+            f'--tasks "{arguments.tasks}" names no task; give some, such as recall:2 or gsm8k'
+        )
     builtin = [name for name in names if ":" in name or name in TASKS]
     others = [name for name in names if name not in builtin]
     answers: list[Answer] = []

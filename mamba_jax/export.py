@@ -1,4 +1,4 @@
-"""Writes a trained model in the format of another engine.
+"""Exports a trained model to the format of another engine.
 
 python -m mamba_jax.export --checkpoint checkpoints/quickstart --format hf --out my-model --verify
 """
@@ -9,7 +9,7 @@ import sys
 
 from mamba_jax.errors import UserError, command
 
-_DTYPES = {  # format → of the weights
+_DTYPES = {  # format → dtypes of the weights
     "hf": ("f32", "bf16", "f16"),
     "safetensors": ("f32", "bf16", "f16"),
     "gguf": ("f32", "bf16", "f16", "q8_0"),
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        prog="mamba-jax export", description="Write a trained model for another engine."
+        prog="mamba-jax export", description="Export a trained model to another engine."
     )
     parser.add_argument(
         "--checkpoint",
@@ -42,25 +42,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="hf: a folder for transformers and vLLM; safetensors: its weights alone; gguf: for "
         "llama.cpp and Ollama; onnx: two graphs for onnxruntime",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to create")
     parser.add_argument(
         "--dtype",
         default="f32",
         metavar="NAME",
-        help="of the weights: f32, bf16 or f16; gguf: q8_0 as well; onnx: f32 alone "
+        help="dtype of the weights: f32, bf16 or f16; gguf also takes q8_0; onnx only f32 "
         "(default: %(default)s)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="load it with transformers (hf), llama.cpp (gguf) or onnxruntime (onnx) and compare "
-        "logits and greedy text; what differs is not kept",
+        help="load the export with transformers (hf), llama.cpp (gguf) or onnxruntime (onnx) and "
+        "compare token ids, logits and greedy text; an export that differs is removed",
     )
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads the checkpoint, writes the folder, verifies it, gives it its name."""
+    """Reads the checkpoint, writes and verifies the folder, then renames it to --out."""
     check(arguments)
     from mamba_jax.checkpoints.arrays import restore_params
     from mamba_jax.exporting import gguf_file, hf, onnx_file, tensors, tokenizer_files
@@ -77,7 +77,9 @@ def run(arguments: argparse.Namespace) -> None:
             gguf_file.check(model)
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
         table = tensors.to_hf(restore_params(found.path), model, n_ids)
-        template = tokenizer_files.own_template(found.path)  # of an import that nothing trained
+        template = tokenizer_files.own_template(
+            found.path
+        )  # of an import that was not trained further
         if form == "gguf":
             gguf_file.write(folder, table, metadata, tokenizer, dtype, template)
         elif form == "onnx":
@@ -94,19 +96,19 @@ def run(arguments: argparse.Namespace) -> None:
                 "gguf": verify.check_gguf,
                 "onnx": verify.check_onnx,
             }
-            log(engines[form](folder, table, model, tokenizer, dtype).told(dtype))
+            log(engines[form](folder, table, model, tokenizer, dtype).summary(dtype))
     log(f"wrote {arguments.out}")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuses what no format offers, before anything is read.
+    """Refuses unsupported combinations before anything is read.
 
     Raises:
       UserError: see its text.
     """
     form, dtype = arguments.format, arguments.dtype
     if arguments.verify and form == "safetensors":
-        raise UserError("--verify needs --format hf, gguf or onnx: bare weights do not run")
+        raise UserError("--verify needs --format hf, gguf or onnx; bare weights cannot be run")
     if dtype not in _DTYPES[form]:
         more = ""
         if form == "gguf":

@@ -26,7 +26,7 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the command; 130 after Ctrl-C."""
+    """Runs the command."""
     arguments = parse(argv)
     check_together(arguments)
     prompts = [] if arguments.chat else read_prompts(arguments.prompt, arguments.prompt_file)
@@ -54,20 +54,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--ensemble",
         nargs="+",
         metavar="DIR",
-        help="several such, with one tokenizer: the mean of their probabilities chooses the tokens",
+        help="several checkpoints with the same tokenizer: tokens are chosen by the mean of their "
+        "probabilities",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='the text to continue; "" starts a document')
     source.add_argument(
         "--prompt_file",
         metavar="FILE",
-        help="one prompt a line; '-' is standard input, read as well where it is a pipe and no "
-        "prompt is given",
+        help="one prompt per line; '-' is standard input, which is also read if it is a pipe and "
+        "no prompt is given",
     )
     parser.add_argument(
         "--suffix",
         metavar="TEXT",
-        help="write what lies between each prompt and this text; for a model trained with "
+        help="fill in the text between each prompt and this one; needs a model trained with "
         "data.fim_rate",
     )
     parser.add_argument(
@@ -76,25 +77,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=[],
         type=unescaped,
         metavar="TEXT",
-        help="end before this text; may be given several times; \\n, \\r, \\t and \\\\ stand for a "
-        "line feed, a carriage return, a tab and a backslash",
+        help="stop before this text; repeatable; \\n, \\r, \\t and \\\\ stand for a line feed, a "
+        "carriage return, a tab and a backslash",
     )
     parser.add_argument(
         "--chat",
         action="store_true",
-        help="a conversation, a line a turn: /reset begins anew, /exit or Ctrl-D ends, Ctrl-C ends "
-        "an answer; for a model trained on chats",
+        help="hold a conversation, one line per turn: /reset starts a new one, /exit or Ctrl-D "
+        "quits, Ctrl-C stops an answer; needs a model trained on chats",
     )
     parser.add_argument(
-        "--system", default="", metavar="TEXT", help="with --chat: what it begins with"
+        "--system", default="", metavar="TEXT", help="with --chat: the system message"
     )
     for name, type_, default, about in (
         ("--max_tokens", int, 200, "new tokens per prompt, or per answer of a chat"),
-        ("--temperature", float, 0.8, "0: no randomness"),
-        ("--top_k", int, 50, "choose among so many of the likeliest tokens; 0: all"),
-        ("--top_p", float, 0.95, "and among the fewest that hold this probability; 1: all"),
-        ("--seed", int, 0, "of the randomness"),
-        ("--batch_size", int, 8, "prompts at a time"),
+        ("--temperature", float, 0.8, "0: always the most likely token"),
+        ("--top_k", int, 50, "sample among this many of the most likely tokens; 0: all"),
+        (
+            "--top_p",
+            float,
+            0.95,
+            "and among the fewest that together have this probability; 1: all",
+        ),
+        ("--seed", int, 0, "random seed"),
+        ("--batch_size", int, 8, "prompts per batch"),
     ):
         about += " (default: %(default)s)"
         parser.add_argument(name, type=type_, default=default, help=about)
@@ -102,13 +108,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--head",
         default="exact",
         metavar="NAME",
-        help="exact, or int8: rounds the output matrix; on a CPU a single prompt's tokens come "
-        "faster and are slightly other ones (default: %(default)s)",
+        help="exact, or int8: round the output matrix to int8, which generates a single prompt "
+        "faster on a CPU and changes the logits slightly (default: %(default)s)",
     )
     parser.add_argument(
         "--scan",
         metavar="NAME",
-        help="of the implementation of the selective scan: auto, sequential, chunked, … "
+        help="implementation of the selective scan: auto, sequential, chunked, … "
         "(default: the checkpoint's)",
     )
     return parser.parse_args(argv)
@@ -123,15 +129,17 @@ def check_together(arguments: argparse.Namespace) -> None:
     """Checks flags that exclude or need each other.
 
     Raises:
-      UserError: at the first that cannot be heeded.
+      UserError: for the first flag that has no effect or cannot work.
     """
     if "" in arguments.stop:
-        raise UserError('--stop "" would end every text at once: give a text, or leave it out')
+        raise UserError(
+            '--stop "" would end every text immediately; give a text, or leave --stop out'
+        )
     if arguments.system and not arguments.chat:
-        raise UserError("--system begins a chat: give --chat as well, or leave --system out")
+        raise UserError("--system needs --chat; add --chat, or leave --system out")
     for name in ("prompt", "prompt_file", "suffix"):
         if arguments.chat and getattr(arguments, name) is not None:
-            raise UserError(f"--chat reads its turns as you type them: leave --{name} out")
+            raise UserError(f"--chat takes its turns from the terminal; leave --{name} out")
 
 
 def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -143,7 +151,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
     if prompt is not None:
         return [prompt]
     if prompt_file is None and sys.stdin.isatty():
-        raise UserError("no prompt: give --prompt TEXT or --prompt_file FILE, or pipe one in")
+        raise UserError("no prompt given; give --prompt TEXT or --prompt_file FILE, or pipe one in")
     if prompt_file in (None, "-"):
         name, lines = "standard input", sys.stdin.read().splitlines()
     else:
@@ -155,12 +163,12 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
             raise UserError(f"cannot read {name}: {reason}") from error
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{name} holds no prompt: write one a line")
+        raise UserError(f"{name} contains no prompt; write one prompt per line")
     return prompts
 
 
 def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
-    """Loads the models and prints prompts and texts, or holds a conversation."""
+    """Loads the models, then prints prompts and texts or holds a conversation."""
     from mamba_jax.checkpoints.arrays import restore_params
     from mamba_jax.generation import Conversation, check_settings, generate_text
 
@@ -171,7 +179,7 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     others = [found.load(arguments.scan) for found in rest]
     config, tokenizer = first.runnable(arguments.scan), first.tokenizer
     more = {"stops": arguments.stop, "others": others}
-    # The parameters get no name here: they are freed once they are laid out for decoding.
+    # No variable holds the parameters: they are freed once they are laid out for decoding.
     if arguments.chat:
         settings = {name: settings[name] for name in ("max_tokens", "seed", "head")}
         settings |= {"sampling": sampling, "system": arguments.system}
@@ -214,7 +222,7 @@ def find_all(arguments: argparse.Namespace) -> list["Found"]:
 
 
 def chat(conversation: "Conversation") -> None:
-    """Answers line by line, until the input ends or asks for it."""
+    """Answers line by line, until the input ends or says /exit."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() then edits lines and remembers them
     while (line := read_turn()) not in (None, "/exit"):
@@ -231,7 +239,7 @@ def chat(conversation: "Conversation") -> None:
 
 
 def read_turn() -> str | None:
-    """Returns the next line of the input without white space at its ends; None: there is none.
+    """Returns the next line of the input without white space at its ends; None at its end.
 
     Raises:
       UserError: if it is not text.
@@ -251,13 +259,13 @@ def read_turn() -> str | None:
 
 
 def _label(text: str) -> None:
-    """Says whose turn it is, where somebody types; piped input gets the answers alone."""
+    """Prints a label if the input is a terminal; for piped input only answers are printed."""
     if sys.stdin.isatty():
         print(text, end="", file=sys.stderr, flush=True)
 
 
 class CtrlC:
-    """Notes the first Ctrl-C, so that it stops nothing half done; the second is as ever.
+    """Records the first Ctrl-C, so that the caller can stop cleanly; the second one interrupts.
 
     A context manager for the main thread.
     """
@@ -277,7 +285,7 @@ class CtrlC:
 
 
 class InOrder:
-    """Prints prompts and their texts in order: the first that is not complete as it comes."""
+    """Prints prompts and their texts in order, and streams the first incomplete one."""
 
     def __init__(self, prompts: list[str], suffix: str = ""):
         """Args:

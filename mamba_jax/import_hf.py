@@ -1,4 +1,4 @@
-"""Makes a checkpoint of a Mamba of Hugging Face's or the original's, to train on, generate with …
+"""Imports a Mamba model, in Hugging Face's or the original format, as a checkpoint.
 
 python -m mamba_jax.import_hf --model state-spaces/mamba-130m-hf --out checkpoints/mamba-130m
 """
@@ -11,7 +11,7 @@ import sys
 
 from mamba_jax.errors import UserError, command
 
-# The tokenizer of all of state-spaces' models, whose original folders hold none.
+# The tokenizer of all state-spaces models, whose original folders contain none.
 ORIGINAL_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 
@@ -26,35 +26,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
         prog="mamba-jax import_hf",
-        description="Make a checkpoint of a model of Hugging Face's or the original Mamba's.",
+        description="Import a Mamba model of Hugging Face's or the original format.",
     )
     parser.add_argument(
         "--model",
         required=True,
         metavar="DIR|ID",
-        help="a folder, or an id of the Hub such as state-spaces/mamba-130m-hf",
+        help="a folder, or a Hugging Face Hub id such as state-spaces/mamba-130m-hf",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="the folder to make (default: checkpoints/NAME)"
+        "--out", metavar="DIR", help="the folder to create (default: checkpoints/NAME)"
     )
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="as data.tokenizer; by default the model's own tokenizer.json, "
-        f"without one {ORIGINAL_TOKENIZER}",
+        help="as data.tokenizer (default: the model's own tokenizer.json, or "
+        f"{ORIGINAL_TOKENIZER} if it has none)",
     )
     parser.add_argument(
         "--max_seq_len",
         type=int,
         default=2048,
         metavar="N",
-        help="tokens in a window, if it shall be trained on (default: %(default)s)",
+        help="tokens per window in further training (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Reads the model, writes ``step_0`` and a config to train it on with."""
+    """Reads the model; writes ``step_0`` and a config for further training."""
     import jax
 
     from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
@@ -90,14 +90,14 @@ def run(arguments: argparse.Namespace) -> None:
         metadata = Metadata(config, 0, 0, "", tokenizer_identity=tokenizer.identity)
         files = dict(tokenizer.files)
         if template := tokenizer_files.own_template(source):
-            # For exports of this very checkpoint. What is trained from it has seen chats as they
-            # are rendered here, and its checkpoints hold no such file.
+            # For exports of this very checkpoint. Later training renders chats in our format, so
+            # its checkpoints have no such file.
             files[tokenizer_files.TEMPLATE_NAME] = template.encode()
         with CheckpointWriter(
             folder, keep_last=1, keep_every=0, log=lambda line: None, files=files
         ) as writer:
             writer.save(step_name(0), state, metadata)
-        # The tokenizer's file lies in the checkpoint, and stays when the source goes.
+        # The checkpoint has its own copy of the tokenizer, independent of the source folder.
         own = str(out / step_name(0)) if tokenizer.files else tokenizer.name
         fields = {"model": dataclasses.asdict(config.model), "data": {"tokenizer": own}}
         (folder / "train.json").write_text(json.dumps(fields, indent=2) + "\n")
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
             "generating, serving and training here render chats as `user: …`, `assistant: …`"
         )
     log(
-        f"wrote {out}; to train on: python -m mamba_jax.train --config {out}/train.json "
+        f"wrote {out}; to train it further: python -m mamba_jax.train --config {out}/train.json "
         f"--resume {out} --output_dir NEW --data_dir DATA"
     )
 

@@ -1,1 +1,1 @@
-"""From checkpoints to measured quality: perplexity of documents, tasks of lm_eval."""
+"""Evaluates checkpoints: perplexity of documents, built-in tasks and tasks of lm_eval."""

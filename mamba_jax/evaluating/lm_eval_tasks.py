@@ -1,8 +1,8 @@
-"""Tasks of lm_eval, answered by our models: the extra eval; torch is not needed.
+"""Runs tasks of lm_eval with our models; needs the extra eval, but not torch.
 
-What a request asks of tokens follows lm_eval's own models: white space at the end of a context
-belongs to what continues it, and a text's first token is predicted from the marker that begins a
-document. A context is never cut: the recurrent state has room for any length.
+Tokens are split as in lm_eval's own models: white space at the end of a context belongs to the
+continuation, and a text's first token is predicted from the document separator. A context is never
+truncated: the size of the recurrent state does not depend on the length.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 from mamba_jax.errors import UserError, did_you_mean, first_line, need
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 
-_MAX_NEW_TOKENS = 256  # where a task names no limit: lm_eval's own default
+_MAX_NEW_TOKENS = 256  # if a task has no limit; lm_eval's own default
 Result = dict[str, Any]
 
 
@@ -23,21 +23,19 @@ def find(tasks: Sequence[str], task_dir: str | None) -> Any:
 
     Args:
       tasks: names, of groups and patterns as well.
-      task_dir: with task files of one's own.
+      task_dir: a folder with further task files.
 
     Raises:
       UserError: if lm_eval is not installed, a task unknown, or the folder not there.
     """
     manager_class = need("lm_eval.tasks", "eval").TaskManager
     if task_dir is not None and not os.path.isdir(task_dir):
-        raise UserError(f"task_dir={task_dir} is no folder; give one with task files (.yaml)")
+        raise UserError(f"task_dir={task_dir} is not a folder; give one with task files (.yaml)")
     manager = manager_class(include_path=task_dir)
     for task in tasks:
         if not manager.match_tasks([task]):
             near = did_you_mean(task, manager.all_tasks)
-            raise UserError(
-                f'unknown task "{task}"{near} (lm_eval ls tasks lists those of lm_eval)'
-            )
+            raise UserError(f'unknown task "{task}"{near} (run lm_eval ls tasks for a list)')
     return manager
 
 
@@ -53,7 +51,7 @@ def on_tasks(
     """Runs tasks of ``find``; returns their metrics and some samples with the model's answers.
 
     Raises:
-      UserError: if the data of a task is out of reach, or its file wrong.
+      UserError: if the data of a task is not available, or its file is invalid.
     """
     lm_eval = need("lm_eval", "eval")
     try:
@@ -127,14 +125,14 @@ def language_model(scorer: Scorer) -> Any:
             return [total for total, _ in loglikelihoods(scorer, [("", text) for text in texts])]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return by_task(requests, lambda asked: generate(scorer, asked))
+            return by_task(requests, lambda given: generate(scorer, given))
 
     return OurModel()
 
 
 def by_task(requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
-    """Answers requests in their order, those of each task together: they begin alike, with the same
-    words and maybe the same solved examples, which the scorer then reads once."""
+    """Answers requests in their order, but each task's together: they share a prefix, such as the
+    same solved examples, which the scorer then prefills once."""
     answers: list[Any] = [None] * len(requests)
     for task in dict.fromkeys(request.task_name for request in requests):
         mine = [i for i, request in enumerate(requests) if request.task_name == task]
@@ -144,8 +142,8 @@ def by_task(requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> li
 
 
 def loglikelihoods(scorer: Scorer, pairs: Iterable[tuple[str, str]]) -> list[tuple[float, bool]]:
-    """Returns, of each (context, continuation), the continuation's ln probability, and whether
-    each of its tokens was the likeliest."""
+    """Returns, for each (context, continuation), the continuation's ln probability, and whether
+    each of its tokens was the most likely."""
     sequences, starts = [], []
     for context, continuation in pairs:
         before, whole = encode_pair(scorer, context, continuation)
@@ -158,10 +156,10 @@ def loglikelihoods(scorer: Scorer, pairs: Iterable[tuple[str, str]]) -> list[tup
 
 
 def encode_pair(scorer: Scorer, context: str, continuation: str) -> tuple[int, np.ndarray]:
-    """Returns how many tokens come before the continuation, marker included, and all tokens.
+    """Returns the number of tokens before the continuation, separator included, and all tokens.
 
-    Where a token spans the border it belongs to the context, as in lm_eval's own models; but the
-    last token is the continuation's.
+    A token that spans the border belongs to the context, as in lm_eval's own models, except that
+    the last token always belongs to the continuation.
     """
     encode = scorer.tokenizer.encode
     stripped = context.rstrip()
@@ -177,13 +175,16 @@ def generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> 
     ``settings["until"]``.
 
     Raises:
-      UserError: if the task asks for randomness.
+      UserError: if the task samples its answers.
     """
     texts = [""] * len(requests)
-    # Requests of one task have one setting; those of several are answered one after another.
+    # Requests of one task share their settings; each setting is answered on its own.
     for settings in {repr(settings): settings for _, settings in requests}.values():
         if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-            raise UserError("this task samples its answers; only greedy ones are made here")
+            raise UserError(
+                "this task samples its answers, which is not supported; choose a task with "
+                "greedy answers"
+            )
         until = settings.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         limit = int(settings.get("max_gen_toks", settings.get("max_tokens", _MAX_NEW_TOKENS)))

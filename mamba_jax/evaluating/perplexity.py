@@ -2,9 +2,9 @@
 
     perplexity = exp(Σ nll / tokens)        bits per byte = Σ nll / (ln 2 · UTF-8 bytes)
 
-Both sums run over the text's own tokens: each document begins with the marker that starts every
-document in training, which is read and not scored; the marker of its end is not scored either. A
-token sees its whole document up to it, however long (``evaluating.scorer``).
+Both sums run over the text's own tokens. Each document is preceded by the separator, as in
+training; it is not scored, and neither is the separator after the document. A token is predicted
+from its whole document so far, however long (``evaluating.scorer``).
 """
 
 import dataclasses
@@ -54,7 +54,9 @@ def documents(data: str, split: str, log: Callable[[str], None]) -> Iterator[str
         n_documents += 1
         yield text
     if not n_documents:
-        raise UserError(f"no text in {source.origin}{summary.why()}; give --data files with text")
+        raise UserError(
+            f"no text in {source.origin}{summary.why()}; give files with text to --data"
+        )
 
 
 def _texts(parts: Iterable[CorpusPart], summary: DataSummary) -> Iterator[str]:
@@ -86,8 +88,8 @@ def measure(scorer: Scorer, texts: Iterable[str], batch_size: int) -> Measured:
 def summarise(measured: Measured, seed: int) -> dict[str, dict[str, float | None]]:
     """Returns perplexity and bits per byte, each with the ends of its 95% interval.
 
-    The interval is a percentile bootstrap over documents: what would come of other documents like
-    these. None for a single document, which tells nothing of others.
+    The interval is a percentile bootstrap over documents: the range for other documents like these.
+    None for a single document, from which it cannot be estimated.
     """
     metrics = {"perplexity": perplexity, "bits_per_byte": bits_per_byte}
     n_documents = len(measured.nlls)
@@ -116,5 +118,5 @@ def perplexity(nll: float, tokens: float, text_bytes: float) -> float:
 
 
 def bits_per_byte(nll: float, tokens: float, text_bytes: float) -> float:
-    """Bits that the model needs for a byte of the text."""
+    """Bits that the model needs per byte of the text."""
     return nll / (math.log(2) * text_bytes)

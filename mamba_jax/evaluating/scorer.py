@@ -1,9 +1,8 @@
 """Log-probabilities and greedy continuations of token sequences, by one model or several averaged.
 
-A sequence is read in chunks, each beginning with the recurrent state that the last one left: every
-token sees all that came before it, however long the sequence. What sequences begin with in common
-is read once: its state is copied for each of them, as only a recurrent model allows at a price that
-does not depend on the length.
+A sequence is processed in chunks, each starting from the recurrent state of the one before: every
+token depends on all tokens before it, however long the sequence. A prefix that all sequences share
+is processed once and its state is copied; in a recurrent model that costs the same at any length.
 
 Legend: b batch, t time, v vocabulary, m models.
 """
@@ -22,21 +21,24 @@ from mamba_jax.data.tokenizers.base import StreamDecoder
 from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model, mean_probability
 from mamba_jax.generation.generate import empty_cache, prepare
+from mamba_jax.generation.stops import StopFinder
 from mamba_jax.models import build
 
-_SHORTEST_CHUNK = 16  # of what is scored; shorter ones would save less than compiling them costs
+_SHORTEST_CHUNK = 16  # of scored tokens; shorter ones would save less than their compilation costs
 _STEP = 4  # from one length of chunks to the next: few lengths to compile, few calls
 Caches = tuple[build.Cache, ...]  # of each model
-_NOT_FINITE = "the model's probabilities are not finite: its training diverged"
+_NOT_FINITE = (
+    "the model's probabilities are not finite: its training diverged; give an earlier checkpoint"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of the scored tokens of a sequence.
+    """The scores of a sequence's tokens.
 
     Attributes:
       nlls: float64 (t,), -ln of each token's probability.
-      greedy: bool (t,), whether each was the likeliest.
+      greedy: bool (t,), whether each was the most likely.
     """
 
     nlls: np.ndarray
@@ -44,11 +46,11 @@ class Scores:
 
 
 class Scorer:
-    """Reads sequences under the mean of the models' probabilities.
+    """Scores and continues sequences by the mean of the models' probabilities.
 
     Attributes:
       tokenizer: of all the models.
-      tokens_read: by each model so far, padding not counted.
+      tokens_processed: by each model so far, padding not counted.
     """
 
     def __init__(self, models: Sequence[Model], *, batch_size: int, chunk_tokens: int):
@@ -62,17 +64,17 @@ class Scorer:
                 raise UserError(f"{name}={value} must be at least 1")
         self._params, self._configs = prepare(models)
         self.tokenizer = models[0].tokenizer
-        self.tokens_read = 0
+        self.tokens_processed = 0
         self._batch_size = batch_size
         self._chunk_tokens = chunk_tokens
 
     def scores(
         self, sequences: Sequence[np.ndarray], starts: Sequence[int] | None = None
     ) -> list[Scores]:
-        """Scores each sequence from its start on. Their order and the others have no say.
+        """Scores each sequence from its start on, independently of the others and their order.
 
-        What precedes a start is read once for all sequences that share it, and so is what all of
-        them begin with.
+        Tokens before a start are processed once for all sequences that share them, and so is a
+        prefix that all sequences share.
 
         Args:
           sequences: int32 (t,), t ≥ 1.
@@ -82,21 +84,21 @@ class Scorer:
           UserError: if a probability is not a number.
         """
         starts = [1] * len(sequences) if starts is None else starts
-        # The last token before a start is read with what follows it, which it predicts.
+        # The last token before a start is processed with those after it, because it predicts them.
         of_context: dict[bytes, list[int]] = {}
         for i, start in enumerate(starts):
             of_context.setdefault(sequences[i][: start - 1].tobytes(), []).append(i)
         groups = list(of_context.values())
         contexts = [sequences[i][: starts[i] - 1] for i, *_ in groups]
         result: list[Scores | None] = [None] * len(sequences)
-        for rows, caches in self._read_in_batches(contexts, generating=False):
-            places = [(row, i) for row, context in enumerate(rows) for i in groups[context]]
-            rest = lambda place: sequences[place[1]][starts[place[1]] - 1 :]
-            places.sort(key=lambda place: -len(rest(place)))
-            for first in range(0, len(places), self._batch_size):
-                batch = places[first : first + self._batch_size]
+        for rows, caches in self._prefill_in_batches(contexts, generating=False):
+            slots = [(row, i) for row, context in enumerate(rows) for i in groups[context]]
+            rest = lambda slot: sequences[slot[1]][starts[slot[1]] - 1 :]
+            slots.sort(key=lambda slot: -len(rest(slot)))
+            for first in range(0, len(slots), self._batch_size):
+                batch = slots[first : first + self._batch_size]
                 copied = self._copied(caches, [row for row, _ in batch])
-                scored = self._score([rest(place) for place in batch], copied)
+                scored = self._score([rest(slot) for slot in batch], copied)
                 for (_, i), scores in zip(batch, scored, strict=True):
                     result[i] = scores
         return [scores for scores in result if scores is not None]
@@ -105,14 +107,15 @@ class Scorer:
         self,
         sequences: Sequence[np.ndarray],
         max_tokens: int,
-        is_complete: Callable[[list[int]], bool],
+        is_complete: Callable[[int, int], bool],
     ) -> list[list[int]]:
-        """Continues each sequence with the likeliest token again and again.
+        """Continues each sequence greedily, with the most likely token each time.
 
         Args:
-          sequences: int32 (t,), t ≥ 1; what all begin with is read once.
+          sequences: int32 (t,), t ≥ 1; a prefix that all share is processed once.
           max_tokens: new tokens of each at most.
-          is_complete: asked of each one's new tokens after every token.
+          is_complete: called with a sequence's index and each of its new tokens; whether that
+            sequence ends with it.
 
         Returns:
           The new tokens of each, without the end-of-text token.
@@ -122,51 +125,51 @@ class Scorer:
         """
         result: list[list[int]] = [[] for _ in sequences]
         contexts = [sequence[:-1] for sequence in sequences]
-        for rows, caches in self._read_in_batches(contexts, generating=True):
+        for rows, caches in self._prefill_in_batches(contexts, generating=True):
             last_tokens = [int(sequences[i][-1]) for i in rows]
-            made = self._continue(last_tokens, caches, max_tokens, is_complete)
+            made = self._continue(rows, last_tokens, caches, max_tokens, is_complete)
             for i, tokens in zip(rows, made, strict=True):
                 result[i] = tokens
         return result
 
-    def _read_in_batches(
+    def _prefill_in_batches(
         self, contexts: list[np.ndarray], *, generating: bool
     ) -> Iterator[tuple[list[int], Caches]]:
-        """Yields indices of ``batch_size`` contexts at most, and the caches after them."""
+        """Yields indices of at most ``batch_size`` contexts, and the caches after them."""
         n_common = _common_length(contexts)
         common = [contexts[0][:n_common]] if contexts else []
         empty = tuple(empty_cache(config, self._batch_size) for config in self._configs)
-        after_common = self._read(empty, common, generating)
+        after_common = self._prefill(empty, common, generating)
         by_length = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
         for first in range(0, len(contexts), self._batch_size):
             rows = by_length[first : first + self._batch_size]
             caches = self._copied(after_common, [0] * len(rows))
-            yield rows, self._read(caches, [contexts[i][n_common:] for i in rows], generating)
+            yield rows, self._prefill(caches, [contexts[i][n_common:] for i in rows], generating)
 
-    def _read(self, caches: Caches, sequences: list[np.ndarray], generating: bool) -> Caches:
-        """Reads a sequence (t,), t ≥ 0, into each row; the caches are used up.
+    def _prefill(self, caches: Caches, sequences: list[np.ndarray], generating: bool) -> Caches:
+        """Processes a sequence (t,), t ≥ 0, in each row; the caches are donated.
 
-        A row takes part in as many chunks of each length as fit into what is left of it, and its
-        caches stay as they are while others read: padding would change them.
+        A row takes part in a chunk if at least that many tokens are left in it. Otherwise its
+        caches stay unchanged, because padding would alter them.
         """
         lengths_b = np.array([len(sequence) for sequence in sequences])
         done_b = np.zeros_like(lengths_b)
         for length in _lengths(self._chunk_tokens):
-            while (reads_b := lengths_b - done_b >= length).any():
+            while (active_b := lengths_b - done_b >= length).any():
                 tokens_bt = np.zeros((self._batch_size, length), np.int32)
-                for row in np.flatnonzero(reads_b):
+                for row in np.flatnonzero(active_b):
                     tokens_bt[row] = sequences[row][done_b[row] :][:length]
-                mask_b = np.pad(reads_b, (0, self._batch_size - len(sequences)))
+                mask_b = np.pad(active_b, (0, self._batch_size - len(sequences)))
                 how = {"configs": self._configs, "generating": generating}
                 caches = _advance(self._params, tokens_bt, mask_b, caches, **how)
-                done_b += length * reads_b
-        self.tokens_read += int(lengths_b.sum())
+                done_b += length * active_b
+        self.tokens_processed += int(lengths_b.sum())
         return caches
 
     def _score(self, sequences: list[np.ndarray], caches: Caches) -> Iterator[Scores]:
-        """Reads sequences, longest first, and scores all but their first tokens.
+        """Scores all but the first token of each sequence; the longest sequence comes first.
 
-        Padding at their ends cannot reach what comes before it; the caches are used up.
+        Padding at the end cannot affect the tokens before it; the caches are donated.
         """
         n_targets = len(sequences[0]) - 1
         lengths = [self._chunk_tokens] * (n_targets // self._chunk_tokens)
@@ -176,7 +179,7 @@ class Scorer:
         tokens_bt = np.zeros((self._batch_size, sum(lengths) + 1), np.int32)
         for row, sequence in enumerate(sequences):
             tokens_bt[row, : len(sequence)] = sequence
-        start, under_way = 0, []
+        start, in_flight = 0, []
         for length in lengths:
             *found, caches = _score(
                 self._params,
@@ -186,30 +189,31 @@ class Scorer:
                 configs=self._configs,
                 vocab_size=self.tokenizer.vocab_size,
             )
-            under_way.append(found)
+            in_flight.append(found)
             start += length
         empty = [np.zeros((self._batch_size, 0)), np.zeros((self._batch_size, 0), bool)]
-        read = [[np.asarray(part) for part in found] for found in under_way] or [empty]
+        read = [[np.asarray(part) for part in found] for found in in_flight] or [empty]
         nlls_bt, greedy_bt = (np.concatenate(part, axis=1) for part in zip(*read, strict=True))
         for row, sequence in enumerate(sequences):
             nlls_t = nlls_bt[row, : len(sequence) - 1].astype(np.float64)
             if not np.isfinite(nlls_t).all():
                 raise UserError(_NOT_FINITE)
-            self.tokens_read += len(nlls_t)
+            self.tokens_processed += len(nlls_t)
             yield Scores(nlls_t, greedy_bt[row, : len(nlls_t)])
 
     def _continue(
         self,
+        indices: list[int],
         last_tokens: list[int],
         caches: Caches,
         max_tokens: int,
-        is_complete: Callable[[list[int]], bool],
+        is_complete: Callable[[int, int], bool],
     ) -> list[list[int]]:
         token_b = np.pad(np.array(last_tokens, np.int32), (0, self._batch_size - len(last_tokens)))
         made: list[list[int]] = [[] for _ in last_tokens]
-        going = set(range(len(last_tokens)))
+        active = set(range(len(last_tokens)))
         for _ in range(max_tokens):
-            self.tokens_read += len(going)
+            self.tokens_processed += len(active)
             token_b, caches = _likeliest(
                 self._params,
                 token_b,
@@ -218,14 +222,16 @@ class Scorer:
                 vocab_size=self.tokenizer.vocab_size,
             )
             tokens = np.asarray(token_b).tolist()
-            for row in sorted(going):
+            for row in sorted(active):
                 if tokens[row] < 0:
                     raise UserError(_NOT_FINITE)
-                if tokens[row] != self.tokenizer.eot_id:
-                    made[row].append(tokens[row])
-                if tokens[row] == self.tokenizer.eot_id or is_complete(made[row]):
-                    going.discard(row)
-            if not going:
+                if tokens[row] == self.tokenizer.eot_id:
+                    active.discard(row)
+                    continue
+                made[row].append(tokens[row])
+                if is_complete(indices[row], tokens[row]):
+                    active.discard(row)
+            if not active:
                 break
         return made
 
@@ -238,22 +244,23 @@ def continue_texts(
     scorer: Scorer, contexts: Sequence[str], max_tokens: int, stops: Sequence[str]
 ) -> list[str]:
     """Returns the greedy continuation of each context, up to the first of the stops."""
-
-    def decode(tokens: list[int]) -> str:
-        """As texts are generated: with what tokenizers put before a text, without half a character
-        at the end."""
-        return "".join(map(StreamDecoder(scorer.tokenizer).push, tokens))
-
     begin = np.array([scorer.tokenizer.eot_id], np.int32)
     sequences = [np.concatenate([begin, scorer.tokenizer.encode(text)]) for text in contexts]
-    stopped = lambda tokens: any(stop in decode(tokens) for stop in stops)
-    texts = map(decode, scorer.continuations(sequences, max_tokens, stopped))
-    cut = lambda text: text[: min((text.find(s) for s in stops if s in text), default=len(text))]
-    return [cut(text) for text in texts]
+    # As texts are generated: without half a character at the end.
+    decoders = [StreamDecoder(scorer.tokenizer) for _ in contexts]
+    finders = [StopFinder(stops) for _ in contexts]
+    texts = [""] * len(contexts)
+
+    def is_complete(index: int, token: int) -> bool:
+        texts[index] += finders[index].push(decoders[index].push(token))
+        return finders[index].found is not None
+
+    scorer.continuations(sequences, max_tokens, is_complete)
+    return [text + finder.flush() for text, finder in zip(texts, finders, strict=True)]
 
 
 def _common_length(sequences: list[np.ndarray]) -> int:
-    """Returns how many tokens all of the sequences begin with."""
+    """Returns the length of the prefix that all sequences share."""
     n = min(map(len, sequences), default=0)
     for sequence in sequences:
         differs_t = sequence[:n] != sequences[0][:n]
@@ -262,7 +269,7 @@ def _common_length(sequences: list[np.ndarray]) -> int:
 
 
 def _lengths(chunk_tokens: int) -> list[int]:
-    """Returns the lengths that sequences are cut into: ``chunk_tokens``, and shorter ones to 1."""
+    """Returns the lengths of chunks: ``chunk_tokens``, then shorter ones down to 1."""
     shorter = [_STEP**i for i in range(chunk_tokens.bit_length()) if _STEP**i < chunk_tokens]
     return [chunk_tokens, *reversed(shorter)]
 
@@ -276,18 +283,18 @@ def _rows_of(caches: Caches, rows_b: Int[Array, " b"]) -> Caches:
 def _advance(
     params: tuple[build.Params, ...],
     tokens_bt: Int[Array, "b t"],
-    reads_b: Bool[Array, " b"],
+    active_b: Bool[Array, " b"],
     caches: Caches,
     *,
     configs: tuple[ModelConfig, ...],
     generating: bool,
 ) -> Caches:
-    """Returns the caches after the tokens, in the rows that read them."""
+    """Returns the caches after the tokens in active rows, and unchanged ones in the others."""
     new_caches = tuple(
         build.forward(of_model, config, tokens_bt, initial_cache=cache, generating=generating)[2]
         for of_model, config, cache in zip(params, configs, caches, strict=True)
     )
-    kept = lambda new, old: jnp.where(jnp.expand_dims(reads_b, range(1, new.ndim)), new, old)
+    kept = lambda new, old: jnp.where(jnp.expand_dims(active_b, range(1, new.ndim)), new, old)
     return jax.tree.map(kept, new_caches, caches)
 
 
@@ -322,7 +329,7 @@ def _likeliest(
     configs: tuple[ModelConfig, ...],
     vocab_size: int,
 ) -> tuple[Int[Array, " b"], Caches]:
-    """Returns the likeliest token after each row, -1 where there is no number, and the caches."""
+    """Returns the most likely next token of each row, -1 if not finite, and the caches."""
     each_mbv, new_caches = [], []
     for of_model, config, cache in zip(params, configs, caches, strict=True):
         logits_bv, cache = build.decode_step(of_model, config, token_b, cache)

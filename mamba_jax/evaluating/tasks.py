@@ -1,12 +1,12 @@
-"""The built-in tasks: problems with exact answers, from the side that nothing is trained on."""
+"""The built-in tasks: problems with exact answers, from the held-out test split."""
 
 from typing import Any
 
 from mamba_jax.data.tasks import parse, problems
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 
-_SEED = 1  # of the problems asked; the split alone keeps them apart from those of training
-_SPARE_TOKENS = 8  # for an answer that is wrong and longer
+_SEED = 1  # chooses the problems; only the split keeps them apart from those of training
+_SPARE_TOKENS = 8  # for a wrong answer that is longer
 _Z = 1.959964  # standard deviations of 95%
 Result = dict[str, Any]
 
@@ -14,31 +14,31 @@ Result = dict[str, Any]
 def on_problems(
     scorer: Scorer, spec: str, count: int, n_samples: int
 ) -> tuple[list[Result], list[Result]]:
-    """Asks problems of each task and difficulty; returns the shares solved, and samples.
+    """Measures each task and difficulty; returns the shares of solved problems, and samples.
 
     Args:
       scorer: the models.
       spec: as of ``data.tasks.parse``.
-      count: problems of each, or as many as there are.
-      n_samples: of each to return with their answers.
+      count: problems of each, at most.
+      n_samples: problems of each to return with their answers.
 
     Raises:
       UserError: on an unknown task or difficulty.
     """
     metrics, samples = [], []
     for name, difficulty in parse(spec):
-        asked = list(problems(name, difficulty, "test", _SEED, count))
-        longest = max(len(scorer.tokenizer.encode(f" {problem.answer}")) for problem in asked)
-        prompts = [problem.prompt for problem in asked]
+        chosen = list(problems(name, difficulty, "test", _SEED, count))
+        longest = max(len(scorer.tokenizer.encode(f" {problem.answer}")) for problem in chosen)
+        prompts = [problem.prompt for problem in chosen]
         answers = continue_texts(scorer, prompts, longest + _SPARE_TOKENS, ["\n"])
-        solved = [p.is_solved_by(a) for p, a in zip(asked, answers, strict=True)]
+        solved = [p.is_solved_by(a) for p, a in zip(chosen, answers, strict=True)]
         low, high = wilson(sum(solved), len(solved))
         task = f"{name}:{difficulty}"
         metrics.append(
             {
                 "of": task,
                 "metric": "exact",
-                "variant": f"{len(asked):,} test problems, no examples before them, greedy; "
+                "variant": f"{len(chosen):,} test problems, no examples before them, greedy; "
                 "95% Wilson",
                 "value": sum(solved) / len(solved),
                 "low": low,
@@ -47,7 +47,7 @@ def on_problems(
         )
         samples += [
             {"task": task, "prompt": p.prompt, "answer": answer, "target": p.answer}
-            for p, answer in zip(asked[:n_samples], answers, strict=False)
+            for p, answer in zip(chosen[:n_samples], answers, strict=False)
         ]
     return metrics, samples
 

@@ -1,4 +1,4 @@
-"""The model card: data, measured metrics, limits; nothing that was not measured."""
+"""The model card: data, measured metrics, limits; it claims nothing that was not measured."""
 
 from mamba_jax.checkpoints.folder import Metadata
 
@@ -13,9 +13,9 @@ def model_card(
     Args:
       metadata: of the checkpoint.
       dtype: of the weights, in words.
-      begins_with: the token that the tokenizer puts before every text.
+      begins_with: the name of the token that the tokenizer puts before every text.
       notes: about chats and special tokens.
-      library: that the files are of.
+      library: that loads the files.
     """
     config, model = metadata.config, metadata.config.model
     measured = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata.metrics.items())]
@@ -43,9 +43,9 @@ def model_card(
             "",
             notes,
             "## Limits",
-            f"Trained on windows of {model.max_seq_len} tokens; longer texts were not tried. A "
-            f"text must begin with {begins_with}, as the tokenizer here sees to. Not checked for "
-            "bias, truth or safety. Metrics are of the data's own held-out part alone.",
+            f"Trained on windows of {model.max_seq_len} tokens; longer texts were not tested. A "
+            f"text must begin with {begins_with}, which the tokenizer here adds. Not checked for "
+            "bias, truth or safety. Metrics are measured on the held-out part of the data only.",
             "",
         ]
     )

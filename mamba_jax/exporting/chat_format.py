@@ -1,7 +1,7 @@
 """The chat format (``generation.chat``) as other engines' templates.
 
 ``jinja`` is for transformers, vLLM and llama.cpp, ``GO`` for Ollama. Each renders a chat as
-training and the server do; what an engine cannot do is stated where it is written.
+training and the server do; comments and model cards state what an engine cannot do.
 """
 
 import json
@@ -44,8 +44,8 @@ _JINJA = """\
     {{- '\\n\\nANSWER' -}}
 {%- endif -%}"""
 
-# Ollama merges neighbouring messages of one role before this sees them, and has no function that
-# would show that a content is white space alone.
+# Ollama merges neighbouring messages of one role before the template runs, and has no function that
+# detects content that is only white space.
 GO = (
     '{{ $between := "" }}{{ range .Messages }}{{ if .Content }}{{ $between }}'
     '{{ if eq .Role "developer" }}system{{ else }}{{ .Role }}{{ end }}: {{ .Content }}'
@@ -57,7 +57,7 @@ def jinja(*, begins: bool) -> str:
     """Returns the Jinja template.
 
     Args:
-      begins: its text begins with the separator's name, which the engine must read as the token.
+      begins: its text begins with the separator's name, which the engine must turn into the token.
     """
     body = _JINJA.replace("ROLES", json.dumps(ROLES)).replace("ANSWER", ANSWER)
     return ("{{- bos_token -}}\n" if begins else "") + body
@@ -68,16 +68,16 @@ def modelfile(model: str, end: str, *, renders_chats: bool) -> str:
 
     Args:
       model: the GGUF file's name.
-      end: how the separator is written.
-      renders_chats: in our format; else a prompt is passed on as it is.
+      end: the separator's name.
+      renders_chats: in our format; else prompts are passed on unchanged.
     """
     head, passed_on = f'FROM ./{model}\nPARAMETER stop "{end}"\n', "TEMPLATE {{ .Prompt }}\n"
     if not renders_chats:
         return head + passed_on
     # A quoted value may hold line feeds; Ollama knows no escapes there.
     return (
-        f"{head}# Chats are rendered as in training. For a model that has not been trained on\n"
-        f"# chats, replace all below by: {passed_on}"
+        f"{head}# Chats are rendered as in training. For a model that was not trained on\n"
+        f"# chats, replace everything below by: {passed_on}"
         f'TEMPLATE """{GO}"""\nPARAMETER stop """{STOP}"""\n'
     )
 
@@ -89,10 +89,10 @@ def notes(
 
     Args:
       library: "transformers", "gguf" or "onnx".
-      end: how the separator is written.
-      is_ours: the format is ours; else it came with an imported model.
+      end: the separator's name.
+      is_ours: the template is ours, not that of an imported model.
       begins: the template's text begins with the separator.
-      keeps_text: the library tokenizers can read a typed separator as text.
+      keeps_text: the library tokenizers can keep a typed separator as text.
     """
     if not is_ours:
         return _OWN_TEMPLATE
@@ -104,15 +104,15 @@ def notes(
 _OWN_TEMPLATE = """\
 ## Chat
 The chat template of the model that this one was imported from is copied here unchanged. mamba_jax
-neither renders nor checks it. The names of special tokens in a text become these tokens, as such a
-template may need.
+neither renders nor checks it. Names of special tokens in a text become these tokens, because such
+a template may need it.
 """
 _CHAT = """\
 ## Chat
 A chat is text: `role: content` for each turn, a blank line between two turns; then the model
 answers after `{answer}`. An answer ends with {end}, or where the model begins the user's next
-turn: pass {stop} as a stop string. The space after `{answer}` comes with the answer. A model
-that has not been trained on chats continues text and does not answer.
+turn: pass {stop} as a stop string. The space after `{answer}` is part of the answer. A model
+that was not trained on chats continues the text and does not answer.
 
 """
 _IN_LIBRARY = {
@@ -123,12 +123,12 @@ _IN_LIBRARY = {
 
 ## Special tokens
 The name of a special token in a text, {end} included, stays text, as in training
-(`split_special_tokens`): pass `split_special_tokens=False` to write the token itself. Only at the
-start of a rendered chat is {end} the token. Batches are padded on the left.
+(`split_special_tokens`); pass `split_special_tokens=False` to get the token itself. Only at the
+start of a rendered chat {end} is the token. Batches are padded on the left.
 """,
     "gguf": """\
 llama.cpp renders chats with the template in the file; pass the stop with each request. The
-`Modelfile` holds template and stop for Ollama, which joins neighbouring messages of one role.
+`Modelfile` has the template and the stop for Ollama, which joins neighbouring messages of one role.
 
 ## Special tokens
 llama.cpp and Ollama turn the name of a special token in a prompt or a message into this token,
@@ -136,7 +136,7 @@ llama.cpp and Ollama turn the name of a special token in a prompt or a message i
 with llama.cpp's `/tokenize` and `"parse_special": false` and send the ids.
 """,
     "onnx": """\
-`tokenizer_config.json` holds a chat template for transformers' `AutoTokenizer`.
+`tokenizer_config.json` has a chat template for transformers' `AutoTokenizer`.
 
 ## Special tokens
 The name of a special token in a text, {end} included, is text in training. The library tokenizers
@@ -144,11 +144,11 @@ keeps it so after `tokenizer.encode_special_tokens = True`, as in the example pr
 """,
 }
 _SEPARATOR_IS_MISSING = """\
-With this tokenizer `apply_chat_template` cannot put {end} before a chat, which every text in
-training begins with. Encode the rendered text instead:
+With this tokenizer, `apply_chat_template` cannot put {end} before a chat, as training does before
+every text. Encode the rendered text instead:
 `tokenizer(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))`.
 """
 _TYPED_IS_A_TOKEN = """\
-This tokenizer is an exception: its vocabulary holds {end} as an ordinary word, so that a text which
-spells it gives the token. Remove it from what users type.
+This tokenizer is an exception: its vocabulary has {end} as an ordinary word, so a text that spells
+it gives the token. Remove it from text that users type.
 """

@@ -37,7 +37,7 @@ _OTHERS = {
     tensors.NORM: ("output_norm.weight", False),
     tensors.HEAD: ("output.weight", True),
 }
-# llama.cpp wants a list of merges that is not empty. No UTF-8 text has the byte 255.
+# llama.cpp needs a non-empty list of merges. No UTF-8 text has the byte 255.
 _NO_MERGE = "ÿ ÿ"
 
 
@@ -45,17 +45,17 @@ def check(config: ModelConfig) -> None:
     """Refuses what llama.cpp cannot run.
 
     Raises:
-      UserError: with the reason and the roads that work.
+      UserError: with the reason and the alternatives.
     """
     if config.family != "mamba":
         raise UserError(
-            "a hybrid cannot be written as GGUF: llama.cpp has no architecture with depth gates "
-            "and pooled attention; --format hf runs in transformers, and mamba_jax.generate here"
+            "a hybrid cannot be exported to GGUF: llama.cpp has no architecture with depth gates "
+            "and pooled attention; use --format hf for transformers, or mamba-jax generate"
         )
     if config.expand_factor != 2:
         raise UserError(
-            f"model.expand_factor={config.expand_factor} cannot be written as GGUF: llama.cpp "
-            "runs Mamba with 2 alone; --format hf runs in transformers and vLLM"
+            f"model.expand_factor={config.expand_factor} cannot be exported to GGUF: llama.cpp "
+            "only runs Mamba with 2; use --format hf for transformers and vLLM"
         )
 
 
@@ -118,7 +118,7 @@ def write(
       chat_template: as in ``tokenizer_files.files``.
 
     Raises:
-      UserError: if the library gguf is missing, or llama.cpp could not read the tokenizer.
+      UserError: if the library gguf is missing, or llama.cpp does not support the tokenizer.
     """
     gguf = need("gguf", "gguf")
     config = metadata.config.model
@@ -138,7 +138,7 @@ def write(
     fills_in = metadata.config.data.fim_rate > 0
     record = tokenizer_files.record(tokenizer, fills_in)
     _add_tokenizer(writer, record, tokenizer, n_ids=len(table[tensors.EMBEDDING]))
-    # llama.cpp takes the separator that the text begins with for the token that it adds itself.
+    # llama.cpp treats the separator at the start of the text as the token that it adds itself.
     writer.add_chat_template(chat_template or chat_format.jinja(begins=True))
     for name, (array, is_factor) in renamed(table).items():
         kind = gguf.GGMLQuantizationType[TYPES[storage(array, is_factor, dtype)]]
@@ -166,14 +166,14 @@ def _add_tokenizer(writer: Any, record: dict[str, Any], tokenizer: Tokenizer, n_
         and before.get("use_regex", True)
         and not before.get("add_prefix_space")
         and not record["normalizer"]
-        # llama.cpp makes such words by merges alone.
+        # llama.cpp only makes such words by merges.
         and all(len(w) == 1 or w in reached for w, i in vocabulary.items() if i not in added)
     )
     if not known:
         raise UserError(
-            f"the tokenizer {tokenizer.name} cannot be written as GGUF: llama.cpp would read "
-            "gpt2, bytes, and a byte-level tokenizer.json with GPT-2's pattern; --format hf takes "
-            "all"
+            f"the tokenizer {tokenizer.name} cannot be exported to GGUF: llama.cpp only supports "
+            "gpt2, bytes, and a byte-level tokenizer.json with GPT-2's pattern; --format hf "
+            "supports all"
         )
     types = need("gguf", "gguf").TokenType
     words, kinds = [f"[UNUSED{i}]" for i in range(n_ids)], [types.UNUSED] * n_ids

@@ -117,7 +117,7 @@ class Attention(abc.ABC):
 
 
 class RowAttention(Attention):
-    """Of a whole row that nothing precedes: a chunk of queries reads one band of keys."""
+    """Attention of a whole row without a cache: a chunk of queries attends to one band of keys."""
 
     swap = (0, 1, 2, 4, 3)
 
@@ -204,7 +204,7 @@ class RowAttention(Attention):
 
 
 class TokenAttention(Attention):
-    """Of one token per row, after ``length`` (b) others: it reads the rings."""
+    """Attention of one token per row, after ``length`` (b) others, to the cached rings."""
 
     swap = (0, 1, 3, 2)
 
@@ -275,6 +275,6 @@ def newest_block(g: Graph, token: str, scale: int) -> str:
 
 
 def ring_numbers(g: Graph, newest: str, slot_w: np.ndarray) -> str:
-    """Returns the number of the block in each slot of a ring; negative: the slot holds none."""
+    """Returns the number of the block in each slot of a ring; negative: the slot is empty."""
     behind = g("Mod", g("Sub", newest, slot_w), np.int64(len(slot_w)))
     return g("Sub", newest, behind)

@@ -1,4 +1,4 @@
-"""A folder of two ONNX graphs over one file of weights, with all that generating text needs."""
+"""Writes a folder with two ONNX graphs, their weights, and all files that generation needs."""
 
 import importlib.resources
 import pathlib
@@ -21,9 +21,9 @@ _FILES = f"""
   cache after the last token, `present.…`. Nothing precedes a row, and rows are not padded.
 - `{STEP}`: one token per row, `input_ids` (batch, 1), and the cache before it, `past.…`, whose size
   does not grow → `logits` (batch, 1, ids) and `present.…`. Caches' first axis is the batch, and
-  zeros are the cache of a row that holds nothing yet.
-- `{WEIGHTS}`: the weights of both; it must lie beside them.
-- `{EXAMPLE}`: writes text with onnxruntime, numpy and tokenizers; `--chat` takes the prompt as a
+  zeros are the cache of an empty row.
+- `{WEIGHTS}`: the weights of both; keep it in the same folder.
+- `{EXAMPLE}`: generates text with onnxruntime, numpy and tokenizers; with `--chat` the prompt is a
   user's turn.
 """
 
@@ -53,7 +53,7 @@ def write(
         graph = onnx_model.make(table, config, one_token=one_token)
         weights.save(graph, folder / name, f"{metadata.config.name}, trained with mamba_jax")
     described = hf.model_config(config, len(table[tensors.EMBEDDING]), "f32")
-    described.pop("auto_map", None)  # of transformers: its program is not here
+    described.pop("auto_map", None)  # for transformers only: its program is not in this folder
     fills_in = metadata.config.data.fim_rate > 0
     files = tokenizer_files.files(tokenizer, fills_in, chat_template)
     hf.write_json(folder, {"config.json": described | hf.end_ids(tokenizer), **files})

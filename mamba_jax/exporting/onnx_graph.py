@@ -50,7 +50,7 @@ class Graph:
         return outputs if outs > 1 else outputs[0]
 
     def weight(self, name: str) -> str:
-        """Returns the name of a weight of the table, as it lies there."""
+        """Returns the name of a weight of the table, unchanged."""
         self.weights.setdefault(name, self.table[name])
         return name
 
@@ -129,14 +129,14 @@ class Graph:
 
     def _info(self, name: str, dtype: type, shape: Sequence[int | str]) -> Any:
         kind = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        # Inside a loop shapes are left to inference.
+        # Inside a loop, onnx infers the shapes.
         return self.onnx.helper.make_tensor_value_info(name, kind, list(shape) or None)
 
 
 class WeightsFile:
-    """The weights of several graphs, each array once: what a graph names lies beside it.
+    """The weights of several graphs, each array once, in a file beside the graphs.
 
-    Thus no graph grows with the model: a file of Protocol Buffers ends at 2 GB.
+    So graphs do not grow with the model: a Protocol Buffers file is limited to 2 GB.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -145,7 +145,7 @@ class WeightsFile:
         path.touch()
 
     def save(self, graph: Graph, path: pathlib.Path, description: str) -> None:
-        """Writes and checks a model of this graph; ``path`` lies beside the weights' file."""
+        """Writes and checks a model of this graph; ``path`` is in the folder of the weights."""
         onnx = graph.onnx
         graph.name_outputs()
         weights = [self._placed(onnx, name, array) for name, array in graph.weights.items()]

@@ -1,6 +1,6 @@
 """The two graphs of a model: a whole row, and one token after what is cached.
 
-Legend: b batch, t time, v ids, l layers; a cache's axes are told in ``models.build.init_cache``.
+Legend: b batch, t time, v ids, l layers; see ``models.build.init_cache`` for a cache's axes.
 """
 
 from collections.abc import Mapping
@@ -86,7 +86,7 @@ def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: boo
 
 
 def _head(g: Graph, x: str, ids: str, name: str) -> str:
-    """Logits, by a product that reads the table (v, d) as it lies: embeddings need no other."""
+    """Logits, by a product with the embedding table (v, d) in its stored layout."""
     n_ids, d = g.table[name].shape
     logits = g("Gemm", g("Reshape", x, at(-1, d)), g.weight(name), transB=1)
     return g("Reshape", logits, g("Concat", g("Shape", ids), at(n_ids), axis=0))

@@ -1,4 +1,4 @@
-"""A model's folder of Hugging Face's or of the original Mamba, here or on the Hub, as ours."""
+"""Reads a Mamba model in Hugging Face's or the original format, from a folder or from the Hub."""
 
 import json
 import pathlib
@@ -15,42 +15,41 @@ from mamba_jax.exporting import hf, tensors, torch_file
 
 _SAFE, _TORCH = "model.safetensors", "pytorch_model.bin"
 _TOO_LARGE = 1 << 31  # for any size or count; arithmetic with it would fail in odd ways
-# How a file begins that stands in the place of another, and what to do.
+# First bytes of a file that replaces the real one → what it is and what to do.
 _STAND_INS = {
     b"version https://git-lfs": "a git-LFS pointer, not the file itself; run git lfs pull there",
     b"<!doctype html": "a web page, not the file itself; download the file that the page shows",
     b"<html": "a web page, not the file itself; download the file that the page shows",
 }
 _FLOATS = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
-# By safetensors' names; numpy has no type for the others.
+# safetensors' names of the dtypes that numpy has.
 _DTYPES = {"F16", "BF16", "F32", "F64", "BOOL", *(f"{k}{n}" for k in "IU" for n in (8, 16, 32, 64))}
 _ORIGINAL_EMBEDDING = "backbone.embedding.weight"  # all other names are Hugging Face's
 
 
-class Read(NamedTuple):
-    """What a folder held."""
+class ImportedModel(NamedTuple):
+    """A model in our structure and with our parameters."""
 
     model: ModelConfig
     params: dict[str, Any]
 
 
 def find(name: str) -> pathlib.Path:
-    """Returns a folder as it is, or where a model of the Hub lies here, downloaded if need be.
+    """Returns a folder unchanged, or the local copy of a Hub model, downloaded if necessary.
 
     Raises:
       UserError: if there is none.
     """
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        for file in sorted(
-            (*path.glob("*.json"), *path.glob("*.safetensors"), *path.glob("*.bin"))
-        ):
+        weights = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
+        for file in sorted((*path.glob("*.json"), *weights)):
             refuse_stand_in(file)
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"model folder {name} does not exist; give a folder, or an id of the Hugging Face Hub "
-            "such as state-spaces/mamba-130m-hf"
+            f"model folder {name} does not exist; give a folder, or a Hugging Face Hub id such as "
+            "state-spaces/mamba-130m-hf"
         )
     import huggingface_hub
 
@@ -70,16 +69,16 @@ def find(name: str) -> pathlib.Path:
         reason = f"the Hub is out of reach: {why}" if why else first_line(error)
         raise UserError(
             f"model {name} is neither a folder nor in the cache, and cannot be downloaded "
-            f"({reason})"
+            f"({reason}); check the name, or give a folder"
         ) from error
     return folder
 
 
 def refuse_stand_in(file: pathlib.Path) -> None:
-    """Looks at the first bytes of a file, if there is one.
+    """Checks the first bytes of a file, if it exists.
 
     Raises:
-      UserError: if it is a pointer of git-LFS or a web page in the place of a model's file.
+      UserError: if it is a git-LFS pointer or a web page instead of a model's file.
     """
     if file.is_file():
         with file.open("rb") as stream:
@@ -89,12 +88,12 @@ def refuse_stand_in(file: pathlib.Path) -> None:
                 raise UserError(f"{file} is {what}")
 
 
-def read(folder: pathlib.Path) -> Read:
+def read(folder: pathlib.Path) -> ImportedModel:
     """Reads config and weights.
 
     Raises:
-      UserError: if a file is missing or damaged, a weight is no finite floating-point number, or
-        the model is not one that ours can be.
+      UserError: if a file is missing or damaged, a weight is not a finite floating-point number,
+        or mamba_jax cannot represent the model.
     """
     record = _json(folder / "config.json")
     _refuse_quantized(record)
@@ -104,24 +103,27 @@ def read(folder: pathlib.Path) -> Read:
     if _ORIGINAL_EMBEDDING in table:
         table[tensors.EMBEDDING] = table.pop(_ORIGINAL_EMBEDDING)
     if tensors.EMBEDDING not in table:
-        raise UserError(f"{folder} holds no {tensors.EMBEDDING}: it is no Mamba language model")
+        raise UserError(f"{folder} has no {tensors.EMBEDDING}; give a Mamba language model")
     model = model_config(record, n_ids=len(table[tensors.EMBEDDING]))
     if model.tie_embeddings:
         head = table.pop(tensors.HEAD, table[tensors.EMBEDDING])
         if not np.array_equal(head, table[tensors.EMBEDDING]):
-            raise UserError(f"{folder}: tied embeddings, and yet lm_head.weight is another matrix")
-    return Read(model, tensors.from_hf(table, model))
+            raise UserError(
+                f"{folder}: config.json ties the embeddings, but lm_head.weight is another matrix; "
+                "correct one of the two"
+            )
+    return ImportedModel(model, tensors.from_hf(table, model))
 
 
 def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
-    """Returns the structure that a ``config.json`` tells.
+    """Returns the structure that a ``config.json`` describes.
 
     Args:
       record: of Hugging Face's or the original's.
-      n_ids: rows of the embedding; the file's own number may be of those without padding.
+      n_ids: rows of the embedding; the file's own number may exclude padding.
 
     Raises:
-      UserError: if ours has no such structure.
+      UserError: if mamba_jax has no such structure.
     """
     try:
         if record.get("model_type") == "mamba":
@@ -133,12 +135,14 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
             fields = _original(record)
         else:
             kind = record.get("model_type", "unknown")
-            raise UserError(f'a model of type "{kind}" cannot be imported; "mamba" can')
+            raise UserError(
+                f'a model of type "{kind}" cannot be imported; give one of type "mamba"'
+            )
     except KeyError as error:
-        raise UserError(f"config.json lacks {error}") from error
+        raise UserError(f"config.json lacks {error}; give the model's complete config") from error
     for name, value in fields.items():
         if isinstance(value, int) and value >= _TOO_LARGE:
-            raise UserError(f"config.json: {name}={value} is no size of a model")
+            raise UserError(f"config.json: {name}={value} is too large for a model; correct it")
     run = from_dict({"model": fields | {"vocab_size": n_ids}})  # checks the types
     checks.check(run)
     return run.model
@@ -157,22 +161,24 @@ def _refuse_quantized(record: Mapping[str, Any]) -> None:
 def _check_values(name: str, array: np.ndarray) -> None:
     if array.dtype not in _FLOATS:
         raise UserError(
-            f"tensor {name} is of {array.dtype}, which is no floating-point type; give a model "
-            "whose weights are float32, float16 or bfloat16"
+            f"tensor {name} has dtype {array.dtype}, which is not a floating-point type; give a "
+            "model whose weights are float32, float16 or bfloat16"
         )
     with np.errstate(over="ignore"):  # of float64
         n_bad = int((~np.isfinite(np.asarray(array, np.float32))).sum())
     if n_bad:
         raise UserError(
             f"tensor {name}: {n_bad} of {array.size} values are NaN or infinite in float32; the "
-            "file is damaged or the model diverged: give an earlier checkpoint of it"
+            "file is damaged or the model diverged; give an earlier checkpoint of it"
         )
 
 
 def _hugging_face(record: Mapping[str, Any]) -> dict[str, Any]:
     for name, wanted in (("use_bias", False), ("use_conv_bias", True), ("hidden_act", "silu")):
         if record.get(name, wanted) != wanted:
-            raise UserError(f"config.json: {name}={record[name]} cannot be imported; {wanted} can")
+            raise UserError(
+                f"config.json: {name}={record[name]} cannot be imported; only {wanted} can"
+            )
     rank = record.get("time_step_rank", "auto")
     return {
         "d_model": record["hidden_size"],
@@ -189,7 +195,7 @@ def _hugging_face(record: Mapping[str, Any]) -> dict[str, Any]:
 def _original(record: Mapping[str, Any]) -> dict[str, Any]:
     ssm = record.get("ssm_cfg") or {}
     if not isinstance(ssm, dict):
-        raise UserError(f"config.json: ssm_cfg={ssm} is no table of fields")
+        raise UserError(f"config.json: ssm_cfg={ssm} is not an object; correct it")
     unlike = {
         "ssm_cfg.layer": ssm.get("layer", "Mamba1") != "Mamba1",
         "rms_norm": not record.get("rms_norm", True),
@@ -199,7 +205,9 @@ def _original(record: Mapping[str, Any]) -> dict[str, Any]:
         "ssm_cfg.conv_bias": not ssm.get("conv_bias", True),
     }
     for name in (name for name, differs in unlike.items() if differs):
-        raise UserError(f"config.json: a model with this {name} cannot be imported")
+        raise UserError(
+            f"config.json: {name} has a value that cannot be imported; give another model"
+        )
     rank = ssm.get("dt_rank", "auto")
     return {
         "d_model": record["d_model"],
@@ -226,26 +234,32 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         for shard in shards:
             found = _load(folder / shard)
             for twice in sorted(table.keys() & found.keys()):
-                raise UserError(f"tensor {twice} is in {shard} and in another shard as well")
+                raise UserError(
+                    f"tensor {twice} is in {shard} and in another shard; download the model again"
+                )
             table |= found
         return table
     others = [f.name for kind in ("*.safetensors", "*.bin") for f in sorted(folder.glob(kind))]
+    found = f" (it contains {', '.join(others[:3])})" if others else ""
     raise UserError(
-        f"{folder} holds neither {_SAFE} nor {_TORCH}, nor an index ({_SAFE}.index.json) of shards"
-        + (f"; it holds {', '.join(others[:3])}" if others else "")
+        f"{folder} contains neither {_SAFE} nor {_TORCH}, nor an index ({_SAFE}.index.json) of "
+        f"shards{found}; download the missing files"
     )
 
 
 def _shards(index: pathlib.Path) -> list[str]:
     files = _json(index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise UserError(f"{index} is damaged: its weight_map does not name a file for each tensor")
+        raise UserError(
+            f"{index} is damaged: its weight_map does not name a file for each tensor; download it "
+            "again"
+        )
     return sorted(set(files.values()))
 
 
 def _load(file: pathlib.Path) -> dict[str, np.ndarray]:
     if not file.is_file():
-        raise UserError(f"{file} is missing")
+        raise UserError(f"{file} is missing; download it again")
     refuse_stand_in(file)
     if file.suffix != ".safetensors":
         return torch_file.load_file(file)
@@ -262,7 +276,7 @@ def _load(file: pathlib.Path) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # the library has one of its own
-        raise UserError(f"{file} is damaged: {first_line(error)}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}; download it again") from error
 
 
 def _json(file: pathlib.Path) -> dict[str, Any]:
@@ -270,9 +284,9 @@ def _json(file: pathlib.Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file} is missing") from None
+        raise UserError(f"{file} is missing; download it again") from None
     except ValueError as error:
-        raise UserError(f"{file} is damaged: {first_line(error)}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}; download it again") from error
     if not isinstance(record, dict):
-        raise UserError(f"{file} holds no JSON object")
+        raise UserError(f"{file} is not a JSON object; download it again")
     return record

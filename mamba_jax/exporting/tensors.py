@@ -17,8 +17,8 @@ from mamba_jax.errors import UserError
 from mamba_jax.models import build
 
 
-class Row(NamedTuple):
-    """One tensor of a layer; arrays of ours come without the layer axis."""
+class Pair(NamedTuple):
+    """One tensor of a layer in both formats; our arrays have no layer axis here."""
 
     theirs: str  # after "backbone.layers.{i}."
     ours: tuple[str, ...]  # path under params["layers"]
@@ -30,32 +30,34 @@ _same = lambda a: a
 _turn = lambda a: a.T
 _turn_first = lambda a: a.reshape(len(a), -1).T  # (i, …) → (…, i)
 _turn_last = lambda a: a.reshape(-1, a.shape[-1]).T  # (…, i) → (i, …)
-# A layer has those of the rows whose part its model has.
+# A layer uses the pairs of the parts that its model has.
 LAYER = (
-    Row("norm.weight", ("norm", "scale"), _same, _same),
-    Row("mixer.in_proj.weight", ("mixer", "in_proj", "kernel"), _turn_first, _turn),  # x then z
+    Pair("norm.weight", ("norm", "scale"), _same, _same),
+    Pair("mixer.in_proj.weight", ("mixer", "in_proj", "kernel"), _turn_first, _turn),  # x then z
     # (k, e) ↔ (e, 1, k)
-    Row("mixer.conv1d.weight", ("mixer", "conv1d", "kernel"), lambda a: a.T[:, None], _turn),
-    Row("mixer.conv1d.bias", ("mixer", "conv1d", "bias"), _same, _same),
-    Row("mixer.x_proj.weight", ("mixer", "x_proj", "kernel"), _turn, _turn),
-    Row("mixer.dt_proj.weight", ("mixer", "dt_proj", "kernel"), _turn, _turn),
-    Row("mixer.dt_proj.bias", ("mixer", "dt_proj", "bias"), _same, _same),
-    Row("mixer.A_log", ("mixer", "A_log"), _same, _same),
-    Row("mixer.D", ("mixer", "D"), _same, _same),
-    Row("mixer.out_proj.weight", ("mixer", "out_proj", "kernel"), _turn, _turn),
-    Row("recursion.norm.weight", ("recursion", "norm", "scale"), _same, _same),
-    Row("recursion.up.weight", ("recursion", "up", "kernel"), _turn, _turn),
-    Row("recursion.down.weight", ("recursion", "down", "kernel"), _turn, _turn),
-    Row("recursion.gate.weight", ("recursion", "gate", "kernel"), _same, _same),
-    Row("recursion.gate.bias", ("recursion", "gate", "bias"), _same, _same),
-    Row("attention.norm.weight", ("attention", "norm", "scale"), _same, _same),
-    Row("attention.qkv.weight", ("attention", "qkv", "kernel"), _turn_first, _turn),  # (d, 3, h, p)
-    Row("attention.query_norm.weight", ("attention", "query_norm", "scale"), _same, _same),
-    Row("attention.key_norm.weight", ("attention", "key_norm", "scale"), _same, _same),
-    Row("attention.scale_logits", ("attention", "scale_logits"), _same, _same),
-    Row("attention.o_proj.weight", ("attention", "o_proj", "kernel"), _turn_last, _turn),
-    Row("fusion.proj.weight", ("fusion", "proj", "kernel"), _turn, _turn),
-    Row("fusion.norm.weight", ("fusion", "norm", "scale"), _same, _same),
+    Pair("mixer.conv1d.weight", ("mixer", "conv1d", "kernel"), lambda a: a.T[:, None], _turn),
+    Pair("mixer.conv1d.bias", ("mixer", "conv1d", "bias"), _same, _same),
+    Pair("mixer.x_proj.weight", ("mixer", "x_proj", "kernel"), _turn, _turn),
+    Pair("mixer.dt_proj.weight", ("mixer", "dt_proj", "kernel"), _turn, _turn),
+    Pair("mixer.dt_proj.bias", ("mixer", "dt_proj", "bias"), _same, _same),
+    Pair("mixer.A_log", ("mixer", "A_log"), _same, _same),
+    Pair("mixer.D", ("mixer", "D"), _same, _same),
+    Pair("mixer.out_proj.weight", ("mixer", "out_proj", "kernel"), _turn, _turn),
+    Pair("recursion.norm.weight", ("recursion", "norm", "scale"), _same, _same),
+    Pair("recursion.up.weight", ("recursion", "up", "kernel"), _turn, _turn),
+    Pair("recursion.down.weight", ("recursion", "down", "kernel"), _turn, _turn),
+    Pair("recursion.gate.weight", ("recursion", "gate", "kernel"), _same, _same),
+    Pair("recursion.gate.bias", ("recursion", "gate", "bias"), _same, _same),
+    Pair("attention.norm.weight", ("attention", "norm", "scale"), _same, _same),
+    Pair(
+        "attention.qkv.weight", ("attention", "qkv", "kernel"), _turn_first, _turn
+    ),  # (d, 3, h, p)
+    Pair("attention.query_norm.weight", ("attention", "query_norm", "scale"), _same, _same),
+    Pair("attention.key_norm.weight", ("attention", "key_norm", "scale"), _same, _same),
+    Pair("attention.scale_logits", ("attention", "scale_logits"), _same, _same),
+    Pair("attention.o_proj.weight", ("attention", "o_proj", "kernel"), _turn_last, _turn),
+    Pair("fusion.proj.weight", ("fusion", "proj", "kernel"), _turn, _turn),
+    Pair("fusion.norm.weight", ("fusion", "norm", "scale"), _same, _same),
 )
 EMBEDDING, NORM, HEAD = "backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"
 
@@ -74,10 +76,10 @@ def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[st
     }
     if not config.tie_embeddings:
         tensors[HEAD] = np.asarray(params["lm_head"]["kernel"])[:n_ids]
-    for row in _rows(params["layers"]):
-        stacked = np.asarray(_leaf(params["layers"], row.ours))
+    for pair in _pairs(params["layers"]):
+        stacked = np.asarray(_leaf(params["layers"], pair.ours))
         for i in range(config.n_layers):
-            tensors[f"backbone.layers.{i}.{row.theirs}"] = row.out(stacked[i])
+            tensors[f"backbone.layers.{i}.{pair.theirs}"] = pair.out(stacked[i])
     # safetensors writes wrong values, silently, from arrays that are not C-contiguous.
     return {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
 
@@ -89,25 +91,27 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
       UserError: if a tensor is missing, or one is left over, or of another shape.
     """
     last = f"backbone.layers.{config.n_layers - 1}.{LAYER[0].theirs}"
-    if last not in tensors:  # before names are made of layers that nobody has
-        raise UserError(f"tensor {last} is missing")
+    if last not in tensors:  # before names of perhaps 10⁹ layers are made
+        raise UserError(f"tensor {last} is missing; download the model again")
     abstract = build.abstract_params(config)
-    rows = _rows(abstract["layers"])
+    pairs = _pairs(abstract["layers"])
     names = {EMBEDDING, NORM} | (set() if config.tie_embeddings else {HEAD})
-    names |= {f"backbone.layers.{i}.{r.theirs}" for i in range(config.n_layers) for r in rows}
+    names |= {
+        f"backbone.layers.{i}.{pair.theirs}" for i in range(config.n_layers) for pair in pairs
+    }
     odd = sorted(names.symmetric_difference(tensors))
     if odd:
         what = "missing" if odd[0] in names else "not one of this architecture's"
         raise UserError(f"tensor {odd[0]} is {what}")
     layers: dict[str, Any] = {}
-    for row in rows:
-        own_shape = _leaf(abstract["layers"], row.ours).shape[1:]
-        shape = row.out(np.broadcast_to(np.float32(0), own_shape)).shape  # takes no memory
+    for pair in pairs:
+        own_shape = _leaf(abstract["layers"], pair.ours).shape[1:]
+        shape = pair.out(np.broadcast_to(np.float32(0), own_shape)).shape  # takes no memory
         each = []
         for i in range(config.n_layers):
-            name = f"backbone.layers.{i}.{row.theirs}"
-            each.append(row.back(_checked(name, tensors[name], shape)).reshape(own_shape))
-        *groups, last = row.ours
+            name = f"backbone.layers.{i}.{pair.theirs}"
+            each.append(pair.back(_checked(name, tensors[name], shape)).reshape(own_shape))
+        *groups, last = pair.ours
         node = layers
         for group in groups:
             node = node.setdefault(group, {})
@@ -131,8 +135,8 @@ def _padded(name: str, tensors: Mapping[str, np.ndarray], config: ModelConfig) -
     return np.pad(np.asarray(table_vd, np.float32), ((0, rows), (0, 0)))
 
 
-def _rows(layers: Mapping[str, Any]) -> list[Row]:
-    return [row for row in LAYER if row.ours[0] in layers]
+def _pairs(layers: Mapping[str, Any]) -> list[Pair]:
+    return [pair for pair in LAYER if pair.ours[0] in layers]
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
@@ -144,5 +148,5 @@ def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 def _checked(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape != shape:
-        raise UserError(f"tensor {name} is of shape {array.shape}, not {shape}")
+        raise UserError(f"tensor {name} has shape {array.shape}; config.json asks for {shape}")
     return array

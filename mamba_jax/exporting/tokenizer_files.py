@@ -1,7 +1,7 @@
-"""A tokenizer as Hugging Face's ``tokenizer.json``: the same ids, and texts begin as in training.
+"""Writes a tokenizer as Hugging Face's ``tokenizer.json``, with the same ids.
 
-A document's first token is the end-of-text token of the one before it, so the file puts that token
-before every text. What a text spells stays text, special tokens included.
+In training, a document follows the end-of-text token of the one before it, so the file puts that
+token before every text. Names of special tokens in a text stay text.
 """
 
 import json
@@ -28,14 +28,14 @@ _PROBES = (
 
 
 def end_name(tokenizer: Tokenizer) -> str:
-    """Returns how the end-of-text token is written."""
+    """Returns the name of the end-of-text token."""
     if CONFIG_NAME in tokenizer.files:
         return json.loads(tokenizer.files[CONFIG_NAME])["eos_token"]
     return END_OF_TEXT
 
 
 def special_tokens(tokenizer: Tokenizer, fills_in: bool) -> dict[str, int]:
-    """Returns name → id of the tokens that no text makes.
+    """Returns name → id of the special tokens, which encoding a text never gives.
 
     Args:
       tokenizer: of the model.
@@ -50,7 +50,7 @@ def special_tokens(tokenizer: Tokenizer, fills_in: bool) -> dict[str, int]:
 
 
 def id_count(tokenizer: Tokenizer, fills_in: bool) -> int:
-    """Returns how many ids there are: the rows of the embedding that leave the house."""
+    """Returns the number of ids: the rows of the embedding that are exported."""
     return max(tokenizer.vocab_size, *(i + 1 for i in special_tokens(tokenizer, fills_in).values()))
 
 
@@ -58,7 +58,7 @@ def record(tokenizer: Tokenizer, fills_in: bool) -> dict[str, Any]:
     """Returns the content of ``tokenizer.json``, checked on a few texts.
 
     Raises:
-      UserError: if the library tokenizers is missing or reads other ids from it.
+      UserError: if the library tokenizers is missing or gives other ids.
     """
     special = special_tokens(tokenizer, fills_in)
     if FILE_NAME in tokenizer.files:
@@ -75,7 +75,7 @@ def record(tokenizer: Tokenizer, fills_in: bool) -> dict[str, Any]:
         if theirs.encode(text).ids != with_end(tokenizer, text):
             raise UserError(
                 f"the tokenizer {tokenizer.name} cannot be written as {FILE_NAME}: {text!r} would "
-                "give other ids"
+                "give other ids; use --format safetensors"
             )
     return found
 
@@ -100,8 +100,8 @@ def files(
         "bos_token": end,
         "eos_token": end,
         "pad_token": end,
-        "padding_side": "left",  # the model goes on from a row's last token
-        # Typed special tokens are text; but a template of another format may spell them.
+        "padding_side": "left",  # the model continues a row's last token
+        # Special tokens that a user types are text, but a template of another format may use them.
         "split_special_tokens": not chat_template,
         "clean_up_tokenization_spaces": False,
         "chat_template": chat_template or chat_format.jinja(begins=opened is not None),
@@ -120,7 +120,7 @@ def is_ours(chat_template: str) -> bool:
 
 
 def own_template(folder: pathlib.Path) -> str:
-    """Returns the chat template that a model of Hugging Face's brings; "" if none, or ours.
+    """Returns the chat template of a Hugging Face model; "" if it has none, or ours.
 
     Args:
       folder: of the model, or of a checkpoint that it was imported to.
@@ -141,7 +141,7 @@ def own_template(folder: pathlib.Path) -> str:
             template = (folder / TEMPLATE_NAME).read_text("utf-8")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: the chat template cannot be read: {first_line(error)}; mend or remove it"
+            f"{folder}: the chat template cannot be read: {first_line(error)}; fix or remove it"
         ) from error
     return template if isinstance(template, str) and not is_ours(template) else ""
 
@@ -154,7 +154,7 @@ def _library(content: dict[str, Any]) -> Any:
 
 
 def keeps_text(tokenizer: Tokenizer, contents: Mapping[str, dict[str, Any]]) -> bool:
-    """Says whether the library reads a typed separator as text, if it is told to.
+    """Says whether the library can keep a typed separator as text.
 
     The vocabulary of a Unigram model may hold it as an ordinary word, which text can spell.
 
@@ -173,12 +173,12 @@ def spelled(tokenizer: Tokenizer) -> str:
 
 
 def with_end(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a text begun as training begins a document."""
+    """Returns the ids of a text after the separator, as in training."""
     return [tokenizer.eot_id, *tokenizer.encode(text).tolist()]
 
 
 def _opened(content: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Returns the record with a chat's opening; None if it cannot have one that changes no more."""
+    """Returns the record with a chat's opening; None if adding one would change other texts."""
     end = end_name(tokenizer)
     found = chat_opening.add(content, end, tokenizer.eot_id)
     if found is None:
@@ -257,7 +257,7 @@ def merges(pieces: list[bytes]) -> list[tuple[bytes, bytes]]:
     """Returns the merges of byte-pair encoding, in order, from its tokens in order of rank.
 
     A token's last merge joins the two pieces that the earlier merges make of it. A token that they
-    do not reach has none: it can be chosen as a whole word alone.
+    do not reach has no merge: it only matches a whole word.
     """
     ranks = {piece: rank for rank, piece in enumerate(pieces) if piece}
     found = []

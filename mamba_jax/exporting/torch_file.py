@@ -23,7 +23,7 @@ _STORAGES = {
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
-    # No weights of a model: whoever loads the file can say which tensor it is.
+    # Not weights of a model, but loading them lets an error name the tensor.
     "LongStorage": np.int64,
     "IntStorage": np.int32,
     "ShortStorage": np.int16,
@@ -37,16 +37,16 @@ _DTYPE = re.compile(r"(b?float|u?int|complex)\d\w*|bool|per_\w+_affine\w*")
 
 
 class _Unsupported(NamedTuple):
-    """In the place of a tensor or storage of a type that numpy does not have."""
+    """Replaces a tensor or storage whose dtype numpy does not have."""
 
     dtype: str
 
 
 def unsupported(what: str, dtype: str) -> UserError:
-    """Returns the error for weights of a type that numpy does not have."""
+    """Returns the error for weights whose dtype numpy does not have."""
     return UserError(
-        f"{what} is of {dtype}, which is not supported; convert the weights to bfloat16 or "
-        "float32, or give the model as it was before it was quantised"
+        f"{what} has dtype {dtype}, which is not supported; convert the weights to bfloat16 or "
+        "float32, or give the model from before it was quantised"
     )
 
 
@@ -67,14 +67,14 @@ def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
         if isinstance(error, OSError) and error.filename:
             raise
         raise UserError(
-            f"{path} is no file of tensors that torch ≥ 1.6 saved, or is damaged "
-            f"({first_line(error)}); a model.safetensors beside it would be read in its place"
+            f"{path} is damaged or was not saved by torch ≥ 1.6 ({first_line(error)}); download it "
+            "again, or give a model.safetensors"
         ) from error
     for name, value in found.items() if isinstance(found, dict) else ():
         if isinstance(value, _Unsupported):
             raise unsupported(f"{path}: tensor {name}", value.dtype)
     if not isinstance(found, dict) or not all(isinstance(a, np.ndarray) for a in found.values()):
-        raise UserError(f"{path} holds no table of tensors by name")
+        raise UserError(f"{path} does not map names to tensors; give a file of weights alone")
     return dict(found)
 
 
@@ -89,7 +89,7 @@ class _Reader(pickle.Unpickler):
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-            # Of the types without a storage of their own, such as float8.
+            # For dtypes without a storage class of their own, such as float8.
             ("torch.storage", "UntypedStorage"): np.uint8,
             ("torch._utils", "_rebuild_tensor_v3"): lambda *given: given[6],
             ("torch._utils", "_rebuild_qtensor"): lambda storage, *_: storage,
@@ -100,7 +100,10 @@ class _Reader(pickle.Unpickler):
             return _STORAGES.get(name, _Unsupported(name.removesuffix("Storage")))
         if module == "torch" and _DTYPE.fullmatch(name):
             return _Unsupported(name)
-        raise UserError(f"{self._path} names {module}.{name}, which tensors do not need: not read")
+        raise UserError(
+            f"{self._path} refers to {module}.{name}, which tensors do not need; the file may run "
+            "code and was not loaded: give a model.safetensors"
+        )
 
     def persistent_load(self, pid: Any) -> np.ndarray | _Unsupported:
         _, dtype, key, _, _ = pid
@@ -124,6 +127,6 @@ def _tensor(
         return storage
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if offset < 0 or min((*shape, *strides), default=0) < 0 or last >= len(storage):
-        raise ValueError("a tensor lies outside its storage")
+        raise ValueError("a tensor is outside its storage")
     steps = [step * storage.itemsize for step in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False).copy()

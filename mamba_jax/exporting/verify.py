@@ -1,6 +1,6 @@
-"""An exported model in its engine against the one it came from: ids, logits and greedy text.
+"""Compares an exported model in its engine with the original: ids, logits and greedy text.
 
-The ids are of prompts and of chats, some of which spell the separator's name.
+The ids are those of prompts and chats, some of which spell the separator's name.
 """
 
 import dataclasses
@@ -30,24 +30,24 @@ PROMPTS = (
     "If 3 apples cost 12 coins, one apple costs",
 )
 GREEDY_TOKENS = 64
-# Of the largest logit. float32: sums in another order. llama.cpp rounds what it multiplies with
-# narrow weights to their dtype as well, so that texts may part where two tokens are equally likely.
+# Shares of the largest logit. float32: sums in another order. llama.cpp also rounds the factors of
+# narrow weights to their dtype, so greedy texts may differ where two tokens are equally likely.
 TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
-# Tokens whose log-probabilities llama.cpp is asked for, at each so many-th place of a greedy text.
+# How many log-probabilities llama.cpp returns, and after each so-many-th token of a greedy text.
 _TOP, _EVERY = 20, 8
 
 
 class Verdict(NamedTuple):
-    """What was found."""
+    """The result of a comparison."""
 
     largest_difference: float  # the file in the other engine against the file in ours
-    largest_value: float  # logit, or log-probability, that this is a share of
-    drift: float  # in ours: the file's weights against the checkpoint's
+    largest_value: float  # logit or log-probability; scales the tolerance
+    drift: float  # in our engine: the file's weights against the checkpoint's
     same_greedy: int  # tokens, of ``n_greedy``
     n_greedy: int
 
-    def told(self, dtype: str) -> str:
-        """Returns a line for the user."""
+    def summary(self, dtype: str) -> str:
+        """Returns a line for the log."""
         return (
             f"verified: largest difference {self.largest_difference:.2e} (largest logit "
             f"{self.largest_value:.3g}), {self.same_greedy} of {self.n_greedy} greedy tokens the "
@@ -61,7 +61,7 @@ def _run(params: Any, config: ModelConfig, ids_bt: jax.Array) -> jax.Array:
 
 
 class _Ours:
-    """Our model in float32, of the file's weights and of the checkpoint's, asked the same."""
+    """Our model in float32, with the file's weights and with the checkpoint's."""
 
     def __init__(
         self,
@@ -84,23 +84,23 @@ class _Ours:
         return ours_tv
 
     def compare(self, ours: np.ndarray, theirs: np.ndarray) -> None:
-        """Takes numbers of both sides in, of equal shapes."""
+        """Adds values of both engines, of equal shapes."""
         # fmax would drop a NaN.
         self._difference = np.maximum(self._difference, np.abs(ours - theirs).max())
         self._largest = max(self._largest, float(np.abs(ours).max()))
 
     def compare_greedy(self, logits_tv: np.ndarray, chosen_t: np.ndarray, eot_id: int) -> None:
-        """Takes their greedy text in, in which ``eot_id`` was forbidden lest it end.
+        """Adds their greedy text, in which ``eot_id`` was suppressed so that it does not end.
 
-        One full pass over their text tells at each place what ours would have said: equal choices
-        everywhere mean equal greedy texts.
+        One full pass over their text gives our choice after each token: equal choices everywhere
+        mean equal greedy texts.
         """
         allowed_tv = np.where(np.arange(logits_tv.shape[-1]) == eot_id, -np.inf, logits_tv)
         self._same += int((allowed_tv.argmax(-1) == chosen_t).sum())
         self._total += len(chosen_t)
 
     def verdict(self, dtype: str, *, same_text: bool) -> Verdict:
-        """Judges.
+        """Returns the result.
 
         Raises:
           UserError: if the two differ by more than rounding explains.
@@ -114,22 +114,22 @@ class _Ours:
         ):
             raise UserError(
                 f"verification failed: logits differ by {found.largest_difference:.2e} "
-                f"(largest logit {found.largest_value:.3g}); nothing was written"
+                f"(largest logit {found.largest_value:.3g}); the export was removed"
             )
         if same_text and found.same_greedy != found.n_greedy:
             raise UserError(
                 f"verification failed: {found.same_greedy} of {found.n_greedy} greedy tokens are "
-                "the same; nothing was written"
+                "the same; the export was removed"
             )
         return found
 
 
 def _prompts(tokenizer: Tokenizer, keeps_text: bool) -> dict[str, np.ndarray]:
-    """Returns prompts with their int32 ids, begun as training begins a document.
+    """Returns prompts with their int32 ids, which begin with the separator as in training.
 
     Args:
       tokenizer: of the model.
-      keeps_text: the engine reads the separator's name as text: a prompt spells it.
+      keeps_text: the engine keeps the separator's name as text; then a prompt spells it.
     """
     texts = (*PROMPTS, tokenizer_files.spelled(tokenizer)) if keeps_text else PROMPTS
     with_end = tokenizer_files.with_end
@@ -137,7 +137,7 @@ def _prompts(tokenizer: Tokenizer, keeps_text: bool) -> dict[str, np.ndarray]:
 
 
 def _chats(tokenizer: Tokenizer, keeps_text: bool) -> Iterator[tuple[list[dict[str, str]], str]]:
-    """Yields chats and their text up to where the next answer begins; see ``_prompts``."""
+    """Yields chats and their text up to the next answer; arguments as in ``_prompts``."""
     typed = tokenizer_files.spelled(tokenizer) if keeps_text else "no more"
     turns = (
         ("system", "Be brief."),
@@ -151,7 +151,7 @@ def _chats(tokenizer: Tokenizer, keeps_text: bool) -> Iterator[tuple[list[dict[s
         yield chat, prompt_of(chat)
 
 
-class _Files(NamedTuple):
+class _TokenizerFacts(NamedTuple):
     """What an exported folder states about its tokenizer."""
 
     keeps_text: bool  # special tokens' names are text
@@ -159,11 +159,11 @@ class _Files(NamedTuple):
     begins_chats: bool  # the template begins a chat with the separator
 
 
-def _files(folder: pathlib.Path, tokenizer: Tokenizer) -> _Files:
+def _files(folder: pathlib.Path, tokenizer: Tokenizer) -> _TokenizerFacts:
     names = (tokenizer_files.FILE_NAME, tokenizer_files.CONFIG_NAME)
     contents = {name: json.loads((folder / name).read_text("utf-8")) for name in names}
     config = contents[tokenizer_files.CONFIG_NAME]
-    return _Files(
+    return _TokenizerFacts(
         config["split_special_tokens"] and tokenizer_files.keeps_text(tokenizer, contents),
         tokenizer_files.is_ours(config["chat_template"]),
         tokenizer_files.begins_chats(contents),
@@ -249,7 +249,7 @@ def check_gguf(
     server = llama.Server(settings)
     ours = _Ours(tensors, gguf_file.rounded(tensors, dtype), config)
 
-    def ask(path: str, **request: Any) -> Any:
+    def call(path: str, **request: Any) -> Any:
         url = f"{server.listening_address}{path}"
         data = json.dumps(request).encode() if request else None
         header = {"Content-Type": "application/json"}
@@ -259,22 +259,22 @@ def check_gguf(
     n = GREEDY_TOKENS
     greedy = {"temperature": 0, "top_k": 1, "return_tokens": True, "ignore_eos": True}
     greedy |= {"cache_prompt": False, "post_sampling_probs": False}
-    # Without parse_special the names of special tokens are text; its prompts cannot ask for that.
-    encode = lambda text: ask("/tokenize", content=text, add_special=True, parse_special=False)
-    if tokenizer_files.is_ours(ask("/props")["chat_template"]):
+    # Without parse_special, names of special tokens stay text; /completion has no such option.
+    encode = lambda text: call("/tokenize", content=text, add_special=True, parse_special=False)
+    if tokenizer_files.is_ours(call("/props")["chat_template"]):
         for chat, text in _chats(tokenizer, keeps_text=True):
-            rendered = ask("/apply-template", messages=chat)["prompt"]
+            rendered = call("/apply-template", messages=chat)["prompt"]
             wanted = tokenizer_files.with_end(tokenizer, text)
             _check_ids(text, encode(rendered)["tokens"], np.array(wanted))
     for text, ids in _prompts(tokenizer, keeps_text=True).items():
         _check_ids(text, encode(text)["tokens"], ids)
-        chosen = np.array(ask("/completion", prompt=ids.tolist(), n_predict=n, **greedy)["tokens"])
+        chosen = np.array(call("/completion", prompt=ids.tolist(), n_predict=n, **greedy)["tokens"])
         logits_tv = ours.logits(np.r_[ids, chosen[:-1]])[len(ids) - 1 :]
         ours.compare_greedy(logits_tv, chosen, tokenizer.eot_id)
         for place in range(0, n, _EVERY):
             prompt = np.r_[ids, chosen[:place]].tolist()
-            answer = ask("/completion", prompt=prompt, n_predict=1, n_probs=_TOP, **greedy)
-            # The server tells nothing of a token that leaves a character incomplete.
+            answer = call("/completion", prompt=prompt, n_predict=1, n_probs=_TOP, **greedy)
+            # The server reports no probabilities for a token that leaves a character incomplete.
             for step in answer.get("completion_probabilities", ()):
                 top = {one["id"]: one["logprob"] for one in step["top_logprobs"]}
                 log_v = logits_tv[place] - np.logaddexp.reduce(logits_tv[place])
@@ -343,4 +343,7 @@ def check_onnx(
 
 def _check_ids(text: str, theirs: list[int], ours: np.ndarray) -> None:
     if theirs != ours.tolist():
-        raise UserError(f"verification failed: the tokenizers disagree on {text!r}")
+        raise UserError(
+            f"verification failed: the tokenizers give different ids for {text!r}; the export was "
+            "removed"
+        )

@@ -1,4 +1,4 @@
-"""From a prompt to text: sampling, prefill in pieces, a compiled decoding loop, conversations."""
+"""From a prompt to text: sampling, chunked prefill, a compiled decoding loop, conversations."""
 
 from mamba_jax.generation.conversation import Conversation
 from mamba_jax.generation.ensemble import Model

@@ -11,15 +11,15 @@ from typing import Any
 from mamba_jax.data.sources.chats import chat_text
 from mamba_jax.errors import UserError
 
-ANSWER = "assistant:"  # what the model goes on from, with a space and its answer
-STOP = "\n\nuser:"  # where the model begins to speak for the user, its answer has ended
+ANSWER = "assistant:"  # the model continues it with a space and its answer
+STOP = "\n\nuser:"  # an answer ends where the model starts the user's next turn
 
 
 def prompt_of(messages: Sequence[Mapping[str, Any]]) -> str:
     """Returns a conversation up to where the next answer begins.
 
     Args:
-      messages: each with ``role`` and ``content``, the latter a text or a list of text parts.
+      messages: each with ``role`` and ``content``; content is a text or a list of text parts.
 
     Raises:
       UserError: if there is no text in them.

@@ -1,10 +1,10 @@
-"""A conversation whose recurrent state is kept: no token of it is read twice.
+"""A conversation that keeps its recurrent state: each token is processed once.
 
-Between two turns the model's state stands after what was said so far, of fixed size however long
-that is. The text is that of ``generation.chat``. After an answer the model either has begun to
-speak for the user itself, whose tokens are then the beginning of the next turn, or it ended in
-another way, and "\\n\\nuser:" is read with the next turn. The end-of-text token is never read: what
-follows it is another document, and the model would forget the conversation.
+Between two turns the model's state covers the conversation so far; its size is fixed. The text is
+that of ``generation.chat``. An answer may end because the model starts the user's turn itself; its
+tokens then begin the next turn. Otherwise "\\n\\nuser:" is prefilled with the next turn. The
+end-of-text token is never fed to the model: what follows it is another document, and the model
+would forget the conversation.
 """
 
 import functools
@@ -23,9 +23,9 @@ from mamba_jax.generation.sampling import Sampling, sample
 from mamba_jax.generation.stops import StopFinder
 from mamba_jax.models import build
 
-# A turn is read in these, largest first, because a state cannot be continued past padding. Few, as
-# each is compiled; the last is that of an answer's tokens too.
-PIECES = (1024, 128, 16, 1)
+# Prefill chunk sizes of a turn, largest first and without padding, because padding would change the
+# state. Few, as each is compiled; an answer's tokens use the last one too.
+CHUNK_LENGTHS = (1024, 128, 16, 1)
 
 
 class Conversation:
@@ -48,15 +48,15 @@ class Conversation:
         head: str = "exact",
         others: Sequence[Model] = (),
     ):
-        """Begins with nothing said.
+        """Starts an empty conversation.
 
         Args:
           params: of ``models.build``.
           model_config: the structure they were made with.
           tokenizer: the one that the model was trained with.
           sampling: how tokens are chosen.
-          max_tokens: of an answer, ≥ 1.
-          seed: 0 … 2³² - 1; the same turns then get the same answers.
+          max_tokens: per answer, ≥ 1.
+          seed: 0 … 2³² - 1; the same turns with the same seed get the same answers.
           system: what comes before the first turn; "": nothing.
           stops: end an answer, besides "\\n\\nuser:"; they are not shown, but stay in the state.
           head: as in ``generate_text``.
@@ -75,27 +75,27 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all that was said."""
+        """Starts a new conversation."""
         self._caches = tuple(empty_cache(config, 1) for config in self._configs)
-        self._unread = np.array([self._tokenizer.eot_id], np.int32)  # begins a document
-        self._answer = ""  # the model's last, with what it wrote of the stop
-        self._begun = False
+        self._pending = np.array([self._tokenizer.eot_id], np.int32)  # begins a document
+        self._answer = ""  # the model's last, with the part of a stop that it wrote
+        self._started = False
         self._n_chosen = 0
 
     def say(self, text: str) -> Iterator[str]:
-        """Takes a turn of the user's, and answers.
+        """Takes a turn of the user and answers it.
 
         Args:
           text: of the user, in one turn.
 
         Yields:
-          The answer as it comes, a piece for each token: whole characters, no part of a stop, maybe
-          "". Whoever stops listening between two pieces has ended the answer there, and may go on
-          with ``say``; after an exception from in here only ``reset`` helps.
+          The new text of each token: whole characters, no part of a stop, possibly "". A caller
+          that stops iterating ends the answer there and may call ``say`` again; after an exception
+          from this generator, call ``reset`` first.
         """
         turn = self._tokenizer.encode(f"{self._opening()} {text}\n\n{ANSWER}")
-        self._unread = np.concatenate([self._unread, turn])
-        self._begun, self._answer = True, ""
+        self._pending = np.concatenate([self._pending, turn])
+        self._started, self._answer = True, ""
         decoder, finder = StreamDecoder(self._tokenizer), StopFinder(self._stops)
         first = True
         for _ in range(self._max_tokens):
@@ -104,13 +104,13 @@ class Conversation:
                 break
             before, new = self._answer, decoder.push(token)
             self._answer += new
-            self._unread = np.array([token], np.int32)
+            self._pending = np.array([token], np.int32)
             shown = finder.push(new)
             ended = finder.found is not None
             if ended and (finder.beyond or decoder.holds_back):
-                # The token goes on: what lies beyond the stop would stand in the user's turn.
-                said = new.removesuffix(finder.beyond)
-                self._answer, self._unread = before + said, self._tokenizer.encode(said)
+                # The token continues past the stop; that text must not begin the user's turn.
+                kept = new.removesuffix(finder.beyond)
+                self._answer, self._pending = before + kept, self._tokenizer.encode(kept)
             if first and shown:  # which the text has between role and answer
                 shown, first = shown.removeprefix(" "), False
             yield shown
@@ -120,20 +120,20 @@ class Conversation:
 
     def _opening(self) -> str:
         """Returns what the conversation lacks before " " and the user's text."""
-        if self._begun:
+        if self._started:
             n_written = next(n for n in range(len(STOP), -1, -1) if self._answer.endswith(STOP[:n]))
             return STOP[n_written:]
         user = STOP.lstrip()
         return f"system: {self._system}\n\n{user}" if self._system else user
 
     def _next(self) -> int:
-        """Reads what is unread, and chooses the token after it."""
+        """Prefills the pending tokens and chooses the next one."""
         logits_mbv: tuple[jax.Array, ...] = ()
-        for length in exact_pieces(len(self._unread)):
-            piece_bt, self._unread = self._unread[None, :length], self._unread[length:]
+        for length in exact_chunks(len(self._pending)):
+            chunk_bt, self._pending = self._pending[None, :length], self._pending[length:]
             logits_mbv, self._caches = zip(
                 *(
-                    prefill(params, config, piece_bt, cache)
+                    prefill(params, config, chunk_bt, cache)
                     for params, config, cache in zip(
                         self._params, self._configs, self._caches, strict=True
                     )
@@ -151,12 +151,12 @@ class Conversation:
         return int(token)
 
 
-def exact_pieces(n_tokens: int) -> list[int]:
-    """Cuts ``n_tokens`` into pieces of the lengths in ``PIECES``, without a rest."""
+def exact_chunks(n_tokens: int) -> list[int]:
+    """Cuts ``n_tokens`` into chunks of the lengths in ``CHUNK_LENGTHS``, without a remainder."""
     lengths = []
-    for length in PIECES:
-        n_pieces, n_tokens = divmod(n_tokens, length)
-        lengths += [length] * n_pieces
+    for length in CHUNK_LENGTHS:
+        n_chunks, n_tokens = divmod(n_tokens, length)
+        lengths += [length] * n_chunks
     return lengths
 
 

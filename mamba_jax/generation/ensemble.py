@@ -1,4 +1,4 @@
-"""Models that speak together: the mean of their probabilities, over one tokenizer's tokens.
+"""Ensembles: the mean of several models' probabilities, over one tokenizer's tokens.
 
 Legend: b batch, v vocabulary, m models.
 """
@@ -27,7 +27,7 @@ class Model:
 
 
 def same_tokenizer(tokenizers: Sequence[Tokenizer]) -> Tokenizer:
-    """Returns the one that all of them are.
+    """Returns the tokenizer that all models share.
 
     Raises:
       UserError: if they differ.
@@ -36,7 +36,7 @@ def same_tokenizer(tokenizers: Sequence[Tokenizer]) -> Tokenizer:
     for other in others:
         if other.identity != first.identity:
             raise UserError(
-                "the models of an ensemble need the same tokenizer, these have "
+                "the models of an ensemble need the same tokenizer; these have "
                 f"{first.name} and {other.name}"
             )
     return first
@@ -57,7 +57,7 @@ def mean_logits(each_mbv: Sequence[Float[Array, "b _"]], vocab_size: int) -> Flo
       vocab_size: ids from here up are padding and left out.
 
     Returns:
-      float32 logits: of one model its own, untouched; of several ln of the mean probabilities.
+      float32 logits: for one model its own, unchanged; for several, ln of the mean probabilities.
     """
     each_mbv = [logits_bv[:, :vocab_size] for logits_bv in each_mbv]
     if len(each_mbv) == 1:

@@ -1,10 +1,11 @@
-"""Continuing prompts: prefill in pieces, then decoding in a compiled loop.
+"""Continuing prompts: chunked prefill, then decoding in a compiled loop.
 
 Rows of a batch are padded on the left, which the models treat as packing: padding is a document of
-its own (segment 0), and the change to the prompt's segment (1) resets every state. A row therefore
-says the same whatever else is in its batch. Time and memory per token do not grow with the text.
+its own (segment 0), and the change to the prompt's segment (1) resets every state. A row's text
+therefore does not depend on the rest of its batch. Time and memory per token do not grow with the
+text.
 
-Of several models each has its own cache, and the mean of their probabilities chooses the token.
+Each model of an ensemble has its own cache; the mean of their probabilities chooses the token.
 
 Legend: b batch, t time, v vocabulary, s steps of one dispatch, m models.
 """
@@ -26,10 +27,10 @@ from mamba_jax.generation.sampling import Sampling, sample
 from mamba_jax.generation.stops import StopFinder
 from mamba_jax.models import build
 
-PREFILL_TOKENS = 1024  # of one piece: bounds memory, and lengths are compiled for up to here only
-_SHORTEST_PIECE = 16
-STREAM_TOKENS = 8  # decoded per call to the device: hides its latency, text still flows
-WHOLE_TOKENS = 1024  # where nobody watches: nearly always the whole text in one call
+CHUNK_TOKENS = 1024  # of a prefill chunk: bounds memory and the lengths that are compiled
+_SHORTEST_CHUNK = 16
+STREAM_TOKENS = 8  # decoded per call to the device: hides its latency, text still streams
+WHOLE_TOKENS = 1024  # where nothing is streamed: nearly always the whole text in one call
 HEADS = ("exact", "int8")
 
 
@@ -53,8 +54,8 @@ def generate_text(
 ) -> list[str]:
     """Continues each prompt until the model ends its document or ``max_tokens`` are made.
 
-    A text is a function of (params, prompt, its index, seed, stops and the sampling settings): the
-    other prompts and ``batch_size`` have no say in it, up to the rounding of a batched matmul.
+    A text is a function of (params, prompt, its index, seed, stops and the sampling settings). It
+    does not depend on the other prompts or ``batch_size``, up to the rounding of a batched matmul.
 
     Args:
       params: of ``models.build``.
@@ -64,19 +65,19 @@ def generate_text(
       max_tokens: for each prompt, ≥ 1.
       temperature: as in ``Sampling``, likewise ``top_k`` and ``top_p``.
       seed: 0 … 2³² - 1.
-      batch_size: prompts at a time; None: all at once.
+      batch_size: prompts per batch; None: all at once.
       head: "exact", or "int8": with the head's matrix rounded to int8, which is faster for one row
         on a CPU and changes the logits slightly.
-      suffix: the text to write up to, by a model that was trained with ``data.fim_rate``; None:
-        open end.
-      stops: a text ends before the first of them; empty ones are none.
+      suffix: the text that follows each generated one, for a model that was trained with
+        ``data.fim_rate``; None: nothing follows.
+      stops: a text ends before the first of them; empty ones are ignored.
       others: further models of an ensemble: tokens are chosen by the mean of the probabilities of
         all, the first's included.
-      on_text: told (index of the prompt, new text) as it comes, in whole characters, and at last
-        (index, None): that text is complete.
+      on_text: called with (index of the prompt, new text) as text is generated, in whole
+        characters, and finally with (index, None) when that text is complete.
 
     Returns:
-      The new text of each prompt, without the prompt; all that ``on_text`` was told, joined.
+      The new text of each prompt, without the prompt; all that ``on_text`` received, joined.
 
     Raises:
       UserError: if a number is out of range, the head unknown or not for this device, or the
@@ -86,7 +87,7 @@ def generate_text(
     if not prompts:
         return []
     prepared, configs = prepare((Model(params, model_config, tokenizer), *others), head)
-    del params  # of which prepared ones have taken the place, in memory too
+    del params  # frees their memory: the prepared ones replace them
     before = np.array([tokenizer.eot_id], np.int32)  # what every document starts with
     after = np.zeros(0, np.int32)
     if suffix is not None:
@@ -96,26 +97,26 @@ def generate_text(
     sequences = [np.concatenate([before, tokenizer.encode(each), after]) for each in prompts]
     batch_size = min(batch_size or len(prompts), len(prompts))
     texts = [""] * len(prompts)
-    # Of those that have not ended.
+    # Only for texts that have not ended.
     decoders = {index: StreamDecoder(tokenizer) for index in range(len(prompts))}
     finders = [StopFinder(stops) for _ in prompts]
-    whole = on_text is None and not any(stops)  # otherwise somebody watches the texts grow
+    whole = on_text is None and not any(stops)  # otherwise each new token is looked at
 
-    def tell(index: int, text: str | None) -> None:
+    def emit(index: int, text: str | None) -> None:
         texts[index] += text or ""
         if on_text is not None and text != "":
             on_text(index, text)
 
-    def grow(index: int, token: int) -> None:
+    def append(index: int, token: int) -> None:
         if token != tokenizer.eot_id:
-            tell(index, finders[index].push(decoders[index].push(token)))
+            emit(index, finders[index].push(decoders[index].push(token)))
         if token == tokenizer.eot_id or finders[index].found is not None:
             end(index)
 
     def end(index: int) -> None:
         del decoders[index]
-        tell(index, finders[index].flush())
-        tell(index, None)
+        emit(index, finders[index].flush())
+        emit(index, None)
 
     for first in range(0, len(prompts), batch_size):
         indices = range(first, min(first + batch_size, len(prompts)))
@@ -135,9 +136,9 @@ def generate_text(
         for step_tokens in tokens:
             for index, token in zip(indices, step_tokens, strict=True):
                 if index in decoders:
-                    grow(index, token)
+                    append(index, token)
             if decoders.keys().isdisjoint(indices):
-                break  # the device has not seen the stops and would go on
+                break  # the device does not know the stops and would continue
         for index in indices:
             if index in decoders:
                 end(index)
@@ -147,7 +148,7 @@ def generate_text(
 def prepare(
     models: Sequence[Model], head: str = "exact"
 ) -> tuple[tuple[build.Params, ...], tuple[ModelConfig, ...]]:
-    """Puts models on the device, laid out for decoding; do it once, not at every dispatch.
+    """Puts models on the device, laid out for decoding. Call it once, not at every dispatch.
 
     The parameters may come from the host, a checkpoint, or the mesh of a training run. Those of a
     checkpoint or a mesh are committed to their devices, and so is all that a program makes of them,
@@ -198,7 +199,7 @@ def check_settings(
         raise UserError(f"unknown head={head}: choose one of {', '.join(HEADS)}")
     platform = jax.default_backend()
     if head == "int8" and platform != "cpu":
-        raise UserError(f"head=int8 is for a CPU, this is a {platform}: leave it at exact")
+        raise UserError(f"head=int8 is for a CPU, this is a {platform}; use head=exact")
     return Sampling(temperature, top_k, top_p)
 
 
@@ -223,17 +224,17 @@ def generate_tokens(
       configs: of the same models.
       sequences: int32 (t,) each, with at least one token.
       row_ids: one per sequence; with ``seed`` they decide its randomness.
-      n_rows: of the compiled batch, ≥ ``len(sequences)``; the rest idles, so that a last batch
-        that is not full needs no compilation of its own.
+      n_rows: of the compiled batch, ≥ ``len(sequences)``; the other rows idle, so that a last
+        batch that is not full needs no compilation of its own.
       max_tokens: steps at most.
       sampling: how tokens are chosen.
       seed: of the randomness.
-      vocab_size: ids from here up are padding of the model's vocabulary and never chosen.
+      vocab_size: ids from here up are padding of the vocabulary and are never chosen.
       eot_id: ends a row.
-      dispatch_tokens: steps of one call to the device; all that a call makes comes at once.
+      dispatch_tokens: steps of one call to the device; a call yields its tokens together.
 
     Yields:
-      The next token of each sequence; after its end, ``eot_id``. Stops when all ended.
+      The next token of each sequence; after its end, ``eot_id``. Stops when all have ended.
     """
     n_idle = n_rows - len(sequences)
     tokens_bt, segments_bt = pad_left([*sequences, *[np.zeros(0, np.int32)] * n_idle])
@@ -241,13 +242,13 @@ def generate_tokens(
     ended_b = np.arange(n_rows) >= len(sequences)
     logits_mbv, caches = zip(
         *(
-            prefill_in_pieces(of_model, config, tokens_bt, segments_bt)
+            prefill_in_chunks(of_model, config, tokens_bt, segments_bt)
             for of_model, config in zip(params, configs, strict=True)
         ),
         strict=True,
     )
     keys_b = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), row_ids_b)
-    under_way = None
+    in_flight = None
     for step in range(0, max_tokens, dispatch_tokens):
         tokens_bs, logits_mbv, caches, ended_b, n_made = _decode(
             params,
@@ -263,19 +264,19 @@ def generate_tokens(
             eot_id=eot_id,
             dispatch_tokens=dispatch_tokens,
         )
-        # One call ahead of what is read, so that the device never waits for the host. When all
-        # rows have ended the call ahead does nothing.
-        if under_way is not None:
-            tokens_before_bs, n_made_before, ended_before_b = under_way
-            yield from _read(tokens_before_bs, n_made_before, len(sequences))
+        # One call ahead of what the host fetches, so that the device never waits for the host.
+        # When all rows have ended, the call ahead does nothing.
+        if in_flight is not None:
+            tokens_before_bs, n_made_before, ended_before_b = in_flight
+            yield from _fetch(tokens_before_bs, n_made_before, len(sequences))
             if np.all(ended_before_b):
                 return
-        under_way = tokens_bs, n_made, ended_b
-    if under_way is not None:
-        yield from _read(*under_way[:2], len(sequences))
+        in_flight = tokens_bs, n_made, ended_b
+    if in_flight is not None:
+        yield from _fetch(*in_flight[:2], len(sequences))
 
 
-def _read(tokens_bs: jax.Array, n_made: jax.Array, n_sequences: int) -> list[list[int]]:
+def _fetch(tokens_bs: jax.Array, n_made: jax.Array, n_sequences: int) -> list[list[int]]:
     """Waits for a call's tokens; returns them step by step."""
     return np.asarray(tokens_bs).T[: int(n_made), :n_sequences].tolist()
 
@@ -288,9 +289,9 @@ def pad_left(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       tokens_bt and segments_bt (0 padding, 1 sequence), int32, of a length that
-      ``piece_lengths`` cuts into pieces.
+      ``chunk_lengths`` cuts into chunks.
     """
-    n_tokens = sum(piece_lengths(max(len(sequence) for sequence in sequences)))
+    n_tokens = sum(chunk_lengths(max(len(sequence) for sequence in sequences)))
     tokens_bt, segments_bt = np.zeros((2, len(sequences), n_tokens), np.int32)
     for row, sequence in enumerate(sequences):
         tokens_bt[row, n_tokens - len(sequence) :] = sequence
@@ -298,18 +299,18 @@ def pad_left(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return tokens_bt, segments_bt
 
 
-def piece_lengths(n_tokens: int) -> list[int]:
-    """Cuts ``n_tokens`` into pieces of few lengths, each compiled once: whole ones after a first
-    that is rounded up to a power of two."""
-    n_whole, rest = divmod(n_tokens, PREFILL_TOKENS)
-    first = [max(_SHORTEST_PIECE, 1 << (rest - 1).bit_length())] if rest else []
-    return first + [PREFILL_TOKENS] * n_whole
+def chunk_lengths(n_tokens: int) -> list[int]:
+    """Cuts ``n_tokens`` into chunks of few lengths, each compiled once: full ones after a first
+    one that is rounded up to a power of two."""
+    n_whole, rest = divmod(n_tokens, CHUNK_TOKENS)
+    first = [max(_SHORTEST_CHUNK, 1 << (rest - 1).bit_length())] if rest else []
+    return first + [CHUNK_TOKENS] * n_whole
 
 
-def prefill_in_pieces(
+def prefill_in_chunks(
     params: build.Params, config: ModelConfig, tokens_bt: np.ndarray, segments_bt: np.ndarray
 ) -> tuple[Float[Array, "b v"], build.Cache]:
-    """Reads padded prompts.
+    """Prefills padded prompts.
 
     Args:
       params: by ``models.build.prepare_for_decoding``.
@@ -317,14 +318,14 @@ def prefill_in_pieces(
       tokens_bt, segments_bt: as ``pad_left`` makes them.
 
     Returns:
-      What ``models.build.prefill`` does.
+      As ``models.build.prefill``.
     """
     cache = empty_cache(config, len(tokens_bt))
     logits_bv, start = None, 0
-    for length in piece_lengths(tokens_bt.shape[1]):
-        piece = slice(start, start + length)
+    for length in chunk_lengths(tokens_bt.shape[1]):
+        chunk = slice(start, start + length)
         logits_bv, cache = prefill(
-            params, config, tokens_bt[:, piece], cache, segments_bt[:, piece]
+            params, config, tokens_bt[:, chunk], cache, segments_bt[:, chunk]
         )
         start += length
     assert logits_bv is not None
@@ -333,7 +334,7 @@ def prefill_in_pieces(
 
 @functools.partial(jax.jit, static_argnames=("config", "n_rows"))
 def empty_cache(config: ModelConfig, n_rows: int) -> build.Cache:
-    """Makes the cache of rows that hold nothing yet, for prepared parameters."""
+    """Makes the cache of empty rows, for prepared parameters."""
     return build.unstack_cache(build.init_cache(config, n_rows), config)
 
 
@@ -367,7 +368,7 @@ def _decode(
       columns of tokens_bs were made.
     """
 
-    def going_on(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+    def unfinished(carry: tuple[Any, ...]) -> Bool[Array, ""]:
         made, *_, ended_b = carry
         return (made < n_steps) & ~jnp.all(ended_b)
 
@@ -389,6 +390,6 @@ def _decode(
 
     tokens_bs = jnp.full((len(ended_b), dispatch_tokens), eot_id, jnp.int32)
     made, tokens_bs, logits_mbv, caches, ended_b = jax.lax.while_loop(
-        going_on, one_token, (jnp.int32(0), tokens_bs, logits_mbv, caches, ended_b)
+        unfinished, one_token, (jnp.int32(0), tokens_bs, logits_mbv, caches, ended_b)
     )
     return tokens_bs, logits_mbv, caches, ended_b, made

@@ -1,4 +1,4 @@
-"""Trained models on the disk, and what it takes to run them."""
+"""Finds trained models on disk and loads them."""
 
 import dataclasses
 import pathlib
@@ -38,16 +38,16 @@ class Found:
         return model
 
     def load(self, scan: str | None = None) -> Model:
-        """Reads the weights; raises as ``runnable``, before it does."""
+        """Reads the weights, after the checks of ``runnable``."""
         model = self.runnable(scan)
         return Model(arrays.restore_params(self.path), model, self.tokenizer)
 
 
 def find(folder: str, log: Callable[[str], None]) -> Found:
-    """Finds a checkpoint and tells which.
+    """Finds a checkpoint and logs its path and step.
 
     Args:
-      folder: a checkpoint's, or a run's: its newest intact one.
+      folder: of a checkpoint, or of a run: its newest intact checkpoint.
       log: takes a line.
 
     Raises:

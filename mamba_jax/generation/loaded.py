@@ -47,11 +47,11 @@ class LoadedModel:
         Args:
           prompt: a text, or several.
           max_tokens: for each prompt, ≥ 1.
-          temperature: 0 always takes the likeliest token.
-          top_k: sample among this many likeliest tokens; 0: among all.
+          temperature: 0 takes the most likely token each time.
+          top_k: sample among this many of the most likely tokens; 0: among all.
           top_p: sample among the fewest tokens that together have this probability; 1: among all.
           seed: 0 … 2³² - 1; the same seed gives the same text.
-          stops: a text ends before the first of them.
+          stops: a text ends before the first of these.
 
         Returns:
           The new text without the prompt: a string for a string, else a list in order.

@@ -20,14 +20,14 @@ class Sampling:
       UserError: if a value cannot work.
     """
 
-    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
-    top_k: int = 0  # keep only so many of the likeliest tokens; 0: all
-    top_p: float = 1.0  # then keep the fewest of the likeliest that hold this probability
+    temperature: float = 1.0  # divides the logits; 0: always the most likely token
+    top_k: int = 0  # keep only this many of the most likely tokens; 0: all
+    top_p: float = 1.0  # then keep the fewest of them that together have this probability
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise UserError(
-                f"temperature={self.temperature} must be a number from 0 up (0: no randomness)"
+                f"temperature={self.temperature} must be a finite number ≥ 0 (0: no randomness)"
             )
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must not be negative (0: no limit)")
@@ -41,7 +41,7 @@ def sample(
     """Draws one token per row, each with its own key.
 
     The order is the usual one: temperature, then ``top_k``, then ``top_p`` on what is left,
-    renormalised: a token stays if those likelier than it hold less than ``top_p``.
+    renormalised: a token stays if the more likely ones together have less than ``top_p``.
 
     Args:
       logits_bv: float32.

@@ -1,24 +1,24 @@
-"""Texts that end a generated text."""
+"""Stop strings: texts that end a generated text."""
 
 from collections.abc import Sequence
 
 
 class StopFinder:
-    """Passes a growing text on up to the first stop in it.
+    """Passes on a streamed text up to the first stop in it.
 
-    What might be the beginning of a stop is held back until that is decided, so that nothing has
-    to be taken back.
+    Text that may be the beginning of a stop is held back until that is decided, so that emitted
+    text never has to be withdrawn.
     """
 
     def __init__(self, stops: Sequence[str]):
-        """Takes the stops; empty ones are left out."""
+        """Takes the stops; empty ones are ignored."""
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.found: str | None = None  # the stop that ended the text
-        self.beyond = ""  # what the piece that completed it said after it
+        self.beyond = ""  # the text after the stop in the piece that completed it
 
     def push(self, text: str) -> str:
-        """Returns what is certain by now to come before any stop; "" once one was found."""
+        """Returns the text that now certainly precedes any stop; "" once one was found."""
         if self.found is not None:
             return ""
         text = self._held + text
@@ -33,7 +33,7 @@ class StopFinder:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """Ends the text: what was held back was no stop."""
+        """Ends the text; returns what was held back and was no stop."""
         held, self._held = self._held, ""
         return held
 

@@ -285,14 +285,14 @@ def test_a_chat_in_another_encoding_is_one_line(run_dir, capsys, monkeypatch):
         (["--prompt=a", "--batch_size=0"], "batch_size=0"),
         (["--prompt=a", "--head=int4"], "unknown head=int4: choose one of exact, int8"),
         (["--prompt=a", "--stop="], '--stop "" would end'),
-        (["--prompt=a", "--system=b"], "--system begins a chat"),
+        (["--prompt=a", "--system=b"], "--system needs --chat"),
         (["--chat", "--prompt=a"], "leave --prompt out"),
         (["--chat", "--prompt_file=-"], "leave --prompt_file out"),
         (["--chat", "--suffix=a"], "leave --suffix out"),
         (["--prompt_file=missing.txt"], "prompt file missing.txt: No such file"),
-        (["--prompt_file=EMPTY"], "holds no prompt: write one a line"),
+        (["--prompt_file=EMPTY"], "contains no prompt; write one prompt per line"),
         (["--prompt_file=BINARY"], "not UTF-8"),
-        (["--prompt_file=-"], "standard input holds no prompt"),
+        (["--prompt_file=-"], "standard input contains no prompt"),
     ],
 )
 def test_mistakes_are_one_line(flags, named, run_dir, capsys, tmp_path, monkeypatch):

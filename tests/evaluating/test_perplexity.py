@@ -68,7 +68,7 @@ def test_improbable_tokens_do_not_vanish_from_an_ensemble():
 
 def test_an_ensemble_needs_one_tokenizer():
     other = dataclasses.replace(model_of("mamba"), tokenizer=load_tokenizer("gpt2"))
-    with pytest.raises(UserError, match="same tokenizer, these have bytes and gpt2"):
+    with pytest.raises(UserError, match="same tokenizer; these have bytes and gpt2"):
         Scorer([model_of("mamba"), other], batch_size=1, chunk_tokens=1)
 
 

@@ -57,15 +57,15 @@ def test_continuations_of_one_context_score_as_whole_sequences(family):
         assert is_greedy == (log_probs.argmax(-1).tolist() == targets)
     # The marker and the examples; what the contexts add, without their last token, which is read
     # with each answer; the answers without their last tokens.
-    assert scorer.tokens_read == (1 + 6) + (3 + 3 + 5) + 3 * (1 + 1 + 2)
+    assert scorer.tokens_processed == (1 + 6) + (3 + 3 + 5) + 3 * (1 + 1 + 2)
 
 
 def test_generation_reads_what_prompts_begin_with_once():
     model = model_of("hybrid", 4)  # says other things after other prompts
     scorer = scorer_of(model)
     rows = [[TOKENIZER.eot_id, *f"{EXAMPLES}{end}".encode()] for end in ("a", "bc", "def")]
-    made = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda tokens: False)
-    assert scorer.tokens_read == (1 + 6) + (0 + 1 + 2) + 3 * 5
+    made = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda *_: False)
+    assert scorer.tokens_processed == (1 + 6) + (0 + 1 + 2) + 3 * 5
     for row, tokens in zip(rows, made, strict=True):
         likeliest = log_probs_of(model, row + tokens).argmax(-1)
         assert likeliest[len(row) - 1 : -1].tolist() == tokens and len(tokens) == 5
@@ -77,7 +77,7 @@ def test_generation_reads_what_prompts_begin_with_once():
     kernel[TOKENIZER.eot_id] = 1.001 * kernel[last]
     params = model.params | {"lm_head": {"kernel": kernel}}
     scorer = scorer_of(dataclasses.replace(model, params=params))
-    ended = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda tokens: False)
+    ended = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda *_: False)
     assert ended == [row[: row.index(last)] if last in row else row for row in made]
     assert len(ended[0]) == 1
 

@@ -49,7 +49,7 @@ def greedily(models, prompt, n_tokens):
 def test_continuations_are_greedy_whatever_shares_their_batch(names):
     models = [model_of(*name) for name in names]
     sequences = [np.array([TOKENIZER.eot_id, *TOKENIZER.encode(p)], np.int32) for p in PROMPTS]
-    never = lambda tokens: False
+    never = lambda index, token: False
     made = scorer_of(*models).continuations(sequences, 12, never)
     assert made == [greedily(models, prompt, 12) for prompt in PROMPTS]
     assert len(set(map(tuple, made))) == 3
@@ -59,8 +59,10 @@ def test_continuations_are_greedy_whatever_shares_their_batch(names):
             max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0,
         )  # fmt: skip
         assert text == [TOKENIZER.decode(made[0])]
-    two = lambda tokens: len(tokens) == 2
+    told = [[] for _ in sequences]
+    two = lambda index, token: told[index].append(token) or len(told[index]) == 2
     assert scorer_of(*models).continuations(sequences, 12, two) == [row[:2] for row in made]
+    assert told == [row[:2] for row in made]
 
 
 def test_texts_end_before_the_first_stop():
@@ -81,12 +83,13 @@ class Oracle:
 
     def continuations(self, sequences, max_tokens, is_complete):
         made = []
-        for sequence in sequences:
+        for index, sequence in enumerate(sequences):
             prompt = TOKENIZER.decode(sequence[1:])
             self.asked.append(prompt)
             expression = prompt.removesuffix(" =")
             right = len(self.asked) % 2
             made.append(list(f" {eval(expression) + 1 - right}\nmore".encode()))
+            assert any(is_complete(index, token) for token in made[-1])
             assert max_tokens >= len(str(eval(expression))) + 1
         return made
 

@@ -5,6 +5,8 @@ import errno
 import importlib.resources
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -83,7 +85,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
         (OSError(errno.ENOSPC, "full"), "no space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left"),
         (RuntimeError("I/O error: File too large (os error 27)"), "file too large"),
-        (OSError("1048576 requested and 519008 written"), "took only a part of a file"),
+        (OSError("1048576 requested and 519008 written"), "stored only part of a file"),
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, told):
@@ -103,6 +105,35 @@ def test_what_is_half_written_never_has_the_final_name(tmp_path):
         assert not target.exists()
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_cannot_write_one_folder(tmp_path):
+    target, program = (
+        tmp_path / "model",
+        (
+            "import sys, pathlib; from mamba_jax.exporting.folder import new_folder\n"
+            "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+            "    (folder / 'theirs').write_text('half'); print(flush=True); input()"
+        ),
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(target)], stdin=pipe, stdout=pipe
+    ) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="/model: another process is writing it"):
+            new_folder(target).__enter__()
+        assert [file.name for file in (tmp_path / ".part-model").iterdir()] == ["theirs"]
+        other.kill()
+    with new_folder(target) as folder:  # what a killed process left is no hindrance
+        assert not list(folder.iterdir())
+        (folder / "ours").write_text("whole")
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == [
+        "model",
+        "model/ours",
+    ]
+    with pytest.raises(UserError, match="/model exists"):
+        new_folder(target).__enter__()
 
 
 def test_a_missing_library_names_its_extra():
@@ -189,5 +220,7 @@ def test_the_oldest_transformers_of_hybrids_is_the_same_everywhere():
     assert f'OLDEST_TRANSFORMERS = "{hf.OLDEST_TRANSFORMERS}"' in module.read_text("utf-8")
     assert hf.model_config(tiny.HYBRID, 8, "f32")["transformers_version"] == hf.OLDEST_TRANSFORMERS
     nightly = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())
-    releases = nightly["jobs"]["engines"]["strategy"]["matrix"]["transformers"]
+    job = nightly["jobs"]["engines"]
+    assert (ROOT / job["steps"][-1]["run"].split()[0]).is_file()
+    releases = job["strategy"]["matrix"]["transformers"]
     assert {f"transformers=={hf.OLDEST_TRANSFORMERS}", "transformers"} <= set(releases)

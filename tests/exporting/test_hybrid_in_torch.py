@@ -116,7 +116,7 @@ def test_padding_changes_nothing_wherever_it_is(theirs, ids, place):
 
 
 def test_hidden_states_are_what_the_layers_give(theirs, ids, monkeypatch):
-    monkeypatch.setattr(sys.modules[type(theirs).__module__], "PIECE_TOKENS", 8)
+    monkeypatch.setattr(sys.modules[type(theirs).__module__], "CHUNK_TOKENS", 8)
     seen = [[] for _ in theirs.backbone.layers]
     for layer, into in zip(theirs.backbone.layers, seen, strict=True):
         layer.register_forward_hook(lambda module, given, gave, into=into: into.append(gave[0]))
@@ -139,7 +139,7 @@ def test_generate_returns_hidden_states(theirs, ids):
 
 
 def test_gradients_are_the_same_with_checkpointing(theirs, ids, monkeypatch):
-    monkeypatch.setattr(sys.modules[type(theirs).__module__], "PIECE_TOKENS", 8)
+    monkeypatch.setattr(sys.modules[type(theirs).__module__], "CHUNK_TOKENS", 8)
     theirs.train()
     n_calls = 0
 
@@ -260,8 +260,8 @@ def test_what_it_cannot_do_is_said(theirs, ids):
                 ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2
             ),
         ),
-        ("input_ids, inputs_embeds: pass one", lambda: theirs()),
-        ("input_ids, inputs_embeds: pass one", lambda: theirs(ids, inputs_embeds=torch.zeros(1))),
+        ("inputs_embeds: pass exactly one", lambda: theirs()),
+        ("inputs_embeds: pass exactly one", lambda: theirs(ids, inputs_embeds=torch.zeros(1))),
         ("cache: it holds 2 rows, the inputs have 1", lambda: theirs(ids[:1], cache=once)),
         (
             "cache: this model takes one HybridMambaCache, not DynamicCache",
@@ -274,7 +274,7 @@ def test_what_it_cannot_do_is_said(theirs, ids):
             lambda: theirs(ids, position_ids=torch.arange(19).remainder(8)[None].expand(2, -1)),
         ),
         (
-            "input_ids: 19 tokens do not continue the 19 that the cache has read",
+            "input_ids: 19 tokens do not continue the 19 in the cache",
             lambda: theirs.generate(ids, past_key_values=once, attention_mask=mask, **GREEDY),
         ),
     ]

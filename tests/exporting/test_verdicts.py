@@ -49,5 +49,5 @@ def test_another_text_does_not_where_it_must_be_the_same(ours):
 
 def test_other_tokens_do_not():
     verify._check_ids("text", [1, 2], np.array([1, 2]))
-    with pytest.raises(UserError, match="tokenizers disagree on 'text'"):
+    with pytest.raises(UserError, match="tokenizers give different ids for 'text'"):
         verify._check_ids("text", [1, 2], np.array([1, 3]))

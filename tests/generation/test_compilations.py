@@ -32,7 +32,7 @@ def models(tmp_path_factory):
 
 def _generate(models, **more):
     model, *others = models
-    prompts = ["a", "b" * 1500]  # several pieces
+    prompts = ["a", "b" * 1030]  # several pieces
     generate_text(model.params, model.config, TOKENIZER, prompts, others=others, **SETTINGS, **more)
 
 

@@ -7,7 +7,7 @@ import pytest
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.generation import Sampling, conversation, generate_text
 from mamba_jax.generation.chat import STOP, prompt_of
-from mamba_jax.generation.conversation import Conversation, exact_pieces
+from mamba_jax.generation.conversation import Conversation, exact_chunks
 from mamba_jax.generation.ensemble import Model
 
 from ..models.tiny import assert_close
@@ -164,6 +164,6 @@ def test_an_ensemble_talks_by_the_mean_of_probabilities(read, chosen):
 
 def test_a_turn_is_cut_into_few_lengths_without_padding():
     for n_tokens in (0, 1, 15, 16, 17, 143, 1023, 1024, 5000):
-        lengths = exact_pieces(n_tokens)
+        lengths = exact_chunks(n_tokens)
         assert sum(lengths) == n_tokens and lengths == sorted(lengths, reverse=True)
-    assert exact_pieces(1170) == [1024, 128, 16, 1, 1]
+    assert exact_chunks(1170) == [1024, 128, 16, 1, 1]

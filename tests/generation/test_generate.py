@@ -151,11 +151,11 @@ def test_texts_end_before_a_stop_and_the_batch_soon_after_its_last_row(monkeypat
     assert max(map(len, expected)) <= 2 and len(set(expected)) > 1
     calls, events, decode = [], [], generate._decode
     monkeypatch.setattr(generate, "_decode", lambda *a, **k: calls.append(0) or decode(*a, **k))
-    tell = lambda *event: events.append(event)
+    emit = lambda *event: events.append(event)
     assert text_of("hybrid", stops=stops, max_tokens=1000) == expected
     # Two batches; eight tokens a call end every row, and one more call is under way by then.
     assert len(calls) == 2 * 2
-    assert text_of("hybrid", stops=stops, max_tokens=1000, on_text=tell) == expected
+    assert text_of("hybrid", stops=stops, max_tokens=1000, on_text=emit) == expected
     for index, text in enumerate(expected):
         *mine, last = [piece for row, piece in events if row == index]
         assert "".join(mine) == text and last is None
@@ -176,28 +176,28 @@ def test_the_middle_is_written_between_prompt_and_suffix():
 
 
 @families
-def test_prefill_in_pieces_equals_one_piece(family, monkeypatch):
+def test_chunked_prefill_equals_one_chunk(family, monkeypatch):
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 256, length).astype(np.int32) for length in (75, 9)]
     whole = [
         whole_logits(params_for(family), CONFIGS[family], jnp.array(row[None]))[0, -1]
         for row in sequences
     ]
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", 32)
+    monkeypatch.setattr(generate, "CHUNK_TOKENS", 32)
     tokens, segments = generate.pad_left(sequences)
     assert tokens.shape == (2, 16 + 2 * 32)  # the second row has two pieces of padding alone
     params = build.prepare_for_decoding(params_for(family), CONFIGS[family])
-    logits, _ = generate.prefill_in_pieces(params, CONFIGS[family], tokens, segments)
+    logits, _ = generate.prefill_in_chunks(params, CONFIGS[family], tokens, segments)
     # Other shapes sum in another order: float32 rounding through two layers.
     assert_close(logits, jnp.stack(whole), 2e-5)
 
 
-def test_piece_lengths_cover_and_are_few():
-    lengths = {n: generate.piece_lengths(n) for n in range(1, 3200)}
+def test_chunk_lengths_cover_and_are_few():
+    lengths = {n: generate.chunk_lengths(n) for n in range(1, 3200)}
     for n, pieces in lengths.items():
         assert n <= sum(pieces) <= max(2 * n, 16)
-        assert sum(pieces) - n < generate.PREFILL_TOKENS
-        assert generate.piece_lengths(sum(pieces)) == pieces  # a padded batch is cut the same way
+        assert sum(pieces) - n < generate.CHUNK_TOKENS
+        assert generate.chunk_lengths(sum(pieces)) == pieces  # a padded batch is cut the same way
     assert {length for pieces in lengths.values() for length in pieces} == {
         16, 32, 64, 128, 256, 512, 1024
     }  # fmt: skip

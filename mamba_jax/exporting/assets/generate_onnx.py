@@ -1,4 +1,4 @@
-"""Writes text with the model in this folder: onnxruntime, numpy and tokenizers alone.
+"""Generates text with the model in this folder; needs onnxruntime, numpy and tokenizers.
 
 python generate_onnx.py "Once upon a time" --max_tokens 100 --temperature 0.8
 python generate_onnx.py "How much is 1 + 1?" --chat
@@ -17,7 +17,9 @@ parser.add_argument("prompt")
 parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn")
 parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path(__file__).parent)
 parser.add_argument("--max_tokens", type=int, default=100)
-parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+parser.add_argument(
+    "--temperature", type=float, default=0.0, help="0: always the most likely token"
+)
 parser.add_argument("--top_k", type=int, default=0, help="of the likeliest tokens; 0: of all")
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
@@ -48,12 +50,12 @@ def choose(logits_v):
 rng = np.random.default_rng(options.seed)
 end_id = json.loads((options.model / "config.json").read_text("utf-8"))["eos_token_id"]
 tokenizer = tokenizers.Tokenizer.from_file(str(options.model / "tokenizer.json"))
-tokenizer.encode_special_tokens = True  # the name of a special token in the prompt stays text
-# As in training; an answer ends where the model begins to speak for the user.
+tokenizer.encode_special_tokens = True  # names of special tokens in the prompt stay text
+# As in training; an answer ends where the model starts the user's next turn.
 prompt, stop = options.prompt, None
 if options.chat:
     prompt, stop = f"user: {options.prompt}\n\nassistant:", "\n\nuser:"
-prompt_ids = np.array([tokenizer.encode(prompt).ids])  # with the token that begins a text
+prompt_ids = np.array([tokenizer.encode(prompt).ids])  # begins with the separator
 logits_v, cache = run(load("model.onnx"), {"input_ids": prompt_ids})
 step, written, text = load("step.onnx"), [], ""
 while len(written) < options.max_tokens and (token := choose(logits_v)) != end_id:

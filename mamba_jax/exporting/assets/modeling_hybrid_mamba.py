@@ -38,7 +38,7 @@ if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
 CACHE_NAME = getattr(generation_utils, "ALL_CACHE_NAMES", ("cache",))[0]
 CACHE_NAMES = ["cache", "cache_params", "past_key_values"]
 
-PIECE_TOKENS = 256  # read at a time, so that memory is linear in the length of the text
+CHUNK_TOKENS = 256  # processed at a time, so that memory is linear in the length of the text
 ROPE_BASE = 10_000.0
 
 
@@ -89,13 +89,13 @@ class HybridMambaConfig(PretrainedConfig):
 
 
 class HybridMambaCache:
-    """What a text leaves behind: per layer a dict of tensors whose first axis is the batch.
+    """The state after a text: per layer a dict of tensors whose first axis is the batch.
 
-    Every call of the model that takes it also updates it.
+    Every call of the model that takes a cache also updates it.
     """
 
     is_compileable = is_croppable = False
-    is_linear = (False,)  # generate then cuts the text that the cache has read off a prompt
+    is_linear = (False,)  # generate then removes the cached text from a prompt
 
     def __init__(self, layers, length_b):
         self.layers = layers
@@ -120,11 +120,11 @@ def product(linear, x):
     return linear(x.to(linear.weight.dtype))
 
 
-class Rows(nn.Linear):
-    """A matrix product with some rows of the weight; the result and the sum with the bias float32.
+class RowLinear(nn.Linear):
+    """A matrix product with some rows of the weight; result and bias are float32.
 
-    Whoever replaces or places modules (PEFT, accelerate) does so around their calls, which is why
-    nobody else reads the weight.
+    PEFT and accelerate replace or move modules around their calls, so no other code uses the
+    weight.
     """
 
     def forward(self, x, rows=slice(None), dtype=None):
@@ -156,7 +156,7 @@ class Mixer(nn.Module):
         self.in_proj = nn.Linear(d, 2 * e, bias=False)
         self.conv1d = nn.Conv1d(e, e, config.conv_kernel, groups=e)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
-        self.dt_proj = Rows(r, e)
+        self.dt_proj = RowLinear(r, e)
         self.A_log = nn.Parameter(torch.zeros(e, n))
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = nn.Linear(e, d, bias=False)
@@ -193,7 +193,7 @@ class Recursion(nn.Module):
         self.norm = RMSNorm(d, config.layer_norm_epsilon)
         self.up = nn.Linear(d, hidden, bias=False)
         self.down = nn.Linear(hidden, d, bias=False)
-        self.gate = Rows(d, config.recursion_depth)
+        self.gate = RowLinear(d, config.recursion_depth)
 
     def forward(self, s_btd, read):
         for step in range(self.gate.out_features):
@@ -224,7 +224,7 @@ class Attention(nn.Module):
         self.shape = (d // p, p)
         self.scales, self.window = config.attention_scales, config.attention_window
         self.norm = RMSNorm(d, config.layer_norm_epsilon)
-        self.qkv = Rows(d, 3 * d, bias=False)
+        self.qkv = RowLinear(d, 3 * d, bias=False)
         self.query_norm = RMSNorm(p, config.layer_norm_epsilon)
         self.key_norm = RMSNorm(p, config.layer_norm_epsilon)
         self.scale_logits = nn.Parameter(torch.zeros(len(self.scales), self.shape[0]))
@@ -327,7 +327,7 @@ class Backbone(nn.Module):
 
 @dataclasses.dataclass
 class HybridMambaOutput(ModelOutput):
-    """Its cache has three names in every release of transformers."""
+    """The cache is available under three names, because releases of transformers differ."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -396,7 +396,7 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
         is_first_iteration=None,
         **kwargs,
     ):
-        """Cuts off what the cache has read; the mask is of the whole text."""
+        """Removes the tokens that are in the cache; the mask covers the whole text."""
         cache = only_cache(cache, cache_params, past_key_values)
         n_read = 0 if cache is None else cache.seen_tokens
         inputs = kwargs | {"attention_mask": attention_mask, "cache": cache}
@@ -409,7 +409,7 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
             n_new = attention_mask.shape[1] - n_read
         if not 0 < n_new <= n_ids:
             raise ValueError(
-                f"input_ids: {n_ids} tokens do not continue the {n_read} that the cache has read; "
+                f"input_ids: {n_ids} tokens do not continue the {n_read} in the cache; "
                 "pass the whole text, or its new tokens with the attention mask of the whole text"
             )
         return inputs | {"input_ids": input_ids[:, n_ids - n_new :]}
@@ -432,37 +432,37 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
             "ssm": zeros(batch, e, config.state_size),
         }
         if scales:
-            # Of the oldest block that the next token may read, and of an incomplete one.
+            # From the oldest block that the next token may attend to; one block may be incomplete.
             n_tokens = (config.attention_window + 1) * max(scales)
             layer["kv"] = zeros(batch, n_tokens, 2 * config.hidden_size)
         length_b = zeros(batch, dtype=torch.long)
         return HybridMambaCache([dict(layer) for _ in self.backbone.layers], length_b)
 
-    def _read(self, x_btd, valid_bt, cache, every):
-        """Reads embeddings, float32, into the cache.
+    def _run_layers(self, x_btd, valid_bt, cache, every):
+        """Runs the layers on embeddings, float32, and updates the cache.
 
-        Returns the residual stream after the last layer; if ``every``, before each layer as well.
+        Returns the residual stream after the last layer; if ``every``, also before each layer.
         """
-        # Padding moves to the front: what comes before every text, and the cache keeps the end.
+        # Padding moves to the front, because the cache keeps the end of a row.
         order_bt = valid_bt.long().argsort(dim=1, stable=True)
         take = lambda x, index: x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-        splits = take(x_btd, order_bt).split(PIECE_TOKENS, 1)
-        valid_splits = valid_bt.gather(1, order_bt).split(PIECE_TOKENS, 1)
-        pieces = []
-        for x_btd, piece_bt in zip(splits, valid_splits, strict=True):
-            position_bt = cache.length_b[:, None] + piece_bt.cumsum(1) - 1
+        splits = take(x_btd, order_bt).split(CHUNK_TOKENS, 1)
+        valid_splits = valid_bt.gather(1, order_bt).split(CHUNK_TOKENS, 1)
+        chunks = []
+        for x_btd, chunk_bt in zip(splits, valid_splits, strict=True):
+            position_bt = cache.length_b[:, None] + chunk_bt.cumsum(1) - 1
             stream, layers = [x_btd], []
             for layer, layer_cache in zip(self.backbone.layers, cache.layers, strict=True):
                 x_btd, layer_cache = self.backbone.run_layer(
-                    layer, x_btd, piece_bt, position_bt, layer_cache
+                    layer, x_btd, chunk_bt, position_bt, layer_cache
                 )
                 stream.append(x_btd)
                 layers.append(layer_cache)
             cache.layers, cache.length_b = layers, position_bt[:, -1] + 1
-            pieces.append(stream if every else stream[-1:])
+            chunks.append(stream if every else stream[-1:])
         cache.seen_tokens += valid_bt.shape[1]
         back_bt = order_bt.argsort(dim=1)
-        return [take(torch.cat(parts, dim=1), back_bt) for parts in zip(*pieces, strict=True)]
+        return [take(torch.cat(parts, dim=1), back_bt) for parts in zip(*chunks, strict=True)]
 
     def forward(
         self,
@@ -482,18 +482,18 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """attention_mask (b, t): of the new tokens or of all, 0 marks padding; kwargs: of the loss.
 
-        hidden_states: the embeddings, then what each layer gives; the last one is normalised.
+        hidden_states: the embeddings, then each layer's output; the last one is normalised.
         """
         config = self.config
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         if output_attentions or (output_attentions is None and config.output_attentions):
             raise ValueError(
-                "output_attentions: this model has no weights over tokens to return, its "
-                "attention reads means of blocks; leave it out"
+                "output_attentions: this model has no attention weights over tokens; it attends to "
+                "means of blocks; leave the argument out"
             )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: pass one of the two")
+            raise ValueError("input_ids, inputs_embeds: pass exactly one of them")
         x_btd = self.backbone.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         x_btd = x_btd.float()
         batch, n_tokens, _ = x_btd.shape
@@ -516,7 +516,7 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
                     "position_ids: this model counts the tokens of a row from its first one; pass "
                     "packed texts as rows of their own"
                 )
-        stream = self._read(x_btd, valid_bt, cache, output_hidden_states)
+        stream = self._run_layers(x_btd, valid_bt, cache, output_hidden_states)
         stream[-1] = self.backbone.norm_f(stream[-1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = product(self.lm_head, stream[-1][:, kept]).float()

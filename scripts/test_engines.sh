@@ -2,11 +2,11 @@
 # Tests exports, imports and clients in the engines that run them, which the ordinary tests skip
 # where they are not installed. Takes about 3 GB of disk for an environment of its own.
 #
-#   ./launch/test_engines.sh                        the newest release of every engine
-#   ./launch/test_engines.sh transformers==5.0.0    with this release; any requirements of pip
+#   ./scripts/test_engines.sh                       the newest release of every engine
+#   ./scripts/test_engines.sh transformers==5.0.0   with this release; any requirements of pip
 
 # shellcheck source=launch/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 export VENV=${VENV:-.venv-engines} HF_HUB_OFFLINE=1
 set_up dev eval
 # On every call: set_up installs what constraints.txt pins, and nothing twice.
