@@ -14,7 +14,9 @@ from types import FrameType
 from typing import Any
 
 from mamba_jax.cli import train_arguments
+from mamba_jax.cli.terminal import print_table
 from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
 from mamba_jax.runs import lock
@@ -171,15 +173,13 @@ def _jobs(sweep: Sweep, make: Any, file: str) -> list[jobs.Job]:
 
 def _check_same_sweep(out: pathlib.Path, base: RunConfig) -> None:
     """Refuses a folder whose results come from another config: they cannot be compared."""
-    config = json.loads(json.dumps(to_dict(base)))
+    config = _as_json(base)
     file = out / _MANIFEST
     if file.is_file():
-        before = _read_manifest(file)
-        changed = [
-            name
-            for name in jobs.flat(config)
-            if jobs.flat(before).get(name) != jobs.flat(config)[name]
-        ]
+        # A field that the version of the first call did not have is at its default there.
+        before = flatten(_as_json(RunConfig())) | flatten(_read_manifest(file))
+        now = flatten(config)
+        changed = [name for name in now if before[name] != now[name]]
         if changed:
             raise UserError(
                 f"--out={out} holds a sweep of another config ({', '.join(changed[:4])} differ); "
@@ -187,6 +187,11 @@ def _check_same_sweep(out: pathlib.Path, base: RunConfig) -> None:
             )
         return
     write_atomic(file, json.dumps(config, indent=2) + "\n")
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    """Returns a config as it looks when read from JSON."""
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
@@ -244,10 +249,7 @@ def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
         ]
         for place, row in enumerate(rows, 1)
     ]
-    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
-    for line in (header, *table):
-        cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    print_table(header, table, n_text_columns=0)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(["run", *names, *columns, "state", "why"])

@@ -20,7 +20,7 @@ from mamba_jax.reports.charts import (
 )
 from mamba_jax.reports.page import duration, number, size
 from mamba_jax.runs import metrics
-from mamba_jax.runs.recorded import Run, flat_config
+from mamba_jax.runs.recorded import RUNNING, Run, flat_config
 
 _MOST_SAMPLES, _MOST_WARNINGS, _LONGEST_TEXT = 20, 50, 4_000
 _MOST_MARKS = 300  # skipped steps that are marked one by one
@@ -266,7 +266,8 @@ def _checkpoints(run: Run) -> str:
     lines.append(f"python -m mamba_jax.generate --checkpoint {named} --prompt ''")
     out = shlex.quote(f"{run.folder.resolve().name}-{path.name}-hf")
     lines.append(f"python -m mamba_jax.export --checkpoint {named} --format hf --out {out}")
-    if run.planned_steps is None or newest[0] < run.planned_steps:
+    is_unfinished = run.planned_steps is None or newest[0] < run.planned_steps
+    if is_unfinished and run.state != RUNNING:
         said += f" The last command resumes from the newest, {newest[1].name}."
         lines.append(f"python -m mamba_jax.train --resume {folder}")
     return (

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import pathlib
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from mamba_jax.checkpoints.folder import list_checkpoints, read_metadata
 from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 from mamba_jax.runs import exit_status, metrics
 from mamba_jax.runs.background import is_running, read
@@ -59,7 +61,7 @@ def make_job(settings: Settings, base: RunConfig, flags: Sequence[str], out: pat
       flags: of every run of the sweep.
       out: the sweep's folder.
     """
-    fields = flat(to_dict(base))
+    fields = flatten(to_dict(base))
     settings = {name: _fitted(value, fields.get(name)) for name, value in settings.items()}
     folder = out / job_name(settings)
     command = (
@@ -110,17 +112,6 @@ def _fitted(value: Any, default: Any) -> Any:
     return round(value) if whole and isinstance(value, float) else value
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns dotted name → value of nested groups."""
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            leaves |= flat(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value
-    return leaves
-
-
 def state(folder: pathlib.Path) -> str:
     """Returns how a job's newest run ended, or that it has not."""
     facts = read(folder)
@@ -168,6 +159,9 @@ def rows(out: pathlib.Path, metric: str) -> list[Row]:
             now = state(folder)
             found.append(Row(folder.name, facts["settings"], now, why, measures(folder), has_page))
     order = [DONE, PRUNED, RUNNING, STOPPED, FAILED]
-    return sorted(
-        found, key=lambda row: (order.index(row.state), row.measures.get(metric, float("inf")))
-    )
+    return sorted(found, key=lambda row: (order.index(row.state), _rank(row.measures.get(metric))))
+
+
+def _rank(value: float | None) -> float:
+    """Returns a number to sort by; NaN has no order of its own, so it comes last."""
+    return math.inf if value is None or math.isnan(value) else value

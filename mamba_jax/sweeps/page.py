@@ -64,7 +64,7 @@ def render(rows: Sequence[Row], metric: str, title: str) -> str:
       title: of the page.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.settings))
-    shown = [row for row in rows if metric in row.measures]
+    shown = [row for row in rows if math.isfinite(row.measures.get(metric, math.nan))]
     done = sum(row.state == DONE for row in rows)
     best = rows[0] if rows and rows[0].state == DONE else None
     lead = f"{done} of {len(rows)} runs done"

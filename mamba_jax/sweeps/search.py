@@ -129,8 +129,10 @@ class OptunaSearch:
         self._told[job.folder] = written
         trial = self._trials[job.folder]
         try:
+            reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
             for step, value in evaluations(job.folder, self._metric):
-                trial.report(value, step)
+                if step not in reported:  # Optuna warns about a step that it already has
+                    trial.report(value, step)
             return trial.should_prune()
         except self._optuna.exceptions.UpdateFinishedTrialError:  # ended by Optuna's own tools
             return False

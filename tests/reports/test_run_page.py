@@ -14,6 +14,7 @@ from mamba_jax.checkpoints.folder import Metadata, write_manifest, write_metadat
 from mamba_jax.cli import train_arguments
 from mamba_jax.config import from_dict
 from mamba_jax.reports.run_page import render
+from mamba_jax.runs.background import Record
 from mamba_jax.runs.recorded import read_run
 from tests.reports.made_run import Page, config, evaluated, rate, started, trained, write
 
@@ -272,6 +273,15 @@ def test_the_best_checkpoint_and_the_commands_for_it(tmp_path):
             assert train_arguments.read(flags).resume == str(folder)
     shutil.rmtree(folder / "step_20")  # as ``keep_last`` does
     assert "Best: step_30, evaluation loss 2.75" in Page(render(read_run(folder))).text
+
+
+def test_a_run_that_trains_has_no_command_to_resume_it(tmp_path):
+    saved(tmp_path, 10, 2.0)
+    record = Record.claim(tmp_path)
+    record.begin()
+    text = render(read_run(write(tmp_path, [started(), *trained(1, 12), evaluated(10, 2.0)])))
+    record.release()
+    assert "Best: step_10" in text and "--resume" not in text
 
 
 def test_checkpoints_of_a_run_that_is_done_or_was_never_evaluated(tmp_path):

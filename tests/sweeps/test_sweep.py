@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -342,6 +343,15 @@ def test_a_damaged_manifest_is_one_line(place, capsys, text):
     assert run() == 0 and json.loads((OUT / "sweep.json").read_text())["model"]
 
 
+def test_a_folder_of_an_older_version_has_fewer_fields(place):
+    assert run() == 0
+    config = json.loads((OUT / "sweep.json").read_text())
+    del config["training"]["skip_spikes"]
+    (OUT / "sweep.json").write_text(json.dumps(config))
+    assert run() == 0
+    assert run("--config.training.skip_spikes=7") == 2
+
+
 def test_dry_run_lists(place, capsys):
     assert run("--dry_run") == 0
     assert "learning_rate=0.001: new" in capsys.readouterr().out.splitlines()
@@ -382,6 +392,22 @@ def test_every_run_is_linked_to_its_page(place):
     assert before == {each: each.stat().st_mtime_ns for each in pages}  # nothing new to show
     odd = jobs.Row('a"b#c?d', {"x": 1}, "failed", "why", {})
     assert 'href="a%22b%23c%3Fd/"' in page.render([odd], "eval_loss", "x")
+
+
+def test_a_metric_that_is_no_number_ranks_last_and_has_no_line(place):
+    for name, loss in (("a", math.nan), ("b", 2.0), ("c", math.inf), ("d", 1.0), ("e", math.nan)):
+        record = Record.claim(OUT / name)
+        record.begin(settings={"x": name})
+        (OUT / name / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "loss": 1.0, "eval_loss": loss}) + "\n"
+        )
+        record.end(0, "")
+        record.release()
+    rows = jobs.rows(OUT, "eval_loss")
+    assert [row.name for row in rows][:2] == ["d", "b"]
+    text = page.render(rows, "eval_loss", "x")
+    assert text.count("<polyline") == 2
+    assert "nan" not in "".join(re.findall(r'points="[^"]*"', text))
 
 
 def test_the_page_needs_no_network_and_says_what_came_out():
@@ -484,6 +510,14 @@ def test_poor_trials_are_cut_short(space):
     for name in (name for name, state in found.items() if state == "pruned"):
         assert int((OUT / name / "steps").read_text()) < 10  # it saved, and did not go to the end
     assert any(trial.state.name == "PRUNED" for trial in study().trials)
+
+
+def test_each_evaluation_is_reported_once(space, recwarn):
+    OUT.mkdir()
+    (OUT / "slow").touch()
+    assert run("--search=optuna", "--trials=1") == 0
+    assert len(study().trials[0].intermediate_values) > 2  # it was looked at several times
+    assert not [each for each in recwarn if "already reported" in str(each.message)]
 
 
 def test_a_job_that_outlived_a_killed_search_keeps_its_trial(space):
