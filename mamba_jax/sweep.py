@@ -19,11 +19,12 @@ from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
+from mamba_jax.pages.document import number
 from mamba_jax.runs import lock
 from mamba_jax.runs import metrics as history
 from mamba_jax.runs.exit_status import PREEMPTED
 from mamba_jax.runs.lock import RunLock
-from mamba_jax.sweeps import jobs, page
+from mamba_jax.sweeps import jobs, sweep_page
 from mamba_jax.sweeps.executors import Executor, Local, Slurm, gpus
 from mamba_jax.sweeps.hyper import Hyper, Settings, Sweep, load
 from mamba_jax.sweeps.queue import Listed, Queue, Source
@@ -114,8 +115,8 @@ def _run(
             sweep, make, own.out / "study.db", trials=trials, metric=own.metric, slots=slots
         )
     # Whoever ends the sweep otherwise than with Ctrl-C wants its runs saved as well.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, _interrupt)
     return Queue(source, executor, slots, _say).run()
 
 
@@ -243,8 +244,8 @@ def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
     table = [
         [
             str(place) if row.state == jobs.DONE else "–",
-            *(page.text(row.settings.get(name, "")) for name in names),
-            *(page.text(row.measures.get(column, "")) for column in columns),
+            *(number(row.settings.get(name, "")) for name in names),
+            *(number(row.measures.get(column, "")) for column in columns),
             row.state,
         ]
         for place, row in enumerate(rows, 1)
@@ -258,7 +259,7 @@ def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
         found = [row.measures.get(column, "") for column in columns]
         writer.writerow([row.name, *values, *found, row.state, row.why])
     write_atomic(out / "results.csv", stream.getvalue())
-    write_atomic(out / "sweep.html", page.render(rows, metric, title=out.name))
+    write_atomic(out / "sweep.html", sweep_page.render(rows, metric, title=out.name))
     print(f"{out / 'sweep.html'}, {out / 'results.csv'}")
 
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_jax.reports import page
+from mamba_jax.pages.document import duration, number, paragraph, size
+from mamba_jax.reports import figures
 from mamba_jax.reports.charts import chart, curve, smoothing_width, thin, trailing_mean
-from mamba_jax.reports.page import duration, number, size
 from mamba_jax.runs import metrics
 from mamba_jax.runs.recorded import Run
 
@@ -175,7 +175,7 @@ def render(comparison: Comparison) -> str:
     names_ = ", ".join(comparison.names)
     body = (
         f"<h1>{len(comparison.runs)} runs</h1>\n"
-        f"{''.join(map(page.paragraph, comparison.notes()))}{_results_table(comparison)}"
+        f"{''.join(map(paragraph, comparison.notes()))}{_results_table(comparison)}"
         f"{_reasons(comparison)}{_differences_table(comparison)}"
     )
     data = None
@@ -189,10 +189,10 @@ def render(comparison: Comparison) -> str:
             "span": [0, last_step],
             "token_span": [0, last_token],
         }
-        body += page.curves(charts, _axes() if any(lines) else "", _note(comparison, charts))
+        body += figures.curves(charts, _axes() if any(lines) else "", _note(comparison, charts))
     else:
-        body += page.paragraph("No curves: none of the runs has recorded a measurement.")
-    return page.document(f"Runs: {names_}", body, data)
+        body += paragraph("No curves: none of the runs has recorded a measurement.")
+    return figures.document(f"Runs: {names_}", body, data)
 
 
 def _axes() -> str:

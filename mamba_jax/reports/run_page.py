@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba_jax.config import RunConfig
-from mamba_jax.reports import page
+from mamba_jax.pages.document import duration, number, paragraph, size
+from mamba_jax.reports import figures
 from mamba_jax.reports.charts import (
     MOST_LAYER_POINTS,
     chart,
@@ -18,7 +19,6 @@ from mamba_jax.reports.charts import (
     thin,
     trailing_mean,
 )
-from mamba_jax.reports.page import duration, number, size
 from mamba_jax.runs import metrics
 from mamba_jax.runs.recorded import RUNNING, Run, flat_config
 
@@ -69,7 +69,7 @@ def render(run: Run) -> str:
                 "skipped": _skip_marks(run),
             },
         }
-        body += page.curves(charts, note=_key(run, charts))
+        body += figures.curves(charts, note=_key(run, charts))
     body += (
         _missing(charts)
         + _checkpoints(run)
@@ -78,7 +78,7 @@ def render(run: Run) -> str:
         + _samples(run)
         + _config(run)
     )
-    return page.document(f"{run.name}: training run", body, data)
+    return figures.document(f"{run.name}: training run", body, data)
 
 
 # --- the curves -----------------------------------------------------------------------------------
@@ -164,13 +164,13 @@ def _key(run: Run, charts: list[dict[str, Any]]) -> str:
 def _missing(charts: list[dict[str, Any]]) -> str:
     """Tells what would have been a curve had it been recorded."""
     if not charts:
-        return page.paragraph(
+        return paragraph(
             f"No curves: no measurement is in {metrics.NAME}, which fills while the run trains."
         )
     have = {each["key"] for each in charts}
     titles = [("loss", "Loss"), *((key, title) for _, key, title, *_ in (*_CURVES, *_LAYER_CURVES))]
     lacking = [title for key, title in titles if key not in have]
-    return page.paragraph(f"Not recorded: {'; '.join(lacking)}." if lacking else "")
+    return paragraph(f"Not recorded: {'; '.join(lacking)}." if lacking else "")
 
 
 # --- the text -------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def _warnings(run: Run) -> str:
         )
     left_out = len(alike) - len(lines)
     more = f"{left_out:,} older ones are not shown." if left_out else ""
-    return f"<h2>Warnings</h2>\n<ul>{''.join(lines)}</ul>\n{page.paragraph(more)}"
+    return f"<h2>Warnings</h2>\n<ul>{''.join(lines)}</ul>\n{paragraph(more)}"
 
 
 def _samples(run: Run) -> str:
@@ -326,13 +326,13 @@ def _samples(run: Run) -> str:
     ]
     older = f"<details><summary>{len(shown) - 1} before it</summary>{''.join(shown[1:])}</details>"
     left_out = len(samples) - len(shown)
-    more = page.paragraph(f"{left_out:,} older ones are not shown." if left_out else "")
+    more = paragraph(f"{left_out:,} older ones are not shown." if left_out else "")
     return f"<h2>Samples</h2>\n{shown[0]}{older if len(shown) > 1 else ''}{more}"
 
 
 def _config(run: Run) -> str:
     if not run.config:
-        return "<h2>Config</h2>\n" + page.paragraph("Not recorded.")
+        return "<h2>Config</h2>\n" + paragraph("Not recorded.")
     defaults = flat_config(RunConfig())
     groups: dict[str, list[str]] = {}
     for name, value in run.config.items():
@@ -350,7 +350,7 @@ def _config(run: Run) -> str:
         f"<section><h3>{html.escape(group)}</h3><table>{''.join(rows)}</table></section>"
         for group, rows in groups.items()
     )
-    note = page.paragraph("As the run used it; bold: not the built-in default.")
+    note = paragraph("As the run used it; bold: not the built-in default.")
     return f'<h2>Config</h2>\n{note}<div class="config">{sections}</div>\n'
 
 

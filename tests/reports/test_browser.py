@@ -13,7 +13,7 @@ from mamba_jax.reports.compare import Comparison
 from mamba_jax.reports.compare import render as render_comparison
 from mamba_jax.reports.run_page import render
 from mamba_jax.runs.recorded import read_run
-from mamba_jax.sweeps import page as sweep_page
+from mamba_jax.sweeps import sweep_page
 from mamba_jax.sweeps.jobs import Row
 from tests.reports.made_run import evaluated, rate, started, trained, write
 

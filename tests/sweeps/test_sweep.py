@@ -19,7 +19,7 @@ import pytest
 from mamba_jax import sweep
 from mamba_jax.config import RunConfig
 from mamba_jax.runs.background import Record, is_running, read
-from mamba_jax.sweeps import executors, jobs, page
+from mamba_jax.sweeps import executors, jobs, sweep_page
 
 FAKE = (sys.executable, "-u", str(pathlib.Path(__file__).with_name("fake_job.py")))
 RATES = """
@@ -362,14 +362,14 @@ def test_dry_run_lists(place, capsys):
 
 
 def test_axes():
-    numbers = page.axis("x", [1e-4, 1e-3, 1e-2])
+    numbers = sweep_page.axis("x", [1e-4, 1e-3, 1e-2])
     assert [numbers.places[v] for v in (1e-4, 1e-3, 1e-2)] == pytest.approx([0, 0.5, 1])
-    linear = page.axis("x", [0, 1, 4])
+    linear = sweep_page.axis("x", [0, 1, 4])
     assert [linear.places[v] for v in (0, 1, 4)] == [0, 0.25, 1]
-    words = page.axis("x", ["b", "a", True])
+    words = sweep_page.axis("x", ["b", "a", True])
     assert [words.places[v] for v in ("b", "a", True)] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
-    assert page.axis("x", [7, 7]).places == {7: 0.5}
-    many = page.axis("x", [1.0, 2, 3, 4, 5, 6, 8])
+    assert sweep_page.axis("x", [7, 7]).places == {7: 0.5}
+    many = sweep_page.axis("x", [1.0, 2, 3, 4, 5, 6, 8])
     assert [label for _, label in many.ticks] == ["1", "2.75", "4.5", "6.25", "8"]
 
 
@@ -391,7 +391,7 @@ def test_every_run_is_linked_to_its_page(place):
     assert run() == 0
     assert before == {each: each.stat().st_mtime_ns for each in pages}  # nothing new to show
     odd = jobs.Row('a"b#c?d', {"x": 1}, "failed", "why", {})
-    assert 'href="a%22b%23c%3Fd/"' in page.render([odd], "eval_loss", "x")
+    assert 'href="a%22b%23c%3Fd/"' in sweep_page.render([odd], "eval_loss", "x")
 
 
 def test_a_metric_that_is_no_number_ranks_last_and_has_no_line(place):
@@ -405,7 +405,7 @@ def test_a_metric_that_is_no_number_ranks_last_and_has_no_line(place):
         record.release()
     rows = jobs.rows(OUT, "eval_loss")
     assert [row.name for row in rows][:2] == ["d", "b"]
-    text = page.render(rows, "eval_loss", "x")
+    text = sweep_page.render(rows, "eval_loss", "x")
     assert text.count("<polyline") == 2
     assert "nan" not in "".join(re.findall(r'points="[^"]*"', text))
 
@@ -417,7 +417,7 @@ def test_the_page_needs_no_network_and_says_what_came_out():
         row("cut", state="pruned", loss=3.0, rate=1e-1, kind="x"),
         row("bad", state="failed", why="crashed: <oops>", rate=1.0, kind="x"),
     ]
-    text = page.render(rows, "eval_loss", "a & b")
+    text = sweep_page.render(rows, "eval_loss", "a & b")
     assert "http" not in text and "src=" not in text and "@import" not in text
     assert (
         "<title>a &amp; b: sweep</title>" in text and "&lt;oops&gt;" in text and '<b>"' not in text
@@ -427,8 +427,8 @@ def test_the_page_needs_no_network_and_says_what_came_out():
     assert text.count("<tr data-run") == 4 and text.count("stroke-dasharray") == 1
     assert 'aria-label="3 runs over rate, kind, eval_loss (less is better); the' in text
     assert text.index("<th>eval_loss") < text.index("<th>rate")
-    assert page.render(rows[:1], "eval_loss", "x").count("<polyline") == 0
-    assert "0 of 0 runs done" in page.render([], "eval_loss", "x")
+    assert sweep_page.render(rows[:1], "eval_loss", "x").count("<polyline") == 0
+    assert "0 of 0 runs done" in sweep_page.render([], "eval_loss", "x")
 
 
 # --- the search -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""An HTML page of one file: its style, its script and its data are in it, and no network is asked.
+"""Pages with curves: the place of each chart, its buttons, and the data that ``charts.js`` draws.
 
-Everything that comes from a run passes ``html.escape`` or, as data of the curves, ``_json``.
+Text that comes from a run passes ``html.escape`` or, in the data of the curves, ``_json``.
 """
 
 import html
@@ -8,6 +8,9 @@ import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+from mamba_jax.pages import document as frame
+from mamba_jax.pages.document import paragraph
 
 _HERE = pathlib.Path(__file__).parent
 _PARTS = ((1, "whole"), (0.5, "last half"), (0.1, "last tenth"))
@@ -31,11 +34,7 @@ def document(title: str, body: str, data: dict[str, Any] | None = None) -> str:
             f"<script>{code}</script>\n"
         )
     style = (_HERE / "style.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{style}</style>\n{body}\n{script}</html>\n"
-    )
+    return frame.document(title, body, style=style, script=script)
 
 
 def _json(data: dict[str, Any]) -> str:
@@ -74,34 +73,3 @@ def _figure(chart: dict[str, Any]) -> str:
         f'aria-pressed="{str(chart["log"]).lower()}">log</button></figcaption>'
         f'<div class="plot"></div><div class="legend"></div>{note}</figure>\n'
     )
-
-
-def paragraph(text: str) -> str:
-    """Returns a faint sentence; "" where there is none."""
-    return f'<p class="faint">{html.escape(text)}</p>\n' if text else ""
-
-
-def number(value: Any, digits: int = 5) -> str:
-    """Returns a value as a reader wants to see it; None, which is not known, as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int) or 1000 <= abs(value) < 1e15:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def size(value_bytes: float | None) -> str:
-    """Returns bytes in GiB or MiB."""
-    if value_bytes is None:
-        return "–"
-    gib = value_bytes / 2**30
-    return f"{gib:.2f} GiB" if gib >= 1 else f"{value_bytes / 2**20:.0f} MiB"
-
-
-def duration(secs: float) -> str:
-    """Returns hours, minutes and seconds."""
-    hours, rest = divmod(round(secs), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours:,} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

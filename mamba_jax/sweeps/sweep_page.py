@@ -7,18 +7,12 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
+from mamba_jax.pages.document import document, number
 from mamba_jax.sweeps.jobs import DONE, PAGE, PRUNED, Row
 
 _TOP, _GAP, _BOTTOM = 30, 84, 30  # pixels: above the first axis, between two, below the last
 _LETTER = 0.025  # the width of one, as a share of a phone's page
 _MANY_DECADES = 1.0  # from here on an axis of numbers is logarithmic
-
-
-def text(value: Any) -> str:
-    """Returns a value as a reader wants to see it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +32,14 @@ def axis(title: str, values: Sequence[Any]) -> Axis:
     if len(numbers) < len(distinct) or len(distinct) == 1:
         count = len(distinct)
         places = {v: (i + 0.5) / count for i, v in enumerate(distinct)}
-        ticks = [(place, text(v)) for v, place in places.items()]
+        ticks = [(place, number(v)) for v, place in places.items()]
         return Axis(title, places, ticks, is_numeric=False)
     low, high = min(numbers), max(numbers)
     logarithmic = low > 0 and math.log10(high / low) >= _MANY_DECADES
     scale = math.log if logarithmic else float
     places = {v: (scale(v) - scale(low)) / (scale(high) - scale(low)) for v in numbers}
     if len(distinct) <= 6:
-        return Axis(title, places, [(place, text(v)) for v, place in places.items()])
+        return Axis(title, places, [(place, number(v)) for v, place in places.items()])
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     ticks = [low * (high / low) ** s if logarithmic else low + s * (high - low) for s in shares]
     return Axis(title, places, [(s, f"{t:.3g}") for s, t in zip(shares, ticks, strict=True)])
@@ -69,16 +63,15 @@ def render(rows: Sequence[Row], metric: str, title: str) -> str:
     best = rows[0] if rows and rows[0].state == DONE else None
     lead = f"{done} of {len(rows)} runs done"
     if best:
-        settings = ", ".join(f"{_leaf(n)} {text(v)}" for n, v in best.settings.items())
-        lead += f"; best: {settings}, {metric} {text(best.measures.get(metric, ''))}"
-    return _PAGE.format(
-        title=html.escape(title),
-        lead=html.escape(lead),
-        chart=_chart(shown, names, metric) if len(shown) > 1 else "",
-        table=_table(rows, names, metric),
-        style=_STYLE,
-        script=_SCRIPT,
+        settings = ", ".join(f"{_leaf(n)} {number(v)}" for n, v in best.settings.items())
+        lead += f"; best: {settings}, {metric} {number(best.measures.get(metric, ''))}"
+    chart = _chart(shown, names, metric) if len(shown) > 1 else ""
+    body = (
+        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(lead)}</p>\n"
+        f"{chart}\n{_table(rows, names, metric)}"
     )
+    script = f"<script>{_SCRIPT}</script>\n"
+    return document(f"{title}: sweep", body, style=_STYLE, script=script)
 
 
 def _leaf(name: str) -> str:
@@ -111,7 +104,7 @@ def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
             for y, one, value in zip(down, axes, values, strict=True)
         )
         share = place / max(1, len(rows) - 1)
-        label = html.escape(f"{row.name}: {metric} {text(row.measures[metric])}")
+        label = html.escape(f"{row.name}: {metric} {number(row.measures[metric])}")
         dashed = ' stroke-dasharray="5 4"' if row.state == PRUNED else ""
         parts.append(
             f'<polyline data-run="{html.escape(row.name)}" points="{points}"{dashed} '
@@ -188,7 +181,7 @@ def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
         cells = [
             f'<td data-value="{place}">{_link(row, str(place))}</td>',
             *(
-                f'<td data-value="{html.escape(str(v))}">{html.escape(text(v))}</td>'
+                f'<td data-value="{html.escape(str(v))}">{html.escape(number(v))}</td>'
                 for v in values
             ),
         ]
@@ -208,17 +201,6 @@ def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #646d77; --rule: #d8dee4;
-        --link: #0a58ca }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --paper: #14171a; --faint: #98a2ad; --rule: #333a41;
-          --link: #6cb0f5 }
-}
-* { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       margin: 0 auto; max-width: 1200px; padding: 16px }
-h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px }
-.scroll { overflow-x: auto; max-width: 100% }
 .parallel { position: relative; margin: 8px 0 12px; font-size: 12.5px; line-height: 18px }
 .parallel svg { position: absolute; width: 100%; height: 100%; overflow: visible }
 .parallel b, .parallel span { position: absolute; padding: 0 4px; border-radius: 4px;
@@ -228,16 +210,14 @@ h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px }
 .axis { stroke: var(--faint); stroke-width: 1.5; vector-effect: non-scaling-stroke }
 polyline { fill: none; stroke-width: 2; stroke-opacity: .8; vector-effect: non-scaling-stroke;
            stroke-linejoin: round; pointer-events: stroke }
-a { color: var(--link) }
 .some polyline, .some tbody tr { opacity: .2 }
 .some .on { opacity: 1 !important } polyline.on { stroke-width: 4 }
 .key { color: var(--faint); margin: 4px 0 20px }
 .key i { display: inline-block; width: 90px; height: 8px; border-radius: 4px;
          background: linear-gradient(90deg, #2166ac, #969696, #e66101) }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+table { white-space: nowrap }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--rule) }
 th { cursor: pointer; position: sticky; top: 0; background: var(--paper) }
-.failed { color: #d1242f } .done { color: #1a7f37 } .pruned, .stopped { color: var(--faint) }
 li { overflow-wrap: anywhere }
 """
 
@@ -260,18 +240,4 @@ document.querySelectorAll('th').forEach((head, column) => head.addEventListener(
     String(value(a)).localeCompare(value(b), undefined, { numeric: true })))
     .forEach(row => body.append(row));
 }));
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: sweep</title>
-<style>{style}</style>
-<h1>{title}</h1>
-<p>{lead}</p>
-{chart}
-{table}
-<script>{script}</script>
-</html>
 """
