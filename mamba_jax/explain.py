@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     else:
         # Wider lines than these are hard to read.
         width = min(100, shutil.get_terminal_size().columns or 80)
-        said = text.render(run, diagnosis, text.Page(width, has_colours(sys.stdout)))
+        said = text.render(run, diagnosis, text.TextPage(width, has_colours(sys.stdout)))
     print(said)
     return 0
 

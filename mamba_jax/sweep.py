@@ -26,8 +26,8 @@ from mamba_jax.runs.exit_status import PREEMPTED
 from mamba_jax.runs.lock import RunLock
 from mamba_jax.sweeps import jobs, sweep_page
 from mamba_jax.sweeps.executors import Executor, Local, Slurm, gpus
-from mamba_jax.sweeps.hyper import Hyper, Settings, Sweep, load
-from mamba_jax.sweeps.queue import Listed, Queue, Source
+from mamba_jax.sweeps.hyper import Hyper, JobSettings, Sweep, load
+from mamba_jax.sweeps.queue import JobList, JobQueue, JobSource
 
 _EPILOG = """\
 Every other flag goes to `python -m mamba_jax.train`, for each run.
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
         _check_same_sweep(own.out, base)
         complete = _run(own, sweep, make, listed)
         _write_run_pages(own.out)
-        rows = jobs.rows(own.out, own.metric)
+        rows = jobs.read_rows(own.out, own.metric)
         _report(rows, own.out, own.metric)
     if not complete:
         _say("stopped; the same command resumes the sweep")
@@ -98,13 +98,13 @@ def main(argv: list[str]) -> int:
 def _run(
     own: argparse.Namespace,
     sweep: Sweep,
-    make: Callable[[Settings], jobs.Job],
+    make: Callable[[JobSettings], jobs.Job],
     listed: Sequence[jobs.Job],
 ) -> bool:
     """Runs the jobs; False if it was interrupted."""
     executor, slots = _executor(own)
     if own.search is None:
-        source: Source = Listed(listed)
+        source: JobSource = JobList(listed)
     else:
         from mamba_jax.sweeps.search import OptunaSearch
 
@@ -117,7 +117,7 @@ def _run(
     # Whoever ends the sweep otherwise than with Ctrl-C wants its runs saved as well.
     for signal_number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, _interrupt)
-    return Queue(source, executor, slots, _say).run()
+    return JobQueue(source, executor, slots, _say).run()
 
 
 def _lock(out: pathlib.Path) -> RunLock:
@@ -236,7 +236,7 @@ def _write_run_pages(out: pathlib.Path) -> None:
             write_atomic(page_file, run_page.render(recorded.read_run(metrics.parent)))
 
 
-def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
+def _report(rows: Sequence[jobs.SweepRow], out: pathlib.Path, metric: str) -> None:
     """Prints the table and writes it as a page and for spreadsheets."""
     names = list(dict.fromkeys(name for row in rows for name in row.settings))
     columns = [metric, "train_loss", "step", "tokens_per_sec"]

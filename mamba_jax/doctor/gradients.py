@@ -4,13 +4,13 @@ import numpy as np
 
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
-from mamba_jax.doctor.signals import Run, median, windows
+from mamba_jax.doctor.signals import RunSignals, median, windows
 
 LEAST_STEPS = 50  # after the warm-up
 VANISHED_SHARE = 1e-3  # of the first gradients: healthy ones fall by a factor of 10 to 50
 # AdamW divides by the gradient's size plus adam_eps: at 10 × adam_eps a tenth of the step is lost.
 VANISHED_EPSILONS = 10
-LEARNT_SHARE = 0.5  # of the first loss: below it small gradients are what success looks like
+LOW_LOSS_SHARE = 0.5  # of the first loss: below it small gradients are what success looks like
 GROWN = 10.0  # × the lowest window: healthy ones double or triple late in a run
 GROWN_CLIPS = 1.0  # × the clip: below it growth does nothing
 CLIPPED_SHARE = 0.99  # of the steps; many healthy runs are clipped half of the time
@@ -19,7 +19,7 @@ SKIPPED_SHARE = 0.01  # of the steps
 SKIPPED_LEAST = 5
 
 
-def vanishing(run: Run) -> Verdict:
+def vanishing(run: RunSignals) -> Verdict:
     """Gradients so small that AdamW no longer moves, though there is much to learn."""
     norm, loss = run["gradient_norm"], run["loss"]
     if len(norm) < LEAST_STEPS or not len(loss):
@@ -27,19 +27,19 @@ def vanishing(run: Run) -> Verdict:
     if not run.from_beginning:
         return Unchecked("the record does not begin at step 1")
     first, last = norm[:20], norm.last(0.1, 20)
-    begun, now = median(first), median(last)
-    learnt = median(loss.last(0.1, 20)) < LEARNT_SHARE * median(loss[:5])
-    limit = VANISHED_SHARE * begun
+    early, now = median(first), median(last)
+    is_low = median(loss.last(0.1, 20)) < LOW_LOSS_SHARE * median(loss[:5])
+    limit = VANISHED_SHARE * early
     if run.config is not None and run.parameters:
         epsilons = VANISHED_EPSILONS * run.config.training.adam_eps
         limit = max(limit, epsilons * run.parameters**0.5)
-    if learnt or now >= limit:
+    if is_low or now >= limit:
         return None
     return Finding(
         Severity.CRITICAL,
         "The gradients vanish",
         (
-            f"gradient norm {begun:.2g} at {first.span}, {now:.2g} at {last.span} (medians)",
+            f"gradient norm {early:.2g} at {first.span}, {now:.2g} at {last.span} (medians)",
             f"loss {median(loss[:5]):.3f} at the start, {median(loss.last(0.1, 20)):.3f} now",
         ),
         "There is much left to learn, but hardly any gradient reaches the weights: some part is "
@@ -56,7 +56,7 @@ def vanishing(run: Run) -> Verdict:
     )
 
 
-def growing(run: Run) -> Verdict:
+def growing(run: RunSignals) -> Verdict:
     """Gradients that grow and grow."""
     norm = run["gradient_norm"].after(run.warm_step)
     parts = windows(norm)
@@ -82,7 +82,7 @@ def growing(run: Run) -> Verdict:
     )
 
 
-def always_clipped(run: Run) -> Verdict:
+def always_clipped(run: RunSignals) -> Verdict:
     """Nearly every step is cut down, and by much."""
     norm = run["gradient_norm"].after(run.warm_step)
     if run.config is None:
@@ -121,7 +121,7 @@ def always_clipped(run: Run) -> Verdict:
     )
 
 
-def skipped(run: Run) -> Verdict:
+def skipped(run: RunSignals) -> Verdict:
     """Many steps were left out as spikes."""
     steps, count = len(run["loss"]), len(run.skipped)
     if steps < LEAST_STEPS:
@@ -144,7 +144,7 @@ def skipped(run: Run) -> Verdict:
     )
 
 
-def _skip_fewer(run: Run) -> str:
+def _skip_fewer(run: RunSignals) -> str:
     """Returns the command that goes on with twice the factor, at least 5."""
     factor = run.config.training.skip_spikes if run.config is not None else 0.0
     return remedies.resume(run, f"--config.training.skip_spikes={max(5.0, 2 * factor):g}")

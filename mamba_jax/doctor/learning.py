@@ -5,7 +5,7 @@ import numpy as np
 from mamba_jax.checkpoints.folder import step_name
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
-from mamba_jax.doctor.signals import Curve, Run, above_recent, groups, median, noise, windows
+from mamba_jax.doctor.signals import Curve, RunSignals, above_recent, groups, median, noise, windows
 
 # A model that learns at all takes off a tenth of the first loss (the logarithm of the vocabulary,
 # about) in its first hundred steps: the frequencies of tokens alone are worth a third of it.
@@ -45,7 +45,7 @@ OVERFIT_SHARE = 0.01  # of the best evaluation loss
 OVERFIT_NATS = 0.02
 
 
-def loss_not_falling(run: Run) -> Verdict:
+def loss_not_falling(run: RunSignals) -> Verdict:
     """The loss stays where it began, or never gets below that of token frequencies."""
     loss = run["loss"]
     if not run.from_beginning:
@@ -54,20 +54,20 @@ def loss_not_falling(run: Run) -> Verdict:
     if past < FLAT_STEPS:
         return too_few(past, FLAT_STEPS, "steps after the warm-up")
     first, last = loss[:FIRST_STEPS], loss.last(0.1, 20)
-    begun, now = median(first), median(last)
+    first_loss, now = median(first), median(last)
     lowest = min(map(median, windows(loss)))
     figures = (
-        f"loss {begun:.3f} at {first.span}, {now:.3f} at {last.span}",
+        f"loss {first_loss:.3f} at {first.span}, {now:.3f} at {last.span}",
         f"learning rate up to {run.peak_rate:.2g}",
     )
-    if begun - lowest < FLAT_SHARE * begun and now < (1 + FLAT_SHARE) * begun:
+    if first_loss - lowest < FLAT_SHARE * first_loss and now < (1 + FLAT_SHARE) * first_loss:
         return Finding(
             Severity.CRITICAL,
             "The loss does not fall",
             figures,
             "A model that learns takes off a tenth of its first loss within some hundred steps. "
             "This one still guesses nearly as it did at the start.",
-            _mend_flat(run),
+            _flat_remedies(run),
         )
     unigram = run.unigram_nll
     if unigram is None or past < UNIGRAM_STEPS or lowest < UNIGRAM_MARGIN * unigram:
@@ -80,12 +80,12 @@ def loss_not_falling(run: Run) -> Verdict:
             (*figures, f"{unigram:.3f} is the loss of token frequencies alone"),
             "Nothing of the order of the tokens has been learnt: either it holds nothing to "
             "learn (shuffled or encoded text), or the learning rate keeps the model from it.",
-            _mend_flat(run),
+            _flat_remedies(run),
         )
     return None
 
 
-def _mend_flat(run: Run) -> tuple[Remedy, ...]:
+def _flat_remedies(run: RunSignals) -> tuple[Remedy, ...]:
     rate = run.peak_rate
     data = remedies.look_at_data(run)
     if rate < remedies.RATE_LOW:
@@ -94,7 +94,7 @@ def _mend_flat(run: Run) -> tuple[Remedy, ...]:
     return data, remedies.lower_rate(run)
 
 
-def learning_rate_too_high(run: Run) -> Verdict:
+def learning_rate_too_high(run: RunSignals) -> Verdict:
     """The loss climbs, or jumps above where it began."""
     loss = run["loss"]
     parts = windows(loss)
@@ -149,27 +149,29 @@ def learning_rate_too_high(run: Run) -> Verdict:
     )
 
 
-def _rate_over(run: Run, part: Curve) -> float:
+def _rate_over(run: RunSignals, part: Curve) -> float:
     """Returns the median learning rate over the steps of a part; 0 where none is recorded."""
     rate = run["learning_rate"].between(int(part.steps[0]), int(part.steps[-1]))
     return median(rate) if len(rate) else 0.0
 
 
-def _overshoot(run: Run) -> Finding | None:
+def _overshoot(run: RunSignals) -> Finding | None:
     loss, n = run["loss"].between(1, run.warm_step + OVERSHOOT_WITHIN), OVERSHOOT_STEPS
     if len(loss) < n:
         return None
-    begun = median(loss[:FIRST_STEPS]) if run.warm_step > FIRST_STEPS else float(loss.values[0])
+    first_loss = (
+        median(loss[:FIRST_STEPS]) if run.warm_step > FIRST_STEPS else float(loss.values[0])
+    )
     runs_n = np.median(np.lib.stride_tricks.sliding_window_view(loss.values, n), axis=1)
     worst = int(np.argmax(runs_n))
-    if runs_n[worst] < OVERSHOOT * begun:
+    if runs_n[worst] < OVERSHOOT * first_loss:
         return None
     there = loss[worst : worst + n]
     return Finding(
         Severity.CRITICAL,
         "The learning rate is too high",
         (
-            f"loss {begun:.3f} at the start, {runs_n[worst]:.3f} at {there.span} (median)",
+            f"loss {first_loss:.3f} at the start, {runs_n[worst]:.3f} at {there.span} (median)",
             f"learning rate {_rate_over(run, there):.2g} there, up to {run.peak_rate:.2g}",
         ),
         "At the start a model guesses at random; a loss above that means the first steps were so "
@@ -186,7 +188,7 @@ def _overshoot(run: Run) -> Finding | None:
     )
 
 
-def loss_spikes(run: Run) -> Verdict:
+def loss_spikes(run: RunSignals) -> Verdict:
     """The loss jumps up for some steps and comes back."""
     loss = run["loss"]
     if len(loss) < SPIKE_STEPS:
@@ -197,8 +199,8 @@ def loss_spikes(run: Run) -> Verdict:
     usual = noise(rise_n[settled:])
     share_n = np.where(np.arange(len(loss)) < SPIKE_MEMORY, SPIKE_EARLY_SHARE, SPIKE_SHARE)
     high_n = rise_n > np.maximum(SPIKE_NOISE * usual, share_n * np.abs(before_n))
-    begun = median(loss[:FIRST_STEPS])
-    far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * begun)
+    first_loss = median(loss[:FIRST_STEPS])
+    far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * first_loss)
     # Within one spike a step may be low, by a lucky batch.
     spikes = [
         spike
@@ -216,9 +218,9 @@ def loss_spikes(run: Run) -> Verdict:
         f"the worst: loss {before_n[top]:.3f} before it, {loss.values[top]:.3f} at step "
         f"{loss.steps[top]:,}; the usual noise is {usual:.2g}",
     ]
-    is_wild = run.from_beginning and loss.values[top] > OVERSHOOT * begun
+    is_wild = run.from_beginning and loss.values[top] > OVERSHOOT * first_loss
     if is_wild:
-        evidence[-1] += f"; the loss at the start was {begun:.3f}"
+        evidence[-1] += f"; the loss at the start was {first_loss:.3f}"
     norm = run["gradient_norm"].between(int(loss.steps[worst[0]]), int(loss.steps[worst[-1]]))
     if len(norm):
         evidence.append(
@@ -241,7 +243,7 @@ def loss_spikes(run: Run) -> Verdict:
     )
 
 
-def overfitting(run: Run) -> Verdict:
+def overfitting(run: RunSignals) -> Verdict:
     """The evaluation loss rises while the training loss does not."""
     evaluation, loss = run["eval_loss"], run["loss"]
     if len(evaluation) < OVERFIT_EVALUATIONS:

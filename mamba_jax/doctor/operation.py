@@ -6,7 +6,7 @@ import numpy as np
 
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
-from mamba_jax.doctor.signals import Run, median
+from mamba_jax.doctor.signals import RunSignals, median
 
 # A machine's speed wanders; what is worth a look lasts and is larger than this.
 SLOWER = 0.25
@@ -21,7 +21,7 @@ MIB = 2**20
 _EXPECTED = re.compile(r"a spike; step skipped|^out of memory with a microbatch")
 
 
-def ended(run: Run) -> Verdict:
+def ended(run: RunSignals) -> Verdict:
     """An error ended the run, or a number was not finite."""
     if run.not_finite:
         name, step = min(run.not_finite.items(), key=lambda item: item[1])
@@ -36,7 +36,7 @@ def ended(run: Run) -> Verdict:
     evidence = (f"after step {step:,}: {message or kind}",)
     if "training diverged" in text:
         return _diverged(run, evidence)
-    go_on = Remedy("Then go on from the newest checkpoint", remedies.resume(run))
+    then_resume = Remedy("Then go on from the newest checkpoint", remedies.resume(run))
     if kind in ("KeyboardInterrupt", "StoppedEarly", "SystemExit"):
         return Finding(
             Severity.NOTE,
@@ -67,11 +67,11 @@ def ended(run: Run) -> Verdict:
         "The message says what is in the way."
         if kind == "UserError"
         else "This is none of the errors that the trainer expects; the log has more of it.",
-        (Remedy("Clear away what the message names"), go_on),
+        (Remedy("Clear away what the message names"), then_resume),
     )
 
 
-def _diverged(run: Run, evidence: tuple[str, ...]) -> Finding:
+def _diverged(run: RunSignals, evidence: tuple[str, ...]) -> Finding:
     return Finding(
         Severity.CRITICAL,
         "The training diverged",
@@ -82,7 +82,7 @@ def _diverged(run: Run, evidence: tuple[str, ...]) -> Finding:
     )
 
 
-def slowing(run: Run) -> Verdict:
+def slowing(run: RunSignals) -> Verdict:
     """Tokens per second fell and stay low."""
     speed = run["tokens_per_sec"].after(run.layout_step)
     if len(speed) < SPEED_INTERVALS:
@@ -116,7 +116,7 @@ def slowing(run: Run) -> Verdict:
     )
 
 
-def data_stall(run: Run) -> Verdict:
+def data_stall(run: RunSignals) -> Verdict:
     """The device waits for batches."""
     waits = run["data_wait"].after(run.layout_step)
     if len(waits) < DATA_INTERVALS:
@@ -147,18 +147,20 @@ def data_stall(run: Run) -> Verdict:
     )
 
 
-def memory(run: Run) -> Verdict:
+def memory(run: RunSignals) -> Verdict:
     """The peak lies at the edge of the device's memory, or went over it."""
-    lacked = [(step, text) for step, text in run.warnings if text.startswith("out of memory with")]
-    give_room = remedies.more_memory_free(run)
-    if lacked:
+    out_of_memory = [
+        (step, text) for step, text in run.warnings if text.startswith("out of memory with")
+    ]
+    free_memory = remedies.more_memory_free(run)
+    if out_of_memory:
         return Finding(
             Severity.WARNING,
             "The memory was not enough; the microbatch was halved",
-            tuple(f"step {step:,}: {text}" for step, text in lacked[-3:]),
+            tuple(f"step {step:,}: {text}" for step, text in out_of_memory[-3:]),
             "The run goes on as before, only slower than it could; something else may be using "
             "the device's memory.",
-            (give_room, Remedy("See what else uses the device", "nvidia-smi")),
+            (free_memory, Remedy("See what else uses the device", "nvidia-smi")),
         )
     peak = run["memory_bytes"].after(run.layout_step)
     if not len(peak):
@@ -178,11 +180,11 @@ def memory(run: Run) -> Verdict:
             f"up to step {peak.steps[-1]:,}",
         ),
         "A little more, such as another program on the device, and the run is out of memory.",
-        (give_room,),
+        (free_memory,),
     )
 
 
-def warned(run: Run) -> Verdict:
+def warned(run: RunSignals) -> Verdict:
     """The run itself warned, of what no other rule is about."""
     others = [(step, text) for step, text in run.warnings if not _EXPECTED.search(text)]
     if not others:

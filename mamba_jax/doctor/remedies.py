@@ -5,13 +5,13 @@ import shlex
 
 from mamba_jax.checkpoints.folder import list_checkpoints
 from mamba_jax.doctor.finding import Remedy
-from mamba_jax.doctor.signals import Run
+from mamba_jax.doctor.signals import RunSignals
 
 # The presets have 1e-4 to 5e-4; a factor of 5 beyond at either side is out of the usual.
 RATE_LOW, RATE_USUAL, RATE_HIGH = 2e-5, 3e-4, 2.5e-3
 
 
-def resume(run: Run, *flags: str, before: int | None = None) -> str:
+def resume(run: RunSignals, *flags: str, before: int | None = None) -> str:
     """Returns the command that goes on from a checkpoint of the run with other settings.
 
     Args:
@@ -40,7 +40,7 @@ def rate_flag(rate: float) -> str:
     return f"--config.training.learning_rate={math.floor(rate / size * (1 + 1e-9)) * size:g}"
 
 
-def lower_rate(run: Run, most: float | None = None, before: int | None = None) -> Remedy:
+def lower_rate(run: RunSignals, most: float | None = None, before: int | None = None) -> Remedy:
     """A third of the learning rate, or what is usual; ``most`` if that is less.
 
     Args:
@@ -57,7 +57,7 @@ def lower_rate(run: Run, most: float | None = None, before: int | None = None) -
     )
 
 
-def longer_warm_up(run: Run) -> Remedy:
+def longer_warm_up(run: RunSignals) -> Remedy:
     """More steps at a small learning rate; for a run from the beginning."""
     steps = max(2 * run.warm_step, 100)
     return Remedy(
@@ -66,7 +66,7 @@ def longer_warm_up(run: Run) -> Remedy:
     )
 
 
-def skip_spikes(run: Run) -> Remedy:
+def skip_spikes(run: RunSignals) -> Remedy:
     """Leave out the steps whose gradient is far from what is usual; more of them than so far."""
     now = run.config.training.skip_spikes if run.config is not None else 0.0
     factor = max(2.0, now / 2) if 0 < now <= 5 else 5.0
@@ -76,7 +76,7 @@ def skip_spikes(run: Run) -> Remedy:
     )
 
 
-def more_memory_free(run: Run) -> Remedy:
+def more_memory_free(run: RunSignals) -> Remedy:
     """A larger safety margin."""
     now = run.config.vram.safety_margin_mb if run.config is not None else 2048
     return Remedy(
@@ -85,7 +85,7 @@ def more_memory_free(run: Run) -> Remedy:
     )
 
 
-def look_at_data(run: Run) -> Remedy:
+def look_at_data(run: RunSignals) -> Remedy:
     """What a run reads."""
     logs = run.config.log_dir if run.config is not None else "logs"
     return Remedy(

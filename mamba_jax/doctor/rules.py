@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 
 from mamba_jax.doctor import gradients, learning, operation, structure
 from mamba_jax.doctor.finding import Finding, Unchecked, Verdict
-from mamba_jax.doctor.signals import Run
+from mamba_jax.doctor.signals import RunSignals
 
-RULES: Mapping[str, Callable[[Run], Verdict]] = {  # what is checked → how
+RULES: Mapping[str, Callable[[RunSignals], Verdict]] = {  # what is checked → how
     "end of the run": operation.ended,
     "loss falls": learning.loss_not_falling,
     "learning rate": learning.learning_rate_too_high,
@@ -42,7 +42,7 @@ class Diagnosis:
     unchecked: Mapping[str, str]
 
 
-def examine(run: Run) -> Diagnosis:
+def examine(run: RunSignals) -> Diagnosis:
     """Applies every rule."""
     verdicts = {name: rule(run) for name, rule in RULES.items()}
     findings = [(name, v) for name, v in verdicts.items() if isinstance(v, Finding)]

@@ -63,7 +63,7 @@ EMPTY = Curve(np.zeros(0, np.int64), np.zeros(0))
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunSignals:
     """What a run recorded.
 
     Attributes:
@@ -126,7 +126,7 @@ class Run:
         return len(self["loss"]) > 0 and self["loss"].steps[0] <= 1
 
 
-def read(folder: pathlib.Path) -> Run:
+def read(folder: pathlib.Path) -> RunSignals:
     """Reads the run in a folder.
 
     Raises:
@@ -138,12 +138,12 @@ def read(folder: pathlib.Path) -> Run:
     if not records:
         state = "is empty or damaged" if (folder / metrics.NAME).is_file() else "is missing"
         raise UserError(
-            f"{folder}: {metrics.NAME} {state}; give the output_dir of a run that has begun"
+            f"{folder}: {metrics.NAME} {state}; give the output_dir of a run that has started"
         )
     return from_records(folder, records)
 
 
-def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
+def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> RunSignals:
     """Makes a run of what ``history.read`` returns."""
     series = {name: metrics.series(records, name) for name in SCALARS + RATES}
     series |= {name: metrics.layer_series(records, name) for name in BY_LAYER}
@@ -159,7 +159,7 @@ def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
     # What ended an earlier part of a run that has gone on since is no news.
     since = records[starts[-1] :] if starts else records
     ended = [(r["step"], str(r["ended"])) for r in since if "ended" in r]
-    return Run(
+    return RunSignals(
         folder=folder,
         config=_config(about),
         parameters=int(about.get("parameters", 0)),

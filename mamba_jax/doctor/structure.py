@@ -10,7 +10,7 @@ import numpy as np
 
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
-from mamba_jax.doctor.signals import Run
+from mamba_jax.doctor.signals import RunSignals
 
 FORGETS = 5.0  # Δ·|A| of the slowest state at the mean Δ: e⁻⁵, 0.7%, is left after one token
 DT_LEAST = 1e-4  # mean Δ: a tenth of the smallest that a layer starts with
@@ -23,7 +23,7 @@ GATE_SHARE = 0.95  # of all gates, or of the depth
 GATE_RECORDS = 3  # after the warm-up
 
 
-def step_sizes(run: Run) -> Verdict:
+def step_sizes(run: RunSignals) -> Verdict:
     """Δ of a layer runs away, or towards 0."""
     mean, most = run["dt_mean"], run["dt_max"]
     if not len(mean) or not len(most):
@@ -62,7 +62,7 @@ def step_sizes(run: Run) -> Verdict:
     return Finding(Severity.WARNING, title, tuple(evidence), why, options)
 
 
-def decay_rates(run: Run) -> Verdict:
+def decay_rates(run: RunSignals) -> Verdict:
     """A of a layer runs away from where it started."""
     fast, slow = run["A_min"], run["A_max"]
     if not len(fast) or not len(slow):
@@ -91,7 +91,7 @@ def decay_rates(run: Run) -> Verdict:
     )
 
 
-def gates(run: Run) -> Verdict:
+def gates(run: RunSignals) -> Verdict:
     """Depth gates that are shut, or open, for every token."""
     if run.config is not None and (
         run.config.model.family != "hybrid" or not run.config.model.recursion_depth

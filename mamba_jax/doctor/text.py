@@ -6,7 +6,7 @@ from typing import Any
 
 from mamba_jax.doctor.finding import Finding, Remedy, Severity
 from mamba_jax.doctor.rules import Diagnosis
-from mamba_jax.doctor.signals import Run
+from mamba_jax.doctor.signals import RunSignals
 
 _COLOURS = {Severity.CRITICAL: "1;31", Severity.WARNING: "1;33", Severity.NOTE: "1;36"}
 _DIM, _GREEN, _BOLD = "2", "1;32", "1"
@@ -15,7 +15,7 @@ _INDENT = 8  # of what stands behind a label
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
+class TextPage:
     """How to write: width in columns, and whether in colours."""
 
     width: int = 80
@@ -41,18 +41,18 @@ class Page:
         return [margin + lines[0][_INDENT:], *lines[1:]]
 
 
-def render(run: Run, diagnosis: Diagnosis, page: Page) -> str:
+def render(run: RunSignals, diagnosis: Diagnosis, page: TextPage) -> str:
     """Returns the whole text, without a newline at its end."""
     lines = _head(run, page)
-    told: set[Remedy] = set()
+    printed: set[Remedy] = set()
     for _, finding in diagnosis.findings:
-        lines += ["", *_finding(finding, told, page)]
-        told |= set(finding.remedies)
+        lines += ["", *_finding(finding, printed, page)]
+        printed |= set(finding.remedies)
     lines += ["", *_foot(diagnosis, page)]
     return "\n".join(lines)
 
 
-def _head(run: Run, page: Page) -> list[str]:
+def _head(run: RunSignals, page: TextPage) -> list[str]:
     name = run.config.name if run.config is not None else run.folder.name
     progress = f"step {run.last_step:,}"
     if run.config is not None:
@@ -69,10 +69,10 @@ def _head(run: Run, page: Page) -> list[str]:
     return [title, *page.wrap(" · ".join(latest), indent=0)]
 
 
-def _finding(finding: Finding, told: set[Remedy], page: Page) -> list[str]:
+def _finding(finding: Finding, printed: set[Remedy], page: TextPage) -> list[str]:
     """Writes a finding; what other findings have told to do is not repeated."""
     severity = finding.severity
-    new = [remedy for remedy in finding.remedies if remedy not in told]
+    new = [remedy for remedy in finding.remedies if remedy not in printed]
     if len(new) < len(finding.remedies):
         new = [Remedy("As above"), *new]
     mark = page.paint(f"{severity.name} ", _COLOURS[severity])
@@ -90,7 +90,7 @@ def _finding(finding: Finding, told: set[Remedy], page: Page) -> list[str]:
     return lines
 
 
-def _remedy(remedy: Remedy, page: Page) -> list[str]:
+def _remedy(remedy: Remedy, page: TextPage) -> list[str]:
     lines = page.wrap(remedy.text + (":" if remedy.command else "."))
     return lines + [page.paint(line, _GREEN) for line in _command(remedy.command, page.width)]
 
@@ -113,7 +113,7 @@ def _arguments(command: str) -> list[str]:
     return ([head] if head else []) + ["--" + flag for flag in flags]
 
 
-def _foot(diagnosis: Diagnosis, page: Page) -> list[str]:
+def _foot(diagnosis: Diagnosis, page: TextPage) -> list[str]:
     lines = []
     clear, unchecked = diagnosis.clear, diagnosis.unchecked
     if not diagnosis.findings:
@@ -133,7 +133,7 @@ def _foot(diagnosis: Diagnosis, page: Page) -> list[str]:
     return lines
 
 
-def to_json(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
+def to_json(run: RunSignals, diagnosis: Diagnosis) -> dict[str, Any]:
     """Returns everything as plain JSON types."""
     max_steps = run.config.training.max_steps if run.config is not None else None
     return {

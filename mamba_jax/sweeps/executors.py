@@ -17,7 +17,7 @@ from mamba_jax.sweeps.jobs import Job
 _SAVE_SECS = 80.0  # of the 90 that submitit lets a job have between its signal and its end
 
 
-class Handle(Protocol):
+class JobHandle(Protocol):
     """A job that was started."""
 
     def poll(self) -> int | None:
@@ -36,7 +36,7 @@ class Handle(Protocol):
 class Executor(Protocol):
     """Starts jobs."""
 
-    def start(self, job: Job, slot: int, record: Record) -> Handle:
+    def start(self, job: Job, slot: int, record: Record) -> JobHandle:
         """Starts a job on a slot, and notes in its record what finds it again."""
         ...
 

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from mamba_jax.errors import UserError, did_you_mean
 
-Settings = dict[str, Any]
+JobSettings = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Chooser(Protocol):
 class Sweep:
     """Settings to try, in order, and how a search draws one of them."""
 
-    draw: Callable[[], Iterator[Settings]]
-    suggest: Callable[[Chooser], Settings]
+    draw: Callable[[], Iterator[JobSettings]]
+    suggest: Callable[[Chooser], JobSettings]
     length: int | None  # None: endless
     fields: tuple[str, ...]  # that it sets
 
-    def __iter__(self) -> Iterator[Settings]:
+    def __iter__(self) -> Iterator[JobSettings]:
         return self.draw()
 
 
@@ -128,10 +128,10 @@ class Hyper:
         lengths = [part.length for part in sweeps]
         length = None if None in lengths else math.prod(n for n in lengths if n is not None)
 
-        def joined(parts: Iterable[Settings]) -> Settings:
+        def joined(parts: Iterable[JobSettings]) -> JobSettings:
             return {under + field: value for field, value in _merged(parts).items()}
 
-        def draw() -> Iterator[Settings]:
+        def draw() -> Iterator[JobSettings]:
             if length is None and len(sweeps) > 1:
                 raise UserError(
                     "h.product of an endless h.uniform or h.loguniform: put it into "
@@ -158,12 +158,12 @@ class Hyper:
         shortest: int | None = min(limits) if limits else None
         rows = self._zipped_rows(listed, shortest) if listed else None
 
-        def draw() -> Iterator[Settings]:
+        def draw() -> Iterator[JobSettings]:
             return itertools.islice(map(_merged, zip(*sweeps, strict=False)), shortest)
 
-        def suggest(chooser: Chooser) -> Settings:
-            asked = [part.suggest(chooser) for part in drawn]
-            return _merged([*([rows.suggest(chooser)] if rows else []), *asked])
+        def suggest(chooser: Chooser) -> JobSettings:
+            drawn_settings = [part.suggest(chooser) for part in drawn]
+            return _merged([*([rows.suggest(chooser)] if rows else []), *drawn_settings])
 
         return Sweep(draw, suggest, shortest, tuple(f for part in sweeps for f in part.fields))
 
@@ -175,7 +175,7 @@ class Hyper:
         length = None if None in lengths else sum(n for n in lengths if n is not None)
         question = self._question("chain")
 
-        def draw() -> Iterator[Settings]:
+        def draw() -> Iterator[JobSettings]:
             if None in lengths[:-1]:
                 raise UserError(
                     "h.chainit: what follows an endless h.uniform or h.loguniform never comes; "
@@ -183,7 +183,7 @@ class Hyper:
                 )
             return itertools.chain.from_iterable(sweeps)
 
-        def suggest(chooser: Chooser) -> Settings:
+        def suggest(chooser: Chooser) -> JobSettings:
             return sweeps[chooser.choice(question, len(sweeps))].suggest(chooser)
 
         fields = dict.fromkeys(field for part in sweeps for field in part.fields)
@@ -195,10 +195,10 @@ class Hyper:
         count = self._questions[text]
         return text if count == 1 else f"{text} ({count})"
 
-    def _listed(self, rows: Sequence[Settings], name: str) -> Sweep:
+    def _listed(self, rows: Sequence[JobSettings], name: str) -> Sweep:
         question = self._question(name)
 
-        def suggest(chooser: Chooser) -> Settings:
+        def suggest(chooser: Chooser) -> JobSettings:
             return rows[chooser.choice(question, len(rows)) if len(rows) > 1 else 0]
 
         return Sweep(lambda: iter(rows), suggest, len(rows), tuple(rows[0]))
@@ -222,7 +222,7 @@ class Hyper:
             (field,),
         )
 
-    def _endless(self, field: str, draw: Callable[[random.Random], Any]) -> Iterator[Settings]:
+    def _endless(self, field: str, draw: Callable[[random.Random], Any]) -> Iterator[JobSettings]:
         """The same values each time: a sweep that is run again finds its finished runs."""
         numbers = random.Random(f"{self._seed}/{field}")
         while True:
@@ -240,8 +240,8 @@ def _field(name: str) -> str:
     return name.removeprefix("config.")
 
 
-def _merged(parts: Iterable[Settings]) -> Settings:
-    merged: Settings = {}
+def _merged(parts: Iterable[JobSettings]) -> JobSettings:
+    merged: JobSettings = {}
     for part in parts:
         for field, value in part.items():
             if field in merged:

@@ -16,7 +16,7 @@ from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 from mamba_jax.runs import exit_status, metrics
 from mamba_jax.runs.background import is_running, read
-from mamba_jax.sweeps.hyper import Settings
+from mamba_jax.sweeps.hyper import JobSettings
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # less is better
 DONE, PRUNED, STOPPED, FAILED, RUNNING, NEW = (
@@ -31,7 +31,7 @@ _LONGEST_NAME = 100  # a file system allows 255 bytes, a terminal's line less
 class Job:
     """One run of a sweep."""
 
-    settings: Settings
+    settings: JobSettings
     folder: pathlib.Path  # its output_dir
     command: tuple[str, ...]
 
@@ -41,18 +41,20 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SweepRow:
     """What came of a job."""
 
     name: str
-    settings: Settings
+    settings: JobSettings
     state: str
     why: str  # words on the state
     measures: dict[str, float]
     has_page: bool = False  # of its own, in its folder
 
 
-def make_job(settings: Settings, base: RunConfig, flags: Sequence[str], out: pathlib.Path) -> Job:
+def make_job(
+    settings: JobSettings, base: RunConfig, flags: Sequence[str], out: pathlib.Path
+) -> Job:
     """Makes a job.
 
     Args:
@@ -75,7 +77,7 @@ def make_job(settings: Settings, base: RunConfig, flags: Sequence[str], out: pat
     return Job(settings, folder, command)
 
 
-def job_name(settings: Settings) -> str:
+def job_name(settings: JobSettings) -> str:
     """Returns the name of a job's folder: the settings, as far as they can be told in brief."""
     leaves = [name.rpartition(".")[2] for name in settings]
     names = leaves if len(set(leaves)) == len(leaves) else list(settings)
@@ -148,7 +150,7 @@ def evaluations(folder: pathlib.Path, metric: str) -> list[tuple[int, float]]:
     return [(record["step"], record[metric]) for record in records if metric in record]
 
 
-def rows(out: pathlib.Path, metric: str) -> list[Row]:
+def read_rows(out: pathlib.Path, metric: str) -> list[SweepRow]:
     """Returns every job that was ever started in a sweep's folder: best first, unfinished last."""
     found = []
     for folder in sorted(out.iterdir()) if out.is_dir() else ():
@@ -157,7 +159,9 @@ def rows(out: pathlib.Path, metric: str) -> list[Row]:
             why = facts.get("why", "")
             has_page = (folder / PAGE).is_file()
             now = state(folder)
-            found.append(Row(folder.name, facts["settings"], now, why, measures(folder), has_page))
+            found.append(
+                SweepRow(folder.name, facts["settings"], now, why, measures(folder), has_page)
+            )
     order = [DONE, PRUNED, RUNNING, STOPPED, FAILED]
     return sorted(found, key=lambda row: (order.index(row.state), _rank(row.measures.get(metric))))
 

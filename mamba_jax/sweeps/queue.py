@@ -8,20 +8,20 @@ from typing import Protocol
 from mamba_jax.errors import UserError
 from mamba_jax.runs import exit_status
 from mamba_jax.runs.background import Record
-from mamba_jax.sweeps.executors import Executor, Handle
+from mamba_jax.sweeps.executors import Executor, JobHandle
 from mamba_jax.sweeps.jobs import DONE, FAILED, Job, state
 
 _POLL_SECS = 0.2
 
 
-class Source(Protocol):
+class JobSource(Protocol):
     """Where jobs come from."""
 
     def next(self) -> Job | None:
         """Returns the next job to run; None: there is none."""
         ...
 
-    def gives_up(self, job: Job) -> bool:
+    def should_prune(self, job: Job) -> bool:
         """Says whether a job that runs is not worth its end."""
         ...
 
@@ -30,7 +30,7 @@ class Source(Protocol):
         ...
 
 
-class Listed:
+class JobList:
     """The jobs of a list that are not done yet."""
 
     def __init__(self, jobs: Iterable[Job]):
@@ -39,7 +39,7 @@ class Listed:
     def next(self) -> Job | None:
         return next(self._jobs, None)
 
-    def gives_up(self, job: Job) -> bool:
+    def should_prune(self, job: Job) -> bool:
         return False
 
     def ended(self, job: Job, code: int, *, pruned: bool) -> None:
@@ -49,15 +49,17 @@ class Listed:
 @dataclasses.dataclass
 class _Running:
     job: Job
-    handle: Handle
+    handle: JobHandle
     record: Record
-    given_up: bool = False
+    prune_requested: bool = False
 
 
-class Queue:
+class JobQueue:
     """Runs what a source gives, on so many slots."""
 
-    def __init__(self, source: Source, executor: Executor, slots: int, say: Callable[[str], None]):
+    def __init__(
+        self, source: JobSource, executor: Executor, slots: int, say: Callable[[str], None]
+    ):
         self._source = source
         self._executor = executor
         self._slots = slots
@@ -120,13 +122,13 @@ class Queue:
             if code is not None:
                 del self._running[slot]
                 self._end(running, code)
-            elif not running.given_up and self._source.gives_up(running.job):
-                running.given_up = True
+            elif not running.prune_requested and self._source.should_prune(running.job):
+                running.prune_requested = True
                 running.handle.stop()
 
     def _end(self, running: _Running, code: int) -> None:
         job, record = running.job, running.record
-        pruned = running.given_up and code == exit_status.PREEMPTED
+        pruned = running.prune_requested and code == exit_status.PREEMPTED
         why = "pruned: others were better by then" if pruned else exit_status.meaning(code)
         if code not in (0, exit_status.PREEMPTED):
             told = exit_status.reason(job.log) or exit_status.full_disk(job.folder)

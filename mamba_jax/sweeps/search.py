@@ -14,7 +14,7 @@ from typing import Any
 
 from mamba_jax.errors import UserError, first_line
 from mamba_jax.runs import exit_status, metrics
-from mamba_jax.sweeps.hyper import Settings, Sweep
+from mamba_jax.sweeps.hyper import JobSettings, Sweep
 from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
 
 _STUDY = "sweep"
@@ -27,7 +27,7 @@ class OptunaSearch:
     def __init__(
         self,
         sweep: Sweep,
-        make: Callable[[Settings], Job],
+        make: Callable[[JobSettings], Job],
         file: pathlib.Path,
         *,
         trials: int,
@@ -52,8 +52,9 @@ class OptunaSearch:
         _check_intact(file)
         self._sweep, self._make, self._metric = sweep, make, metric
         self._trials: dict[pathlib.Path, Any] = {}
-        self._told: dict[pathlib.Path, int] = {}  # when the history that a trial was told is from
-        with self._one_line():
+        # Modification time of the metrics file whose evaluations a trial already has.
+        self._reported_mtime: dict[pathlib.Path, int] = {}
+        with self._errors_as_one_line():
             self._open(trials, slots, seed)
 
     def _open(self, trials: int, slots: int, seed: int) -> None:
@@ -70,7 +71,7 @@ class OptunaSearch:
         study.pruner = self._optuna.pruners.MedianPruner(n_startup_trials=4)
         self._study = study
         # What an earlier call was stopped in is resumed; what failed gets another try.
-        self._left = [
+        self._resumable = [
             self._optuna.trial.Trial(study, trial._trial_id)
             for trial in earlier
             if trial.state == states.RUNNING
@@ -80,10 +81,10 @@ class OptunaSearch:
             if not any(t.params == trial.params and t.number > trial.number for t in earlier):
                 study.enqueue_trial(trial.params)
         finished = sum(trial.state in (states.COMPLETE, states.PRUNED) for trial in earlier)
-        self._to_ask = max(0, trials - finished - len(self._left))
+        self._remaining = max(0, trials - finished - len(self._resumable))
 
     @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
+    def _errors_as_one_line(self) -> Iterator[None]:
         """Turns whatever the study's file raises into one line."""
         from sqlalchemy.exc import SQLAlchemyError  # pyright: ignore[reportMissingImports]
 
@@ -96,15 +97,15 @@ class OptunaSearch:
             ) from error
 
     def next(self) -> Job | None:
-        with self._one_line():
+        with self._errors_as_one_line():
             return self._next()
 
     def _next(self) -> Job | None:
-        while self._left or self._to_ask:
-            if self._left:
-                trial = self._left.pop(0)
+        while self._resumable or self._remaining:
+            if self._resumable:
+                trial = self._resumable.pop(0)
             else:
-                trial, self._to_ask = self._study.ask(), self._to_ask - 1
+                trial, self._remaining = self._study.ask(), self._remaining - 1
             job = self._make(self._settings(trial))
             if job.folder in self._trials:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
@@ -115,18 +116,18 @@ class OptunaSearch:
             self.ended(job, 0, pruned=False)  # proposed again: its result is known
         return None
 
-    def gives_up(self, job: Job) -> bool:
-        with self._one_line():
-            return self._gives_up(job)
+    def should_prune(self, job: Job) -> bool:
+        with self._errors_as_one_line():
+            return self._should_prune(job)
 
-    def _gives_up(self, job: Job) -> bool:
+    def _should_prune(self, job: Job) -> bool:
         try:
             written = (job.folder / metrics.NAME).stat().st_mtime_ns
         except OSError:
             return False
-        if self._told.get(job.folder) == written:
+        if self._reported_mtime.get(job.folder) == written:
             return False
-        self._told[job.folder] = written
+        self._reported_mtime[job.folder] = written
         trial = self._trials[job.folder]
         try:
             reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -142,7 +143,7 @@ class OptunaSearch:
         trial = self._trials.pop(job.folder)
         value = measures(job.folder).get(self._metric)
         tell = functools.partial(self._study.tell, trial, skip_if_finished=True)
-        with self._one_line():
+        with self._errors_as_one_line():
             if pruned:
                 tell(state=states.PRUNED)
             elif code == 0 and value is not None:
@@ -153,7 +154,7 @@ class OptunaSearch:
             ):  # the next call resumes those
                 tell(state=states.FAIL)
 
-    def _settings(self, trial: Any) -> Settings:
+    def _settings(self, trial: Any) -> JobSettings:
         known = trial.user_attrs.get(_SETTINGS)
         if known is not None:
             return json.loads(known)

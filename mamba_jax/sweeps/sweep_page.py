@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mamba_jax.pages.document import document, number
-from mamba_jax.sweeps.jobs import DONE, PAGE, PRUNED, Row
+from mamba_jax.sweeps.jobs import DONE, PAGE, PRUNED, SweepRow
 
 _TOP, _GAP, _BOTTOM = 30, 84, 30  # pixels: above the first axis, between two, below the last
 _LETTER = 0.025  # the width of one, as a share of a phone's page
@@ -49,7 +49,7 @@ def _key(value: Any) -> Any:
     return str(value) if isinstance(value, (list, tuple, dict)) else value
 
 
-def render(rows: Sequence[Row], metric: str, title: str) -> str:
+def render(rows: Sequence[SweepRow], metric: str, title: str) -> str:
     """Returns the page.
 
     Args:
@@ -78,7 +78,7 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
+def _chart(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
     """Draws a line a run over an axis a setting, the metric on the last.
 
     The axes lie one below the other, as wide as the page; so they fit a phone as well. The lines
@@ -161,14 +161,14 @@ def _colour(share: float) -> str:
     return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
 
 
-def _link(row: Row, shown: str) -> str:
+def _link(row: SweepRow, shown: str) -> str:
     """Returns a link to a run's page; to its folder where it has none."""
     target = f"{urllib.parse.quote(row.name)}/{PAGE if row.has_page else ''}"
     name = html.escape(row.name)
     return f'<a href="{target}" title="{name}">{html.escape(shown)}</a>'
 
 
-def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
+def _table(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
     columns = ["train_loss", "step", "tokens_per_sec"]
     heads = ["run", metric, *map(_leaf, names), *columns, "state"]
     lines = []

@@ -74,11 +74,11 @@ def test_lines_fit_the_terminal(row, width, tmp_path):
     _, _, plan, faults, *_ = row
     run = signals.from_records(tmp_path, records(plan, *faults))
     run = dataclasses.replace(run, folder=tmp_path.relative_to(tmp_path))
-    page = text.render(run, rules.examine(run), text.Page(width, colours=True))
+    page = text.render(run, rules.examine(run), text.TextPage(width, colours=True))
     longest = max(page.splitlines(), key=lambda line: len(ESCAPE.sub("", line)))
     # A flag cannot be broken; the longest has 49 characters behind 10 spaces.
     assert len(ESCAPE.sub("", longest)) <= max(width, 62), longest
-    plain = text.render(run, rules.examine(run), text.Page(width))
+    plain = text.render(run, rules.examine(run), text.TextPage(width))
     assert plain == ESCAPE.sub("", page), "colours move something"
 
 

@@ -61,7 +61,7 @@ def run(*flags):
 
 
 def states():
-    return {row.name: row.state for row in jobs.rows(OUT, "eval_loss")}
+    return {row.name: row.state for row in jobs.read_rows(OUT, "eval_loss")}
 
 
 def starts():
@@ -374,7 +374,7 @@ def test_axes():
 
 
 def row(name, state="done", why="", loss=None, **settings):
-    return jobs.Row(name, settings, state, why, {} if loss is None else {"eval_loss": loss})
+    return jobs.SweepRow(name, settings, state, why, {} if loss is None else {"eval_loss": loss})
 
 
 def test_every_run_is_linked_to_its_page(place):
@@ -390,7 +390,7 @@ def test_every_run_is_linked_to_its_page(place):
     before = {each: each.stat().st_mtime_ns for each in pages}
     assert run() == 0
     assert before == {each: each.stat().st_mtime_ns for each in pages}  # nothing new to show
-    odd = jobs.Row('a"b#c?d', {"x": 1}, "failed", "why", {})
+    odd = jobs.SweepRow('a"b#c?d', {"x": 1}, "failed", "why", {})
     assert 'href="a%22b%23c%3Fd/"' in sweep_page.render([odd], "eval_loss", "x")
 
 
@@ -403,7 +403,7 @@ def test_a_metric_that_is_no_number_ranks_last_and_has_no_line(place):
         )
         record.end(0, "")
         record.release()
-    rows = jobs.rows(OUT, "eval_loss")
+    rows = jobs.read_rows(OUT, "eval_loss")
     assert [row.name for row in rows][:2] == ["d", "b"]
     text = sweep_page.render(rows, "eval_loss", "x")
     assert text.count("<polyline") == 2
@@ -462,7 +462,7 @@ def test_a_search_finds_what_a_grid_would_and_goes_on_with_the_next_call(space):
     for trials in (4, 12, 24):
         assert run(*search, f"--trials={trials}") == 0
         assert len(study().trials) == trials
-    best = jobs.rows(OUT, "eval_loss")[0]
+    best = jobs.read_rows(OUT, "eval_loss")[0]
     assert best.settings["model.dropout"] == 0.0 and best.measures["eval_loss"] < 0.25
     assert study().best_value == pytest.approx(best.measures["eval_loss"])
     assert len(set(starts())) == 24  # each call proposes anew
@@ -543,18 +543,18 @@ def test_a_trial_that_other_tools_have_ended_disturbs_nothing(space, monkeypatch
 
     from mamba_jax.sweeps.search import OptunaSearch
 
-    gives_up = OptunaSearch.gives_up
+    should_prune = OptunaSearch.should_prune
 
     def ended_elsewhere(self, job):
         other = study()
         (trial,) = [t for t in other.trials if t.state == optuna.trial.TrialState.RUNNING] or [None]
         if trial:
             other.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        return gives_up(self, job)
+        return should_prune(self, job)
 
     OUT.mkdir()
     (OUT / "slow").touch()
-    monkeypatch.setattr(OptunaSearch, "gives_up", ended_elsewhere)
+    monkeypatch.setattr(OptunaSearch, "should_prune", ended_elsewhere)
     assert run("--search=optuna", "--trials=1") == 0
     assert set(states().values()) == {"done"}
 
@@ -594,7 +594,7 @@ def test_a_study_that_breaks_meanwhile_is_one_line_and_its_jobs_save(space, caps
 
     OUT.mkdir()
     (OUT / "slow").touch()
-    monkeypatch.setattr(OptunaSearch, "_gives_up", broken)
+    monkeypatch.setattr(OptunaSearch, "_should_prune", broken)
     assert run("--search=optuna", "--trials=3", "--slots=2") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the study out/study.db cannot be used: disk I/O error;")
