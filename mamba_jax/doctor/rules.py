@@ -1,4 +1,4 @@
-"""All rules, and a run's examination by them."""
+"""The table of all rules, and their application to a run."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,12 +29,12 @@ RULES: Mapping[str, Callable[[RunSignals], Verdict]] = {  # what is checked → 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What all rules say of a run.
+    """What all rules report about a run.
 
     Attributes:
       findings: (rule, finding), the worst first.
-      clear: the rules that looked and found nothing.
-      unchecked: rule → what it would need.
+      clear: the rules that checked and found nothing.
+      unchecked: rule → what it lacks.
     """
 
     findings: tuple[tuple[str, Finding], ...]

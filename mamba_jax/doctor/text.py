@@ -11,12 +11,12 @@ from mamba_jax.doctor.signals import RunSignals
 _COLOURS = {Severity.CRITICAL: "1;31", Severity.WARNING: "1;33", Severity.NOTE: "1;36"}
 _DIM, _GREEN, _BOLD = "2", "1;32", "1"
 _LABELS = ("seen", "why", "do")
-_INDENT = 8  # of what stands behind a label
+_INDENT = 8  # of the text after a label
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPage:
-    """How to write: width in columns, and whether in colours."""
+    """How to format: the width in columns, and whether to use colours."""
 
     width: int = 80
     colours: bool = False
@@ -70,11 +70,11 @@ def _head(run: RunSignals, page: TextPage) -> list[str]:
 
 
 def _finding(finding: Finding, printed: set[Remedy], page: TextPage) -> list[str]:
-    """Writes a finding; what other findings have told to do is not repeated."""
+    """Formats a finding; it does not repeat remedies that are printed already."""
     severity = finding.severity
     new = [remedy for remedy in finding.remedies if remedy not in printed]
     if len(new) < len(finding.remedies):
-        new = [Remedy("As above"), *new]
+        new = [Remedy("See above"), *new]
     mark = page.paint(f"{severity.name} ", _COLOURS[severity])
     lines = [f"{mark} {page.paint(finding.title, _BOLD)}"]
     for label, blocks in zip(
@@ -96,7 +96,7 @@ def _remedy(remedy: Remedy, page: TextPage) -> list[str]:
 
 
 def _command(command: str, width: int) -> list[str]:
-    """Breaks a command where a shell goes on reading: before a flag, behind a backslash."""
+    """Breaks a command before its flags; a backslash continues each line, as a shell needs it."""
     lines: list[str] = []
     for word in _arguments(command):
         room = width - 2  # for the backslash
@@ -117,16 +117,17 @@ def _foot(diagnosis: Diagnosis, page: TextPage) -> list[str]:
     lines = []
     clear, unchecked = diagnosis.clear, diagnosis.unchecked
     if not diagnosis.findings:
-        lines.append(page.paint("Nothing wrong found.", _GREEN))
+        lines.append(page.paint("No problems found.", _GREEN))
     elif any(r.command.startswith("--") for _, f in diagnosis.findings for r in f.remedies):
         lines += page.wrap(
-            "Flags that stand alone go behind the command of a new run, with another --output_dir.",
+            "Flags without a command are for a new run: add them to its command, together with "
+            "another --output_dir.",
             indent=0,
         )
     if clear:
-        lines += page.wrap(f"Looked at, and found in order: {', '.join(clear)}.", indent=0)
+        lines += page.wrap(f"Checked, no problem found: {', '.join(clear)}.", indent=0)
     if unchecked:
-        lines.append("Too little recorded to judge:")
+        lines.append("Not enough data to judge:")
         longest = max(map(len, unchecked))
         for name, reason in unchecked.items():
             lines += page.wrap(f"{name:<{longest}}  {reason}", indent=2)

@@ -13,7 +13,7 @@ from mamba_jax.pages import document as frame
 from mamba_jax.pages.document import paragraph
 
 _HERE = pathlib.Path(__file__).parent
-_PARTS = ((1, "whole"), (0.5, "last half"), (0.1, "last tenth"))
+_PARTS = ((1, "all steps"), (0.5, "last half"), (0.1, "last tenth"))
 
 
 def document(title: str, body: str, data: dict[str, Any] | None = None) -> str:
@@ -23,8 +23,9 @@ def document(title: str, body: str, data: dict[str, Any] | None = None) -> str:
       title: of the page, as plain text.
       body: HTML.
       data: of its curves, as ``curves`` shows them: ``charts`` as ``charts.chart`` makes them, and
-        ``span``, first and last step. Of one run also ``marks``, its steps ``resumed`` and
-        ``skipped``; of several ``tokens``, their token lines, and ``token_span``. None: no curves.
+        ``span``, first and last step. For one run also ``marks``, its steps ``resumed`` and
+        ``skipped``; for several runs ``tokens``, their token lines, and ``token_span``. None: the
+        page has no curves.
     """
     script = ""
     if data is not None:
@@ -38,18 +39,32 @@ def document(title: str, body: str, data: dict[str, Any] | None = None) -> str:
 
 
 def _json(data: dict[str, Any]) -> str:
-    """Encodes so that no text in it can end the script element."""
+    """Encodes data so that no text in it can end the script element."""
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 
+def notes(charts: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns sentences that explain thinned curves and gaps, where there are any."""
+    shown = [curve for chart in charts for curve in chart["curves"]]
+    sentences = []
+    if (most := max(curve["size"] for curve in shown)) > 1:
+        sentences.append(
+            f"A point stands for up to {most:,} values: the line shows their mean, the band their "
+            "range."
+        )
+    if any("gaps" in curve for curve in shown):
+        sentences.append("✕ marks values that are not finite (NaN or infinite).")
+    return sentences
+
+
 def curves(charts: Sequence[dict[str, Any]], choices: str = "", note: str = "") -> str:
-    """Returns the place of each chart, which the script fills.
+    """Returns a placeholder for each chart; the script draws the chart into it.
 
     Args:
       charts: as ``charts.chart`` makes them.
       choices: HTML of more buttons above them.
-      note: a sentence above them.
+      note: text above them.
     """
     parts = "".join(
         f'<button type="button" data-part="{part}" aria-pressed="{str(part == 1).lower()}">'
@@ -57,8 +72,8 @@ def curves(charts: Sequence[dict[str, Any]], choices: str = "", note: str = "") 
         for part, name in _PARTS
     )
     return (
-        "<noscript><p>The curves are drawn by a script in this page, which is switched off."
-        "</p></noscript>\n"
+        "<noscript><p>This page draws its curves with JavaScript, which is disabled.</p>"
+        "</noscript>\n"
         f'<div class="choices"><div class="choice"><span class="faint">Show</span>{parts}</div>'
         f"{choices}</div>\n{paragraph(note)}"
         f'<div class="charts">\n{"".join(map(_figure, charts))}</div>'

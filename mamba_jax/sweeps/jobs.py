@@ -1,4 +1,4 @@
-"""A job of a sweep: a training run with a folder of its own, named after its settings."""
+"""A job of a sweep: a training run in its own folder, which is named after its settings."""
 
 import contextlib
 import dataclasses
@@ -18,12 +18,15 @@ from mamba_jax.runs import exit_status, metrics
 from mamba_jax.runs.background import is_running, read
 from mamba_jax.sweeps.hyper import JobSettings
 
-METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # less is better
+METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # lower is better
 DONE, PRUNED, STOPPED, FAILED, RUNNING, NEW = (
     *("done", "pruned", "stopped", "failed", "running", "new"),
 )
 PAGE = "report.html"  # as ``report run`` names it
-_FLAGS = ("model_size", "training_preset")  # what a sweep may set that is no field of the config
+_FLAGS = (
+    "model_size",
+    "training_preset",
+)  # flags that a sweep may set although they are not config fields
 _LONGEST_NAME = 100  # a file system allows 255 bytes, a terminal's line less
 
 
@@ -42,14 +45,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class SweepRow:
-    """What came of a job."""
+    """The result of a job."""
 
     name: str
     settings: JobSettings
     state: str
     why: str  # words on the state
     measures: dict[str, float]
-    has_page: bool = False  # of its own, in its folder
+    has_page: bool = False  # in its folder
 
 
 def make_job(
@@ -59,8 +62,8 @@ def make_job(
 
     Args:
       settings: fields of the config and their values.
-      base: the config that ``flags`` lead to; a whole number there gets a whole number here.
-      flags: of every run of the sweep.
+      base: the config that ``flags`` result in; a sweep rounds its values for integer fields.
+      flags: for every run of the sweep.
       out: the sweep's folder.
     """
     fields = flatten(to_dict(base))
@@ -78,7 +81,7 @@ def make_job(
 
 
 def job_name(settings: JobSettings) -> str:
-    """Returns the name of a job's folder: the settings, as far as they can be told in brief."""
+    """Returns the name of a job's folder: its settings, with a hash if they are shortened."""
     leaves = [name.rpartition(".")[2] for name in settings]
     names = leaves if len(set(leaves)) == len(leaves) else list(settings)
     texts = [_brief(value) for value in settings.values()]
@@ -105,7 +108,7 @@ def _brief(value: Any) -> str:
 
 
 def _fitted(value: Any, default: Any) -> Any:
-    """Returns NumPy's scalars as Python's, lists as tuples, and drawn numbers as the field's."""
+    """Converts NumPy scalars to Python's, lists to tuples, and floats to an integer field's."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, list):
@@ -115,7 +118,7 @@ def _fitted(value: Any, default: Any) -> Any:
 
 
 def state(folder: pathlib.Path) -> str:
-    """Returns how a job's newest run ended, or that it has not."""
+    """Returns how the newest run of a job ended, or that it is running or new."""
     facts = read(folder)
     if is_running(folder):
         return RUNNING
@@ -130,7 +133,7 @@ def state(folder: pathlib.Path) -> str:
 
 
 def measures(folder: pathlib.Path) -> dict[str, float]:
-    """Returns what a run has measured so far: the last evaluation, its loss, speed and step."""
+    """Returns the latest metrics of a run: its last evaluation, training loss, speed and step."""
     records = metrics.read(folder / metrics.NAME)
     found: dict[str, float] = {}
     for record in records:
@@ -151,7 +154,7 @@ def evaluations(folder: pathlib.Path, metric: str) -> list[tuple[int, float]]:
 
 
 def read_rows(out: pathlib.Path, metric: str) -> list[SweepRow]:
-    """Returns every job that was ever started in a sweep's folder: best first, unfinished last."""
+    """Returns every job ever started in a sweep's folder: best first, unfinished last."""
     found = []
     for folder in sorted(out.iterdir()) if out.is_dir() else ():
         facts = read(folder)

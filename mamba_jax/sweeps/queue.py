@@ -1,4 +1,4 @@
-"""The queue of a sweep: a slot to each job, until there are no more jobs."""
+"""The queue of a sweep: runs one job per slot until no jobs are left."""
 
 import dataclasses
 import time
@@ -15,23 +15,23 @@ _POLL_SECS = 0.2
 
 
 class JobSource(Protocol):
-    """Where jobs come from."""
+    """Provides jobs."""
 
     def next(self) -> Job | None:
-        """Returns the next job to run; None: there is none."""
+        """Returns the next job to run; None: no jobs are left."""
         ...
 
     def should_prune(self, job: Job) -> bool:
-        """Says whether a job that runs is not worth its end."""
+        """Returns whether to stop a running job early."""
         ...
 
     def ended(self, job: Job, code: int, *, pruned: bool) -> None:
-        """Is told how a job ended."""
+        """Receives how a job ended."""
         ...
 
 
 class JobList:
-    """The jobs of a list that are not done yet."""
+    """Provides the jobs of a list that are not done yet."""
 
     def __init__(self, jobs: Iterable[Job]):
         self._jobs: Iterator[Job] = (job for job in jobs if state(job.folder) != DONE)
@@ -55,7 +55,7 @@ class _Running:
 
 
 class JobQueue:
-    """Runs what a source gives, on so many slots."""
+    """Runs the jobs of a source on a number of slots."""
 
     def __init__(
         self, source: JobSource, executor: Executor, slots: int, say: Callable[[str], None]
@@ -67,7 +67,7 @@ class JobQueue:
         self._running: dict[int, _Running] = {}
 
     def run(self) -> bool:
-        """Runs all jobs; a KeyboardInterrupt stops them gently, a second one where they stand.
+        """Runs all jobs; a KeyboardInterrupt lets them save and stop, a second one kills them.
 
         Returns:
           False if it was interrupted.
@@ -80,14 +80,14 @@ class JobQueue:
         except KeyboardInterrupt:
             self._stop()
             return False
-        except Exception:  # such as a study that can no longer be written: no job outlives that
+        except Exception:  # such as a study that cannot be written: stop all jobs
             for running in self._running.values():
                 running.handle.stop()
                 running.record.release()
             raise
 
     def _fill(self) -> bool:
-        """Gives jobs to free slots; False if nothing runs."""
+        """Starts jobs on free slots; returns False if no job is running."""
         for slot in range(self._slots):
             while slot not in self._running:
                 job = self._source.next()
@@ -101,8 +101,8 @@ class JobQueue:
         try:
             record = Record.claim(job.folder)
         except UserError as error:
-            self._say(f"{job.folder.name}: left out: {error}")
-            # Not failed: a job that outlived an earlier sweep may run there.
+            self._say(f"{job.folder.name}: skipped: {error}")
+            # Not failed: a job that outlived an earlier sweep may be running there.
             self._source.ended(job, exit_status.PREEMPTED, pruned=False)
             return
         record.begin(
@@ -129,10 +129,10 @@ class JobQueue:
     def _end(self, running: _Running, code: int) -> None:
         job, record = running.job, running.record
         pruned = running.prune_requested and code == exit_status.PREEMPTED
-        why = "pruned: others were better by then" if pruned else exit_status.meaning(code)
+        why = "pruned: other runs were better at that step" if pruned else exit_status.meaning(code)
         if code not in (0, exit_status.PREEMPTED):
-            told = exit_status.reason(job.log) or exit_status.full_disk(job.folder)
-            why = ": ".join(part for part in (why, told) if part)
+            reason = exit_status.reason(job.log) or exit_status.full_disk(job.folder)
+            why = ": ".join(part for part in (why, reason) if part)
         if pruned:
             record.add(pruned=True)
         record.end(code, why)
@@ -142,8 +142,8 @@ class JobQueue:
 
     def _stop(self) -> None:
         self._say(
-            f"stopping {len(self._running)} runs; they finish their step and save "
-            "(Ctrl-C again: at once)"
+            f"stopping {len(self._running)} runs; each finishes its step and saves "
+            "(press Ctrl-C again to kill them)"
         )
         for running in self._running.values():
             running.handle.stop()

@@ -1,7 +1,7 @@
-"""``--search optuna``: each next job where the ones before promise most, poor ones cut short.
+"""``--search optuna``: chooses settings by earlier results, and stops poor jobs early.
 
-The study is a file of SQLite, so the next call resumes the search; Optuna's own tools, its
-dashboard among them, read the same file.
+The study is an SQLite file, from which the next call resumes the search; Optuna's own tools, such
+as its dashboard, read the same file.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from mamba_jax.sweeps.hyper import JobSettings, Sweep
 from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
 
 _STUDY = "sweep"
-_SETTINGS = "settings"  # attribute of a trial: what it stands for
+_SETTINGS = "settings"  # attribute of a trial: the settings of its job
 
 
 class OptunaSearch:
-    """A source of jobs: TPE proposes them, and a median pruner gives up on poor ones."""
+    """A source of jobs: TPE proposes them, and a median pruner stops poor ones."""
 
     def __init__(
         self,
@@ -37,13 +37,13 @@ class OptunaSearch:
     ):
         """
         Args:
-          sweep: what there is to choose from.
+          sweep: the settings to choose from.
           make: turns settings into a job.
-          file: of the study; made where there is none.
-          trials: that the study shall have, earlier calls' included.
-          metric: of an evaluation; less is better.
+          file: of the study; created if it is missing.
+          trials: total number of trials of the study, including those of earlier calls.
+          metric: of an evaluation; lower is better.
           slots: jobs at a time.
-          seed: of what is proposed.
+          seed: of the proposals.
 
         Raises:
           UserError: if Optuna is missing, or the study is damaged.
@@ -64,13 +64,13 @@ class OptunaSearch:
             study_name=_STUDY, storage=storage, load_if_exists=True, direction="minimize"
         )
         earlier = study.get_trials()
-        # A seed of its own for each call: with the same one it would propose the same again.
+        # Each call needs its own seed: the same one would repeat the proposals.
         study.sampler = self._optuna.samplers.TPESampler(
             seed=seed + len(earlier), constant_liar=slots > 1
         )
         study.pruner = self._optuna.pruners.MedianPruner(n_startup_trials=4)
         self._study = study
-        # What an earlier call was stopped in is resumed; what failed gets another try.
+        # Resumes the trials that an earlier call did not finish, and retries the failed ones.
         self._resumable = [
             self._optuna.trial.Trial(study, trial._trial_id)
             for trial in earlier
@@ -85,15 +85,15 @@ class OptunaSearch:
 
     @contextlib.contextmanager
     def _errors_as_one_line(self) -> Iterator[None]:
-        """Turns whatever the study's file raises into one line."""
+        """Turns any error of the study's file into a one-line error."""
         from sqlalchemy.exc import SQLAlchemyError  # pyright: ignore[reportMissingImports]
 
         try:
             yield
         except (self._optuna.exceptions.OptunaError, SQLAlchemyError) as error:
             raise UserError(
-                f"the study {self._file} cannot be used: {first_line(error)}; mend that, then the "
-                "same command resumes the sweep"
+                f"the study {self._file} cannot be used: {first_line(error)}; fix that, then run "
+                "the same command to resume the sweep"
             ) from error
 
     def next(self) -> Job | None:
@@ -109,11 +109,11 @@ class OptunaSearch:
             job = self._make(self._settings(trial))
             if job.folder in self._trials:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-                continue  # proposed again while it runs
+                continue  # proposed again while it is running
             self._trials[job.folder] = trial
             if state(job.folder) != DONE:
                 return job
-            self.ended(job, 0, pruned=False)  # proposed again: its result is known
+            self.ended(job, 0, pruned=False)  # proposed again: the result exists
         return None
 
     def should_prune(self, job: Job) -> bool:
@@ -135,7 +135,7 @@ class OptunaSearch:
                 if step not in reported:  # Optuna warns about a step that it already has
                     trial.report(value, step)
             return trial.should_prune()
-        except self._optuna.exceptions.UpdateFinishedTrialError:  # ended by Optuna's own tools
+        except self._optuna.exceptions.UpdateFinishedTrialError:  # another tool of Optuna ended it
             return False
 
     def ended(self, job: Job, code: int, *, pruned: bool) -> None:
@@ -148,11 +148,8 @@ class OptunaSearch:
                 tell(state=states.PRUNED)
             elif code == 0 and value is not None:
                 tell(value)
-            elif code not in (
-                exit_status.PREEMPTED,
-                exit_status.PEER_LOST,
-            ):  # the next call resumes those
-                tell(state=states.FAIL)
+            elif code not in (exit_status.PREEMPTED, exit_status.PEER_LOST):
+                tell(state=states.FAIL)  # the next call resumes the others
 
     def _settings(self, trial: Any) -> JobSettings:
         known = trial.user_attrs.get(_SETTINGS)
@@ -162,14 +159,14 @@ class OptunaSearch:
             settings = self._sweep.suggest(_Chooser(trial))
         except ValueError as error:
             raise UserError(
-                f"the study no longer fits the sweep file ({error}); choose another --out"
+                f"the study does not match the sweep file ({error}); choose another --out"
             ) from error
         trial.set_user_attr(_SETTINGS, json.dumps(settings))
         return settings
 
 
 class _Chooser:
-    """Draws with a trial of Optuna's."""
+    """Draws from an Optuna trial."""
 
     def __init__(self, trial: Any):
         self._trial = trial
@@ -182,7 +179,7 @@ class _Chooser:
 
 
 def _check_intact(file: pathlib.Path) -> None:
-    """Refuses a damaged study before a job starts; Optuna may meet the damage late."""
+    """Refuses a damaged study before a job starts; Optuna may notice the damage late."""
     if not file.exists():
         return
     try:
@@ -195,7 +192,7 @@ def _check_intact(file: pathlib.Path) -> None:
     if found != "ok":
         raise UserError(
             f"the study {file} cannot be read ({first_line(found)}); if it is damaged, move it "
-            "away to search anew: the runs beside it are kept"
+            "away to start a new search; the finished runs are kept"
         )
 
 

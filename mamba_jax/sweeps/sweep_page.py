@@ -1,4 +1,4 @@
-"""The results of a sweep as one HTML page that needs no network: parallel coordinates, a table."""
+"""The results of a sweep as a self-contained HTML page: parallel coordinates and a table."""
 
 import dataclasses
 import html
@@ -11,13 +11,13 @@ from mamba_jax.pages.document import document, number
 from mamba_jax.sweeps.jobs import DONE, PAGE, PRUNED, SweepRow
 
 _TOP, _GAP, _BOTTOM = 30, 84, 30  # pixels: above the first axis, between two, below the last
-_LETTER = 0.025  # the width of one, as a share of a phone's page
-_MANY_DECADES = 1.0  # from here on an axis of numbers is logarithmic
+_LETTER = 0.025  # the width of a letter, as a share of a phone's page
+_MANY_DECADES = 1.0  # from this range on, an axis of numbers is logarithmic
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One coordinate: where each value lies on it, from 0 (below) to 1."""
+    """One coordinate: the place of each value on it, from 0 (left) to 1."""
 
     title: str
     places: dict[Any, float]
@@ -26,7 +26,7 @@ class Axis:
 
 
 def axis(title: str, values: Sequence[Any]) -> Axis:
-    """Lays values out: numbers by size, logarithmically over a decade and more; others in order."""
+    """Places values on an axis: numbers by size (from a decade on, log scale), others in order."""
     distinct = list(dict.fromkeys(map(_key, values)))
     numbers = [v for v in distinct if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(numbers) < len(distinct) or len(distinct) == 1:
@@ -54,7 +54,7 @@ def render(rows: Sequence[SweepRow], metric: str, title: str) -> str:
 
     Args:
       rows: best first.
-      metric: by which they are ordered; less is better.
+      metric: by which they are ordered; lower is better.
       title: of the page.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.settings))
@@ -79,15 +79,15 @@ def _leaf(name: str) -> str:
 
 
 def _chart(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
-    """Draws a line a run over an axis a setting, the metric on the last.
+    """Draws a line per run across an axis per setting; the last axis is the metric.
 
-    The axes lie one below the other, as wide as the page; so they fit a phone as well. The lines
-    are stretched to that width, the labels, which are no part of the picture, are not.
+    The axes are below each other and as wide as the page, so they fit a phone too. The page
+    stretches the lines to that width, but not the labels, which are separate HTML elements.
     """
     table = [
         [*(row.settings.get(name, "–") for name in names), row.measures[metric]] for row in rows
     ]
-    titles = [*map(_leaf, names), f"{metric} (less is better)"]
+    titles = [*map(_leaf, names), f"{metric} (lower is better)"]
     axes = [
         axis(title, column) for title, column in zip(titles, zip(*table, strict=True), strict=True)
     ]
@@ -98,7 +98,7 @@ def _chart(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
         parts.append(f'<line class="axis" x1="0" x2="100" y1="{y}" y2="{y}"/>')
         labels += _labels(one, y)
     best_first = list(enumerate(zip(rows, table, strict=True)))
-    for place, (row, values) in reversed(best_first):  # the best lies on top
+    for place, (row, values) in reversed(best_first):  # the best is on top
         points = " ".join(
             f"{100 * one.places[_key(value)]:.5g},{y}"
             for y, one, value in zip(down, axes, values, strict=True)
@@ -116,15 +116,15 @@ def _chart(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
         f'<svg viewBox="0 0 100 {height}" preserveAspectRatio="none" role="img" '
         f'aria-label="{described}">{"".join(parts)}</svg>{"".join(labels)}</div>'
         '<p class="key"><i></i> best … worst; dashed: pruned. Point at a line or a row to '
-        "see which belong together; the number of a run leads to its page.</p>"
+        "highlight its run; a run's number links to its page.</p>"
     )
 
 
 def _labels(one: Axis, y: int) -> list[str]:
-    """Returns the title of an axis, and the labels of its ticks below it."""
+    """Returns the title of an axis, and the tick labels below it."""
     made = [f'<b style="top:{y - 26}px">{html.escape(one.title)}</b>']
     if one.is_numeric:
-        # Each reaches to the left of its tick by the share of the axis that lies there.
+        # A label moves left with its tick, so that it stays within the axis.
         for place, label in _apart(one.ticks):
             share = f"{100 * place:.4g}%"
             style = f"top:{y + 5}px;left:{share};transform:translateX(-{share})"
@@ -140,7 +140,7 @@ def _labels(one: Axis, y: int) -> list[str]:
 
 
 def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Returns the ticks whose labels lie side by side on a phone; the ends go first."""
+    """Returns the ticks whose labels do not overlap on a phone; both ends have priority."""
     ordered = sorted(ticks)
     chosen: list[tuple[float, float, tuple[float, str]]] = []  # begin, end, tick
     for tick in (*ordered[:1], *ordered[:0:-1]):
@@ -153,7 +153,7 @@ def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def _colour(share: float) -> str:
-    """From blue (0, the best) over grey to orange."""
+    """Returns a colour from blue (0, the best) through grey to orange (1)."""
     stops = ((33, 102, 172), (150, 150, 150), (230, 97, 1))
     at = share * 2
     low = min(int(at), 1)
@@ -162,7 +162,7 @@ def _colour(share: float) -> str:
 
 
 def _link(row: SweepRow, shown: str) -> str:
-    """Returns a link to a run's page; to its folder where it has none."""
+    """Returns a link to a run's page, or to its folder if it has no page."""
     target = f"{urllib.parse.quote(row.name)}/{PAGE if row.has_page else ''}"
     name = html.escape(row.name)
     return f'<a href="{target}" title="{name}">{html.escape(shown)}</a>'
@@ -196,7 +196,7 @@ def _table(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
-        f"</table></div>{f'<h2>Not done</h2><ul>{failures}</ul>' if failures else ''}"
+        f"</table></div>{f'<h2>Not finished</h2><ul>{failures}</ul>' if failures else ''}"
     )
 
 

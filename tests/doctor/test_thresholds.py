@@ -110,7 +110,7 @@ CASES = [
      (Plan(steps=45, warmup_steps=4), Plan(steps=100, warmup_steps=10)), [norms(3, 1e-5)], None),
     ("vanishing gradients", "share", PLAIN, [norms(10, 0.018)], [norms(10, 0.0035)]),
     ("vanishing gradients", "epsilon", PLAIN, [norms(0.1, 0.0012)], [norms(0.1, 0.0004)]),
-    ("vanishing gradients", "learnt", PLAIN,
+    ("vanishing gradients", "low loss", PLAIN,
      [norms(3, 1e-5), changed(loss=lambda v: v * np.linspace(1, 0.6, len(v)))],
      [norms(3, 1e-5)]),
     ("growing gradients", "times", PLAIN, [norms(0.5, 3.5)], [norms(0.5, 12)]),

@@ -193,7 +193,15 @@ def test_a_sweeps_page(tmp_path):
         page = sweep_page.render(rows, "eval_loss", "kinds")
         seen = look(page, tmp_path, width=width, doing=doing)
         assert not seen["cut"] and not seen["covered"] and seen["lines"] == 16, seen
-        for label in ("rate", "kind", "n", "eval_loss (less is better)", "0.0001", "0.001", "full"):
+        for label in (
+            "rate",
+            "kind",
+            "n",
+            "eval_loss (lower is better)",
+            "0.0001",
+            "0.001",
+            "full",
+        ):
             assert label in seen["labels"]
 
 

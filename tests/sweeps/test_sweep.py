@@ -131,7 +131,7 @@ def test_each_slot_has_a_gpu_of_its_own(place, monkeypatch, capsys):
         own = sorted((at, ended[name]) for name, (of, at) in begun.items() if of == device)
         assert len(own) == 2 and own[0][1] <= own[1][0]
     assert run("--slots=3") == 2
-    assert "--slots=3: a slot is a GPU, and there are 2" in capsys.readouterr().err
+    assert "--slots=3 exceeds the 2 GPUs: each slot needs one" in capsys.readouterr().err
 
 
 def test_gpus_are_those_of_the_driver_where_nobody_chose(tmp_path, monkeypatch):
@@ -181,14 +181,14 @@ def test_a_stopped_sweep_lets_its_jobs_save_and_the_next_call_goes_on(place, num
     process.send_signal(number)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "stopping 2 runs; they finish their step and save" in told
+    assert "stopping 2 runs; each finishes its step and saves" in told
     begun = states()
     assert set(begun.values()) == {"stopped"} and len(begun) == 2
     steps = {name: int((OUT / name / "steps").read_text()) for name in begun}
     assert all(0 < step < 10 for step in steps.values())
     (OUT / "slow").unlink()
     assert run() == 0 and set(states().values()) == {"done"}
-    for name in begun:  # each step once: they went on, and did not begin anew
+    for name in begun:  # each step once: they resumed and did not start again
         records = [json.loads(line) for line in (OUT / name / "metrics.jsonl").open()]
         assert [record["step"] for record in records] == list(range(1, 11))
 
@@ -237,7 +237,7 @@ def test_jobs_that_outlived_a_killed_sweep_are_not_started_twice(place, capsys):
     process.stdout.close()
     assert list(states().values()).count("running") == 2
     assert run("--slots=4") == 1
-    assert capsys.readouterr().out.count("left out: output_dir out/") == 2
+    assert capsys.readouterr().out.count("skipped: output_dir out/") == 2
     for _ in range(1000):
         if "running" not in states().values():
             break
@@ -315,7 +315,7 @@ def test_mistakes_are_one_line_and_start_nothing(place, capsys, flags, message):
     [
         ("h.sweep('training.learning_rat', [1])", 'did you mean "training.learning_rate"?'),
         ("h.sweep('training.learning_rate', [1, -1])", "training.learning_rate=-1"),
-        ("h.uniform('model.dropout', h.interval(0, 1))", "draws without end"),
+        ("h.uniform('model.dropout', h.interval(0, 1))", "never ends"),
     ],
 )
 def test_every_setting_is_checked_before_the_first_run(place, capsys, text, message):
@@ -425,7 +425,7 @@ def test_the_page_needs_no_network_and_says_what_came_out():
     assert "2 of 4 runs done; best: rate 0.001, kind &lt;b&gt;, eval_loss 1" in text
     assert text.count("<polyline") == 3  # one without a measure has no line
     assert text.count("<tr data-run") == 4 and text.count("stroke-dasharray") == 1
-    assert 'aria-label="3 runs over rate, kind, eval_loss (less is better); the' in text
+    assert 'aria-label="3 runs over rate, kind, eval_loss (lower is better); the' in text
     assert text.index("<th>eval_loss") < text.index("<th>rate")
     assert sweep_page.render(rows[:1], "eval_loss", "x").count("<polyline") == 0
     assert "0 of 0 runs done" in sweep_page.render([], "eval_loss", "x")
@@ -580,7 +580,7 @@ def test_a_damaged_study_is_one_line_and_starts_nothing(space, capsys, how):
     assert run("--search=optuna", "--trials=4") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the study out/study.db cannot be read (")
-    assert "move it away to search anew" in error and error.count("\n") == 1
+    assert "move it away to start a new search" in error and error.count("\n") == 1
     assert starts() == before
 
 
