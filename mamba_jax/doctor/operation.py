@@ -18,7 +18,7 @@ DATA_NEAR, DATA_STALL = 0.5, 0.8
 DATA_INTERVALS = 5
 MEMORY_SHARE = 0.97  # of the device's memory at the peak
 MIB = 2**20
-_EXPECTED = re.compile(r"a spike; step skipped|^out of memory with a microbatch")
+_EXPECTED = re.compile(r"\bis a spike\b|^out of memory")  # other rules report these
 
 
 def ended(run: RunSignals) -> Verdict:
@@ -150,7 +150,7 @@ def data_stall(run: RunSignals) -> Verdict:
 def memory(run: RunSignals) -> Verdict:
     """The peak is close to the device's memory size, or exceeded it."""
     out_of_memory = [
-        (step, text) for step, text in run.warnings if text.startswith("out of memory with")
+        (step, text) for step, text in run.warnings if text.startswith("out of memory")
     ]
     free_memory = remedies.more_memory_free(run)
     if out_of_memory:
