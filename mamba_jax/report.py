@@ -1,4 +1,4 @@
-"""Reports on sizes and runs: ``python -m mamba_jax.report {presets,flops,run,compare} …``."""
+"""Reports on sizes and runs: ``mamba-jax report {presets,flops,run,compare} …``."""
 
 import argparse
 import dataclasses
@@ -18,15 +18,15 @@ from mamba_jax.reports import flops
 def main(argv: list[str]) -> int:
     """Runs the report that the first argument names."""
     parser = argparse.ArgumentParser(
-        prog="mamba-jax report", description="Reports on sizes and runs."
+        prog="mamba-jax report", description="Reports on model sizes and runs."
     )
     reports = parser.add_subparsers(metavar="report", required=True)
-    sizes = reports.add_parser("presets", help="the model sizes with their true parameter counts")
+    sizes = reports.add_parser("presets", help="the model sizes with their actual parameter counts")
     sizes.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     sizes.set_defaults(run=print_presets)
     costs = reports.add_parser(
         "flops",
-        help="FLOPs and bytes of each part of a size; MFU and share of the floor of a run",
+        help="FLOPs and bytes of each part of a model size; MFU and share of the floor of a run",
         description=flops.HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,9 +34,10 @@ def main(argv: list[str]) -> int:
     costs.set_defaults(run=flops.print_flops)
     one = reports.add_parser(
         "run",
-        help="one run as an HTML page of one file: curves, samples, warnings, config",
-        description="Writes what a run recorded as an HTML page of one file, which needs no "
-        "network. Works while the run trains, too: call it again for a newer page.",
+        help="one run as a self-contained HTML page: curves, samples, warnings, config",
+        description="Writes everything that a run has recorded as one self-contained HTML file, "
+        "which needs no network. It also works while the run is training: run the command again "
+        "to update the page.",
     )
     one.add_argument("folder", metavar="DIR", type=pathlib.Path, help="the run's output_dir")
     one.add_argument(
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> int:
     one.set_defaults(run=write_run_page)
     several = reports.add_parser(
         "compare",
-        help="several runs: a table of what differs and what came of it, curves over one another",
-        description="Prints a table of several runs (the fields of the config in which they "
-        "differ, and what came of each) and writes an HTML page with their curves.",
+        help="several runs: a table of their differences and results, and overlaid curves",
+        description="Prints a table of several runs (the config fields that differ, and the "
+        "results of each run) and writes an HTML page with their curves.",
     )
     several.add_argument(
-        "folders", metavar="DIR", nargs="+", type=pathlib.Path, help="each a run's output_dir"
+        "folders", metavar="DIR", nargs="+", type=pathlib.Path, help="the output_dir of each run"
     )
     several.add_argument(
         "--out",
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_presets(arguments: argparse.Namespace) -> int:
-    """Prints all sizes; parameter counts are those of the structure with the default tokenizer."""
+    """Prints all sizes; it counts the parameters of the model with the default tokenizer."""
     rows = [preset_row(name) for name in presets.SIZES]
     if arguments.json:
         print(json.dumps(rows, indent=2))
@@ -77,7 +78,7 @@ def print_presets(arguments: argparse.Namespace) -> int:
 
 
 def preset_row(name: str) -> dict[str, Any]:
-    """Returns the row of one size; "nominal" is its label, "parameters" the truth."""
+    """Returns the row of one size; "nominal" is its label, "parameters" the actual count."""
     from mamba_jax.costs.parameters import parameter_count
     from mamba_jax.data.tokenizers.load import load_tokenizer
 
@@ -106,8 +107,8 @@ def compare_runs(arguments: argparse.Namespace) -> int:
 
     if len(arguments.folders) < 2:
         raise UserError(
-            f"only one run to compare, {arguments.folders[0]}: name two or more, or call "
-            "`report run` for one"
+            f"only one run to compare: {arguments.folders[0]}; give two or more, or use "
+            "`mamba-jax report run` for one"
         )
     comparison = compare.Comparison([recorded.read_run(folder) for folder in arguments.folders])
     if arguments.json:
@@ -122,7 +123,7 @@ def compare_runs(arguments: argparse.Namespace) -> int:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a page and says where; to standard error, as standard output may be read as JSON."""
+    """Writes a page and prints its path to standard error, because standard output may be JSON."""
     try:
         write_atomic(path, text)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""``python launch/sweep.py``: many runs of one config, their results in a table and a page."""
+"""``mamba-jax sweep``: many runs of one config, with their results in a table and a page."""
 
 import argparse
 import contextlib
@@ -14,58 +14,74 @@ from types import FrameType
 from typing import Any
 
 from mamba_jax.cli import train_arguments
+from mamba_jax.cli.terminal import print_table
 from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
+from mamba_jax.pages.document import number
 from mamba_jax.runs import lock
 from mamba_jax.runs import metrics as history
 from mamba_jax.runs.exit_status import PREEMPTED
 from mamba_jax.runs.lock import RunLock
-from mamba_jax.sweeps import jobs, page
+from mamba_jax.sweeps import jobs, sweep_page
 from mamba_jax.sweeps.executors import Executor, Local, Slurm, gpus
-from mamba_jax.sweeps.hyper import Hyper, Settings, Sweep, load
-from mamba_jax.sweeps.queue import Listed, Queue, Source
+from mamba_jax.sweeps.hyper import Hyper, JobSettings, Sweep, load
+from mamba_jax.sweeps.queue import JobList, JobQueue, JobSource
 
 _EPILOG = """\
-Every other flag goes to `python -m mamba_jax.train`, for each run.
+All other flags are passed to `mamba-jax train` for every run.
 
 examples:
-  python launch/sweep.py --config=configs/hybrid_small.py --sweep=configs/sweeps/lr.py \
-      --out sweeps/lr
-  python launch/sweep.py … --slots 2                 two runs at a time, a GPU to each
-  python launch/sweep.py … --search optuna --trials 30
-  python launch/sweep.py … --executor slurm --slurm partition=gpu --slurm gpus_per_node=1
+  mamba-jax sweep --config=configs/hybrid_small.py --sweep=configs/sweeps/lr.py --out sweeps/lr
+  mamba-jax sweep … --slots 2                 two runs at a time, one GPU each
+  mamba-jax sweep … --search optuna --trials 30
+  mamba-jax sweep … --executor slurm --slurm partition=gpu --slurm gpus_per_node=1
 
-The same command again skips what is done, resumes what was stopped, and tries what failed once
-more. One sweep at a time uses a folder. Ctrl-C stops the runs, which save first; a second one ends
-them at once.
-Exit status: 0 all done, 1 some failed, 75 stopped, 130 ended at once, 2 a mistake (one line).
+Running the same command again skips finished runs, resumes stopped ones and retries failed ones.
+Only one sweep at a time can use a folder. Ctrl-C asks the runs to save and stop; a second Ctrl-C
+kills them.
+Exit status: 0 all runs are done, 1 some are not, 2 wrong usage, 75 stopped, 130 killed.
 """
-_MANIFEST = "sweep.json"  # what every run of a sweep's folder has in common
-_MANY = 64  # jobs that SLURM is given at a time, where --slots does not say
+_MANIFEST = "sweep.json"  # the config that all runs in a sweep's folder share
+_MANY = 64  # jobs to submit to SLURM at a time, without --slots
 
 
 @command
 def main(argv: list[str]) -> int:
     """Runs a sweep."""
     parser = argparse.ArgumentParser(
-        prog="sweep.py",
-        description="Trains with each of the settings that get_hyper(h) of a sweep file names.",
+        prog="mamba-jax sweep",
+        description="Trains one run for each of the settings that a sweep file returns.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--sweep", metavar="FILE", required=True, help="configs/sweeps/lr.py …")
-    parser.add_argument("--out", metavar="DIR", required=True, type=pathlib.Path, help="results")
-    parser.add_argument("--executor", choices=("local", "slurm"), default="local")
-    parser.add_argument("--slots", metavar="N", type=int, help="runs at a time (default: GPUs)")
-    parser.add_argument("--search", choices=("optuna",), help="choose by the results so far")
-    parser.add_argument("--trials", metavar="N", type=int, help="of a search (default 20)")
-    parser.add_argument("--metric", choices=jobs.METRICS, default="eval_loss", help="to rank by")
     parser.add_argument(
-        "--slurm", metavar="NAME=VALUE", action="append", default=[], help="a parameter of sbatch"
+        "--sweep", metavar="FILE", required=True, help="such as configs/sweeps/lr.py"
     )
-    parser.add_argument("--dry_run", action="store_true", help="list the runs and start none")
+    parser.add_argument(
+        "--out", metavar="DIR", required=True, type=pathlib.Path, help="folder of results"
+    )
+    parser.add_argument("--executor", choices=("local", "slurm"), default="local")
+    parser.add_argument(
+        "--slots", metavar="N", type=int, help="runs at a time (default: one per GPU)"
+    )
+    parser.add_argument("--search", choices=("optuna",), help="choose settings by earlier results")
+    parser.add_argument(
+        "--trials", metavar="N", type=int, help="number of trials of a search (default 20)"
+    )
+    parser.add_argument(
+        "--metric", choices=jobs.METRICS, default="eval_loss", help="metric to rank by"
+    )
+    parser.add_argument(
+        "--slurm",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a parameter of sbatch; repeatable",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list the runs without starting any")
     own, flags = parser.parse_known_args(argv)
     base = _base(flags)
     sweep = load(own.sweep, Hyper())
@@ -79,15 +95,15 @@ def main(argv: list[str]) -> int:
             print("\n".join(f"{job.folder.name}: {jobs.state(job.folder)}" for job in listed))
             return 0
     elif own.dry_run:
-        raise UserError("--dry_run cannot list a search: each run follows from those before it")
+        raise UserError("--dry_run cannot list a search: each run depends on earlier results")
     with _lock(own.out):
         _check_same_sweep(own.out, base)
         complete = _run(own, sweep, make, listed)
         _write_run_pages(own.out)
-        rows = jobs.rows(own.out, own.metric)
+        rows = jobs.read_rows(own.out, own.metric)
         _report(rows, own.out, own.metric)
     if not complete:
-        _say("stopped; the same command resumes the sweep")
+        _say("stopped; run the same command again to resume the sweep")
         return PREEMPTED
     return 0 if all(row.state in (jobs.DONE, jobs.PRUNED) for row in rows) else 1
 
@@ -95,13 +111,13 @@ def main(argv: list[str]) -> int:
 def _run(
     own: argparse.Namespace,
     sweep: Sweep,
-    make: Callable[[Settings], jobs.Job],
+    make: Callable[[JobSettings], jobs.Job],
     listed: Sequence[jobs.Job],
 ) -> bool:
     """Runs the jobs; False if it was interrupted."""
     executor, slots = _executor(own)
     if own.search is None:
-        source: Source = Listed(listed)
+        source: JobSource = JobList(listed)
     else:
         from mamba_jax.sweeps.search import OptunaSearch
 
@@ -111,17 +127,17 @@ def _run(
         source = OptunaSearch(
             sweep, make, own.out / "study.db", trials=trials, metric=own.metric, slots=slots
         )
-    # Whoever ends the sweep otherwise than with Ctrl-C wants its runs saved as well.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
-    return Queue(source, executor, slots, _say).run()
+    # Other ways to stop a sweep let its runs save too, as Ctrl-C does.
+    for signal_number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, _interrupt)
+    return JobQueue(source, executor, slots, _say).run()
 
 
 def _lock(out: pathlib.Path) -> RunLock:
-    """Takes the lock of a sweep's folder: two sweeps would end each other's trials.
+    """Takes the lock of a sweep's folder; two sweeps would end each other's trials.
 
     Raises:
-      UserError: if another sweep has it.
+      UserError: if another sweep holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -133,7 +149,7 @@ def _lock(out: pathlib.Path) -> RunLock:
         except (OSError, ValueError, KeyError, TypeError):
             raise error from None
         raise UserError(
-            f"--out={out} is in use by {who}; wait for its end, stop it with Ctrl-C, or choose "
+            f"--out={out} is in use by {who}; wait until it ends, stop it with Ctrl-C, or choose "
             "another --out"
         ) from None
 
@@ -147,19 +163,19 @@ def _say(text: str) -> None:
 
 
 def _base(flags: Sequence[str]) -> RunConfig:
-    """Returns the config that all runs have in common."""
+    """Returns the config that all runs share."""
     for flag in ("--output_dir", "--resume", "--config.output_dir", "--profile"):
         if any(word.partition("=")[0] == flag for word in flags):
-            raise UserError(f"{flag} has no use in a sweep: each run has a folder below --out")
+            raise UserError(f"{flag} has no use in a sweep: each run has its own folder in --out")
     return train_arguments.read(list(flags)).config
 
 
 def _jobs(sweep: Sweep, make: Any, file: str) -> list[jobs.Job]:
-    """Returns the jobs of a sweep, each once, all of them checked."""
+    """Returns the jobs of a sweep without duplicates, after checking all of them."""
     if sweep.length is None:
         raise UserError(
-            f"sweep file {file} draws without end: put it into h.zipit([…], length=N), or search "
-            "with --search optuna"
+            f"sweep file {file} never ends: wrap it in h.zipit([…], length=N), or search with "
+            "--search optuna"
         )
     unique = {job.folder: job for job in map(make, sweep)}
     if not unique:
@@ -170,16 +186,14 @@ def _jobs(sweep: Sweep, make: Any, file: str) -> list[jobs.Job]:
 
 
 def _check_same_sweep(out: pathlib.Path, base: RunConfig) -> None:
-    """Refuses a folder whose results come from another config: they cannot be compared."""
-    config = json.loads(json.dumps(to_dict(base)))
+    """Refuses a folder whose runs have another config: their results are not comparable."""
+    config = _as_json(base)
     file = out / _MANIFEST
     if file.is_file():
-        before = _read_manifest(file)
-        changed = [
-            name
-            for name in jobs.flat(config)
-            if jobs.flat(before).get(name) != jobs.flat(config)[name]
-        ]
+        # A config that an older version wrote may lack fields; they have their defaults.
+        before = flatten(_as_json(RunConfig())) | flatten(_read_manifest(file))
+        now = flatten(config)
+        changed = [name for name in now if before[name] != now[name]]
         if changed:
             raise UserError(
                 f"--out={out} holds a sweep of another config ({', '.join(changed[:4])} differ); "
@@ -187,6 +201,11 @@ def _check_same_sweep(out: pathlib.Path, base: RunConfig) -> None:
             )
         return
     write_atomic(file, json.dumps(config, indent=2) + "\n")
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    """Returns a config as it looks when read from JSON."""
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def _read_manifest(file: pathlib.Path) -> dict[str, Any]:
@@ -213,12 +232,12 @@ def _executor(own: argparse.Namespace) -> tuple[Executor, int]:
     devices = gpus()
     slots = own.slots or max(1, len(devices))
     if devices and slots > len(devices):
-        raise UserError(f"--slots={slots}: a slot is a GPU, and there are {len(devices)}")
+        raise UserError(f"--slots={slots} exceeds the {len(devices)} GPUs: each slot needs one")
     return Local(devices), slots
 
 
 def _write_run_pages(out: pathlib.Path) -> None:
-    """Writes the page of each run that has recorded something since its last one."""
+    """Writes the page of each run whose metrics are newer than its page."""
     from mamba_jax.reports import run_page
     from mamba_jax.runs import recorded
 
@@ -226,28 +245,25 @@ def _write_run_pages(out: pathlib.Path) -> None:
         page_file = metrics.with_name(jobs.PAGE)
         if page_file.is_file() and page_file.stat().st_mtime >= metrics.stat().st_mtime:
             continue
-        with contextlib.suppress(UserError, OSError):  # the table has what matters
+        with contextlib.suppress(UserError, OSError):  # the results table does not depend on it
             write_atomic(page_file, run_page.render(recorded.read_run(metrics.parent)))
 
 
-def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
-    """Prints the table and writes it as a page and for spreadsheets."""
+def _report(rows: Sequence[jobs.SweepRow], out: pathlib.Path, metric: str) -> None:
+    """Prints the table, and writes it as a page and as CSV."""
     names = list(dict.fromkeys(name for row in rows for name in row.settings))
     columns = [metric, "train_loss", "step", "tokens_per_sec"]
     header = ["", *(name.rpartition(".")[2] for name in names), *columns, "state"]
     table = [
         [
             str(place) if row.state == jobs.DONE else "–",
-            *(page.text(row.settings.get(name, "")) for name in names),
-            *(page.text(row.measures.get(column, "")) for column in columns),
+            *(number(row.settings.get(name, "")) for name in names),
+            *(number(row.measures.get(column, "")) for column in columns),
             row.state,
         ]
         for place, row in enumerate(rows, 1)
     ]
-    widths = [max(map(len, column)) for column in zip(header, *table, strict=True)]
-    for line in (header, *table):
-        cells = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    print_table(header, table, n_text_columns=0)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
     writer.writerow(["run", *names, *columns, "state", "why"])
@@ -256,7 +272,7 @@ def _report(rows: Sequence[jobs.Row], out: pathlib.Path, metric: str) -> None:
         found = [row.measures.get(column, "") for column in columns]
         writer.writerow([row.name, *values, *found, row.state, row.why])
     write_atomic(out / "results.csv", stream.getvalue())
-    write_atomic(out / "sweep.html", page.render(rows, metric, title=out.name))
+    write_atomic(out / "sweep.html", sweep_page.render(rows, metric, title=out.name))
     print(f"{out / 'sweep.html'}, {out / 'results.csv'}")
 
 

@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": {"paths"},
     "files": set(),
     "ops": set(),
+    "pages": set(),
     "config": set(),
     "modules": {"ops", "config"},
     "costs": {"config"},
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluating": {"generation", "models", "config", "data"},
     "serving": {"generation", "models", "parallel", "config", "data"},
     "doctor": {"runs", "checkpoints", "config"},
-    "sweeps": {"runs", "checkpoints", "config"},
+    "sweeps": {"pages", "runs", "checkpoints", "config"},
     "estimator": {
         "training",
         "checkpoints",
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         *("estimator", "training", "runs", "checkpoints", "data", "costs", "config"),
     },
-    "reports": {"cli", "runs", "checkpoints", "costs", "models", "data", "config"},
+    "reports": {"cli", "pages", "runs", "checkpoints", "costs", "models", "data", "config"},
 }
 
 

@@ -1,6 +1,6 @@
-"""What is wrong with a run, found in the numbers that it recorded.
+"""Finds what is wrong with a run from the numbers that it recorded.
 
 ``signals`` reads a run's ``metrics.jsonl`` as arrays; a rule is a pure function of them
 (``learning``, ``gradients``, ``structure``, ``operation``); ``rules`` lists and applies them all;
-``text`` tells the result.
+``text`` formats the result.
 """

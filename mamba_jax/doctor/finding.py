@@ -1,4 +1,4 @@
-"""What a rule says of a run."""
+"""What a rule reports about a run."""
 
 import dataclasses
 import enum
@@ -9,16 +9,16 @@ class Severity(enum.IntEnum):
 
     NOTE = 1  # worth knowing
     WARNING = 2  # costs quality, time or money
-    CRITICAL = 3  # the run learns nothing, or has ended
+    CRITICAL = 3  # the run does not learn, or has ended
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """One thing to do about it.
+    """One way to fix it.
 
     Attributes:
       text: in plain words.
-      command: what to run as it stands, or flags to add to the command of the run; "": neither.
+      command: a command to run unchanged, or flags to add to the run's command; "": neither.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Finding:
       title: in a few words.
       evidence: what was measured, with figures and steps.
       why: what it means.
-      remedies: what to do, the likeliest first.
+      remedies: what to do, the most promising first.
     """
 
     severity: Severity
@@ -56,8 +56,8 @@ class Unchecked:
 
 
 def too_few(have: int, needed: int, what: str) -> Unchecked:
-    """Says that there is not enough of something yet."""
-    return Unchecked(f"{max(0, have):,} of the {needed} {what} that it takes")
+    """Returns that the run has not recorded enough of something yet."""
+    return Unchecked(f"needs {needed} {what}; the run has {max(0, have):,}")
 
 
-Verdict = Finding | Unchecked | None  # None: looked, and found nothing
+Verdict = Finding | Unchecked | None  # None: checked, found nothing

@@ -4,60 +4,62 @@ import numpy as np
 
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
-from mamba_jax.doctor.signals import Run, median, windows
+from mamba_jax.doctor.signals import RunSignals, median, windows
 
 LEAST_STEPS = 50  # after the warm-up
 VANISHED_SHARE = 1e-3  # of the first gradients: healthy ones fall by a factor of 10 to 50
 # AdamW divides by the gradient's size plus adam_eps: at 10 × adam_eps a tenth of the step is lost.
 VANISHED_EPSILONS = 10
-LEARNT_SHARE = 0.5  # of the first loss: below it small gradients are what success looks like
+LOW_LOSS_SHARE = 0.5  # of the first loss: below it, small gradients are a sign of success
 GROWN = 10.0  # × the lowest window: healthy ones double or triple late in a run
-GROWN_CLIPS = 1.0  # × the clip: below it growth does nothing
+GROWN_CLIPS = 1.0  # × the clip: below it, growth has no effect
 CLIPPED_SHARE = 0.99  # of the steps; many healthy runs are clipped half of the time
 CLIPPED_TIMES = 5.0  # the clip, at the median
 SKIPPED_SHARE = 0.01  # of the steps
 SKIPPED_LEAST = 5
 
 
-def vanishing(run: Run) -> Verdict:
-    """Gradients so small that AdamW no longer moves, though there is much to learn."""
+def vanishing(run: RunSignals) -> Verdict:
+    """Gradients so small that AdamW hardly moves the weights, while the loss is still high."""
     norm, loss = run["gradient_norm"], run["loss"]
     if len(norm) < LEAST_STEPS or not len(loss):
         return too_few(len(norm), LEAST_STEPS, "gradient norms")
     if not run.from_beginning:
         return Unchecked("the record does not begin at step 1")
     first, last = norm[:20], norm.last(0.1, 20)
-    begun, now = median(first), median(last)
-    learnt = median(loss.last(0.1, 20)) < LEARNT_SHARE * median(loss[:5])
-    limit = VANISHED_SHARE * begun
+    early, now = median(first), median(last)
+    is_low = median(loss.last(0.1, 20)) < LOW_LOSS_SHARE * median(loss[:5])
+    limit = VANISHED_SHARE * early
     if run.config is not None and run.parameters:
         epsilons = VANISHED_EPSILONS * run.config.training.adam_eps
         limit = max(limit, epsilons * run.parameters**0.5)
-    if learnt or now >= limit:
+    if is_low or now >= limit:
         return None
     return Finding(
         Severity.CRITICAL,
         "The gradients vanish",
         (
-            f"gradient norm {begun:.2g} at {first.span}, {now:.2g} at {last.span} (medians)",
+            f"gradient norm {early:.2g} at {first.span}, {now:.2g} at {last.span} (medians)",
             f"loss {median(loss[:5]):.3f} at the start, {median(loss.last(0.1, 20)):.3f} now",
         ),
-        "There is much left to learn, but hardly any gradient reaches the weights: some part is "
-        "saturated, so that a change of it changes nothing.",
+        "The loss is still high, but almost no gradient reaches the weights: some part of the "
+        "model is saturated, so changes to its weights do not change the output.",
         (
             Remedy(
-                "Begin with a lower learning rate, in a new run: weights that were thrown far off "
-                "saturate",
+                "Start a new run with a lower learning rate: weights that large updates have "
+                "pushed far away saturate",
                 remedies.rate_flag(run.peak_rate / 3) if run.peak_rate else "",
             ),
             remedies.longer_warm_up(run),
-            Remedy("In bfloat16 small gradients are lost", "--config.model.dtype=float32"),
+            Remedy(
+                "Train in float32: bfloat16 loses small gradients", "--config.model.dtype=float32"
+            ),
         ),
     )
 
 
-def growing(run: Run) -> Verdict:
-    """Gradients that grow and grow."""
+def growing(run: RunSignals) -> Verdict:
+    """Gradients that keep growing."""
     norm = run["gradient_norm"].after(run.warm_step)
     parts = windows(norm)
     if len(parts) < 5:
@@ -74,16 +76,16 @@ def growing(run: Run) -> Verdict:
         (
             f"gradient norm {low:.3g} at {parts[lowest].span}, {now:.3g} at {parts[-1].span} "
             "(medians)",
-            f"steps are clipped at {clip:g}",
+            f"gradient norms are clipped at {clip:g}",
         ),
-        "Clipping keeps each step small, but gradients that grow like this mean a model that "
-        "becomes more and more sensitive; such runs tend to end in a divergence.",
+        "Clipping keeps each update small, but gradients that grow like this mean that the model "
+        "becomes increasingly sensitive; such runs often diverge.",
         (remedies.lower_rate(run), remedies.skip_spikes(run)),
     )
 
 
-def always_clipped(run: Run) -> Verdict:
-    """Nearly every step is cut down, and by much."""
+def always_clipped(run: RunSignals) -> Verdict:
+    """Nearly every step is clipped heavily."""
     norm = run["gradient_norm"].after(run.warm_step)
     if run.config is None:
         return Unchecked("the config is not recorded")
@@ -95,22 +97,23 @@ def always_clipped(run: Run) -> Verdict:
         return None
     return Finding(
         Severity.NOTE,
-        "Nearly every step is clipped, by much",
+        "Nearly every step is clipped heavily",
         (
             f"{share:.1%} of {recent.span} exceed the clip of {clip:g}",
             f"the median gradient norm is {usual:.3g}",
         ),
-        "Every gradient is cut to the same length, so that a large one no longer stands out and "
-        "clipping protects from nothing.",
+        "Every gradient is scaled down to the same norm, so an unusually large one no longer "
+        "stands out and clipping does not protect against it.",
         (
             Remedy(
-                "Clip where gradients are unusual, at twice their median",
+                "Clip only unusual gradients: set the limit to twice their median norm",
                 remedies.resume(
                     run, f"--config.training.gradient_clip={float(f'{2 * usual:.1g}'):g}"
                 ),
             ),
             Remedy(
-                "Average over more sequences: noise is what makes a gradient long",
+                "Increase the effective batch: averaging over more sequences reduces the noise "
+                "that inflates gradient norms",
                 remedies.resume(
                     run,
                     "--config.vram.effective_batch_size="
@@ -121,8 +124,8 @@ def always_clipped(run: Run) -> Verdict:
     )
 
 
-def skipped(run: Run) -> Verdict:
-    """Many steps were left out as spikes."""
+def skipped(run: RunSignals) -> Verdict:
+    """The trainer skipped many steps as spikes."""
     steps, count = len(run["loss"]), len(run.skipped)
     if steps < LEAST_STEPS:
         return too_few(steps, LEAST_STEPS, "steps")
@@ -135,16 +138,16 @@ def skipped(run: Run) -> Verdict:
             f"{count:,} of {steps:,} steps ({count / steps:.1%}), the first at step "
             f"{run.skipped[0]:,}, the last at step {run.skipped[-1]:,}",
         ),
-        "A skipped step is paid for and teaches nothing. So many are no accident: the training "
-        "is unsteady, or skip_spikes too strict.",
+        "A skipped step costs time but does not train the model. This many are unlikely to be "
+        "chance: training is unstable, or skip_spikes is too strict.",
         (
             remedies.lower_rate(run),
-            Remedy("Or skip fewer", _skip_fewer(run)),
+            Remedy("Or skip fewer steps", _skip_fewer(run)),
         ),
     )
 
 
-def _skip_fewer(run: Run) -> str:
-    """Returns the command that goes on with twice the factor, at least 5."""
+def _skip_fewer(run: RunSignals) -> str:
+    """Returns the command that resumes with twice the factor, at least 5."""
     factor = run.config.training.skip_spikes if run.config is not None else 0.0
     return remedies.resume(run, f"--config.training.skip_spikes={max(5.0, 2 * factor):g}")

@@ -5,48 +5,49 @@ import numpy as np
 from mamba_jax.checkpoints.folder import step_name
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
-from mamba_jax.doctor.signals import Curve, Run, above_recent, groups, median, noise, windows
+from mamba_jax.doctor.signals import Curve, RunSignals, above_recent, groups, median, noise, windows
 
-# A model that learns at all takes off a tenth of the first loss (the logarithm of the vocabulary,
-# about) in its first hundred steps: the frequencies of tokens alone are worth a third of it.
-FLAT_SHARE = 0.05  # of the first loss: a smaller fall is none
-FLAT_STEPS = 200  # after the warm-up, before anything is said
-# Frequencies are learnt within some hundred steps; what comes below is context.
+# A model that learns at all reduces the first loss (about the logarithm of the vocabulary size) by
+# a tenth in its first hundred steps: token frequencies alone reduce it by a third.
+FLAT_SHARE = 0.05  # of the first loss: a smaller decrease does not count
+FLAT_STEPS = 200  # after the warm-up, before the rule judges
+# A model picks up frequencies within a few hundred steps; going lower takes context.
 UNIGRAM_STEPS = 1_000  # after the warm-up
 UNIGRAM_MARGIN = 0.99  # × the unigram loss, as train and held-out text differ a little
-STILL_FALLING = 0.02  # of the loss, over the last half: a slow run on its way is no stuck one
+STILL_FALLING = 0.02  # of the loss, over the last half: a slow run is not a stuck one
 RISE_STEPS = 50  # at least
-# Loss wanders by some percent with the text. What a falling learning rate or more text would undo
-# is smaller than this.
+# The loss varies by a few percent with the text. Rises that a decaying learning rate or more text
+# would undo are smaller than this.
 RISE_SHARE = 0.05  # of the lowest loss
-RISE_SHARE_OF_FIRST = 0.01  # and of the first: losses near 0 wander by more than a twentieth
+RISE_SHARE_OF_FIRST = 0.01  # and of the first: losses near 0 vary by more than a twentieth
 RISE_NOISE = 6.0  # standard errors of a window's median
-OVERSHOOT = 1.1  # × the first loss, which guesses at random: only wrong certainty is worse
-OVERSHOOT_WITHIN = 500  # steps after the warm-up; later it is a climb
-OVERSHOOT_STEPS = 20  # whose median it is: what is over sooner is a spike
-FIRST_STEPS = 5  # whose median the first loss is: a single batch may be odd
-HIGH_RATE = 0.3  # of the peak: below it the learning rate is not what drives the loss up
+OVERSHOOT = 1.1  # × the first loss, a random guess: only confident wrong predictions are worse
+OVERSHOOT_WITHIN = 500  # steps after the warm-up; a later rise is not an overshoot
+OVERSHOOT_STEPS = 20  # of the median: a shorter rise is a spike
+FIRST_STEPS = 5  # whose median is the first loss: a single batch may be unusual
+HIGH_RATE = 0.3  # of the peak: below it, the learning rate is not the cause of a rise
 
-SPIKE_MEMORY = 50  # steps whose median a spike is measured from
+SPIKE_MEMORY = 50  # steps whose median is the baseline of a spike
 SPIKE_NOISE = 8.0  # standard deviations: never reached by chance in 200,000 steps
-SPIKE_SHARE = 0.1  # of the loss before it; a single step's also of the first: near 0 all is odd
-SPIKE_LENGTH = 3  # steps: an odd batch moves one step's loss, and two in a row are chance
-SPIKE_ALONE = 3.5  # × the loss before it, for a single step: an odd batch may reach 2.5
+SPIKE_SHARE = 0.1  # of the loss before it; for a single step, of the first loss too
+SPIKE_LENGTH = 3  # steps: an unusual batch affects one step; two in a row are chance
+SPIKE_ALONE = 3.5  # × the loss before it, for a single step: an unusual batch may reach 2.5
+SPIKE_ALONE_OF_FIRST = 1.5  # or × the first loss, a random guess: few batches are that unusual
 SPIKES_MANY = 3
-# The first SPIKE_MEMORY steps are measured from fewer, as the loss falls fast there, and by a
-# larger share, as a loss that climbs step by step is no spike.
+# In the first SPIKE_MEMORY steps the baseline covers fewer steps, because the loss falls fast
+# there, and the share is larger, because a loss that rises step by step is not a spike.
 SPIKE_EARLY = 5  # steps
 SPIKE_EARLY_SHARE = 0.25
 SPIKE_STEPS = 50  # at least
 
 OVERFIT_EVALUATIONS = 4  # at least
-OVERFIT_PATIENCE = 2  # evaluations since the best: one worse evaluation is often made good
+OVERFIT_PATIENCE = 2  # evaluations since the best: the next one often reverses a single rise
 OVERFIT_SHARE = 0.01  # of the best evaluation loss
 OVERFIT_NATS = 0.02
 
 
-def loss_not_falling(run: Run) -> Verdict:
-    """The loss stays where it began, or never gets below that of token frequencies."""
+def loss_not_falling(run: RunSignals) -> Verdict:
+    """The loss stays at its initial level, or never falls below that of token frequencies."""
     loss = run["loss"]
     if not run.from_beginning:
         return Unchecked("the record does not begin at step 1")
@@ -54,20 +55,20 @@ def loss_not_falling(run: Run) -> Verdict:
     if past < FLAT_STEPS:
         return too_few(past, FLAT_STEPS, "steps after the warm-up")
     first, last = loss[:FIRST_STEPS], loss.last(0.1, 20)
-    begun, now = median(first), median(last)
+    first_loss, now = median(first), median(last)
     lowest = min(map(median, windows(loss)))
     figures = (
-        f"loss {begun:.3f} at {first.span}, {now:.3f} at {last.span}",
+        f"loss {first_loss:.3f} at {first.span}, {now:.3f} at {last.span}",
         f"learning rate up to {run.peak_rate:.2g}",
     )
-    if begun - lowest < FLAT_SHARE * begun and now < (1 + FLAT_SHARE) * begun:
+    if first_loss - lowest < FLAT_SHARE * first_loss and now < (1 + FLAT_SHARE) * first_loss:
         return Finding(
             Severity.CRITICAL,
             "The loss does not fall",
             figures,
-            "A model that learns takes off a tenth of its first loss within some hundred steps. "
-            "This one still guesses nearly as it did at the start.",
-            _mend_flat(run),
+            "The loss normally falls by a tenth within the first few hundred steps. This model "
+            "still predicts about as badly as at the start.",
+            _flat_remedies(run),
         )
     unigram = run.unigram_nll
     if unigram is None or past < UNIGRAM_STEPS or lowest < UNIGRAM_MARGIN * unigram:
@@ -76,26 +77,27 @@ def loss_not_falling(run: Run) -> Verdict:
     if median(halfway) - now < STILL_FALLING * now:
         return Finding(
             Severity.CRITICAL,
-            "The model has only learnt how frequent tokens are",
+            "The model has only learned token frequencies",
             (*figures, f"{unigram:.3f} is the loss of token frequencies alone"),
-            "Nothing of the order of the tokens has been learnt: either it holds nothing to "
-            "learn (shuffled or encoded text), or the learning rate keeps the model from it.",
-            _mend_flat(run),
+            "The model has learned nothing from the order of the tokens: either their order "
+            "carries no information (shuffled or encoded text), or the learning rate prevents "
+            "learning.",
+            _flat_remedies(run),
         )
     return None
 
 
-def _mend_flat(run: Run) -> tuple[Remedy, ...]:
+def _flat_remedies(run: RunSignals) -> tuple[Remedy, ...]:
     rate = run.peak_rate
     data = remedies.look_at_data(run)
     if rate < remedies.RATE_LOW:
-        text = f"Raise the learning rate: {rate:.2g} is far below the presets' 1e-4 to 5e-4"
+        text = f"Raise the learning rate: {rate:.2g} is far below that of the presets, 1e-4 to 5e-4"
         return Remedy(text, remedies.resume(run, remedies.rate_flag(remedies.RATE_USUAL))), data
     return data, remedies.lower_rate(run)
 
 
-def learning_rate_too_high(run: Run) -> Verdict:
-    """The loss climbs, or jumps above where it began."""
+def learning_rate_too_high(run: RunSignals) -> Verdict:
+    """The loss rises, or jumps above its initial value."""
     loss = run["loss"]
     parts = windows(loss)
     if len(parts) < RISE_STEPS // 10:
@@ -116,7 +118,7 @@ def learning_rate_too_high(run: Run) -> Verdict:
         return None
     at_lowest, rising = parts[lowest], loss.after(int(parts[lowest].steps[-1]))
     evidence = [
-        f"loss {low:.3f} at {at_lowest.span}, its lowest; {now:.3f} at {last.span}",
+        f"lowest loss {low:.3f} at {at_lowest.span}; {now:.3f} at {last.span}",
     ]
     rate_low, rate_now = _rate_over(run, at_lowest), _rate_over(run, rising)
     if rate_now:
@@ -132,16 +134,16 @@ def learning_rate_too_high(run: Run) -> Verdict:
             Severity.WARNING,
             "The loss rises",
             tuple(evidence),
-            "The learning rate was already small when the loss began to climb, so it is hardly "
-            "the cause: other text, or weights that drift, are likelier.",
+            "The learning rate was already low when the loss began to rise, so it is probably not "
+            "the cause. A change in the training text or drifting weights are more likely.",
             (remedies.look_at_data(run), remedies.skip_spikes(run)),
         )
     return Finding(
         Severity.CRITICAL,
         "The learning rate is too high",
         tuple(evidence),
-        "The steps are so large that they lead away from what had been learnt: the loss climbs "
-        "while the learning rate is high.",
+        "The updates are so large that they undo what the model had learned: the loss rises while "
+        "the learning rate is high.",
         (
             remedies.lower_rate(run, rate_low, before=int(at_lowest.steps[-1])),
             remedies.longer_warm_up(run),
@@ -149,34 +151,36 @@ def learning_rate_too_high(run: Run) -> Verdict:
     )
 
 
-def _rate_over(run: Run, part: Curve) -> float:
+def _rate_over(run: RunSignals, part: Curve) -> float:
     """Returns the median learning rate over the steps of a part; 0 where none is recorded."""
     rate = run["learning_rate"].between(int(part.steps[0]), int(part.steps[-1]))
     return median(rate) if len(rate) else 0.0
 
 
-def _overshoot(run: Run) -> Finding | None:
+def _overshoot(run: RunSignals) -> Finding | None:
     loss, n = run["loss"].between(1, run.warm_step + OVERSHOOT_WITHIN), OVERSHOOT_STEPS
     if len(loss) < n:
         return None
-    begun = median(loss[:FIRST_STEPS]) if run.warm_step > FIRST_STEPS else float(loss.values[0])
+    first_loss = (
+        median(loss[:FIRST_STEPS]) if run.warm_step > FIRST_STEPS else float(loss.values[0])
+    )
     runs_n = np.median(np.lib.stride_tricks.sliding_window_view(loss.values, n), axis=1)
     worst = int(np.argmax(runs_n))
-    if runs_n[worst] < OVERSHOOT * begun:
+    if runs_n[worst] < OVERSHOOT * first_loss:
         return None
     there = loss[worst : worst + n]
     return Finding(
         Severity.CRITICAL,
         "The learning rate is too high",
         (
-            f"loss {begun:.3f} at the start, {runs_n[worst]:.3f} at {there.span} (median)",
+            f"loss {first_loss:.3f} at the start, {runs_n[worst]:.3f} at {there.span} (median)",
             f"learning rate {_rate_over(run, there):.2g} there, up to {run.peak_rate:.2g}",
         ),
-        "At the start a model guesses at random; a loss above that means the first steps were so "
-        "large that it became certain of what is wrong.",
+        "An untrained model guesses at random. A loss above that level means that the first "
+        "updates were so large that the model became confident in wrong predictions.",
         (
             Remedy(
-                "Begin with a lower learning rate, in a new run",
+                "Start a new run with a lower learning rate",
                 remedies.rate_flag(min(run.peak_rate / 3, remedies.RATE_USUAL))
                 if run.peak_rate
                 else "",
@@ -186,8 +190,8 @@ def _overshoot(run: Run) -> Finding | None:
     )
 
 
-def loss_spikes(run: Run) -> Verdict:
-    """The loss jumps up for some steps and comes back."""
+def loss_spikes(run: RunSignals) -> Verdict:
+    """The loss jumps for a few steps and recovers."""
     loss = run["loss"]
     if len(loss) < SPIKE_STEPS:
         return too_few(len(loss), SPIKE_STEPS, "steps")
@@ -197,9 +201,11 @@ def loss_spikes(run: Run) -> Verdict:
     usual = noise(rise_n[settled:])
     share_n = np.where(np.arange(len(loss)) < SPIKE_MEMORY, SPIKE_EARLY_SHARE, SPIKE_SHARE)
     high_n = rise_n > np.maximum(SPIKE_NOISE * usual, share_n * np.abs(before_n))
-    begun = median(loss[:FIRST_STEPS])
-    far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * begun)
-    # Within one spike a step may be low, by a lucky batch.
+    first_loss = median(loss[:FIRST_STEPS])
+    far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * first_loss)
+    if run.from_beginning:
+        far_n |= loss.values > SPIKE_ALONE_OF_FIRST * first_loss
+    # One step within a spike may be low, because of an easy batch.
     spikes = [
         spike
         for spike in groups(np.flatnonzero(high_n), SPIKE_LENGTH)
@@ -216,13 +222,13 @@ def loss_spikes(run: Run) -> Verdict:
         f"the worst: loss {before_n[top]:.3f} before it, {loss.values[top]:.3f} at step "
         f"{loss.steps[top]:,}; the usual noise is {usual:.2g}",
     ]
-    is_wild = run.from_beginning and loss.values[top] > OVERSHOOT * begun
+    is_wild = run.from_beginning and loss.values[top] > OVERSHOOT * first_loss
     if is_wild:
-        evidence[-1] += f"; the loss at the start was {begun:.3f}"
+        evidence[-1] += f"; the loss at the start was {first_loss:.3f}"
     norm = run["gradient_norm"].between(int(loss.steps[worst[0]]), int(loss.steps[worst[-1]]))
     if len(norm):
         evidence.append(
-            f"gradient norm up to {norm.values.max():.3g} in it; its median over the run is "
+            f"gradient norm up to {norm.values.max():.3g} during it; its median over the run is "
             f"{median(run['gradient_norm']):.3g}"
         )
     short = all(len(spike) < SPIKE_LENGTH for spike in spikes)
@@ -230,9 +236,9 @@ def loss_spikes(run: Run) -> Verdict:
         Severity.WARNING if len(spikes) >= SPIKES_MANY or is_wild else Severity.NOTE,
         "The loss spikes",
         tuple(evidence),
-        "For some steps the loss lies far above what it was: a step went too far, or a batch is "
-        "unlike the others. A spike costs the steps that it takes to come back, and one day one "
-        "does not come back.",
+        "For some steps the loss was far above its previous level: an update was too large, or a "
+        "batch differs from the rest. A spike costs the steps that the loss needs to recover, and "
+        "a run may not recover from the next one.",
         (
             remedies.skip_spikes(run),
             remedies.lower_rate(run),
@@ -241,7 +247,7 @@ def loss_spikes(run: Run) -> Verdict:
     )
 
 
-def overfitting(run: Run) -> Verdict:
+def overfitting(run: RunSignals) -> Verdict:
     """The evaluation loss rises while the training loss does not."""
     evaluation, loss = run["eval_loss"], run["loss"]
     if len(evaluation) < OVERFIT_EVALUATIONS:
@@ -257,29 +263,29 @@ def overfitting(run: Run) -> Verdict:
     span = last - int(evaluation.steps[-2])
     then, since = loss.between(step - span + 1, step), loss.between(last - span + 1, last)
     if not len(then) or not len(since):
-        return Unchecked("no training loss beside the evaluations")
+        return Unchecked("no training loss is recorded around the evaluations")
     if median(since) - median(then) > rise / 2:
-        return None  # the training loss rises as well: that is another illness
+        return None  # the training loss rises as well: that is another problem
     dropout = min(0.5, max(0.1, 2 * run.config.model.dropout if run.config is not None else 0.0))
     checkpoint = run.folder / step_name(step)
-    keep = Remedy("Use the model of the best evaluation, not the last one")
+    keep = Remedy("Use the model from the best evaluation, not the last one")
     if checkpoint.is_dir():
-        command = f'python -m mamba_jax.generate --checkpoint {checkpoint} --prompt ""'
-        keep = Remedy(keep.text + "; its checkpoint is kept", command)
+        command = f'mamba-jax generate --checkpoint {checkpoint} --prompt ""'
+        keep = Remedy(keep.text + "; its checkpoint still exists", command)
     return Finding(
         Severity.WARNING,
         "The model overfits",
         (
-            f"evaluation loss {low:.3f} at step {step:,}, its best; {now:.3f} at step {last:,}",
+            f"best evaluation loss {low:.3f} at step {step:,}; {now:.3f} at step {last:,}",
             f"training loss {median(then):.3f} then, {median(since):.3f} now "
             f"(medians of {span:,} steps)",
         ),
-        "Evaluation gets worse while training does not: the model learns its text by heart, "
-        "which is of no help with text that it has not seen.",
+        "The evaluation loss gets worse while the training loss does not: the model memorises its "
+        "training text, which does not help on other text.",
         (
             keep,
-            Remedy("Train on more text; nothing helps as much", "--data_dir PATH"),
-            Remedy("More dropout", remedies.resume(run, f"--config.model.dropout={dropout:g}")),
-            Remedy("Or train a smaller model, in a new run", "--model_size small"),
+            Remedy("Train on more text, which helps most", "--data_dir PATH"),
+            Remedy("Increase dropout", remedies.resume(run, f"--config.model.dropout={dropout:g}")),
+            Remedy("Or start a new run with a smaller model", "--model_size small"),
         ),
     )

@@ -1,13 +1,13 @@
-"""All rules, and a run's examination by them."""
+"""The table of all rules, and their application to a run."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 
 from mamba_jax.doctor import gradients, learning, operation, structure
 from mamba_jax.doctor.finding import Finding, Unchecked, Verdict
-from mamba_jax.doctor.signals import Run
+from mamba_jax.doctor.signals import RunSignals
 
-RULES: Mapping[str, Callable[[Run], Verdict]] = {  # what is checked → how
+RULES: Mapping[str, Callable[[RunSignals], Verdict]] = {  # what is checked → how
     "end of the run": operation.ended,
     "loss falls": learning.loss_not_falling,
     "learning rate": learning.learning_rate_too_high,
@@ -29,12 +29,12 @@ RULES: Mapping[str, Callable[[Run], Verdict]] = {  # what is checked → how
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What all rules say of a run.
+    """What all rules report about a run.
 
     Attributes:
       findings: (rule, finding), the worst first.
-      clear: the rules that looked and found nothing.
-      unchecked: rule → what it would need.
+      clear: the rules that checked and found nothing.
+      unchecked: rule → what it lacks.
     """
 
     findings: tuple[tuple[str, Finding], ...]
@@ -42,7 +42,7 @@ class Diagnosis:
     unchecked: Mapping[str, str]
 
 
-def examine(run: Run) -> Diagnosis:
+def examine(run: RunSignals) -> Diagnosis:
     """Applies every rule."""
     verdicts = {name: rule(run) for name, rule in RULES.items()}
     findings = [(name, v) for name, v in verdicts.items() if isinstance(v, Finding)]

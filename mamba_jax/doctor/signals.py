@@ -1,4 +1,4 @@
-"""A run as arrays, and the robust statistics that the rules are made of.
+"""A run as arrays, and the robust statistics that the rules use.
 
 Legend: n records, l layers.
 """
@@ -22,7 +22,7 @@ RATES = ("tokens_per_sec", "data_wait", "memory_bytes")
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A number over the steps.
+    """A value over the steps.
 
     Attributes:
       steps: (n,) int64, rising.
@@ -48,7 +48,7 @@ class Curve:
         return self[(self.steps >= first) & (self.steps <= last)]
 
     def last(self, share: float, least: int = 1) -> "Curve":
-        """Returns the last records: a share of them all, but so many at least."""
+        """Returns the last records: a share of all, but at least ``least``."""
         return self[-max(least, round(share * len(self))) :]
 
     @property
@@ -63,24 +63,23 @@ EMPTY = Curve(np.zeros(0, np.int64), np.zeros(0))
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunSignals:
     """What a run recorded.
 
     Attributes:
       folder: its output_dir.
-      config: of the run, as it went on last; None where that is not recorded or of another version.
+      config: of the newest start of the run; None: not recorded, or of another version.
       parameters: their number; 0: not recorded.
-      unigram_nll: nats per token of a model that knows only how frequent tokens are; None: not
-        recorded.
+      unigram_nll: nats per token of a model that knows only token frequencies; None: not recorded.
       curves: name → curve of ``SCALARS``, ``BY_LAYER`` and ``RATES``; those never recorded are
         empty.
       not_finite: name → first step at which it was NaN or infinite.
       skipped: (n,) steps that were skipped as spikes.
-      layout_step: the step from which model, device and layout are what they were at the end: rates
-        and memory of earlier steps are not comparable.
-      device_kind: what it trained on at the end, as jax calls it; "": not recorded.
+      layout_step: the step of the last change of model, device or layout; rates and memory of
+        earlier steps are not comparable.
+      device_kind: the last device that it trained on, as JAX names it; "": not recorded.
       warnings: (step, text) of each.
-      ended: (step, text) where an error ended the run; None: nothing of that kind is recorded.
+      ended: (step, text) of the error that ended the run; None: none is recorded.
     """
 
     folder: pathlib.Path
@@ -106,9 +105,9 @@ class Run:
 
     @functools.cached_property
     def warm_step(self) -> int:
-        """The last step of the warm-up; where the config is not known, the one of the highest rate.
+        """The last step of the warm-up; without a config, the step of the highest rate.
 
-        A run that is still warming up ends before it, or at it.
+        It is beyond the last step if the run is still warming up.
         """
         if self.config is not None:
             return self.config.training.resolved_warmup_steps
@@ -117,34 +116,34 @@ class Run:
 
     @property
     def peak_rate(self) -> float:
-        """The highest learning rate so far; 0 where none is recorded."""
+        """The highest learning rate so far; 0: none is recorded."""
         return float(self["learning_rate"].values.max(initial=0.0))
 
     @property
     def from_beginning(self) -> bool:
-        """Whether the record begins where the training did."""
+        """Whether the record covers the first step of the training."""
         return len(self["loss"]) > 0 and self["loss"].steps[0] <= 1
 
 
-def read(folder: pathlib.Path) -> Run:
+def read(folder: pathlib.Path) -> RunSignals:
     """Reads the run in a folder.
 
     Raises:
       UserError: if there is none.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the output_dir of a run")
+        raise UserError(f"{folder} is not a folder; give the output_dir of a run")
     records = metrics.read(folder / metrics.NAME)
     if not records:
         state = "is empty or damaged" if (folder / metrics.NAME).is_file() else "is missing"
         raise UserError(
-            f"{folder}: {metrics.NAME} {state}; give the output_dir of a run that has begun"
+            f"{folder}: {metrics.NAME} {state}; give the output_dir of a run that has started"
         )
     return from_records(folder, records)
 
 
-def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
-    """Makes a run of what ``history.read`` returns."""
+def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> RunSignals:
+    """Builds a run from what ``metrics.read`` returns."""
     series = {name: metrics.series(records, name) for name in SCALARS + RATES}
     series |= {name: metrics.layer_series(records, name) for name in BY_LAYER}
     curves, not_finite = {}, {}
@@ -156,7 +155,7 @@ def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
             not_finite[name] = broken
     starts = [i for i, r in enumerate(records) if isinstance(r.get("run"), dict)]
     about = records[starts[-1]]["run"] if starts else {}
-    return Run(
+    return RunSignals(
         folder=folder,
         config=_config(about),
         parameters=int(about.get("parameters", 0)),
@@ -176,7 +175,7 @@ def _curve(steps: Sequence[int], values: Sequence[Any]) -> tuple[Curve, int | No
     if not steps:
         return EMPTY, None
     steps_n, values_n = np.asarray(steps, np.int64), np.asarray(values, np.float64)
-    # Of a step recorded twice the later record counts.
+    # If a step is recorded twice, the later record counts.
     steps_n, backwards = np.unique(steps_n[::-1], return_index=True)
     values_n = values_n[..., ::-1][..., backwards]
     finite_n = np.all(np.isfinite(np.atleast_2d(values_n)), axis=0)
@@ -210,7 +209,7 @@ def _layout_step(records: list[dict[str, Any]]) -> int:
 
 
 def windows(curve: Curve, most: int = 40, least_records: int = 10) -> list[Curve]:
-    """Cuts a curve into up to ``most`` parts of equally many records, ``least_records`` or more."""
+    """Splits a curve into up to ``most`` equal parts of at least ``least_records`` records."""
     count = min(most, len(curve) // least_records)
     return [curve[part] for part in np.array_split(np.arange(len(curve)), count)] if count else []
 
@@ -223,30 +222,30 @@ def median(curve: Curve) -> float:
 def noise(values: np.ndarray) -> float:
     """Returns the standard deviation that a normal distribution of the same spread would have.
 
-    1.4826 × the median distance from the median: outliers have no say.
+    1.4826 × the median distance from the median, which outliers do not affect.
     """
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if len(values) else 0.0
 
 
 def above_recent(values: np.ndarray, memory: int, early: int) -> np.ndarray:
-    """Returns how far each value lies above the median of the ``memory`` values before it.
+    """Returns how far each value is above the median of the ``memory`` values before it.
 
-    Of the first ``memory`` values it is the median of the ``early`` before it: a loss falls fast at
-    first. The first ``early`` values have no past: 0.
+    For the first ``memory`` values it is the median of the ``early`` values before: a loss falls
+    fast at first. The first ``early`` values have no past: 0.
     """
     rise = np.zeros(len(values))
     if early < memory:
         rise[:memory] = above_recent(values[:memory], early, early)
     if len(values) > memory:
         past = np.lib.stride_tricks.sliding_window_view(values[:-1], memory)
-        for start in range(0, len(past), 10_000):  # in pieces, which fit a cache
+        for start in range(0, len(past), 10_000):  # in pieces that fit a cache
             piece = slice(memory + start, memory + start + 10_000)
             rise[piece] = values[piece] - np.median(past[start : start + 10_000], axis=1)
     return rise
 
 
 def groups(steps: np.ndarray, apart: int) -> list[np.ndarray]:
-    """Cuts rising steps where two neighbours lie more than ``apart`` from each other."""
+    """Splits rising steps where two neighbours are more than ``apart`` from each other."""
     if not len(steps):
         return []
     return np.split(steps, np.flatnonzero(np.diff(steps) > apart) + 1)

@@ -1,4 +1,4 @@
-"""Rules on what the layers became: Δ and A of the scan, the gates of the recursion.
+"""Rules on the state of the layers: Δ and A of the scan, the gates of the recursion.
 
 A state with decay rate A forgets by exp(Δ·A) a token. A starts at −1 … −d_state, Δ between 0.001
 and 0.1 (arXiv 2312.00752, section 3.6).
@@ -10,12 +10,12 @@ import numpy as np
 
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
-from mamba_jax.doctor.signals import Run
+from mamba_jax.doctor.signals import RunSignals
 
 FORGETS = 5.0  # Δ·|A| of the slowest state at the mean Δ: e⁻⁵, 0.7%, is left after one token
 DT_LEAST = 1e-4  # mean Δ: a tenth of the smallest that a layer starts with
-DT_MOST = 100.0  # of any token: e⁻¹⁰⁰ is nothing at all, and only a broken layer asks for it
-DT_GROWS_FROM = 20.0  # and doubles over half of the evaluations: on its way there
+DT_MOST = 100.0  # of any token: e⁻¹⁰⁰ is 0, and only a broken layer needs it
+DT_GROWS_FROM = 20.0  # and doubles over half of the evaluations: it will get there
 DT_EVALUATIONS = 4  # before growth is judged
 A_FASTER = 20.0  # × the fastest at the start
 A_SLOWER = 1e-3  # × the slowest at the start: a memory a thousand times as long
@@ -23,8 +23,8 @@ GATE_SHARE = 0.95  # of all gates, or of the depth
 GATE_RECORDS = 3  # after the warm-up
 
 
-def step_sizes(run: Run) -> Verdict:
-    """Δ of a layer runs away, or towards 0."""
+def step_sizes(run: RunSignals) -> Verdict:
+    """Δ of a layer runs away, or collapses towards 0."""
     mean, most = run["dt_mean"], run["dt_max"]
     if not len(mean) or not len(most):
         return Unchecked("Δ is not recorded; an evaluation measures it")
@@ -46,23 +46,23 @@ def step_sizes(run: Run) -> Verdict:
         f"{mean_l[worst]:.2g} now; largest Δ {most.values[worst, 0]:.2g}, {most_l[worst]:.2g} now",
     ]
     if closed_l[worst]:
-        title = "Δ runs towards 0"
-        why = "With so small a step the state neither takes anything in nor forgets: such a layer "
-        why += "does not see its input."
+        title = "Δ collapses towards 0"
+        why = "With such a small step the state neither absorbs new input nor forgets: the layer "
+        why += "ignores its input."
     else:
         title = "Δ runs away"
-        why = "A large step makes the state forget all that came before: such a layer sees little "
-        why += "but the current token, and its gradients become extreme."
+        why = "A large step makes the state forget everything before it: the layer sees little "
+        why += "more than the current token, and its gradients become extreme."
     decay = 2 * (run.config.training.weight_decay if run.config is not None else 0.1) or 0.1
     more_decay = Remedy(
-        "Raise the weight decay, which holds back what Δ is computed with",
+        "Raise the weight decay, which limits the weights that produce Δ",
         remedies.resume(run, f"--config.training.weight_decay={decay:.2g}"),
     )
     options = (remedies.lower_rate(run), more_decay)
     return Finding(Severity.WARNING, title, tuple(evidence), why, options)
 
 
-def decay_rates(run: Run) -> Verdict:
+def decay_rates(run: RunSignals) -> Verdict:
     """A of a layer runs away from where it started."""
     fast, slow = run["A_min"], run["A_max"]
     if not len(fast) or not len(slow):
@@ -85,14 +85,14 @@ def decay_rates(run: Run) -> Verdict:
             f"layer {worst}: A from {fast.values[worst, -1]:.3g} to {slow.values[worst, -1]:.3g}; "
             f"at the start from {-start_fast:.3g} to {-start_slow:.3g}",
         ),
-        "A sets how long a state remembers. Far below its start the state forgets within a token; "
-        "at 0 it never forgets, and sums up noise.",
+        "A sets how long the state remembers. Far below its initial value the state forgets within "
+        "one token; near 0 it never forgets and accumulates noise.",
         (remedies.lower_rate(run), remedies.skip_spikes(run)),
     )
 
 
-def gates(run: Run) -> Verdict:
-    """Depth gates that are shut, or open, for every token."""
+def gates(run: RunSignals) -> Verdict:
+    """Depth gates that are closed, or open, for every token."""
     if run.config is not None and (
         run.config.model.family != "hybrid" or not run.config.model.recursion_depth
     ):
@@ -132,18 +132,24 @@ def gates(run: Run) -> Verdict:
             )
     options = []
     if shut_l.any():
-        why += "A closed gate adds nothing: its recursion is computed for every token and thrown "
-        why += "away. "
+        why += "A closed gate adds nothing: its recursion is computed for every token and "
+        why += "discarded. "
         if np.isfinite(deepest):
             fewer = f"--config.model.recursion_depth={int(deepest) // 2}"
-            options.append(Remedy("Use fewer steps of recursion, in a new run", fewer))
+            options.append(Remedy("Start a new run with fewer recursion steps", fewer))
         options.append(
-            Remedy("Or let the gates start open, in a new run", "--config.model.gate_bias=1")
+            Remedy(
+                "Or start a new run with gates that are initially open",
+                "--config.model.gate_bias=1",
+            )
         )
     if open_l.any():
-        why += "A gate that is always open chooses nothing: every token gets the full depth. "
+        why += "A gate that is always open selects nothing: every token gets the full depth. "
         options.append(
-            Remedy("Let the gates start nearly closed, in a new run", "--config.model.gate_bias=-1")
+            Remedy(
+                "Start a new run with gates that are initially almost closed",
+                "--config.model.gate_bias=-1",
+            )
         )
     options.append(remedies.lower_rate(run))
     severity = Severity.WARNING if 2 * stuck >= len(depth_l) else Severity.NOTE
@@ -153,7 +159,7 @@ def gates(run: Run) -> Verdict:
 
 
 def _layers(layers: Iterable[int]) -> str:
-    """Returns "layers 0, 3 and 4"; many are cut short."""
+    """Returns "layers 0, 3 and 4"; a long list is shortened."""
     names = [str(layer) for layer in layers]
     if len(names) > 6:
         return f"layers {', '.join(names[:5])} and {len(names) - 5} more"

@@ -6,17 +6,17 @@ from typing import Any
 
 from mamba_jax.doctor.finding import Finding, Remedy, Severity
 from mamba_jax.doctor.rules import Diagnosis
-from mamba_jax.doctor.signals import Run
+from mamba_jax.doctor.signals import RunSignals
 
 _COLOURS = {Severity.CRITICAL: "1;31", Severity.WARNING: "1;33", Severity.NOTE: "1;36"}
 _DIM, _GREEN, _BOLD = "2", "1;32", "1"
 _LABELS = ("seen", "why", "do")
-_INDENT = 8  # of what stands behind a label
+_INDENT = 8  # of the text after a label
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
-    """How to write: width in columns, and whether in colours."""
+class TextPage:
+    """How to format: the width in columns, and whether to use colours."""
 
     width: int = 80
     colours: bool = False
@@ -41,18 +41,18 @@ class Page:
         return [margin + lines[0][_INDENT:], *lines[1:]]
 
 
-def render(run: Run, diagnosis: Diagnosis, page: Page) -> str:
+def render(run: RunSignals, diagnosis: Diagnosis, page: TextPage) -> str:
     """Returns the whole text, without a newline at its end."""
     lines = _head(run, page)
-    told: set[Remedy] = set()
+    printed: set[Remedy] = set()
     for _, finding in diagnosis.findings:
-        lines += ["", *_finding(finding, told, page)]
-        told |= set(finding.remedies)
+        lines += ["", *_finding(finding, printed, page)]
+        printed |= set(finding.remedies)
     lines += ["", *_foot(diagnosis, page)]
     return "\n".join(lines)
 
 
-def _head(run: Run, page: Page) -> list[str]:
+def _head(run: RunSignals, page: TextPage) -> list[str]:
     name = run.config.name if run.config is not None else run.folder.name
     progress = f"step {run.last_step:,}"
     if run.config is not None:
@@ -69,12 +69,12 @@ def _head(run: Run, page: Page) -> list[str]:
     return [title, *page.wrap(" · ".join(latest), indent=0)]
 
 
-def _finding(finding: Finding, told: set[Remedy], page: Page) -> list[str]:
-    """Writes a finding; what other findings have told to do is not repeated."""
+def _finding(finding: Finding, printed: set[Remedy], page: TextPage) -> list[str]:
+    """Formats a finding; it does not repeat remedies that are printed already."""
     severity = finding.severity
-    new = [remedy for remedy in finding.remedies if remedy not in told]
+    new = [remedy for remedy in finding.remedies if remedy not in printed]
     if len(new) < len(finding.remedies):
-        new = [Remedy("As above"), *new]
+        new = [Remedy("See above"), *new]
     mark = page.paint(f"{severity.name} ", _COLOURS[severity])
     lines = [f"{mark} {page.paint(finding.title, _BOLD)}"]
     for label, blocks in zip(
@@ -90,13 +90,13 @@ def _finding(finding: Finding, told: set[Remedy], page: Page) -> list[str]:
     return lines
 
 
-def _remedy(remedy: Remedy, page: Page) -> list[str]:
+def _remedy(remedy: Remedy, page: TextPage) -> list[str]:
     lines = page.wrap(remedy.text + (":" if remedy.command else "."))
     return lines + [page.paint(line, _GREEN) for line in _command(remedy.command, page.width)]
 
 
 def _command(command: str, width: int) -> list[str]:
-    """Breaks a command where a shell goes on reading: before a flag, behind a backslash."""
+    """Breaks a command before its flags; a backslash continues each line, as a shell needs it."""
     lines: list[str] = []
     for word in _arguments(command):
         room = width - 2  # for the backslash
@@ -113,27 +113,28 @@ def _arguments(command: str) -> list[str]:
     return ([head] if head else []) + ["--" + flag for flag in flags]
 
 
-def _foot(diagnosis: Diagnosis, page: Page) -> list[str]:
+def _foot(diagnosis: Diagnosis, page: TextPage) -> list[str]:
     lines = []
     clear, unchecked = diagnosis.clear, diagnosis.unchecked
     if not diagnosis.findings:
-        lines.append(page.paint("Nothing wrong found.", _GREEN))
+        lines.append(page.paint("No problems found.", _GREEN))
     elif any(r.command.startswith("--") for _, f in diagnosis.findings for r in f.remedies):
         lines += page.wrap(
-            "Flags that stand alone go behind the command of a new run, with another --output_dir.",
+            "Flags without a command are for a new run: add them to its command, together with "
+            "another --output_dir.",
             indent=0,
         )
     if clear:
-        lines += page.wrap(f"Looked at, and found in order: {', '.join(clear)}.", indent=0)
+        lines += page.wrap(f"Checked, no problem found: {', '.join(clear)}.", indent=0)
     if unchecked:
-        lines.append("Too little recorded to judge:")
+        lines.append("Not enough data to judge:")
         longest = max(map(len, unchecked))
         for name, reason in unchecked.items():
             lines += page.wrap(f"{name:<{longest}}  {reason}", indent=2)
     return lines
 
 
-def to_json(run: Run, diagnosis: Diagnosis) -> dict[str, Any]:
+def to_json(run: RunSignals, diagnosis: Diagnosis) -> dict[str, Any]:
     """Returns everything as plain JSON types."""
     max_steps = run.config.training.max_steps if run.config is not None else None
     return {

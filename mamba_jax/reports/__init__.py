@@ -1,1 +1,1 @@
-"""Reports on the sizes and on runs: what ``python -m mamba_jax.report`` prints and draws."""
+"""Reports on sizes and runs: what ``mamba-jax report`` prints and draws."""

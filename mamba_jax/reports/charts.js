@@ -1,4 +1,4 @@
-// Draws the curves of a page as SVG, as wide as there is room, and reads values where one points.
+// Draws the curves of a page as SVG, as wide as the page allows, and shows values at the pointer.
 'use strict';
 {
 const data = JSON.parse(document.getElementById('data').textContent);
@@ -76,7 +76,7 @@ function across(curve, step) {               // the x of a step of this curve
   for (const one of bends) if (one[0] <= step) bend = one;
   return bend[1] + (step - bend[0]) * bend[2];
 }
-function lay(chart) {                        // everything as it is drawn: x, and y in its unit
+function lay(chart) {                        // the curves and the ranges of both axes
   const shown = chart.curves.filter((_, i) => !chart.hidden.has(i) &&
     !(view.tokens && !data.tokens[chart.curves[i].run]));
   let [first, last] = view.tokens ? data.token_span : data.span;
@@ -93,7 +93,7 @@ function lay(chart) {                        // everything as it is drawn: x, an
     });
   }
   if (!isFinite(low)) [low, high] = chart.log ? [0.1, 1] : [0, 1];
-  let above = null;                          // the highest value, where it is out of the axis
+  let above = null;                          // the highest value, if it is above the axis
   if (chart.robust && !chart.log) {
     const top = Math.max(...shown.map(curve => usualTop(curve, first, last)));
     if (isFinite(top) && high > top + 0.3 * (top - low)) {
@@ -111,7 +111,7 @@ function lay(chart) {                        // everything as it is drawn: x, an
   else { const pad = (high - low) * 0.05; low = low === 0 ? 0 : low - pad; high += pad; }
   return { shown, first, last, low, high, scale, unit, fits, above };
 }
-function usualTop(curve, first, last) {      // of the values that are shown; all but a few
+function usualTop(curve, first, last) {      // the maximum of the shown values, a few outliers excluded
   const values = (curve.high || curve.y).filter((value, i) => value !== null &&
     across(curve, curve.x[i]) >= first && across(curve, curve.x[i]) <= last);
   const inOrder = of => [...of].sort((a, b) => a - b);
@@ -120,7 +120,7 @@ function usualTop(curve, first, last) {      // of the values that are shown; al
   const start = view.part === 1 ? inOrder(values.slice(0, 5))[2] : -Infinity;
   return Math.max(sorted[Math.floor(0.98 * (sorted.length - 1))], start);
 }
-function highest(curves, first, last) {      // the greatest value that is shown, and its step
+function highest(curves, first, last) {      // the maximum of the shown values, and its step
   let found = [-Infinity, 0];
   for (const curve of curves) (curve.high || curve.y).forEach((value, i) => {
     const x = across(curve, curve.x[i]);
@@ -153,7 +153,7 @@ function draw(figure, chart) {
   const svg = make('svg', { width, height, viewBox: `0 0 ${width} ${height}`, role: 'img',
     'aria-label': chart.title }, plot);
   const clip = `clip${clips++}`;
-  const ceiling = at.above ? TOP - 2 : 0;     // below the words on what is above the axis
+  const ceiling = at.above ? TOP - 2 : 0;     // below the label of the value above the axis
   make('rect', { x: left - 4, y: ceiling, width: span + 8, height: TOP + inner + 2 - ceiling },
     make('clipPath', { id: clip }, svg));
 
@@ -225,7 +225,7 @@ function draw(figure, chart) {
     const half = label.length * TEXT / 2;
     make('text', { class: 'above', y: 11,
       x: Math.min(Math.max(X(x), half), width - half - 1) }, svg, label)
-      .append(make('title', {}, null, 'above this axis; the logarithmic one shows it'));
+      .append(make('title', {}, null, 'above the range of this axis; press log to see it'));
   }
   point(plot, svg, chart, at, { X, Y, left, span, inner, width });
 }
@@ -270,7 +270,7 @@ function point(plot, svg, chart, at, { X, Y, left, span, inner, width }) {
     const rows = element('div', { className: found.length > 8 ? 'rows many' : 'rows' }, tip);
     for (const [curve, i] of found) {
       const off = Math.abs(across(curve, curve.x[i]) - across(main, step));
-      if (off > (at.last - at.first) * 0.05) continue;   // it has ended, say
+      if (off > (at.last - at.first) * 0.05) continue;   // such as a run that has ended
       const row = element('div', {}, rows);
       element('i', {}, row).style.background = colour(curve);
       element('span', {}, row, `${curve.name} `);
@@ -299,7 +299,7 @@ function point(plot, svg, chart, at, { X, Y, left, span, inner, width }) {
   svg.addEventListener('pointerleave', event => { if (event.pointerType === 'mouse') hide(); });
 }
 
-// --- what can be changed -------------------------------------------------------------------------
+// --- controls ------------------------------------------------------------------------------------
 
 function keys(figure, chart, redraw) {
   const legend = figure.querySelector('.legend');
@@ -310,7 +310,7 @@ function keys(figure, chart, redraw) {
     element('span', {}, legend, chart.curves.at(-1).name);
     return;
   }
-  if (chart.curves.length < 2 && !data.tokens) return;   // of one run, the title says it
+  if (chart.curves.length < 2 && !data.tokens) return;   // one curve of one run: the title is enough
   chart.curves.forEach((curve, i) => {
     const key = element('button', { type: 'button', title: 'show or hide' }, legend);
     key.setAttribute('aria-pressed', true);

@@ -1,4 +1,4 @@
-"""Curves as the pages hold them: thinned so far that a screen loses nothing, spikes included."""
+"""Curves as pages store them: thinned to what a screen can show, with every spike kept."""
 
 import dataclasses
 import math
@@ -7,35 +7,35 @@ from typing import Any
 
 import numpy as np
 
-MOST_POINTS = 1_000  # of a curve: a screen has hardly more columns
-MOST_LAYER_POINTS = 200  # of a curve by layer, of which a chart may hold dozens
+MOST_POINTS = 1_000  # of a curve: few screens have more columns
+MOST_LAYER_POINTS = 200  # of a curve by layer; a chart may have dozens of them
 _DIGITS = 6  # significant, of every number in a page
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """A curve of at most so many points, each of ``size`` values that follow one another.
+    """A curve whose points each combine ``size`` consecutive values.
 
-    Of values that are no numbers only ``gaps`` tells; where a point has no other, ``mean``, ``low``
-    and ``high`` are NaN.
+    Only ``gaps`` records values that are not finite; if a point has no others, its ``mean``,
+    ``low`` and ``high`` are NaN.
     """
 
     size: int
     first: np.ndarray  # (p,) int64: step of the first value
     last: np.ndarray  # (p,) int64: of the last
     mean: np.ndarray  # (p,) float64
-    low: np.ndarray  # (p,) float64: the least
-    high: np.ndarray  # (p,) float64: the greatest
+    low: np.ndarray  # (p,) float64: the minimum
+    high: np.ndarray  # (p,) float64: the maximum
     gaps: list[tuple[int, int, str]]  # a point with NaN or inf: step of the first, number, what
 
 
 def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS) -> Points:
-    """Takes neighbours together until ``most`` points or fewer are left.
+    """Combines neighbouring values until at most ``most`` points remain.
 
     Args:
       steps: (n,), ascending.
       values: (n,), any float.
-      most: points to return at most.
+      most: the maximum number of points.
     """
     x_n, y_n = np.asarray(steps, np.int64), np.asarray(values, np.float64)
     size = max(1, -(-len(x_n) // most))
@@ -66,9 +66,9 @@ def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS)
 
 
 def trailing_mean(values: Sequence[float], width: int) -> np.ndarray:
-    """Returns at each place the mean of the last ``width`` values that are numbers, (n,) float64.
+    """Returns at each place the mean of the finite ones of the last ``width`` values, (n,) float64.
 
-    Fewer at the beginning; NaN where there is none.
+    There are fewer values at the start; the mean of none is NaN.
     """
     y_n = np.asarray(values, np.float64)
     good_n = np.isfinite(y_n)
@@ -83,9 +83,9 @@ def trailing_mean(values: Sequence[float], width: int) -> np.ndarray:
 
 
 def smoothing_width(count: int) -> int:
-    """Returns how many of so many steps the mean line of a loss takes together.
+    """Returns over how many steps to average the loss of a run of ``count`` steps.
 
-    More than 200 would make the line smoother than anyone needs, and late where the loss falls.
+    An average over more than 200 would lag behind a falling loss.
     """
     return max(1, min(count // 40, 200))
 
@@ -96,7 +96,7 @@ def curve(name: str, points: Points, look: str = "line", **about: Any) -> dict[s
     Args:
       name: in the legend.
       points: of the curve.
-      look: "line", "faint" (behind another one), "level" (what to be held against) or "dots".
+      look: "line", "faint" (behind another one), "level" (a reference) or "dots".
       about: ``colour``, a number; or ``share``, from 0 (the first layer) to 1; ``run``, its number
         in a comparison.
     """
@@ -137,13 +137,13 @@ def chart(
       key: its name in the page.
       title: above it.
       curves: as ``curve`` makes them.
-      unit: of its values; "bytes" and "share" are shown as MiB … and as per cent.
+      unit: of its values; "bytes" are shown in MiB or GiB, "share" in percent.
       note: a sentence below the title.
-      log: whether the vertical axis begins logarithmic; a button changes that.
+      log: whether the vertical axis is logarithmic at first; a button changes that.
       by_layer: whether each curve is a layer.
       skips: whether to mark skipped steps.
-      robust: whether a few values far above the others run out of a linear axis, which names the
-        highest.
+      robust: whether a linear axis leaves out a few values far above the others; the chart then
+        names the highest.
     """
     return {
         "key": key,
@@ -159,5 +159,5 @@ def chart(
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
-    """Rounds to significant digits; what is no number becomes null."""
+    """Rounds to significant digits; a value that is not finite becomes null."""
     return [float(f"{v:.{_DIGITS}g}") if math.isfinite(v) else None for v in values.tolist()]

@@ -1,23 +1,23 @@
-"""Several runs side by side: a table of what differs and what came of it, and their curves."""
+"""Several runs side by side: a table of their differences and results, and their curves."""
 
 import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_jax.reports import page
+from mamba_jax.pages.document import duration, number, paragraph, size
+from mamba_jax.reports import figures
 from mamba_jax.reports.charts import chart, curve, smoothing_width, thin, trailing_mean
-from mamba_jax.reports.page import duration, number, size
 from mamba_jax.runs import metrics
 from mamba_jax.runs.recorded import Run
 
-# Where a run keeps its things tells runs apart already: their columns are named by it.
+# Folders name the columns, so they need no rows of their own.
 _PLACES = ("output_dir", "log_dir", "tensorboard_dir", "data.cache_dir")
 _COLOURS = 8  # of style.css
-_MOST_OPEN = 8  # fields that differ: more are folded, so that the curves stay near
+_MOST_OPEN = 8  # fields that differ: more are folded, so that the curves stay close
 _LONGEST_VALUE = 40  # characters of a field that a table shows
-_PER_TOKEN = ("eval_loss", "best_eval_loss", "train_loss")  # less is better
-_PER_BYTE = ("eval_bits_per_byte",)  # less is better, whatever the tokenizer
+_PER_TOKEN = ("eval_loss", "best_eval_loss", "train_loss")  # lower is better
+_PER_BYTE = ("eval_bits_per_byte",)  # lower is better, with any tokenizer
 _HEADINGS = {
     "state": "state",
     "eval_loss": "eval loss, last",
@@ -38,14 +38,14 @@ _HEADINGS = {
 
 
 class Comparison:
-    """Runs, what each is called here, and what differs."""
+    """Runs, their names in the comparison, and their differences."""
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = runs
         self.names = names([run.folder.resolve().parts for run in runs])
         known = [run.config for run in runs if run.config]
         fields = dict.fromkeys(name for config in known for name in config)
-        # Dotted name of a field → its value in each run; None where it is not known.
+        # Dotted name of a field → its value in each run; None: unknown.
         self.differences = {
             name: [run.config.get(name) for run in runs]
             for name in fields
@@ -55,7 +55,7 @@ class Comparison:
         self.results = [_results(run) for run in runs]
 
     def record(self) -> dict[str, Any]:
-        """Returns the table as plain JSON types; what is no finite number is None."""
+        """Returns the table as plain JSON types; a value that is not finite is None."""
         rows = [
             {"name": name, "folder": str(run.folder), "why": run.why, **results}
             for name, run, results in zip(self.names, self.runs, self.results, strict=True)
@@ -63,7 +63,7 @@ class Comparison:
         return {"runs": rows, "differences": self.differences, "notes": self.notes()}
 
     def lines(self) -> list[list[str]]:
-        """Returns the table as text: a heading, then a line for each field and each result."""
+        """Returns the table as text: a heading, then a line per field and per result."""
         fields = [[name, *map(_shown, values)] for name, values in self.differences.items()]
         results = [
             [heading, *(_text(key, each[key]) for each in self.results)]
@@ -85,32 +85,32 @@ class Comparison:
 
     @property
     def comparable(self) -> tuple[str, ...]:
-        """The measures of which the least is the best; those that ``notes`` doubts are none."""
+        """The metrics whose minimum is the best; none that ``notes`` calls incomparable."""
         if self._unknown or self._other_text:
             return ()
         return _PER_BYTE if self._other_tokens else (*_PER_TOKEN, *_PER_BYTE)
 
     def notes(self) -> list[str]:
-        """Returns what one has to know before one compares."""
-        said = []
+        """Returns what a reader must know before comparing."""
+        sentences = []
         if unknown := self._unknown:
-            said.append(
-                f"No config is recorded of {', '.join(unknown)}: its losses may be those of "
-                "another text or tokenizer."
+            sentences.append(
+                f"No config is recorded for {', '.join(unknown)}: the losses may come from another "
+                "text or tokenizer."
             )
         if self._other_text:
-            said.append("The data differ, so the losses may be those of different texts.")
+            sentences.append("The data settings differ: the losses may come from different texts.")
         if self._other_tokens:
             bits = "" if self._other_text else ", bits per byte can"
-            said.append(f"The tokenizers differ: losses per token cannot be compared{bits}.")
-        return said
+            sentences.append(f"The tokenizers differ: losses per token cannot be compared{bits}.")
+        return sentences
 
 
 def names(folders: Sequence[tuple[str, ...]]) -> list[str]:
-    """Names each folder by the shortest end of its path that no other one has.
+    """Names each folder by the shortest unique end of its path.
 
     Args:
-      folders: the parts of absolute paths. One that is there twice gets numbers.
+      folders: the parts of absolute paths. A folder that occurs twice gets numbers.
     """
     others = [[other for other in folders if other != parts] for parts in folders]
     ends = []
@@ -124,7 +124,7 @@ def names(folders: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _results(run: Run) -> dict[str, Any]:
-    """Returns what came of a run, by the keys of ``_HEADINGS``."""
+    """Returns the results of a run, by the keys of ``_HEADINGS``."""
     last = run.evaluations[-1] if run.evaluations else {}
     best = run.best_evaluation or {}
     results = {
@@ -159,7 +159,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Returns the value of a field, on one line and in brief."""
+    """Returns the value of a field, shortened to one line."""
     if not isinstance(value, str):
         return number(value)
     text = value if value.isprintable() and value else repr(value)
@@ -175,7 +175,7 @@ def render(comparison: Comparison) -> str:
     names_ = ", ".join(comparison.names)
     body = (
         f"<h1>{len(comparison.runs)} runs</h1>\n"
-        f"{''.join(map(page.paragraph, comparison.notes()))}{_results_table(comparison)}"
+        f"{''.join(map(paragraph, comparison.notes()))}{_results_table(comparison)}"
         f"{_reasons(comparison)}{_differences_table(comparison)}"
     )
     data = None
@@ -189,10 +189,10 @@ def render(comparison: Comparison) -> str:
             "span": [0, last_step],
             "token_span": [0, last_token],
         }
-        body += page.curves(charts, _axes() if any(lines) else "", _note(comparison, charts))
+        body += figures.curves(charts, _axes() if any(lines) else "", _note(comparison, charts))
     else:
-        body += page.paragraph("No curves: none of the runs has recorded a measurement.")
-    return page.document(f"Runs: {names_}", body, data)
+        body += paragraph("No curves: none of the runs has recorded any measurements.")
+    return figures.document(f"Runs: {names_}", body, data)
 
 
 def _axes() -> str:
@@ -204,26 +204,21 @@ def _axes() -> str:
 
 
 def _note(comparison: Comparison, charts: list[dict[str, Any]]) -> str:
-    said = [
-        "The training loss is a mean over some steps (a fortieth of the run's, at most 200); the "
-        "gradient norm shows each step."
+    sentences = [
+        "The training loss is a moving average (over 1/40 of a run's steps, at most 200); the "
+        "gradient norm is that of each step.",
+        *figures.notes(charts),
     ]
-    most = max(one["size"] for each in charts for one in each["curves"])
-    if most > 1:
-        said.append(
-            f"Up to {most:,} values are drawn as one point: the line is their mean, the band "
-            "reaches from the least to the greatest."
-        )
-    if any("gaps" in one for each in charts for one in each["curves"]):
-        said.append("✕ marks values that are not finite (NaN or infinite).")
     lost = [
         name
         for name, run in zip(comparison.names, comparison.runs, strict=True)
         if run.token_line is None
     ]
     if lost:
-        said.append(f"Over tokens these are missing, as their batch is unknown: {', '.join(lost)}.")
-    return " ".join(said)
+        sentences.append(
+            f"Not shown over tokens, because their batch is unknown: {', '.join(lost)}."
+        )
+    return " ".join(sentences)
 
 
 def _charts(comparison: Comparison) -> list[dict[str, Any]]:
@@ -251,7 +246,7 @@ def _charts(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _results_table(comparison: Comparison) -> str:
-    """What came of the runs; the best of what can be compared is marked."""
+    """The results of the runs; the best of each comparable metric is marked."""
     rows = []
     for key, heading in _HEADINGS.items():
         values = [each[key] for each in comparison.results]
@@ -263,7 +258,7 @@ def _results_table(comparison: Comparison) -> str:
 
 
 def _differences_table(comparison: Comparison) -> str:
-    """The fields of the config in which the runs differ; very many are folded."""
+    """The config fields in which the runs differ; a long list is folded."""
     rows = [
         _row(comparison, name, name, [(_shown(value), False) for value in values])
         for name, values in comparison.differences.items()
@@ -279,7 +274,7 @@ def _differences_table(comparison: Comparison) -> str:
 
 
 def _table(comparison: Comparison, rows: list[str]) -> str:
-    # The roles are what these elements are; a style that lays them out anew takes them away.
+    # The style for phones changes the layout, which would remove these roles.
     heads = "".join(
         f'<th role="columnheader"><i style="background:var(--c{place % _COLOURS})"></i>'
         f"{html.escape(name)}</th>"

@@ -1,4 +1,4 @@
-"""What sizes cost in FLOPs and bytes, and what a run achieved of its device's peaks."""
+"""The FLOPs and bytes of each size, and the share of its device's peaks that a run achieved."""
 
 import argparse
 import dataclasses
@@ -21,11 +21,12 @@ _MICROBATCH = 8  # sequences, unless --batch says otherwise
 HELP = """\
 Per token, for a training step: FLOPs, special operations and bytes of each part of the model.
 
-Model FLOPs are those of matrix products in forward and gradient; hardware FLOPs add what the
-backward makes again (attention scores, layers under the remat policy). MFU is model FLOPs
-per second over the device's peak, HFU hardware FLOPs per second over it. The floor is the time that
-the device allows: for each part its slowest of FLOPs over peak, special operations over theirs and
-bytes over memory bandwidth, summed over the parts. mamba_jax/costs/flops.py has the formulas.
+Model FLOPs are those of the matrix products in the forward pass and the gradient; hardware FLOPs
+add what the backward pass recomputes (attention scores, layers under the remat policy). MFU is
+model FLOPs per second divided by the device's peak; HFU is hardware FLOPs per second divided by it.
+The floor is the shortest time that the device allows: for each part, the largest of FLOPs / peak
+FLOPs, special operations / their peak, and bytes / memory bandwidth, summed over the parts. The
+formulas are in mamba_jax/costs/flops.py.
 """
 
 
@@ -33,7 +34,9 @@ def add_arguments(flops: argparse.ArgumentParser) -> None:
     """Adds the flags of ``report flops``."""
     of = flops.add_mutually_exclusive_group()
     of.add_argument("--size", metavar="NAME|all", default="all", help="a size, or all (default)")
-    of.add_argument("--run", dest="folder", metavar="DIR", help="what a training run achieved")
+    of.add_argument(
+        "--run", dest="folder", metavar="DIR", help="report what a training run achieved"
+    )
     flops.add_argument("--seq_len", metavar="N", type=int, help="tokens of a window")
     flops.add_argument("--batch", metavar="N", type=int, help="sequences of a microbatch")
     flops.add_argument(
@@ -42,7 +45,7 @@ def add_arguments(flops: argparse.ArgumentParser) -> None:
     flops.add_argument("--remat", choices=("none", "dots", "full"), help="(default: as configured)")
     flops.add_argument("--device", metavar="NAME", help="published peaks of: " + _device_names())
     flops.add_argument(
-        "--measure", action="store_true", help="measure the peaks of the device at hand instead"
+        "--measure", action="store_true", help="measure the peaks of this device instead"
     )
     flops.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -52,7 +55,7 @@ def _device_names() -> str:
 
 
 def print_flops(arguments: argparse.Namespace) -> int:
-    """Prints what sizes cost, or what a run achieved."""
+    """Prints the costs of sizes, or what a run achieved."""
     for flag in ("seq_len", "batch"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -62,7 +65,9 @@ def print_flops(arguments: argparse.Namespace) -> int:
     if arguments.folder:
         for flag in ("seq_len", "batch", "dtype", "remat"):
             if getattr(arguments, flag) is not None:
-                raise UserError(f"--{flag} has no use with --run: the run's own config says it")
+                raise UserError(
+                    f"--{flag} has no use with --run: the run's own config determines it"
+                )
         return _print_run(arguments)
     names = list(presets.SIZES) if arguments.size == "all" else [arguments.size]
     rows = [_size_cost(name, arguments) for name in names]
@@ -76,7 +81,7 @@ def print_flops(arguments: argparse.Namespace) -> int:
 
 
 def _peaks(arguments: argparse.Namespace, dtype: str, kind: str = "") -> "Peaks | None":
-    """Returns the peaks asked for, else the published ones of ``kind``; None: unknown."""
+    """Returns the requested peaks, else the published ones of ``kind``; None: unknown."""
     from mamba_jax.costs import roofline
 
     if arguments.measure:
@@ -98,7 +103,7 @@ def _size_cost(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from mamba_jax.costs.flops import parts, setting_of
 
     run = _with_vocabulary(freeze(preset_config(name)))
-    # A run would choose its microbatch by its device.
+    # A run would choose its microbatch for its device.
     run = dataclasses.replace(run, vram=dataclasses.replace(run.vram, batch_size=_MICROBATCH))
     on_cpu = arguments.measure and roofline.device_kind() == "cpu"
     setting = setting_of(run, devices=1, on_cpu=on_cpu)
@@ -179,7 +184,7 @@ def _print_setting(record: dict[str, Any]) -> None:
         f"remat {setting['remat']}"
     )
     if "device" in record:
-        print(f"floor by the peaks of {record['device']['name']}, {record['device']['origin']}")
+        print(f"floor from the peaks of {record['device']['name']}, {record['device']['origin']}")
 
 
 def _print_totals(rows: list[dict[str, Any]]) -> None:
@@ -211,8 +216,8 @@ def _print_run(arguments: argparse.Namespace) -> int:
     records = [r for r in metrics.read(folder / metrics.NAME) if "device_kind" in r]
     if not records:
         raise UserError(
-            f"--run={folder}: its {metrics.NAME} tells no rate of tokens; the run was too short "
-            "(a training.log_steps that fits in it gives one) or of an older version"
+            f"--run={folder}: its {metrics.NAME} has no tokens_per_sec; the run was too short "
+            "(use a smaller training.log_steps) or of an older version"
         )
     kind, count = records[-1]["device_kind"], records[-1]["device_count"]
     rates = [
@@ -221,7 +226,7 @@ def _print_run(arguments: argparse.Namespace) -> int:
         if (r["device_kind"], r["device_count"]) == (kind, count)
     ]
     rate = statistics.median(rates)
-    # jax's CPU devices are shares of one machine, which is measured whole.
+    # JAX's CPU devices share one machine, which is measured as a whole.
     on_cpu = kind == "cpu"
     setting = setting_of(run, devices=1 if on_cpu else count, on_cpu=on_cpu)
     peaks = _peaks(arguments, setting.dtype, kind)
@@ -256,12 +261,12 @@ def _print_run(arguments: argparse.Namespace) -> int:
             f"{result['peak_tflops_per_sec']:.4g} TFLOP/s ({result['peak_of']})"
         )
         print(
-            f"{result['share_of_floor']:.1%} of the floor's {record['floor_tokens_per_sec']:,.0f} "
-            "tokens/s"
+            f"{result['share_of_floor']:.1%} of the {record['floor_tokens_per_sec']:,.0f} tokens/s "
+            "that the floor allows"
         )
     else:
         print(
-            f'the peaks of "{kind}" are not published in costs/devices.py: add --measure on that '
-            "machine, or --device NAME, for MFU and the share of the floor"
+            f'costs/devices.py has no published peaks of "{kind}": add --measure on that machine, '
+            "or --device NAME, for MFU and the share of the floor"
         )
     return 0

@@ -1,4 +1,4 @@
-"""One run as a page: how it stands, its curves, samples, warnings and config."""
+"""The page of one run: its state, curves, samples, warnings and config."""
 
 import html
 import itertools
@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba_jax.config import RunConfig
-from mamba_jax.reports import page
+from mamba_jax.pages.document import duration, number, paragraph, size
+from mamba_jax.reports import figures
 from mamba_jax.reports.charts import (
     MOST_LAYER_POINTS,
     chart,
@@ -18,9 +19,8 @@ from mamba_jax.reports.charts import (
     thin,
     trailing_mean,
 )
-from mamba_jax.reports.page import duration, number, size
 from mamba_jax.runs import metrics
-from mamba_jax.runs.recorded import Run, flat_config
+from mamba_jax.runs.recorded import RUNNING, Run, flat_config
 
 _MOST_SAMPLES, _MOST_WARNINGS, _LONGEST_TEXT = 20, 50, 4_000
 _MOST_MARKS = 300  # skipped steps that are marked one by one
@@ -34,7 +34,7 @@ _CURVES = (
     ("tokens_per_sec", "tokens_per_sec", "Training speed", "tokens/s", "", False),
     (
         *("memory_bytes", "memory", "Memory, peak so far", "bytes"),
-        *("Of the device; on a CPU, of the process.", False),
+        *("Device memory; on a CPU, memory of the process.", False),
     ),
     ("data_wait", "data_wait", "Waiting for data", "share", "Share of the training time.", False),
 )
@@ -46,12 +46,24 @@ _LAYER_CURVES = (
         "",
         "Mean over tokens of the sum of the gates.",
     ),
-    ("gates_closed", "gates_closed", "Gates nearly closed, by layer", "share", "Below 0.1."),
-    ("gates_open", "gates_open", "Gates nearly open, by layer", "share", "From 0.9 up."),
+    ("gates_closed", "gates_closed", "Gates nearly closed, by layer", "share", "Gates below 0.1."),
+    ("gates_open", "gates_open", "Gates nearly open, by layer", "share", "Gates of 0.9 or more."),
     ("dt_mean", "dt_mean", "Δ by layer, mean", "", "Over the evaluation's tokens and channels."),
-    ("dt_max", "dt_max", "Δ by layer, greatest", "", ""),
-    ("A_min", "A_min", "A by layer, least", "", "Always below 0: the lower, the faster forgotten."),
-    ("A_max", "A_max", "A by layer, greatest", "", "The nearer to 0, the longer kept."),
+    ("dt_max", "dt_max", "Δ by layer, maximum", "", ""),
+    (
+        "A_min",
+        "A_min",
+        "A by layer, minimum",
+        "",
+        "Always negative: the lower, the faster the state forgets.",
+    ),
+    (
+        "A_max",
+        "A_max",
+        "A by layer, maximum",
+        "",
+        "The closer to 0, the longer the state remembers.",
+    ),
 )
 
 
@@ -69,7 +81,7 @@ def render(run: Run) -> str:
                 "skipped": _skip_marks(run),
             },
         }
-        body += page.curves(charts, note=_key(run, charts))
+        body += figures.curves(charts, note=_key(run, charts))
     body += (
         _missing(charts)
         + _checkpoints(run)
@@ -78,7 +90,7 @@ def render(run: Run) -> str:
         + _samples(run)
         + _config(run)
     )
-    return page.document(f"{run.name}: training run", body, data)
+    return figures.document(f"{run.name}: training run", body, data)
 
 
 # --- the curves -----------------------------------------------------------------------------------
@@ -89,7 +101,7 @@ def _loss_chart(run: Run) -> list[dict[str, Any]]:
     curves = []
     if steps:
         width, points = smoothing_width(len(steps)), thin(steps, losses)
-        smoothed = width > points.size  # else the line of means is smooth by itself
+        smoothed = width > points.size  # else the line of means is already smooth
         curves.append(curve("training", points, "faint" if smoothed else "line", colour=0))
         if smoothed:
             smooth = trailing_mean(losses, width).tolist()
@@ -138,39 +150,29 @@ def _layer_charts(run: Run) -> list[dict[str, Any]]:
 
 
 def _skip_marks(run: Run) -> list[list[int]]:
-    """Returns steps to mark as skipped; of very many, evenly many."""
+    """Returns the skipped steps to mark; of very many, an evenly spaced selection."""
     steps = run.skipped_steps
     return [[step] for step in steps[:: -(-len(steps) // _MOST_MARKS) or 1]]
 
 
 def _key(run: Run, charts: list[dict[str, Any]]) -> str:
-    """Returns the sentences that explain what the curves do not say by themselves."""
-    most = max(one["size"] for each in charts for one in each["curves"])
-    said = []
-    if most > 1:
-        said.append(
-            f"Up to {most:,} values are drawn as one point: the line is their mean, the band "
-            "reaches from the least to the greatest."
-        )
-    if any("gaps" in one for each in charts for one in each["curves"]):
-        said.append("✕ marks values that are not finite (NaN or infinite).")
+    """Returns the sentences that explain the marks in the curves."""
+    sentences = figures.notes(charts)
     if run.skipped_steps:
-        said.append("Short strokes on the lower edge mark skipped steps.")
+        sentences.append("Short ticks on the lower edge mark skipped steps.")
     if any(start.step for start in run.starts):
-        said.append("Dashed lines: here the run went on from a checkpoint.")
-    return " ".join(said)
+        sentences.append("Dashed lines mark where the run resumed from a checkpoint.")
+    return " ".join(sentences)
 
 
 def _missing(charts: list[dict[str, Any]]) -> str:
-    """Tells what would have been a curve had it been recorded."""
+    """Lists the curves that are missing because the run did not record their values."""
     if not charts:
-        return page.paragraph(
-            f"No curves: no measurement is in {metrics.NAME}, which fills while the run trains."
-        )
+        return paragraph(f"No curves: {metrics.NAME} has no measurements yet; training adds them.")
     have = {each["key"] for each in charts}
     titles = [("loss", "Loss"), *((key, title) for _, key, title, *_ in (*_CURVES, *_LAYER_CURVES))]
     lacking = [title for key, title in titles if key not in have]
-    return page.paragraph(f"Not recorded: {'; '.join(lacking)}." if lacking else "")
+    return paragraph(f"Not recorded: {'; '.join(lacking)}." if lacking else "")
 
 
 # --- the text -------------------------------------------------------------------------------------
@@ -225,17 +227,17 @@ def _place(run: Run, best: Mapping[str, Any]) -> str:
 
 def _measures(evaluation: Mapping[str, Any]) -> str:
     perplexity, bits = evaluation.get("eval_perplexity"), evaluation.get("eval_bits_per_byte")
-    said = f"at step {evaluation['step']:,}"
+    text = f"at step {evaluation['step']:,}"
     if perplexity is not None:
-        said += f"; perplexity {number(perplexity, 4)}"
-    return said + (f", {number(bits, 4)} bits per byte" if bits is not None else "")
+        text += f"; perplexity {number(perplexity, 4)}"
+    return text + (f", {number(bits, 4)} bits per byte" if bits is not None else "")
 
 
 def _time(run: Run) -> tuple[str, str]:
     secs = run.training_secs
     if secs is None:
         return "–", ""
-    return duration(secs), "without compiling, evaluating, saving"
+    return duration(secs), "excluding compilation, evaluation, saving"
 
 
 def _written(run: Run) -> str:
@@ -247,30 +249,31 @@ def _written(run: Run) -> str:
 
 
 def _checkpoints(run: Run) -> str:
-    """Names the best checkpoint and the newest, with the commands that use them."""
+    """Names the best and the newest checkpoint, with the commands that use them."""
     if not run.checkpoints:
         return ""
     lines = []
     newest, best, record = run.checkpoints[0], run.best_checkpoint, run.best_evaluation
     step, path = best[:2] if best else newest
     if best:
-        said = f"Best: {path.name}, evaluation loss {number(best[2])} at step {step:,}."
+        sentences = f"Best: {path.name}, evaluation loss {number(best[2])} at step {step:,}."
         if record and record["eval_loss"] < best[2]:
-            said += (
+            sentences += (
                 f" The best evaluation, {number(record['eval_loss'])} at step "
                 f"{record['step']:,}, has no checkpoint."
             )
     else:
-        said = f"Newest: {path.name}, at step {step:,}; none was evaluated."
+        sentences = f"Newest: {path.name}, at step {step:,}; none was evaluated."
     named, folder = shlex.quote(str(path)), shlex.quote(str(run.folder))
-    lines.append(f"python -m mamba_jax.generate --checkpoint {named} --prompt ''")
+    lines.append(f"mamba-jax generate --checkpoint {named} --prompt ''")
     out = shlex.quote(f"{run.folder.resolve().name}-{path.name}-hf")
-    lines.append(f"python -m mamba_jax.export --checkpoint {named} --format hf --out {out}")
-    if run.planned_steps is None or newest[0] < run.planned_steps:
-        said += f" The last command resumes from the newest, {newest[1].name}."
-        lines.append(f"python -m mamba_jax.train --resume {folder}")
+    lines.append(f"mamba-jax export --checkpoint {named} --format hf --out {out}")
+    is_unfinished = run.planned_steps is None or newest[0] < run.planned_steps
+    if is_unfinished and run.state != RUNNING:
+        sentences += f" The last command resumes from the newest, {newest[1].name}."
+        lines.append(f"mamba-jax train --resume {folder}")
     return (
-        f"<h2>Checkpoints</h2>\n<p>{html.escape(said)}</p>\n"
+        f"<h2>Checkpoints</h2>\n<p>{html.escape(sentences)}</p>\n"
         f'<pre class="commands">{html.escape(chr(10).join(lines))}</pre>\n'
     )
 
@@ -286,11 +289,11 @@ def _resumes(run: Run) -> str:
         when = f" ({after.started})" if after.started else ""
         what = f": {'; '.join(changed)}" if changed else ""
         lines.append(f"<li>at step {after.step:,}{html.escape(when + what)}</li>")
-    return f"<h2>Went on from a checkpoint</h2>\n<ul>{''.join(lines)}</ul>\n" if lines else ""
+    return f"<h2>Resumed from a checkpoint</h2>\n<ul>{''.join(lines)}</ul>\n" if lines else ""
 
 
 def _warnings(run: Run) -> str:
-    """Lists the warnings; those that differ only in their numbers are one."""
+    """Lists the warnings; those that differ only in their numbers become one line."""
     alike: dict[str, list[tuple[int, str]]] = {}
     for record in run.records:
         if "warning" in record:
@@ -299,20 +302,20 @@ def _warnings(run: Run) -> str:
     if not alike:
         return ""
     lines = []
-    for said in list(alike.values())[-_MOST_WARNINGS:]:
-        step, text = said[-1]
-        times = f" ({len(said):,} like it, steps {said[0][0]:,} to {step:,})"
+    for similar in list(alike.values())[-_MOST_WARNINGS:]:
+        step, text = similar[-1]
+        times = f" ({len(similar):,} similar ones, steps {similar[0][0]:,} to {step:,})"
         lines.append(
             f'<li><span class="faint">{step:,}:</span> {html.escape(text[:_LONGEST_TEXT])}'
-            f"{times if len(said) > 1 else ''}</li>"
+            f"{times if len(similar) > 1 else ''}</li>"
         )
     left_out = len(alike) - len(lines)
     more = f"{left_out:,} older ones are not shown." if left_out else ""
-    return f"<h2>Warnings</h2>\n<ul>{''.join(lines)}</ul>\n{page.paragraph(more)}"
+    return f"<h2>Warnings</h2>\n<ul>{''.join(lines)}</ul>\n{paragraph(more)}"
 
 
 def _samples(run: Run) -> str:
-    """Shows the newest sample, and the ones before folded."""
+    """Shows the newest sample, with the earlier ones folded away."""
     samples = [record for record in run.records if "sample" in record]
     if not samples:
         return ""
@@ -323,15 +326,17 @@ def _samples(run: Run) -> str:
         f"{' …' if len(str(record['sample'])) > _LONGEST_TEXT else ''}</pre>\n"
         for record in samples[: -_MOST_SAMPLES - 1 : -1]
     ]
-    older = f"<details><summary>{len(shown) - 1} before it</summary>{''.join(shown[1:])}</details>"
+    n_earlier = len(shown) - 1
+    summary = f"{n_earlier} earlier sample{'s' if n_earlier > 1 else ''}"
+    older = f"<details><summary>{summary}</summary>{''.join(shown[1:])}</details>"
     left_out = len(samples) - len(shown)
-    more = page.paragraph(f"{left_out:,} older ones are not shown." if left_out else "")
+    more = paragraph(f"{left_out:,} older ones are not shown." if left_out else "")
     return f"<h2>Samples</h2>\n{shown[0]}{older if len(shown) > 1 else ''}{more}"
 
 
 def _config(run: Run) -> str:
     if not run.config:
-        return "<h2>Config</h2>\n" + page.paragraph("Not recorded.")
+        return "<h2>Config</h2>\n" + paragraph("Not recorded.")
     defaults = flat_config(RunConfig())
     groups: dict[str, list[str]] = {}
     for name, value in run.config.items():
@@ -349,7 +354,9 @@ def _config(run: Run) -> str:
         f"<section><h3>{html.escape(group)}</h3><table>{''.join(rows)}</table></section>"
         for group, rows in groups.items()
     )
-    note = page.paragraph("As the run used it; bold: not the built-in default.")
+    note = paragraph(
+        "The config that the run used; bold marks values that are not the built-in default."
+    )
     return f'<h2>Config</h2>\n{note}<div class="config">{sections}</div>\n'
 
 

@@ -1,1 +1,1 @@
-"""Many runs of one config: which settings, in what order, where, and what came of them."""
+"""Many runs of one config: their settings, their order, where they run, and their results."""

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: here, a device to each, or on a SLURM cluster."""
+"""Where the jobs of a sweep run: on this machine, one device each, or on a SLURM cluster."""
 
 import contextlib
 import os
@@ -14,30 +14,30 @@ from mamba_jax.runs import exit_status, log_file
 from mamba_jax.runs.background import Record
 from mamba_jax.sweeps.jobs import Job
 
-_SAVE_SECS = 80.0  # of the 90 that submitit lets a job have between its signal and its end
+_SAVE_SECS = 80.0  # of the 90 that submitit gives a job between its signal and its end
 
 
-class Handle(Protocol):
-    """A job that was started."""
+class JobHandle(Protocol):
+    """A started job."""
 
     def poll(self) -> int | None:
-        """Returns its exit code once it has ended."""
+        """Returns its exit code; None: it is still running."""
         ...
 
     def stop(self) -> None:
-        """Asks it to save and end."""
+        """Asks it to save and exit."""
         ...
 
     def kill(self) -> None:
-        """Ends it where it stands."""
+        """Kills it without saving."""
         ...
 
 
 class Executor(Protocol):
     """Starts jobs."""
 
-    def start(self, job: Job, slot: int, record: Record) -> Handle:
-        """Starts a job on a slot, and notes in its record what finds it again."""
+    def start(self, job: Job, slot: int, record: Record) -> JobHandle:
+        """Starts a job on a slot, and records how to find it again."""
         ...
 
 
@@ -55,12 +55,12 @@ def gpus() -> list[str]:
 
 
 class Local:
-    """Runs jobs on this machine, a slot's device to each."""
+    """Runs jobs on this machine, each on the device of its slot."""
 
     def __init__(self, devices: Sequence[str]):
         """
         Args:
-          devices: a GPU for each slot; empty: the jobs share what there is.
+          devices: a GPU for each slot; empty: the jobs share all devices.
         """
         self._devices = devices
 
@@ -73,7 +73,7 @@ class Local:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **log_file.environment(job.log), **visible},
-                pass_fds=[record.descriptor],  # the lock: a job may outlive the sweep's kill
+                pass_fds=[record.descriptor],  # the lock: a job may outlive a killed sweep
                 start_new_session=True,  # Ctrl-C is for the sweep, which stops jobs gently
             )
         record.add(pid=process.pid, child=process.pid)
@@ -97,7 +97,7 @@ class _Process:
 
 
 class Slurm:
-    """Submits jobs to SLURM through submitit, which requeues them at a time limit or preemption."""
+    """Submits jobs to SLURM with submitit, which requeues them after a time limit or preemption."""
 
     def __init__(self, folder: pathlib.Path, parameters: Mapping[str, str]):
         """
@@ -114,8 +114,8 @@ class Slurm:
             self._executor = self._submitit.AutoExecutor(folder=folder, cluster="slurm")
         except RuntimeError as error:
             raise UserError(
-                "--executor=slurm: there is no SLURM here (sbatch is not on the path); "
-                "call it on a login node, or use --executor=local"
+                "--executor=slurm: SLURM is not available (no sbatch on the PATH); run the sweep "
+                "on a login node, or use --executor=local"
             ) from error
         values = {name: int(text) if text.isdigit() else text for name, text in parameters.items()}
         try:
@@ -124,10 +124,10 @@ class Slurm:
             )
         except (NameError, ValueError, TypeError) as error:
             given = " ".join(f"--slurm {name}={value}" for name, value in values.items())
-            raise UserError(f"{given}: submitit says: {error}") from error
+            raise UserError(f"{given}: submitit rejected it: {error}") from error
 
     def start(self, job: Job, slot: int, record: Record) -> "_Submitted":
-        number = record.facts.get("slurm_job")  # of an earlier call whose jobs went on
+        number = record.facts.get("slurm_job")  # of an earlier sweep whose job continued
         if number is None:
             task = TrainingTask(job.command, str(job.log))
             number = self._executor.submit(task).job_id
@@ -136,7 +136,7 @@ class Slurm:
 
 
 class TrainingTask:
-    """What runs on the node: the training process, until it ends."""
+    """The task on the node: runs the training process until it ends."""
 
     def __init__(self, command: Sequence[str], log: str):
         self._command = tuple(command)
@@ -152,24 +152,24 @@ class TrainingTask:
                 stderr=log,
                 env={**os.environ, **log_file.environment(pathlib.Path(self._log))},
             )
-        # Not wait(): the signal's handler, which runs inside it, could not ask for the status.
+        # Not wait(): the signal handler would run inside it and could not poll the status.
         while process.poll() is None:
             time.sleep(0.5)
         return exit_status.exit_code(process.returncode)
 
     def checkpoint(self) -> Any:
-        """Called at a time limit or preemption: lets the run save, and asks for the queue again.
+        """Lets the run save, and requeues it; submitit calls this at a time limit or preemption.
 
         SLURM has sent the signal to the run as well.
         """
-        begun = time.monotonic()
+        started = time.monotonic()
         while self._process and self._process.poll() is None:
-            if time.monotonic() - begun > _SAVE_SECS:
+            if time.monotonic() - started > _SAVE_SECS:
                 break
             time.sleep(0.2)
         return _submitit().helpers.DelayedSubmission(TrainingTask(self._command, self._log))
 
-    __submitit_checkpoint__ = checkpoint  # the name that newer versions look for
+    __submitit_checkpoint__ = checkpoint  # the name in newer versions
 
 
 class _Submitted:
@@ -181,7 +181,7 @@ class _Submitted:
             return None
         try:
             return self._job.result()
-        except Exception:  # whatever submitit says of a job that was cancelled or lost its node
+        except Exception:  # anything that submitit raises for a cancelled job or a lost node
             return 1
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""The ``h`` of ``get_hyper(h)``: settings to try, as sweep files of Flax projects name them.
+"""The ``h`` of ``get_hyper(h)``: settings to try, written as in sweep files of Flax projects.
 
 ::
 
@@ -11,10 +11,10 @@
             ], length=4),
         ])
 
-A sweep is a list of settings (dicts of names and values), or an endless one where values are drawn;
-``zipit(…, length=n)`` ends it. The first part of a product varies slowest. A search
+A sweep is a list of settings (dicts of names and values); it is endless if it draws values, and
+``zipit(…, length=n)`` gives it a length. The first part of a product varies slowest. A search
 (``--search``) draws from the same description: lists and alternatives are choices, intervals are
-ranges, and it needs no length.
+ranges, and no length is needed.
 """
 
 import collections
@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from mamba_jax.errors import UserError, did_you_mean
 
-Settings = dict[str, Any]
+JobSettings = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,13 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
-            raise UserError(f"h.interval({self.low}, {self.high}): the first must be the smaller")
+            raise UserError(
+                f"h.interval({self.low}, {self.high}): the first number must be the smaller one"
+            )
 
 
 class Chooser(Protocol):
-    """What a search draws with. A name stands for one question of the sweep."""
+    """The source of a search's values. Each name stands for one choice of the sweep."""
 
     def real(self, name: str, low: float, high: float, *, log: bool) -> float:
         """Returns a number between low and high."""
@@ -58,14 +60,14 @@ class Chooser(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Settings to try, in order, and how a search draws one of them."""
+    """Settings to try, in order, and how a search draws one."""
 
-    draw: Callable[[], Iterator[Settings]]
-    suggest: Callable[[Chooser], Settings]
+    draw: Callable[[], Iterator[JobSettings]]
+    suggest: Callable[[Chooser], JobSettings]
     length: int | None  # None: endless
-    fields: tuple[str, ...]  # that it sets
+    fields: tuple[str, ...]  # the fields that it sets
 
-    def __iter__(self) -> Iterator[Settings]:
+    def __iter__(self) -> Iterator[JobSettings]:
         return self.draw()
 
 
@@ -75,7 +77,7 @@ class Hyper:
     def __init__(self, seed: int = 0):
         """
         Args:
-          seed: of what ``uniform`` and ``loguniform`` draw.
+          seed: of the values that ``uniform`` and ``loguniform`` draw.
         """
         self._seed = seed
         self._questions: collections.Counter[str] = collections.Counter()
@@ -85,7 +87,7 @@ class Hyper:
         return Interval(low, high)
 
     def discrete(self, values: Iterable[Any]) -> tuple[Any, ...]:
-        """These values, numbers as a rule."""
+        """These values, usually numbers."""
         return tuple(values)
 
     def categorical(self, values: Iterable[Any]) -> tuple[Any, ...]:
@@ -104,7 +106,7 @@ class Hyper:
         return Sweep(repeated, lambda _: settings, length, tuple(settings))
 
     def uniform(self, name: str, domain: Interval | Iterable[Any]) -> Sweep:
-        """Values drawn from an interval, or from a list, without end."""
+        """An endless sequence of values drawn from an interval or a list."""
         if isinstance(domain, Interval):
             return self._real(_field(name), domain, log=False)
         field, values = _field(name), _some(name, domain)
@@ -117,7 +119,7 @@ class Hyper:
         )
 
     def loguniform(self, name: str, domain: Interval) -> Sweep:
-        """Numbers whose logarithms are spread evenly, without end."""
+        """An endless sequence of numbers whose logarithms are uniform."""
         if not isinstance(domain, Interval) or domain.low <= 0:
             raise UserError(f'h.loguniform("{name}", …) needs an h.interval above 0, not {domain}')
         return self._real(_field(name), domain, log=True)
@@ -128,13 +130,13 @@ class Hyper:
         lengths = [part.length for part in sweeps]
         length = None if None in lengths else math.prod(n for n in lengths if n is not None)
 
-        def joined(parts: Iterable[Settings]) -> Settings:
+        def joined(parts: Iterable[JobSettings]) -> JobSettings:
             return {under + field: value for field, value in _merged(parts).items()}
 
-        def draw() -> Iterator[Settings]:
+        def draw() -> Iterator[JobSettings]:
             if length is None and len(sweeps) > 1:
                 raise UserError(
-                    "h.product of an endless h.uniform or h.loguniform: put it into "
+                    "h.product of an endless h.uniform or h.loguniform: wrap it in "
                     "h.zipit([…], length=N), or search (--search)"
                 )
             rows = itertools.product(*sweeps) if len(sweeps) != 1 else ([x] for x in sweeps[0])
@@ -148,7 +150,7 @@ class Hyper:
         )
 
     def zipit(self, sweeps: Sequence[Sweep], length: int | None = None) -> Sweep:
-        """The first settings of all together, then the second …, as many as the shortest has."""
+        """Joins the first settings of all sweeps, then the second …, until the shortest ends."""
         if not sweeps:
             raise UserError("h.zipit([]) has nothing to zip")
         listed = [part for part in sweeps if part.length is not None]
@@ -158,12 +160,12 @@ class Hyper:
         shortest: int | None = min(limits) if limits else None
         rows = self._zipped_rows(listed, shortest) if listed else None
 
-        def draw() -> Iterator[Settings]:
+        def draw() -> Iterator[JobSettings]:
             return itertools.islice(map(_merged, zip(*sweeps, strict=False)), shortest)
 
-        def suggest(chooser: Chooser) -> Settings:
-            asked = [part.suggest(chooser) for part in drawn]
-            return _merged([*([rows.suggest(chooser)] if rows else []), *asked])
+        def suggest(chooser: Chooser) -> JobSettings:
+            drawn_settings = [part.suggest(chooser) for part in drawn]
+            return _merged([*([rows.suggest(chooser)] if rows else []), *drawn_settings])
 
         return Sweep(draw, suggest, shortest, tuple(f for part in sweeps for f in part.fields))
 
@@ -175,30 +177,30 @@ class Hyper:
         length = None if None in lengths else sum(n for n in lengths if n is not None)
         question = self._question("chain")
 
-        def draw() -> Iterator[Settings]:
+        def draw() -> Iterator[JobSettings]:
             if None in lengths[:-1]:
                 raise UserError(
-                    "h.chainit: what follows an endless h.uniform or h.loguniform never comes; "
-                    "put it into h.zipit([…], length=N), or search (--search)"
+                    "h.chainit: sweeps after an endless h.uniform or h.loguniform are never "
+                    "reached; wrap it in h.zipit([…], length=N), or search (--search)"
                 )
             return itertools.chain.from_iterable(sweeps)
 
-        def suggest(chooser: Chooser) -> Settings:
+        def suggest(chooser: Chooser) -> JobSettings:
             return sweeps[chooser.choice(question, len(sweeps))].suggest(chooser)
 
         fields = dict.fromkeys(field for part in sweeps for field in part.fields)
         return Sweep(draw, suggest, length, tuple(fields))
 
     def _question(self, text: str) -> str:
-        """Names a question: two of one name would get one answer."""
+        """Returns a unique name for a choice: two of the same name would get the same value."""
         self._questions[text] += 1
         count = self._questions[text]
         return text if count == 1 else f"{text} ({count})"
 
-    def _listed(self, rows: Sequence[Settings], name: str) -> Sweep:
+    def _listed(self, rows: Sequence[JobSettings], name: str) -> Sweep:
         question = self._question(name)
 
-        def suggest(chooser: Chooser) -> Settings:
+        def suggest(chooser: Chooser) -> JobSettings:
             return rows[chooser.choice(question, len(rows)) if len(rows) > 1 else 0]
 
         return Sweep(lambda: iter(rows), suggest, len(rows), tuple(rows[0]))
@@ -222,8 +224,8 @@ class Hyper:
             (field,),
         )
 
-    def _endless(self, field: str, draw: Callable[[random.Random], Any]) -> Iterator[Settings]:
-        """The same values each time: a sweep that is run again finds its finished runs."""
+    def _endless(self, field: str, draw: Callable[[random.Random], Any]) -> Iterator[JobSettings]:
+        """Draws the same values each time, so that a repeated sweep finds its finished runs."""
         numbers = random.Random(f"{self._seed}/{field}")
         while True:
             yield {field: draw(numbers)}
@@ -240,8 +242,8 @@ def _field(name: str) -> str:
     return name.removeprefix("config.")
 
 
-def _merged(parts: Iterable[Settings]) -> Settings:
-    merged: Settings = {}
+def _merged(parts: Iterable[JobSettings]) -> JobSettings:
+    merged: JobSettings = {}
     for part in parts:
         for field, value in part.items():
             if field in merged:
@@ -254,7 +256,7 @@ def load(file: str, hyper: Hyper) -> Sweep:
     """Runs ``get_hyper(h)`` of a sweep file.
 
     Raises:
-      UserError: if the file is missing, does not run, or gives no sweep.
+      UserError: if the file is missing, fails, or returns no sweep.
     """
     path = pathlib.Path(file)
     if not path.is_file():
@@ -264,14 +266,14 @@ def load(file: str, hyper: Hyper) -> Sweep:
         made = runpy.run_path(file)["get_hyper"](hyper)
     except UserError as error:
         raise UserError(f"sweep file {file}: {error}") from error
-    except Exception as error:  # a sweep file is a program: anything may come out of it
+    except Exception as error:  # a sweep file is a program, which may raise anything
         raise UserError(
             f"sweep file {file} is broken: {type(error).__name__}: {error}; it must define "
             "get_hyper(h)"
         ) from error
     if not isinstance(made, Sweep):
         raise UserError(
-            f"sweep file {file}: get_hyper(h) must return what h.sweep, h.product, h.zipit or "
-            f"h.chainit make, not {made!r}"
+            f"sweep file {file}: get_hyper(h) must return the result of h.sweep, h.product, "
+            f"h.zipit or h.chainit, not {made!r}"
         )
     return made

@@ -1,8 +1,9 @@
-"""A job of a sweep: a training run with a folder of its own, named after its settings."""
+"""A job of a sweep: a training run in its own folder, which is named after its settings."""
 
 import contextlib
 import dataclasses
 import hashlib
+import math
 import pathlib
 import re
 import sys
@@ -11,16 +12,20 @@ from typing import Any
 
 from mamba_jax.checkpoints.folder import list_checkpoints, read_metadata
 from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 from mamba_jax.runs import metrics, recorded
 from mamba_jax.runs.background import read
 from mamba_jax.runs.recorded import DONE, FAILED, NEW, RUNNING, STOPPED
-from mamba_jax.sweeps.hyper import Settings
+from mamba_jax.sweeps.hyper import JobSettings
 
-METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # less is better
+METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # lower is better
 PRUNED = "pruned"  # a state besides those of ``runs.recorded``
 PAGE = "report.html"  # as ``report run`` names it
-_FLAGS = ("model_size", "training_preset")  # what a sweep may set that is no field of the config
+_FLAGS = (
+    "model_size",
+    "training_preset",
+)  # flags that a sweep may set although they are not config fields
 _LONGEST_NAME = 100  # a file system allows 255 bytes, a terminal's line less
 
 
@@ -28,7 +33,7 @@ _LONGEST_NAME = 100  # a file system allows 255 bytes, a terminal's line less
 class Job:
     """One run of a sweep."""
 
-    settings: Settings
+    settings: JobSettings
     folder: pathlib.Path  # its output_dir
     command: tuple[str, ...]
 
@@ -38,27 +43,29 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """What came of a job."""
+class SweepRow:
+    """The result of a job."""
 
     name: str
-    settings: Settings
+    settings: JobSettings
     state: str
     why: str  # words on the state
     measures: dict[str, float]
-    has_page: bool = False  # of its own, in its folder
+    has_page: bool = False  # in its folder
 
 
-def make_job(settings: Settings, base: RunConfig, flags: Sequence[str], out: pathlib.Path) -> Job:
+def make_job(
+    settings: JobSettings, base: RunConfig, flags: Sequence[str], out: pathlib.Path
+) -> Job:
     """Makes a job.
 
     Args:
       settings: fields of the config and their values.
-      base: the config that ``flags`` lead to; a whole number there gets a whole number here.
-      flags: of every run of the sweep.
+      base: the config that ``flags`` result in; a sweep rounds its values for integer fields.
+      flags: for every run of the sweep.
       out: the sweep's folder.
     """
-    fields = flat(to_dict(base))
+    fields = flatten(to_dict(base))
     settings = {name: _fitted(value, fields.get(name)) for name, value in settings.items()}
     folder = out / job_name(settings)
     command = (
@@ -72,8 +79,8 @@ def make_job(settings: Settings, base: RunConfig, flags: Sequence[str], out: pat
     return Job(settings, folder, command)
 
 
-def job_name(settings: Settings) -> str:
-    """Returns the name of a job's folder: the settings, as far as they can be told in brief."""
+def job_name(settings: JobSettings) -> str:
+    """Returns the name of a job's folder: its settings, with a hash if they are shortened."""
     leaves = [name.rpartition(".")[2] for name in settings]
     names = leaves if len(set(leaves)) == len(leaves) else list(settings)
     texts = [_brief(value) for value in settings.values()]
@@ -100,7 +107,7 @@ def _brief(value: Any) -> str:
 
 
 def _fitted(value: Any, default: Any) -> Any:
-    """Returns NumPy's scalars as Python's, lists as tuples, and drawn numbers as the field's."""
+    """Converts NumPy scalars to Python's, lists to tuples, and floats to an integer field's."""
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, list):
@@ -109,19 +116,8 @@ def _fitted(value: Any, default: Any) -> Any:
     return round(value) if whole and isinstance(value, float) else value
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns dotted name → value of nested groups."""
-    leaves: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            leaves |= flat(value, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = value
-    return leaves
-
-
 def state(folder: pathlib.Path) -> str:
-    """Returns how a job's newest run ended, or that it has not."""
+    """Returns how the newest run of a job ended, or that it is running or new."""
     facts = read(folder)
     if recorded.is_running(folder):
         return RUNNING
@@ -131,7 +127,7 @@ def state(folder: pathlib.Path) -> str:
 
 
 def measures(folder: pathlib.Path) -> dict[str, float]:
-    """Returns what a run has measured so far: the last evaluation, its loss, speed and step."""
+    """Returns the latest metrics of a run: its last evaluation, training loss, speed and step."""
     records = metrics.read(folder / metrics.NAME)
     found: dict[str, float] = {}
     for record in records:
@@ -151,8 +147,8 @@ def evaluations(folder: pathlib.Path, metric: str) -> list[tuple[int, float]]:
     return [(record["step"], record[metric]) for record in records if metric in record]
 
 
-def rows(out: pathlib.Path, metric: str) -> list[Row]:
-    """Returns every job that was ever started in a sweep's folder: best first, unfinished last."""
+def read_rows(out: pathlib.Path, metric: str) -> list[SweepRow]:
+    """Returns every job ever started in a sweep's folder: best first, unfinished last."""
     found = []
     for folder in sorted(out.iterdir()) if out.is_dir() else ():
         facts = read(folder)
@@ -160,8 +156,13 @@ def rows(out: pathlib.Path, metric: str) -> list[Row]:
             why = facts.get("why", "")
             has_page = (folder / PAGE).is_file()
             now = state(folder)
-            found.append(Row(folder.name, facts["settings"], now, why, measures(folder), has_page))
+            found.append(
+                SweepRow(folder.name, facts["settings"], now, why, measures(folder), has_page)
+            )
     order = [DONE, PRUNED, RUNNING, STOPPED, FAILED]
-    return sorted(
-        found, key=lambda row: (order.index(row.state), row.measures.get(metric, float("inf")))
-    )
+    return sorted(found, key=lambda row: (order.index(row.state), _rank(row.measures.get(metric))))
+
+
+def _rank(value: float | None) -> float:
+    """Returns a number to sort by; NaN has no order of its own, so it comes last."""
+    return math.inf if value is None or math.isnan(value) else value

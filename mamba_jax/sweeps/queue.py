@@ -1,4 +1,4 @@
-"""The queue of a sweep: a slot to each job, until there are no more jobs."""
+"""The queue of a sweep: runs one job per slot until no jobs are left."""
 
 import dataclasses
 import time
@@ -8,30 +8,30 @@ from typing import Protocol
 from mamba_jax.errors import UserError
 from mamba_jax.runs import exit_status
 from mamba_jax.runs.background import Record
-from mamba_jax.sweeps.executors import Executor, Handle
+from mamba_jax.sweeps.executors import Executor, JobHandle
 from mamba_jax.sweeps.jobs import DONE, FAILED, Job, state
 
 _POLL_SECS = 0.2
 
 
-class Source(Protocol):
-    """Where jobs come from."""
+class JobSource(Protocol):
+    """Provides jobs."""
 
     def next(self) -> Job | None:
-        """Returns the next job to run; None: there is none."""
+        """Returns the next job to run; None: no jobs are left."""
         ...
 
-    def gives_up(self, job: Job) -> bool:
-        """Says whether a job that runs is not worth its end."""
+    def should_prune(self, job: Job) -> bool:
+        """Returns whether to stop a running job early."""
         ...
 
     def ended(self, job: Job, code: int, *, pruned: bool) -> None:
-        """Is told how a job ended."""
+        """Receives how a job ended."""
         ...
 
 
-class Listed:
-    """The jobs of a list that are not done yet."""
+class JobList:
+    """Provides the jobs of a list that are not done yet."""
 
     def __init__(self, jobs: Iterable[Job]):
         self._jobs: Iterator[Job] = (job for job in jobs if state(job.folder) != DONE)
@@ -39,7 +39,7 @@ class Listed:
     def next(self) -> Job | None:
         return next(self._jobs, None)
 
-    def gives_up(self, job: Job) -> bool:
+    def should_prune(self, job: Job) -> bool:
         return False
 
     def ended(self, job: Job, code: int, *, pruned: bool) -> None:
@@ -49,15 +49,17 @@ class Listed:
 @dataclasses.dataclass
 class _Running:
     job: Job
-    handle: Handle
+    handle: JobHandle
     record: Record
-    given_up: bool = False
+    prune_requested: bool = False
 
 
-class Queue:
-    """Runs what a source gives, on so many slots."""
+class JobQueue:
+    """Runs the jobs of a source on a number of slots."""
 
-    def __init__(self, source: Source, executor: Executor, slots: int, say: Callable[[str], None]):
+    def __init__(
+        self, source: JobSource, executor: Executor, slots: int, say: Callable[[str], None]
+    ):
         self._source = source
         self._executor = executor
         self._slots = slots
@@ -65,7 +67,7 @@ class Queue:
         self._running: dict[int, _Running] = {}
 
     def run(self) -> bool:
-        """Runs all jobs; a KeyboardInterrupt stops them gently, a second one where they stand.
+        """Runs all jobs; a KeyboardInterrupt lets them save and stop, a second one kills them.
 
         Returns:
           False if it was interrupted.
@@ -78,14 +80,14 @@ class Queue:
         except KeyboardInterrupt:
             self._stop()
             return False
-        except Exception:  # such as a study that can no longer be written: no job outlives that
+        except Exception:  # such as a study that cannot be written: stop all jobs
             for running in self._running.values():
                 running.handle.stop()
                 running.record.release()
             raise
 
     def _fill(self) -> bool:
-        """Gives jobs to free slots; False if nothing runs."""
+        """Starts jobs on free slots; returns False if no job is running."""
         for slot in range(self._slots):
             while slot not in self._running:
                 job = self._source.next()
@@ -99,8 +101,8 @@ class Queue:
         try:
             record = Record.claim(job.folder)
         except UserError as error:
-            self._say(f"{job.folder.name}: left out: {error}")
-            # Not failed: a job that outlived an earlier sweep may run there.
+            self._say(f"{job.folder.name}: skipped: {error}")
+            # Not failed: a job that outlived an earlier sweep may be running there.
             self._source.ended(job, exit_status.PREEMPTED, pruned=False)
             return
         record.begin(
@@ -120,17 +122,17 @@ class Queue:
             if code is not None:
                 del self._running[slot]
                 self._end(running, code)
-            elif not running.given_up and self._source.gives_up(running.job):
-                running.given_up = True
+            elif not running.prune_requested and self._source.should_prune(running.job):
+                running.prune_requested = True
                 running.handle.stop()
 
     def _end(self, running: _Running, code: int) -> None:
         job, record = running.job, running.record
-        pruned = running.given_up and code == exit_status.PREEMPTED
-        why = "pruned: others were better by then" if pruned else exit_status.meaning(code)
+        pruned = running.prune_requested and code == exit_status.PREEMPTED
+        why = "pruned: other runs were better at that step" if pruned else exit_status.meaning(code)
         if code not in (0, exit_status.PREEMPTED):
-            told = exit_status.reason(job.log) or exit_status.full_disk(job.folder)
-            why = ": ".join(part for part in (why, told) if part)
+            reason = exit_status.reason(job.log) or exit_status.full_disk(job.folder)
+            why = ": ".join(part for part in (why, reason) if part)
         if pruned:
             record.add(pruned=True)
         record.end(code, why)
@@ -140,8 +142,8 @@ class Queue:
 
     def _stop(self) -> None:
         self._say(
-            f"stopping {len(self._running)} runs; they finish their step and save "
-            "(Ctrl-C again: at once)"
+            f"stopping {len(self._running)} runs; each finishes its step and saves "
+            "(press Ctrl-C again to kill them)"
         )
         for running in self._running.values():
             running.handle.stop()

@@ -1,7 +1,7 @@
-"""``--search optuna``: each next job where the ones before promise most, poor ones cut short.
+"""``--search optuna``: chooses settings by earlier results, and stops poor jobs early.
 
-The study is a file of SQLite, so the next call resumes the search; Optuna's own tools, its
-dashboard among them, read the same file.
+The study is an SQLite file, from which the next call resumes the search; Optuna's own tools, such
+as its dashboard, read the same file.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ from typing import Any
 
 from mamba_jax.errors import UserError, first_line
 from mamba_jax.runs import exit_status, metrics
-from mamba_jax.sweeps.hyper import Settings, Sweep
+from mamba_jax.sweeps.hyper import JobSettings, Sweep
 from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
 
 _STUDY = "sweep"
-_SETTINGS = "settings"  # attribute of a trial: what it stands for
+_SETTINGS = "settings"  # attribute of a trial: the settings of its job
 
 
 class OptunaSearch:
-    """A source of jobs: TPE proposes them, and a median pruner gives up on poor ones."""
+    """A source of jobs: TPE proposes them, and a median pruner stops poor ones."""
 
     def __init__(
         self,
         sweep: Sweep,
-        make: Callable[[Settings], Job],
+        make: Callable[[JobSettings], Job],
         file: pathlib.Path,
         *,
         trials: int,
@@ -37,13 +37,13 @@ class OptunaSearch:
     ):
         """
         Args:
-          sweep: what there is to choose from.
+          sweep: the settings to choose from.
           make: turns settings into a job.
-          file: of the study; made where there is none.
-          trials: that the study shall have, earlier calls' included.
-          metric: of an evaluation; less is better.
+          file: of the study; created if it is missing.
+          trials: total number of trials of the study, including those of earlier calls.
+          metric: of an evaluation; lower is better.
           slots: jobs at a time.
-          seed: of what is proposed.
+          seed: of the proposals.
 
         Raises:
           UserError: if Optuna is missing, or the study is damaged.
@@ -52,8 +52,9 @@ class OptunaSearch:
         _check_intact(file)
         self._sweep, self._make, self._metric = sweep, make, metric
         self._trials: dict[pathlib.Path, Any] = {}
-        self._told: dict[pathlib.Path, int] = {}  # when the history that a trial was told is from
-        with self._one_line():
+        # Modification time of the metrics file whose evaluations a trial already has.
+        self._reported_mtime: dict[pathlib.Path, int] = {}
+        with self._errors_as_one_line():
             self._open(trials, slots, seed)
 
     def _open(self, trials: int, slots: int, seed: int) -> None:
@@ -63,14 +64,14 @@ class OptunaSearch:
             study_name=_STUDY, storage=storage, load_if_exists=True, direction="minimize"
         )
         earlier = study.get_trials()
-        # A seed of its own for each call: with the same one it would propose the same again.
+        # Each call needs its own seed: the same one would repeat the proposals.
         study.sampler = self._optuna.samplers.TPESampler(
             seed=seed + len(earlier), constant_liar=slots > 1
         )
         study.pruner = self._optuna.pruners.MedianPruner(n_startup_trials=4)
         self._study = study
-        # What an earlier call was stopped in is resumed; what failed gets another try.
-        self._left = [
+        # Resumes the trials that an earlier call did not finish, and retries the failed ones.
+        self._resumable = [
             self._optuna.trial.Trial(study, trial._trial_id)
             for trial in earlier
             if trial.state == states.RUNNING
@@ -80,59 +81,61 @@ class OptunaSearch:
             if not any(t.params == trial.params and t.number > trial.number for t in earlier):
                 study.enqueue_trial(trial.params)
         finished = sum(trial.state in (states.COMPLETE, states.PRUNED) for trial in earlier)
-        self._to_ask = max(0, trials - finished - len(self._left))
+        self._remaining = max(0, trials - finished - len(self._resumable))
 
     @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
-        """Turns whatever the study's file raises into one line."""
+    def _errors_as_one_line(self) -> Iterator[None]:
+        """Turns any error of the study's file into a one-line error."""
         from sqlalchemy.exc import SQLAlchemyError  # pyright: ignore[reportMissingImports]
 
         try:
             yield
         except (self._optuna.exceptions.OptunaError, SQLAlchemyError) as error:
             raise UserError(
-                f"the study {self._file} cannot be used: {first_line(error)}; mend that, then the "
-                "same command resumes the sweep"
+                f"the study {self._file} cannot be used: {first_line(error)}; fix that, then run "
+                "the same command to resume the sweep"
             ) from error
 
     def next(self) -> Job | None:
-        with self._one_line():
+        with self._errors_as_one_line():
             return self._next()
 
     def _next(self) -> Job | None:
-        while self._left or self._to_ask:
-            if self._left:
-                trial = self._left.pop(0)
+        while self._resumable or self._remaining:
+            if self._resumable:
+                trial = self._resumable.pop(0)
             else:
-                trial, self._to_ask = self._study.ask(), self._to_ask - 1
+                trial, self._remaining = self._study.ask(), self._remaining - 1
             job = self._make(self._settings(trial))
             if job.folder in self._trials:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-                continue  # proposed again while it runs
+                continue  # proposed again while it is running
             self._trials[job.folder] = trial
             if state(job.folder) != DONE:
                 return job
-            self.ended(job, 0, pruned=False)  # proposed again: its result is known
+            self.ended(job, 0, pruned=False)  # proposed again: the result exists
         return None
 
-    def gives_up(self, job: Job) -> bool:
-        with self._one_line():
-            return self._gives_up(job)
+    def should_prune(self, job: Job) -> bool:
+        with self._errors_as_one_line():
+            return self._should_prune(job)
 
-    def _gives_up(self, job: Job) -> bool:
+    def _should_prune(self, job: Job) -> bool:
         try:
             written = (job.folder / metrics.NAME).stat().st_mtime_ns
         except OSError:
             return False
-        if self._told.get(job.folder) == written:
+        if self._reported_mtime.get(job.folder) == written:
             return False
-        self._told[job.folder] = written
+        self._reported_mtime[job.folder] = written
         trial = self._trials[job.folder]
         try:
+            reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
             for step, value in evaluations(job.folder, self._metric):
-                trial.report(value, step)
+                if step not in reported:  # Optuna warns about a step that it already has
+                    trial.report(value, step)
             return trial.should_prune()
-        except self._optuna.exceptions.UpdateFinishedTrialError:  # ended by Optuna's own tools
+        except self._optuna.exceptions.UpdateFinishedTrialError:  # another tool of Optuna ended it
             return False
 
     def ended(self, job: Job, code: int, *, pruned: bool) -> None:
@@ -140,18 +143,15 @@ class OptunaSearch:
         trial = self._trials.pop(job.folder)
         value = measures(job.folder).get(self._metric)
         tell = functools.partial(self._study.tell, trial, skip_if_finished=True)
-        with self._one_line():
+        with self._errors_as_one_line():
             if pruned:
                 tell(state=states.PRUNED)
             elif code == 0 and value is not None:
                 tell(value)
-            elif code not in (
-                exit_status.PREEMPTED,
-                exit_status.PEER_LOST,
-            ):  # the next call resumes those
-                tell(state=states.FAIL)
+            elif code not in (exit_status.PREEMPTED, exit_status.PEER_LOST):
+                tell(state=states.FAIL)  # the next call resumes the others
 
-    def _settings(self, trial: Any) -> Settings:
+    def _settings(self, trial: Any) -> JobSettings:
         known = trial.user_attrs.get(_SETTINGS)
         if known is not None:
             return json.loads(known)
@@ -159,14 +159,14 @@ class OptunaSearch:
             settings = self._sweep.suggest(_Chooser(trial))
         except ValueError as error:
             raise UserError(
-                f"the study no longer fits the sweep file ({error}); choose another --out"
+                f"the study does not match the sweep file ({error}); choose another --out"
             ) from error
         trial.set_user_attr(_SETTINGS, json.dumps(settings))
         return settings
 
 
 class _Chooser:
-    """Draws with a trial of Optuna's."""
+    """Draws from an Optuna trial."""
 
     def __init__(self, trial: Any):
         self._trial = trial
@@ -179,7 +179,7 @@ class _Chooser:
 
 
 def _check_intact(file: pathlib.Path) -> None:
-    """Refuses a damaged study before a job starts; Optuna may meet the damage late."""
+    """Refuses a damaged study before a job starts; Optuna may notice the damage late."""
     if not file.exists():
         return
     try:
@@ -192,7 +192,7 @@ def _check_intact(file: pathlib.Path) -> None:
     if found != "ok":
         raise UserError(
             f"the study {file} cannot be read ({first_line(found)}); if it is damaged, move it "
-            "away to search anew: the runs beside it are kept"
+            "away to start a new search; the finished runs are kept"
         )
 
 

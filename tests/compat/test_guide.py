@@ -24,6 +24,7 @@ from mamba_jax.cli.train_arguments import read
 from mamba_jax.config import freeze, merge, preset_config, presets
 from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.summary import DataSummary
+from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.runs import metrics
 from tests.compat.blocks import GUIDE, Block, blocks, calls
 from tests.data.reading import texts_of
@@ -173,7 +174,9 @@ def stand_in(resume: str, saved: list[str]) -> pathlib.Path:
     folder = pathlib.Path(resume)
     folder.mkdir(parents=True)
     step = int(folder.name.removeprefix("step_"))
-    metadata = Metadata(read(saved).config, step, 32 * step, "these data")
+    config = read(saved).config
+    identity = load_tokenizer(config.data.tokenizer).identity
+    metadata = Metadata(config, step, 32 * step, "these data", tokenizer_identity=identity)
     checkpoint_folder.write_metadata(folder, metadata)
     checkpoint_folder.write_manifest(folder)
     return folder

@@ -69,14 +69,14 @@ def arrays(plan: Plan) -> Arrays:
     progress = np.clip((step - 1 - warmup) / max(1, last - warmup), 0, 1)
     cosine = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * progress))
     rate = np.where(step - 1 < warmup, (step - 1) / max(1, warmup), cosine)
-    learnt = np.cumsum(rate)
-    clean = FLOOR + (math.log(VOCABULARY) - FLOOR) / np.sqrt(1 + learnt / 100)
+    trained = np.cumsum(rate)
+    clean = FLOOR + (math.log(VOCABULARY) - FLOOR) / np.sqrt(1 + trained / 100)
     wander = np.zeros(n)
     for i, shock in enumerate(random.normal(0, 0.01 * math.sqrt(1 - 0.9**2), n)):
         wander[i] = 0.9 * wander[i - 1] + shock
     loss = clean * (1 + wander + 0.02 * np.clip(random.standard_t(5, n), -8, 8))
     loss *= np.where(random.random(n) < 5e-4, 1.6, 1.0)
-    norm = (0.3 + 3 * np.exp(-learnt / 100)) * np.exp(0.25 * random.normal(size=n))
+    norm = (0.3 + 3 * np.exp(-trained / 100)) * np.exp(0.25 * random.normal(size=n))
     interval = np.arange(plan.log_steps, n + 1, plan.log_steps)
     i = len(interval)
     slow = np.where(random.random(i) < 1 / 30, 0.6, 1.0)

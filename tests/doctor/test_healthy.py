@@ -57,8 +57,8 @@ def test_a_healthy_run_raises_no_finding(name):
 
 def test_a_short_run_says_what_it_lacks():
     lacks = examine(records(Plan(steps=40, evaluations=1))).unchecked
-    assert lacks["loss falls"] == "36 of the 200 steps after the warm-up that it takes"
-    assert lacks["overfitting"] == "1 of the 4 evaluations that it takes"
+    assert lacks["loss falls"] == "needs 200 steps after the warm-up; the run has 36"
+    assert lacks["overfitting"] == "needs 4 evaluations; the run has 1"
     assert {"learning rate", "loss spikes", "speed"} <= lacks.keys()
 
 

@@ -57,7 +57,7 @@ def test_text_without_order_or_frequencies(train):
     assert finding.title == "The loss does not fall"
 
 
-def test_a_text_learnt_by_heart(train):
+def test_a_memorised_text(train):
     text = real_run.text()
     (finding,) = train(ids=text[5_000:5_200], eval_ids=text[-20_000:], steps=240).values()
     assert finding.title.startswith("The model overfits")
@@ -96,7 +96,7 @@ def test_a_weight_that_is_not_a_number(train):
             {"gate.bias": 9.0, "dt_proj.bias": -14.0, "A_log": 7.0},
             {
                 "depth gates": "Depth gates are stuck open",
-                "Δ": "Δ runs towards 0",
+                "Δ": "Δ collapses towards 0",
                 "A": "The decay rates A run away",
             },
         ),

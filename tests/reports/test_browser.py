@@ -13,8 +13,8 @@ from mamba_jax.reports.compare import Comparison
 from mamba_jax.reports.compare import render as render_comparison
 from mamba_jax.reports.run_page import render
 from mamba_jax.runs.recorded import read_run
-from mamba_jax.sweeps import page as sweep_page
-from mamba_jax.sweeps.jobs import Row
+from mamba_jax.sweeps import sweep_page
+from mamba_jax.sweeps.jobs import SweepRow
 from tests.reports.made_run import evaluated, rate, started, trained, write
 
 BROWSER = next(
@@ -170,7 +170,7 @@ def test_a_spike_does_not_rule_the_loss_axis(tmp_path):
 def test_a_sweeps_page(tmp_path):
     """Its axes fit a phone, and no label lies on another one."""
     rows = [
-        Row(f"rate={rate},kind={kind}", {"rate": rate, "kind": kind, "n": 10 * n}, "done", "",
+        SweepRow(f"rate={rate},kind={kind}", {"rate": rate, "kind": kind, "n": 10 * n}, "done", "",
             {"eval_loss": 3 + n + rate * 10}, n % 2 == 0)
         for rate in (1e-4, 1.1e-4, 3e-4, 1e-3)
         for n, kind in enumerate(("none", "a long name of a kind " * 3, "full", "dots"))
@@ -193,7 +193,15 @@ def test_a_sweeps_page(tmp_path):
         page = sweep_page.render(rows, "eval_loss", "kinds")
         seen = look(page, tmp_path, width=width, doing=doing)
         assert not seen["cut"] and not seen["covered"] and seen["lines"] == 16, seen
-        for label in ("rate", "kind", "n", "eval_loss (less is better)", "0.0001", "0.001", "full"):
+        for label in (
+            "rate",
+            "kind",
+            "n",
+            "eval_loss (lower is better)",
+            "0.0001",
+            "0.001",
+            "full",
+        ):
             assert label in seen["labels"]
 
 

@@ -176,16 +176,16 @@ def test_what_cannot_be_compared_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert notes({}, {"training__learning_rate": 0.5}) == ""
     assert "tokenizers differ" in notes({}, {"data__tokenizer": "bytes"})
-    assert "data differ" in notes({}, {"data__data_dir": "b"})
-    assert "data differ" not in notes({}, {"data__cache_dir": "b"})
+    assert "data settings differ" in notes({}, {"data__data_dir": "b"})
+    assert "data settings differ" not in notes({}, {"data__cache_dir": "b"})
     bare = write("bare", trained(1, 3))
     known = write("known", [started(), *trained(1, 3)])
     comparison = Comparison([read_run(bare), read_run(known)])
     (note,) = comparison.notes()
-    assert note.startswith("No config is recorded of bare")
+    assert note.startswith("No config is recorded for bare")
     assert comparison.differences == {}
     page = Page(render(comparison))
-    assert "Over tokens these are missing" in page.text
+    assert "Not shown over tokens" in page.text
     assert page.data["tokens"] == [None, [[0, 0, 800]]]
 
 
@@ -212,7 +212,7 @@ def test_no_name_of_a_folder_can_end_the_script(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["a"], "only one run to compare, a: name two or more"),
+        (["a"], "only one run to compare: a; give two or more"),
         (["a", "nowhere"], "nowhere is not a run's folder: it does not exist"),
         (["a", "a", "--out=no/page.html"], "choose another --out"),
     ],

@@ -14,6 +14,7 @@ from mamba_jax.checkpoints.folder import Metadata, write_manifest, write_metadat
 from mamba_jax.cli import train_arguments
 from mamba_jax.config import from_dict
 from mamba_jax.reports.run_page import render
+from mamba_jax.runs.background import Record
 from mamba_jax.runs.recorded import read_run
 from tests.reports.made_run import Page, config, evaluated, rate, started, trained, write
 
@@ -139,10 +140,10 @@ def test_two_hundred_thousand_steps_make_a_small_page_with_every_spike(tmp_path)
     (place,) = [i for i, high in enumerate(curve["high"]) if high == 14]
     assert curve["from"][place] <= 123_456 <= curve["x"][place]
     assert max(page.chart("depth")["layer 3"]["high"]) == 77
-    assert "Up to 200 values are drawn as one point" in page.text
+    assert "A point stands for up to 200 values" in page.text
 
 
-def test_values_that_are_no_numbers_are_gaps_and_told(tmp_path):
+def test_values_that_are_no_numbers_are_gaps_and_reported(tmp_path):
     records = [started(), *trained(1, 10)]
     records[4]["loss"], records[5]["gradient_norm"] = math.nan, math.inf
     page = page_of(tmp_path, [*records, evaluated(10, math.nan)])
@@ -155,7 +156,7 @@ def test_values_that_are_no_numbers_are_gaps_and_told(tmp_path):
     assert "not finite" not in clean.text and "skipped steps 0" in clean.text
 
 
-def test_skipped_steps_and_goings_on_are_marked(tmp_path):
+def test_skipped_steps_and_resumes_are_marked(tmp_path):
     before, after = trained(1, 20), trained(21, 40)
     before[6]["skipped"] = after[0]["skipped"] = True
     again = started(20, at="2026-02-03 00:00:00", training__learning_rate=0.5)
@@ -200,7 +201,8 @@ def test_warnings_alike_are_one_line(tmp_path):
     text = page_of(tmp_path, [started(), *spikes, {"step": 9, "warning": "the disk is full"}]).text
     assert text.count("is a spike") == 1
     assert (
-        "step 2009: gradient norm 2009.5e+02 is a spike; step skipped (3 like it, steps 5" in text
+        "step 2009: gradient norm 2009.5e+02 is a spike; step skipped (3 similar ones, steps 5"
+        in text
     )
     assert "the disk is full" in text
 
@@ -225,7 +227,7 @@ def test_nothing_of_a_run_can_become_markup(tmp_path):
 def test_the_newest_sample_comes_first_and_very_many_are_cut(tmp_path):
     samples = [{"step": s, "prompt": "say", "sample": f" word{s}."} for s in range(1, 31)]
     text = page_of(tmp_path, [started(), *samples]).text
-    assert text.index("word30.") < text.index("19 before it") < text.index("word29.")
+    assert text.index("word30.") < text.index("19 earlier samples") < text.index("word29.")
     assert "word11." in text and "word10." not in text and "10 older ones are not shown" in text
     text = page_of(tmp_path, [started(), {"step": 1, "prompt": "", "sample": "x" * 9000}]).text
     assert "x" * 4000 + " …" in text and "x" * 4001 not in text
@@ -260,18 +262,27 @@ def test_the_best_checkpoint_and_the_commands_for_it(tmp_path):
     assert "resumes from the newest, step_30." in page.text
     best = str(folder / "step_20")
     assert commands(text) == [
-        ["python", "-m", "mamba_jax.generate", "--checkpoint", best, "--prompt", ""],
-        [*("python", "-m", "mamba_jax.export", "--checkpoint", best, "--format", "hf"),
+        ["mamba-jax", "generate", "--checkpoint", best, "--prompt", ""],
+        [*("mamba-jax", "export", "--checkpoint", best, "--format", "hf"),
          *("--out", "a run-step_20-hf")],
-        ["python", "-m", "mamba_jax.train", "--resume", str(folder)],
+        ["mamba-jax", "train", "--resume", str(folder)],
     ]  # fmt: skip
-    for _, _, module, *flags in commands(text):
-        if module != "mamba_jax.train":
-            importlib.import_module(module).parse(flags)
+    for _, name, *flags in commands(text):
+        if name != "train":
+            importlib.import_module(f"mamba_jax.{name}").parse(flags)
         else:
             assert train_arguments.read(flags).resume == str(folder)
     shutil.rmtree(folder / "step_20")  # as ``keep_last`` does
     assert "Best: step_30, evaluation loss 2.75" in Page(render(read_run(folder))).text
+
+
+def test_a_run_that_trains_has_no_command_to_resume_it(tmp_path):
+    saved(tmp_path, 10, 2.0)
+    record = Record.claim(tmp_path)
+    record.begin()
+    text = render(read_run(write(tmp_path, [started(), *trained(1, 12), evaluated(10, 2.0)])))
+    record.release()
+    assert "Best: step_10" in text and "--resume" not in text
 
 
 def test_checkpoints_of_a_run_that_is_done_or_was_never_evaluated(tmp_path):

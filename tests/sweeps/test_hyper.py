@@ -101,7 +101,7 @@ MISTAKES = {
     ),
     "endless chain": (
         lambda h: list(h.chainit([h.uniform("b", h.interval(0, 1)), h.sweep("a", [1])])),
-        "never comes",
+        "are never reached",
     ),
     "empty zip": (lambda h: h.zipit([]), "nothing to zip"),
 }
@@ -204,7 +204,7 @@ def test_the_ensemble_of_the_guide():
         (None, 'does not exist; did you mean "near.py"?'),
         ("def get_hyper(h: pass", "is broken: SyntaxError"),
         ("x = 1", "is broken: KeyError: 'get_hyper'; it must define get_hyper(h)"),
-        ("def get_hyper(h): return [1]", "must return what h.sweep"),
+        ("def get_hyper(h): return [1]", "must return the result of h.sweep"),
         ("def get_hyper(h): return h.sweep('a', [])", "has no values"),
     ],
 )

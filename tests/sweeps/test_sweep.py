@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ import pytest
 from mamba_jax import sweep
 from mamba_jax.config import RunConfig
 from mamba_jax.runs.background import Record, is_running, read
-from mamba_jax.sweeps import executors, jobs, page
+from mamba_jax.sweeps import executors, jobs, sweep_page
 
 FAKE = (sys.executable, "-u", str(pathlib.Path(__file__).with_name("fake_job.py")))
 RATES = """
@@ -60,7 +61,7 @@ def run(*flags):
 
 
 def states():
-    return {row.name: row.state for row in jobs.rows(OUT, "eval_loss")}
+    return {row.name: row.state for row in jobs.read_rows(OUT, "eval_loss")}
 
 
 def starts():
@@ -130,7 +131,7 @@ def test_each_slot_has_a_gpu_of_its_own(place, monkeypatch, capsys):
         own = sorted((at, ended[name]) for name, (of, at) in begun.items() if of == device)
         assert len(own) == 2 and own[0][1] <= own[1][0]
     assert run("--slots=3") == 2
-    assert "--slots=3: a slot is a GPU, and there are 2" in capsys.readouterr().err
+    assert "--slots=3 exceeds the 2 GPUs: each slot needs one" in capsys.readouterr().err
 
 
 def test_gpus_are_those_of_the_driver_where_nobody_chose(tmp_path, monkeypatch):
@@ -180,14 +181,14 @@ def test_a_stopped_sweep_lets_its_jobs_save_and_the_next_call_goes_on(place, num
     process.send_signal(number)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "stopping 2 runs; they finish their step and save" in told
+    assert "stopping 2 runs; each finishes its step and saves" in told
     begun = states()
     assert set(begun.values()) == {"stopped"} and len(begun) == 2
     steps = {name: int((OUT / name / "steps").read_text()) for name in begun}
     assert all(0 < step < 10 for step in steps.values())
     (OUT / "slow").unlink()
     assert run() == 0 and set(states().values()) == {"done"}
-    for name in begun:  # each step once: they went on, and did not begin anew
+    for name in begun:  # each step once: they resumed and did not start again
         records = [json.loads(line) for line in (OUT / name / "metrics.jsonl").open()]
         assert [record["step"] for record in records] == list(range(1, 11))
 
@@ -236,7 +237,7 @@ def test_jobs_that_outlived_a_killed_sweep_are_not_started_twice(place, capsys):
     process.stdout.close()
     assert list(states().values()).count("running") == 2
     assert run("--slots=4") == 1
-    assert capsys.readouterr().out.count("left out: output_dir out/") == 2
+    assert capsys.readouterr().out.count("skipped: output_dir out/") == 2
     for _ in range(1000):
         if "running" not in states().values():
             break
@@ -314,7 +315,7 @@ def test_mistakes_are_one_line_and_start_nothing(place, capsys, flags, message):
     [
         ("h.sweep('training.learning_rat', [1])", 'did you mean "training.learning_rate"?'),
         ("h.sweep('training.learning_rate', [1, -1])", "training.learning_rate=-1"),
-        ("h.uniform('model.dropout', h.interval(0, 1))", "draws without end"),
+        ("h.uniform('model.dropout', h.interval(0, 1))", "never ends"),
     ],
 )
 def test_every_setting_is_checked_before_the_first_run(place, capsys, text, message):
@@ -342,6 +343,15 @@ def test_a_damaged_manifest_is_one_line(place, capsys, text):
     assert run() == 0 and json.loads((OUT / "sweep.json").read_text())["model"]
 
 
+def test_a_folder_of_an_older_version_has_fewer_fields(place):
+    assert run() == 0
+    config = json.loads((OUT / "sweep.json").read_text())
+    del config["training"]["skip_spikes"]
+    (OUT / "sweep.json").write_text(json.dumps(config))
+    assert run() == 0
+    assert run("--config.training.skip_spikes=7") == 2
+
+
 def test_dry_run_lists(place, capsys):
     assert run("--dry_run") == 0
     assert "learning_rate=0.001: new" in capsys.readouterr().out.splitlines()
@@ -352,19 +362,19 @@ def test_dry_run_lists(place, capsys):
 
 
 def test_axes():
-    numbers = page.axis("x", [1e-4, 1e-3, 1e-2])
+    numbers = sweep_page.axis("x", [1e-4, 1e-3, 1e-2])
     assert [numbers.places[v] for v in (1e-4, 1e-3, 1e-2)] == pytest.approx([0, 0.5, 1])
-    linear = page.axis("x", [0, 1, 4])
+    linear = sweep_page.axis("x", [0, 1, 4])
     assert [linear.places[v] for v in (0, 1, 4)] == [0, 0.25, 1]
-    words = page.axis("x", ["b", "a", True])
+    words = sweep_page.axis("x", ["b", "a", True])
     assert [words.places[v] for v in ("b", "a", True)] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
-    assert page.axis("x", [7, 7]).places == {7: 0.5}
-    many = page.axis("x", [1.0, 2, 3, 4, 5, 6, 8])
+    assert sweep_page.axis("x", [7, 7]).places == {7: 0.5}
+    many = sweep_page.axis("x", [1.0, 2, 3, 4, 5, 6, 8])
     assert [label for _, label in many.ticks] == ["1", "2.75", "4.5", "6.25", "8"]
 
 
 def row(name, state="done", why="", loss=None, **settings):
-    return jobs.Row(name, settings, state, why, {} if loss is None else {"eval_loss": loss})
+    return jobs.SweepRow(name, settings, state, why, {} if loss is None else {"eval_loss": loss})
 
 
 def test_every_run_is_linked_to_its_page(place):
@@ -380,8 +390,24 @@ def test_every_run_is_linked_to_its_page(place):
     before = {each: each.stat().st_mtime_ns for each in pages}
     assert run() == 0
     assert before == {each: each.stat().st_mtime_ns for each in pages}  # nothing new to show
-    odd = jobs.Row('a"b#c?d', {"x": 1}, "failed", "why", {})
-    assert 'href="a%22b%23c%3Fd/"' in page.render([odd], "eval_loss", "x")
+    odd = jobs.SweepRow('a"b#c?d', {"x": 1}, "failed", "why", {})
+    assert 'href="a%22b%23c%3Fd/"' in sweep_page.render([odd], "eval_loss", "x")
+
+
+def test_a_metric_that_is_no_number_ranks_last_and_has_no_line(place):
+    for name, loss in (("a", math.nan), ("b", 2.0), ("c", math.inf), ("d", 1.0), ("e", math.nan)):
+        record = Record.claim(OUT / name)
+        record.begin(settings={"x": name})
+        (OUT / name / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "loss": 1.0, "eval_loss": loss}) + "\n"
+        )
+        record.end(0, "")
+        record.release()
+    rows = jobs.read_rows(OUT, "eval_loss")
+    assert [row.name for row in rows][:2] == ["d", "b"]
+    text = sweep_page.render(rows, "eval_loss", "x")
+    assert text.count("<polyline") == 2
+    assert "nan" not in "".join(re.findall(r'points="[^"]*"', text))
 
 
 def test_the_page_needs_no_network_and_says_what_came_out():
@@ -391,7 +417,7 @@ def test_the_page_needs_no_network_and_says_what_came_out():
         row("cut", state="pruned", loss=3.0, rate=1e-1, kind="x"),
         row("bad", state="failed", why="crashed: <oops>", rate=1.0, kind="x"),
     ]
-    text = page.render(rows, "eval_loss", "a & b")
+    text = sweep_page.render(rows, "eval_loss", "a & b")
     assert "http" not in text and "src=" not in text and "@import" not in text
     assert (
         "<title>a &amp; b: sweep</title>" in text and "&lt;oops&gt;" in text and '<b>"' not in text
@@ -399,10 +425,10 @@ def test_the_page_needs_no_network_and_says_what_came_out():
     assert "2 of 4 runs done; best: rate 0.001, kind &lt;b&gt;, eval_loss 1" in text
     assert text.count("<polyline") == 3  # one without a measure has no line
     assert text.count("<tr data-run") == 4 and text.count("stroke-dasharray") == 1
-    assert 'aria-label="3 runs over rate, kind, eval_loss (less is better); the' in text
+    assert 'aria-label="3 runs over rate, kind, eval_loss (lower is better); the' in text
     assert text.index("<th>eval_loss") < text.index("<th>rate")
-    assert page.render(rows[:1], "eval_loss", "x").count("<polyline") == 0
-    assert "0 of 0 runs done" in page.render([], "eval_loss", "x")
+    assert sweep_page.render(rows[:1], "eval_loss", "x").count("<polyline") == 0
+    assert "0 of 0 runs done" in sweep_page.render([], "eval_loss", "x")
 
 
 # --- the search -----------------------------------------------------------------------------------
@@ -436,7 +462,7 @@ def test_a_search_finds_what_a_grid_would_and_goes_on_with_the_next_call(space):
     for trials in (4, 12, 24):
         assert run(*search, f"--trials={trials}") == 0
         assert len(study().trials) == trials
-    best = jobs.rows(OUT, "eval_loss")[0]
+    best = jobs.read_rows(OUT, "eval_loss")[0]
     assert best.settings["model.dropout"] == 0.0 and best.measures["eval_loss"] < 0.25
     assert study().best_value == pytest.approx(best.measures["eval_loss"])
     assert len(set(starts())) == 24  # each call proposes anew
@@ -486,6 +512,14 @@ def test_poor_trials_are_cut_short(space):
     assert any(trial.state.name == "PRUNED" for trial in study().trials)
 
 
+def test_each_evaluation_is_reported_once(space, recwarn):
+    OUT.mkdir()
+    (OUT / "slow").touch()
+    assert run("--search=optuna", "--trials=1") == 0
+    assert len(study().trials[0].intermediate_values) > 2  # it was looked at several times
+    assert not [each for each in recwarn if "already reported" in str(each.message)]
+
+
 def test_a_job_that_outlived_a_killed_search_keeps_its_trial(space):
     """Another call leaves it out; its trial is not failed, and a later call has its result."""
     process = start_process("--search=optuna", "--trials=2")
@@ -509,18 +543,18 @@ def test_a_trial_that_other_tools_have_ended_disturbs_nothing(space, monkeypatch
 
     from mamba_jax.sweeps.search import OptunaSearch
 
-    gives_up = OptunaSearch.gives_up
+    should_prune = OptunaSearch.should_prune
 
     def ended_elsewhere(self, job):
         other = study()
         (trial,) = [t for t in other.trials if t.state == optuna.trial.TrialState.RUNNING] or [None]
         if trial:
             other.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        return gives_up(self, job)
+        return should_prune(self, job)
 
     OUT.mkdir()
     (OUT / "slow").touch()
-    monkeypatch.setattr(OptunaSearch, "gives_up", ended_elsewhere)
+    monkeypatch.setattr(OptunaSearch, "should_prune", ended_elsewhere)
     assert run("--search=optuna", "--trials=1") == 0
     assert set(states().values()) == {"done"}
 
@@ -546,7 +580,7 @@ def test_a_damaged_study_is_one_line_and_starts_nothing(space, capsys, how):
     assert run("--search=optuna", "--trials=4") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the study out/study.db cannot be read (")
-    assert "move it away to search anew" in error and error.count("\n") == 1
+    assert "move it away to start a new search" in error and error.count("\n") == 1
     assert starts() == before
 
 
@@ -560,7 +594,7 @@ def test_a_study_that_breaks_meanwhile_is_one_line_and_its_jobs_save(space, caps
 
     OUT.mkdir()
     (OUT / "slow").touch()
-    monkeypatch.setattr(OptunaSearch, "_gives_up", broken)
+    monkeypatch.setattr(OptunaSearch, "_should_prune", broken)
     assert run("--search=optuna", "--trials=3", "--slots=2") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: the study out/study.db cannot be used: disk I/O error;")

@@ -1,4 +1,4 @@
-"""The results of a sweep as one HTML page that needs no network: parallel coordinates, a table."""
+"""The results of a sweep as a self-contained HTML page: parallel coordinates and a table."""
 
 import dataclasses
 import html
@@ -7,23 +7,17 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from mamba_jax.sweeps.jobs import DONE, PAGE, PRUNED, Row
+from mamba_jax.pages.document import document, number
+from mamba_jax.sweeps.jobs import DONE, PAGE, PRUNED, SweepRow
 
 _TOP, _GAP, _BOTTOM = 30, 84, 30  # pixels: above the first axis, between two, below the last
-_LETTER = 0.025  # the width of one, as a share of a phone's page
-_MANY_DECADES = 1.0  # from here on an axis of numbers is logarithmic
-
-
-def text(value: Any) -> str:
-    """Returns a value as a reader wants to see it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+_LETTER = 0.025  # the width of a letter, as a share of a phone's page
+_MANY_DECADES = 1.0  # from this range on, an axis of numbers is logarithmic
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """One coordinate: where each value lies on it, from 0 (below) to 1."""
+    """One coordinate: the place of each value on it, from 0 (left) to 1."""
 
     title: str
     places: dict[Any, float]
@@ -32,20 +26,20 @@ class Axis:
 
 
 def axis(title: str, values: Sequence[Any]) -> Axis:
-    """Lays values out: numbers by size, logarithmically over a decade and more; others in order."""
+    """Places values on an axis: numbers by size (from a decade on, log scale), others in order."""
     distinct = list(dict.fromkeys(map(_key, values)))
     numbers = [v for v in distinct if isinstance(v, (int, float)) and not isinstance(v, bool)]
     if len(numbers) < len(distinct) or len(distinct) == 1:
         count = len(distinct)
         places = {v: (i + 0.5) / count for i, v in enumerate(distinct)}
-        ticks = [(place, text(v)) for v, place in places.items()]
+        ticks = [(place, number(v)) for v, place in places.items()]
         return Axis(title, places, ticks, is_numeric=False)
     low, high = min(numbers), max(numbers)
     logarithmic = low > 0 and math.log10(high / low) >= _MANY_DECADES
     scale = math.log if logarithmic else float
     places = {v: (scale(v) - scale(low)) / (scale(high) - scale(low)) for v in numbers}
     if len(distinct) <= 6:
-        return Axis(title, places, [(place, text(v)) for v, place in places.items()])
+        return Axis(title, places, [(place, number(v)) for v, place in places.items()])
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
     ticks = [low * (high / low) ** s if logarithmic else low + s * (high - low) for s in shares]
     return Axis(title, places, [(s, f"{t:.3g}") for s, t in zip(shares, ticks, strict=True)])
@@ -55,46 +49,45 @@ def _key(value: Any) -> Any:
     return str(value) if isinstance(value, (list, tuple, dict)) else value
 
 
-def render(rows: Sequence[Row], metric: str, title: str) -> str:
+def render(rows: Sequence[SweepRow], metric: str, title: str) -> str:
     """Returns the page.
 
     Args:
       rows: best first.
-      metric: by which they are ordered; less is better.
+      metric: by which they are ordered; lower is better.
       title: of the page.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.settings))
-    shown = [row for row in rows if metric in row.measures]
+    shown = [row for row in rows if math.isfinite(row.measures.get(metric, math.nan))]
     done = sum(row.state == DONE for row in rows)
     best = rows[0] if rows and rows[0].state == DONE else None
     lead = f"{done} of {len(rows)} runs done"
     if best:
-        settings = ", ".join(f"{_leaf(n)} {text(v)}" for n, v in best.settings.items())
-        lead += f"; best: {settings}, {metric} {text(best.measures.get(metric, ''))}"
-    return _PAGE.format(
-        title=html.escape(title),
-        lead=html.escape(lead),
-        chart=_chart(shown, names, metric) if len(shown) > 1 else "",
-        table=_table(rows, names, metric),
-        style=_STYLE,
-        script=_SCRIPT,
+        settings = ", ".join(f"{_leaf(n)} {number(v)}" for n, v in best.settings.items())
+        lead += f"; best: {settings}, {metric} {number(best.measures.get(metric, ''))}"
+    chart = _chart(shown, names, metric) if len(shown) > 1 else ""
+    body = (
+        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(lead)}</p>\n"
+        f"{chart}\n{_table(rows, names, metric)}"
     )
+    script = f"<script>{_SCRIPT}</script>\n"
+    return document(f"{title}: sweep", body, style=_STYLE, script=script)
 
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
-    """Draws a line a run over an axis a setting, the metric on the last.
+def _chart(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
+    """Draws a line per run across an axis per setting; the last axis is the metric.
 
-    The axes lie one below the other, as wide as the page; so they fit a phone as well. The lines
-    are stretched to that width, the labels, which are no part of the picture, are not.
+    The axes are below each other and as wide as the page, so they fit a phone too. The page
+    stretches the lines to that width, but not the labels, which are separate HTML elements.
     """
     table = [
         [*(row.settings.get(name, "–") for name in names), row.measures[metric]] for row in rows
     ]
-    titles = [*map(_leaf, names), f"{metric} (less is better)"]
+    titles = [*map(_leaf, names), f"{metric} (lower is better)"]
     axes = [
         axis(title, column) for title, column in zip(titles, zip(*table, strict=True), strict=True)
     ]
@@ -105,13 +98,13 @@ def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
         parts.append(f'<line class="axis" x1="0" x2="100" y1="{y}" y2="{y}"/>')
         labels += _labels(one, y)
     best_first = list(enumerate(zip(rows, table, strict=True)))
-    for place, (row, values) in reversed(best_first):  # the best lies on top
+    for place, (row, values) in reversed(best_first):  # the best is on top
         points = " ".join(
             f"{100 * one.places[_key(value)]:.5g},{y}"
             for y, one, value in zip(down, axes, values, strict=True)
         )
         share = place / max(1, len(rows) - 1)
-        label = html.escape(f"{row.name}: {metric} {text(row.measures[metric])}")
+        label = html.escape(f"{row.name}: {metric} {number(row.measures[metric])}")
         dashed = ' stroke-dasharray="5 4"' if row.state == PRUNED else ""
         parts.append(
             f'<polyline data-run="{html.escape(row.name)}" points="{points}"{dashed} '
@@ -123,15 +116,15 @@ def _chart(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
         f'<svg viewBox="0 0 100 {height}" preserveAspectRatio="none" role="img" '
         f'aria-label="{described}">{"".join(parts)}</svg>{"".join(labels)}</div>'
         '<p class="key"><i></i> best … worst; dashed: pruned. Point at a line or a row to '
-        "see which belong together; the number of a run leads to its page.</p>"
+        "highlight its run; a run's number links to its page.</p>"
     )
 
 
 def _labels(one: Axis, y: int) -> list[str]:
-    """Returns the title of an axis, and the labels of its ticks below it."""
+    """Returns the title of an axis, and the tick labels below it."""
     made = [f'<b style="top:{y - 26}px">{html.escape(one.title)}</b>']
     if one.is_numeric:
-        # Each reaches to the left of its tick by the share of the axis that lies there.
+        # A label moves left with its tick, so that it stays within the axis.
         for place, label in _apart(one.ticks):
             share = f"{100 * place:.4g}%"
             style = f"top:{y + 5}px;left:{share};transform:translateX(-{share})"
@@ -147,7 +140,7 @@ def _labels(one: Axis, y: int) -> list[str]:
 
 
 def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Returns the ticks whose labels lie side by side on a phone; the ends go first."""
+    """Returns the ticks whose labels do not overlap on a phone; both ends have priority."""
     ordered = sorted(ticks)
     chosen: list[tuple[float, float, tuple[float, str]]] = []  # begin, end, tick
     for tick in (*ordered[:1], *ordered[:0:-1]):
@@ -160,7 +153,7 @@ def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def _colour(share: float) -> str:
-    """From blue (0, the best) over grey to orange."""
+    """Returns a colour from blue (0, the best) through grey to orange (1)."""
     stops = ((33, 102, 172), (150, 150, 150), (230, 97, 1))
     at = share * 2
     low = min(int(at), 1)
@@ -168,14 +161,14 @@ def _colour(share: float) -> str:
     return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
 
 
-def _link(row: Row, shown: str) -> str:
-    """Returns a link to a run's page; to its folder where it has none."""
+def _link(row: SweepRow, shown: str) -> str:
+    """Returns a link to a run's page, or to its folder if it has no page."""
     target = f"{urllib.parse.quote(row.name)}/{PAGE if row.has_page else ''}"
     name = html.escape(row.name)
     return f'<a href="{target}" title="{name}">{html.escape(shown)}</a>'
 
 
-def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
+def _table(rows: Sequence[SweepRow], names: Sequence[str], metric: str) -> str:
     columns = ["train_loss", "step", "tokens_per_sec"]
     heads = ["run", metric, *map(_leaf, names), *columns, "state"]
     lines = []
@@ -188,7 +181,7 @@ def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
         cells = [
             f'<td data-value="{place}">{_link(row, str(place))}</td>',
             *(
-                f'<td data-value="{html.escape(str(v))}">{html.escape(text(v))}</td>'
+                f'<td data-value="{html.escape(str(v))}">{html.escape(number(v))}</td>'
                 for v in values
             ),
         ]
@@ -203,22 +196,11 @@ def _table(rows: Sequence[Row], names: Sequence[str], metric: str) -> str:
     )
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
-        f"</table></div>{f'<h2>Not done</h2><ul>{failures}</ul>' if failures else ''}"
+        f"</table></div>{f'<h2>Not finished</h2><ul>{failures}</ul>' if failures else ''}"
     )
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #646d77; --rule: #d8dee4;
-        --link: #0a58ca }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --paper: #14171a; --faint: #98a2ad; --rule: #333a41;
-          --link: #6cb0f5 }
-}
-* { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-       margin: 0 auto; max-width: 1200px; padding: 16px }
-h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px }
-.scroll { overflow-x: auto; max-width: 100% }
 .parallel { position: relative; margin: 8px 0 12px; font-size: 12.5px; line-height: 18px }
 .parallel svg { position: absolute; width: 100%; height: 100%; overflow: visible }
 .parallel b, .parallel span { position: absolute; padding: 0 4px; border-radius: 4px;
@@ -228,16 +210,14 @@ h1 { font-size: 22px; margin: 0 } h2 { font-size: 17px }
 .axis { stroke: var(--faint); stroke-width: 1.5; vector-effect: non-scaling-stroke }
 polyline { fill: none; stroke-width: 2; stroke-opacity: .8; vector-effect: non-scaling-stroke;
            stroke-linejoin: round; pointer-events: stroke }
-a { color: var(--link) }
 .some polyline, .some tbody tr { opacity: .2 }
 .some .on { opacity: 1 !important } polyline.on { stroke-width: 4 }
 .key { color: var(--faint); margin: 4px 0 20px }
 .key i { display: inline-block; width: 90px; height: 8px; border-radius: 4px;
          background: linear-gradient(90deg, #2166ac, #969696, #e66101) }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+table { white-space: nowrap }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--rule) }
 th { cursor: pointer; position: sticky; top: 0; background: var(--paper) }
-.failed { color: #d1242f } .done { color: #1a7f37 } .pruned, .stopped { color: var(--faint) }
 li { overflow-wrap: anywhere }
 """
 
@@ -260,18 +240,4 @@ document.querySelectorAll('th').forEach((head, column) => head.addEventListener(
     String(value(a)).localeCompare(value(b), undefined, { numeric: true })))
     .forEach(row => body.append(row));
 }));
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: sweep</title>
-<style>{style}</style>
-<h1>{title}</h1>
-<p>{lead}</p>
-{chart}
-{table}
-<script>{script}</script>
-</html>
 """

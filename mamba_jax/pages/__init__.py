@@ -1,0 +1,1 @@
+"""What every HTML page of this project shares: its frame, its base style, how it shows numbers."""
