@@ -254,7 +254,7 @@ def test_files_with_different_columns_are_named_with_them(streaming):
         rows_of(name, dataset_streaming=streaming)
     assert str(error.value) == (
         "dataset org/mixed cannot be loaded: its files have different columns (first.jsonl: "
-        "text; second.jsonl: text, more): give all files the same columns, or read each by its own "
+        "text; second.jsonl: text, more): give all files the same columns, or read each on its own "
         "with --data_dir org/mixed instead of --dataset (.json, .jsonl, .parquet)"
     )
 

@@ -241,7 +241,7 @@ def test_dropout_is_switched_off_and_said(files, tmp_path):
         log.append(prepare(config, seq_len=32, seed=0, log=log.append).fingerprint)
         load_tokenizer.cache_clear()
     assert log[len(log) // 2 - 1] == log[-1]
-    assert sum("has a BPE dropout of 0.3, which is switched off" in line for line in log) == 2
+    assert sum("has a BPE dropout of 0.3, which is disabled" in line for line in log) == 2
     tokenizer = load_tokenizer(name)
     assert tokenizer.encode(text).tolist() == plain.encode(text).tolist()
     assert json.loads(tokenizer.files["tokenizer.json"])["model"]["dropout"] is None

@@ -125,7 +125,7 @@ def test_batches_over_two_epochs_are_the_same_however_they_are_reached(mixed, wi
 def test_a_source_without_a_window_is_named(make, folders, tmp_path):
     (tmp_path / "tiny.txt").write_text("abc")
     sources = (SourceConfig(str(folders[0])), SourceConfig(str(tmp_path / "tiny.txt")))
-    with pytest.raises(UserError, match=r"tiny.txt has not one window of 32 tokens"):
+    with pytest.raises(UserError, match=r"tiny.txt has no window of 32 tokens"):
         make("", mixture=sources)
 
 
