@@ -228,9 +228,10 @@ class Engine:
             while self._waiting and self._n_served() < self.max_batch:
                 self._reading.append(self._waiting.popleft())
             n_waiting = len(self._waiting)
-            if self._rests and not (self._reading or self._waiting or self._closing):
-                self._read_rest()
+            is_idle = not (self._reading or self._closing)  # those waiting would be reading
         try:
+            if self._rests and is_idle:
+                self._read_rest()
             self._drop()
             self._read_pieces()
             self._step()
@@ -238,7 +239,10 @@ class Engine:
             _log.exception("a step failed")
             self._fail_all(f"the step failed: {first_line(error)}")
         self._observer.round(
-            n_waiting, len(self._reading), self._n_decoding(), self._prefixes.bytes
+            n_waiting,
+            self._n_served() - self._n_decoding(),
+            self._n_decoding(),
+            self._prefixes.bytes,
         )
         return True
 

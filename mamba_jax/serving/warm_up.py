@@ -71,14 +71,16 @@ class WarmUp:
         """Compiles all; begins with no further one once ``is_over`` says so."""
         self._began = time.monotonic()
 
-        def compile_one(program: Callable[[], Any]) -> None:
-            if not is_over():
-                jax.block_until_ready(program())
-                self.n_compiled += 1
+        def compile_one(program: Callable[[], Any]) -> bool:
+            if is_over():
+                return False
+            jax.block_until_ready(program())
+            return True
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "warm-up") as executor:
-            for _ in executor.map(compile_one, self._programs):
-                pass
+            compiling = [executor.submit(compile_one, program) for program in self._programs]
+            for done in concurrent.futures.as_completed(compiling):
+                self.n_compiled += done.result()
         self._programs = []
         self._ended = time.monotonic()
 

@@ -11,6 +11,7 @@ from mamba_jax.serving.sequence import Asked, End, Failed, Text
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
 from ..training.tiny_run import quick_compiles  # noqa: F401
+from .served import until
 
 
 def tokens_of(prompt):
@@ -63,6 +64,11 @@ def engine_of(family, **settings):
     made = engines.Engine(model, **{"max_batch": 4, "max_queue": 40} | settings)
     made.start(warm_up=False)
     return made
+
+
+def wait_until_idle(engine):
+    """Waits until an engine's thread waits for requests: what follows an answer is done, too."""
+    until(lambda: engine._changed._waiters)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,19 @@ from mamba_jax.generation import Sampling, generate
 from mamba_jax.models import build
 from mamba_jax.serving import engine as engines
 from mamba_jax.serving.metrics import Metrics
+from mamba_jax.serving.observer import Observer
 from mamba_jax.serving.sequence import Asked, End, Failed, Scored, Text
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
-from .conftest import Listener, answers, asked_of, engine_of, offline, tokens_of
-from .served import until
+from .conftest import (
+    Listener,
+    answers,
+    asked_of,
+    engine_of,
+    offline,
+    tokens_of,
+    wait_until_idle,
+)
 
 PROMPTS = ["def main(", "", "é", "x = 1\n" * 8, "a", "def main(", "def main():", "to be or not"]
 
@@ -282,7 +290,7 @@ def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
     assert event.reason == ("length" if end == "length" else "stop")
     assert event.new_tokens == n_answer if end == "length" else event.new_tokens < n_answer
     made = made[: event.new_tokens - (end == "end of text")]
-    until(lambda: not engine._busy())
+    wait_until_idle(engine)
     assert len(engine._prefixes) <= 3  # the prompt, the newest of the answer, all of the answer
     turn = [*prompt, *made, *TOKENIZER.encode("\n\nuser: And now?\n\nassistant:").tolist()]
     next_asked = Asked(np.array(turn, np.int32), 12)
@@ -296,6 +304,26 @@ def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
     assert event.cached_tokens == len(prompt)
     assert edited_shown == _tokens_offline(model, edited, 12)
     engine.close()
+
+
+def test_the_end_of_an_answer_is_prefilled_unseen_and_without_the_lock(monkeypatch):
+    class Listening(Observer):
+        reading = []
+
+        def round(self, waiting, reading, decoding, snapshot_bytes):
+            self.reading.append(reading)
+
+    engine = engine_of("mamba", observer=Listening())
+    find, locked = engine._prefixes.find, []
+    monkeypatch.setattr(
+        engine._prefixes, "find", lambda t: (locked.append(engine._changed._is_owned()), find(t))[1]
+    )
+    stop = offline("mamba", "a prompt worth keeping", 21)[-3:]
+    answers(engine, asked_of("a prompt worth keeping", max_tokens=40, stops=(stop,)))
+    wait_until_idle(engine)
+    engine.close()
+    assert locked == [False] * 3  # the prompt; the answer's end: is it short, then its entry
+    assert sum(Listening.reading) == 0  # the prompt was read within its first round
 
 
 def test_nothing_of_an_answer_is_kept_without_a_prefix_cache(monkeypatch):

@@ -215,6 +215,15 @@ def test_a_setting_that_cannot_work_is_shown(page):
     assert page.see(ANSWERS) == []
 
 
+def test_regenerating_with_a_setting_that_cannot_work_keeps_the_turn(page):
+    _set(page, temperature=0, max_tokens=5)
+    answer = _say(page, "Hi")
+    _set(page, top_p=2)
+    _act(page, "Regenerate")
+    assert page.see("document.activeElement.name") == "top_p"
+    assert page.see(ANSWERS) == [answer]
+
+
 def test_only_the_pages_own_script_runs_and_it_asks_its_own_server_alone(browser, port):
     browser.open(f"http://127.0.0.1:{port}/")
     browser.see(
