@@ -1,12 +1,12 @@
-"""The server for uvicorn's own command, or any other that runs ASGI applications:
+"""The server as an ASGI application, for uvicorn's own command or another ASGI server:
 
     cd launch && uvicorn api:app --host 0.0.0.0 --port 8000 --workers 4 \\
-        --timeout-graceful-shutdown 30     # seconds for answers under way at SIGTERM
+        --timeout-graceful-shutdown 30     # seconds for running requests after SIGTERM
 
-MAMBA_JAX_CHECKPOINT names the checkpoint: a step_N or final folder, or a run's output_dir (without
-it: checkpoints/final, here or in the project's folder). MAMBA_JAX_API_KEY is the key that clients
-must send. ``python -m mamba_jax.serve`` has more settings. Each worker holds a model of its own and
-batches its own requests: on a GPU or TPU one worker is what there is room for.
+MAMBA_JAX_CHECKPOINT names the checkpoint: a step_N or final folder, or a run's output_dir (default:
+checkpoints/final, in the current folder or in the project's). MAMBA_JAX_API_KEY is the key that
+clients must send. ``mamba-jax serve`` has more settings. Each worker loads its own copy of the
+model and batches its own requests, so a GPU or TPU usually has memory for one worker only.
 """
 
 import os
@@ -18,7 +18,7 @@ from mamba_jax.errors import UserError
 
 _VARIABLE = "MAMBA_JAX_CHECKPOINT"
 _DEFAULT = pathlib.Path("checkpoints/final")
-_STARTUP_FAILURE = 3  # by which uvicorn knows that a worker is not worth starting again
+_STARTUP_FAILURE = 3  # tells uvicorn not to restart the worker
 
 
 def _checkpoint() -> str:
@@ -27,7 +27,9 @@ def _checkpoint() -> str:
     for folder in (pathlib.Path.cwd(), pathlib.Path(__file__).parents[1]):
         if (folder / _DEFAULT).is_dir():
             return str(folder / _DEFAULT)
-    raise UserError(f"there is no {_DEFAULT}; name a checkpoint: {_VARIABLE}=DIR uvicorn api:app …")
+    raise UserError(
+        f"{_DEFAULT} does not exist; name a checkpoint: {_VARIABLE}=DIR uvicorn api:app …"
+    )
 
 
 def _open():

@@ -1,4 +1,4 @@
-"""Serves a trained model over HTTP: text, OpenAI's API, and a page to chat on.
+"""Serves a trained model over HTTP: plain text, OpenAI's API, and a chat page.
 
 python -m mamba_jax.serve --checkpoint checkpoints/quickstart --port 8000
 curl localhost:8000/generate -H "Content-Type: application/json" -d '{"prompt": "import os"}'
@@ -27,25 +27,28 @@ def main(argv: list[str]) -> int:
 
 
 def need_packages() -> None:
-    """Checks what a server is made of.
+    """Checks the packages that a server needs.
 
     Raises:
-      UserError: if something of it is not installed.
+      UserError: if one is not installed.
     """
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         need(module, "serve")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="mamba-jax serve",
         description="Serve a trained model over HTTP: /generate, OpenAI's /v1/completions and "
-        "/v1/chat/completions, and a page to chat on at /.",
+        "/v1/chat/completions, and a chat page at /.",
     )
     add_arguments(parser)
     parser.add_argument(
-        "--max_connections", type=int, default=1_024, help="at a time; more get 503 (default: 1024)"
+        "--max_connections",
+        type=int,
+        default=1_024,
+        help="open connections; further ones get 503 (default: 1024)",
     )
     return parser.parse_args(argv)
 
@@ -56,33 +59,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="a step_N or final folder, or a run's output_dir: its newest intact checkpoint",
+        help="a step_N or final folder, or a run's output_dir for its newest intact checkpoint",
     )
     for name, type_, default, about in (
-        ("--host", str, "127.0.0.1", "this machine alone; 0.0.0.0: every network"),
-        ("--port", int, 8000, "0: any free one"),
-        ("--model_name", str, None, "what clients call the model; default: its config's name"),
-        ("--max_batch", int, Settings.max_batch, "sequences at a time"),
-        ("--max_queue", int, Settings.max_queue, "requests that may wait besides; more get 429"),
+        ("--host", str, "127.0.0.1", "address to listen on; 0.0.0.0: all networks"),
+        ("--port", int, 8000, "port to listen on; 0: any free one"),
+        (
+            "--model_name",
+            str,
+            None,
+            "what clients call the model (default: the name in its config)",
+        ),
+        ("--max_batch", int, Settings.max_batch, "sequences prefilled or decoded at the same time"),
+        (
+            "--max_queue",
+            int,
+            Settings.max_queue,
+            "how many more requests may wait; further ones get 429",
+        ),
         (
             "--prefix_cache_mb",
             int,
             Settings.prefix_cache_mb,
-            "for states at the beginnings of prompts; 0: none",
+            "size limit of the prefix cache in MiB; 0 disables it",
         ),
         (
             "--max_prompt_tokens",
             int,
             Settings.max_prompt_tokens,
-            "of a request, whose body may have 128 bytes for each",
+            "longest prompt, in tokens; the body may have 128 bytes per token",
         ),
-        ("--max_tokens", int, Settings.max_tokens, "of an answer; who asks for more gets so many"),
-        ("--timeout_secs", float, Settings.timeout_secs, "from a request's arrival to its end"),
+        (
+            "--max_tokens",
+            int,
+            Settings.max_tokens,
+            "longest answer, in tokens; larger requests are reduced to it",
+        ),
+        (
+            "--timeout_secs",
+            float,
+            Settings.timeout_secs,
+            "time limit from a request's arrival to its end",
+        ),
         (
             "--drain_secs",
             float,
             Settings.drain_secs,
-            "that requests under way are given at SIGTERM",
+            "how long running requests may continue after SIGTERM",
         ),
     ):
         about += "" if default is None else " (default: %(default)s)"
@@ -90,27 +113,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api_key",
         metavar="KEY",
-        help=f"that clients must send as 'Authorization: Bearer KEY' (default: ${KEY_VARIABLE}, "
-        "which other users of the machine cannot see; none: everybody may ask)",
+        help=f"clients must send it as 'Authorization: Bearer KEY' (default: ${KEY_VARIABLE}, "
+        "which other users of the machine cannot see; without either, no key is needed)",
     )
     parser.add_argument(
         "--cors_origin",
         action="append",
         dest="cors_origins",
         metavar="ORIGIN",
-        help="whose pages may ask from a browser, such as https://example.com; repeatable; "
-        "'*': all (default: none but the server's own page)",
+        help="site whose pages may send requests from a browser, such as https://example.com; "
+        "repeatable; '*': all (default: none but the server's own page)",
     )
     parser.add_argument(
         "--scan",
         metavar="NAME",
-        help="of the implementation of the selective scan: auto, sequential, chunked, … "
+        help="implementation of the selective scan: auto, sequential, chunked, … "
         "(default: the checkpoint's)",
     )
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Returns the settings that arguments give, with the key of the environment."""
+    """Returns the settings in the arguments, with the API key of the environment."""
     values: dict[str, Any] = vars(arguments)
     given = {name: values[name] for name in Settings.__dataclass_fields__}
     given["cors_origins"] = tuple(given["cors_origins"] or ())
@@ -119,7 +142,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until a signal comes."""
+    """Serves until a signal arrives."""
     import uvicorn
 
     from mamba_jax.serving.server import open_app
@@ -128,7 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
     log = lambda line: print(line, file=sys.stderr, flush=True)
     if arguments.max_connections < 1:
         raise UserError(f"max_connections={arguments.max_connections} must be at least 1")
-    listening = _listen(arguments.host, arguments.port)  # before a large checkpoint is read
+    listening = _listen(arguments.host, arguments.port)  # before loading a large checkpoint
     app = open_app(settings_of(arguments), log)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -140,24 +163,24 @@ def run(arguments: argparse.Namespace) -> int:
         )
     )
     try:
-        # uvicorn raises the signal that stopped it once more when all is done.
+        # uvicorn raises the signal that stopped it again after shutdown.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        listening.listen(128)  # whoever reads the next line and connects at once is served
+        listening.listen(128)  # a client may connect as soon as the next line is printed
         host, port = listening.getsockname()[:2]
         log(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
         server.run(sockets=[listening])
     except KeyboardInterrupt:
         return 130
     finally:
-        app.state.engine.close()  # if a signal came before uvicorn listened to signals
+        app.state.engine.close()  # if a signal arrived before uvicorn handled signals
     return 0
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Returns a socket to listen on; until it does, who connects is refused.
+    """Returns a bound socket; it refuses connections until it listens.
 
     Raises:
-      UserError: if that is not possible.
+      UserError: if the address cannot be bound.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -167,7 +190,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot listen on --host {host} --port {port}: {reason}; give others"
+            f"cannot listen on --host {host} --port {port}: {reason}; choose another host or port"
         ) from error
     return listening
 

@@ -1,4 +1,4 @@
-"""The server's paths: this project's ``/generate``, OpenAI's ``/v1/…``, and those that watch it."""
+"""The server's paths: ``/generate``, OpenAI's ``/v1/…``, and monitoring."""
 
 import asyncio
 import contextlib
@@ -14,9 +14,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from mamba_jax.errors import UserError
-from mamba_jax.serving.answers import Answer, GenerateAnswer, error
+from mamba_jax.serving.auth import AuthAndLimits
 from mamba_jax.serving.engine import Closed, Engine, QueueFull, WarmingUp
-from mamba_jax.serving.guard import Guard
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.page import load_page
 from mamba_jax.serving.protocol import (
@@ -24,20 +23,21 @@ from mamba_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerateRequest,
-    Translator,
+    RequestParser,
     shown,
 )
-from mamba_jax.serving.sequence import Asked, End, Event, Failed
+from mamba_jax.serving.responses import GenerateResponseBuilder, ResponseBuilder, error
+from mamba_jax.serving.sequence import End, Event, Failed, GenerationRequest
 
 _FAILED = {"timeout": 504, "cancelled": 499, "stopping": 503, "error": 500}
 _RETRY_SECS = 1
 _WARM_UP_SECS = 5
 _NO_JSON = "the body is not valid JSON: {}"
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies: pass it on at once
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer
 
 
 class Unserved(Exception):
-    """A request that the engine did not serve."""
+    """The engine did not serve a request."""
 
     def __init__(self, failed: Failed):
         super().__init__(failed.message)
@@ -46,7 +46,7 @@ class Unserved(Exception):
 
 def make_app(
     engine: Engine,
-    translator: Translator,
+    parser: RequestParser,
     metrics: Metrics,
     *,
     model_name: str,
@@ -58,14 +58,14 @@ def make_app(
     """Makes the application; its ``state`` holds the engine.
 
     Args:
-      engine: started by whoever calls.
-      translator: of the engine's model.
+      engine: started by the caller.
+      parser: for the engine's model.
       metrics: the engine's observer.
       model_name: what clients call the model.
-      api_key: that clients must send; None: none.
-      cors_origins: whose pages may ask from a browser.
-      max_body_bytes: of a request.
-      on_stop: is called when the server has stopped.
+      api_key: clients must send it; None: no key is needed.
+      cors_origins: whose pages may send requests from a browser.
+      max_body_bytes: size limit of a request's body.
+      on_stop: called when the server has stopped.
     """
 
     @contextlib.asynccontextmanager
@@ -74,8 +74,10 @@ def make_app(
         on_stop()
 
     app = FastAPI(title="mamba_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics)
-    if cors_origins:  # around the guard: browsers ask without the key first, and read its errors
+    app.add_middleware(
+        AuthAndLimits, api_key=api_key, max_body_bytes=max_body_bytes, metrics=metrics
+    )
+    if cors_origins:  # outermost: preflight requests carry no key; errors need the headers, too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=cors_origins,
@@ -125,28 +127,34 @@ def make_app(
     @app.post("/generate")
     async def generate(body: GenerateRequest, request: Request) -> Response:
         _check_model(body.model, model_name)
-        asked = await asyncio.to_thread(translator.generate, body)
-        return await _respond(engine, asked, GenerateAnswer(), request, bool(body.stream))
+        requests = await asyncio.to_thread(parser.generate, body)
+        return await _respond(
+            engine, requests, GenerateResponseBuilder(), request, bool(body.stream)
+        )
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check_model(body.model, model_name)
-        asked = await asyncio.to_thread(translator.completion, body)
-        answer = Answer(
+        requests = await asyncio.to_thread(parser.completion, body)
+        builder = ResponseBuilder(
             "completion",
             model_name,
             engine.tokenizer,
-            asked,
+            requests,
             echo=bool(body.echo),
         )
-        return await _respond(engine, asked, answer, request, bool(body.stream), body.with_usage)
+        return await _respond(
+            engine, requests, builder, request, bool(body.stream), body.with_usage
+        )
 
     @app.post("/v1/chat/completions")
     async def chats(body: ChatRequest, request: Request) -> Response:
         _check_model(body.model, model_name)
-        asked = await asyncio.to_thread(translator.chat, body)
-        answer = Answer("chat", model_name, engine.tokenizer, asked)
-        return await _respond(engine, asked, answer, request, bool(body.stream), body.with_usage)
+        requests = await asyncio.to_thread(parser.chat, body)
+        builder = ResponseBuilder("chat", model_name, engine.tokenizer, requests)
+        return await _respond(
+            engine, requests, builder, request, bool(body.stream), body.with_usage
+        )
 
     return app
 
@@ -155,92 +163,97 @@ def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "mamba_jax"}
 
 
-def _check_model(asked: str | None, name: str) -> None:
-    if asked is not None and asked != name:
+def _check_model(requested: str | None, name: str) -> None:
+    if requested is not None and requested != name:
         raise BadRequest(
-            f"there is no model {asked!r} here; this is {name!r}", "model", "model_not_found", 404
+            f"model {requested!r} does not exist; this server has {name!r}",
+            "model",
+            "model_not_found",
+            404,
         )
 
 
 async def _respond(
     engine: Engine,
-    asked: list[Asked],
-    answer: Answer | GenerateAnswer,
+    requests: list[GenerationRequest],
+    builder: ResponseBuilder | GenerateResponseBuilder,
     request: Request,
     stream: bool,
     usage: bool = False,
 ) -> Response:
     if not stream:
-        events = await _all(engine, asked, request)
-        # Not on the loop: with the log-probabilities of a long prompt it is megabytes.
-        return await asyncio.to_thread(lambda: _json(answer.whole(events)))
-    # Before the response begins: a full queue must still become a status.
-    events = _submit(engine, asked, request)
+        events = await _collect(engine, requests, request)
+        # In a thread: with the logprobs of a long prompt it is megabytes.
+        return await asyncio.to_thread(lambda: _json(builder.whole(events)))
+    # Before the response starts, so that a full queue still becomes a status.
+    events = _submit(engine, requests, request)
 
     async def lines() -> AsyncIterator[bytes]:
-        for chunk in answer.first():
+        for chunk in builder.first_chunks():
             yield _line(chunk)
         async with contextlib.aclosing(events):
             async for choice, event in events:
                 if isinstance(event, Failed):
                     yield _line(error(event.message, "server_error", code=event.reason))
                     return
-                for chunk in answer.chunks(choice, event):
+                for chunk in builder.chunks(choice, event):
                     yield _line(chunk)
-        if usage and isinstance(answer, Answer):
-            yield _line(answer.usage_chunk())
+        if usage and isinstance(builder, ResponseBuilder):
+            yield _line(builder.usage_chunk())
         yield b"data: [DONE]\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers=_HEADERS)
 
 
-async def _all(engine: Engine, asked: list[Asked], request: Request) -> list[list[Event]]:
-    """Returns all events of each request.
+async def _collect(
+    engine: Engine, requests: list[GenerationRequest], request: Request
+) -> list[list[Event]]:
+    """Returns all events of each generation request.
 
     Raises:
       Unserved: if one of them failed.
     """
-    collected: list[list[Event]] = [[] for _ in asked]
-    async with contextlib.aclosing(_submit(engine, asked, request)) as events:
-        async for place, event in events:
+    collected: list[list[Event]] = [[] for _ in requests]
+    async with contextlib.aclosing(_submit(engine, requests, request)) as events:
+        async for index, event in events:
             if isinstance(event, Failed):
                 raise Unserved(event)
-            collected[place].append(event)
+            collected[index].append(event)
     return collected
 
 
 def _submit(
-    engine: Engine, asked: list[Asked], request: Request
+    engine: Engine, requests: list[GenerationRequest], request: Request
 ) -> AsyncGenerator[tuple[int, Event]]:
-    """Submits requests; returns their events as they come. Whoever stops listening, or whose
-    client goes, ends them.
+    """Submits requests; returns their events as they come. Closing the generator, or a client that
+    disconnects, cancels them.
 
     Raises:
-      QueueFull, Closed: as of ``Engine.submit``.
+      QueueFull, WarmingUp, Closed: see ``Engine.submit``.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def deliver(place: int, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            loop.call_soon_threadsafe(queue.put_nowait, (place, event))
+    def deliver(index: int, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: the server has stopped
+            loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
-    sequences = engine.submit(asked, deliver)
+    sequences = engine.submit(requests, deliver)
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         engine.cancel(sequences)
 
-    watching = asyncio.create_task(watch())  # now: the events may never be asked for
+    watching = asyncio.create_task(watch())  # now: the generator may never be started
 
     async def events() -> AsyncGenerator[tuple[int, Event]]:
         try:
             n_open = len(sequences)
             while n_open:
-                place, event = await queue.get()
+                index, event = await queue.get()
                 n_open -= isinstance(event, End | Failed)
-                yield place, event
+                yield index, event
         finally:
             watching.cancel()
             engine.cancel(sequences)
@@ -249,7 +262,7 @@ def _submit(
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Gives every error OpenAI's form."""
+    """Converts every error to OpenAI's form."""
 
     def handle(of: type[Exception] | int, answer: Callable[[Request, Any], Response]) -> None:
         async def handler(request: Request, exception: Exception) -> Response:
@@ -261,11 +274,14 @@ def _answer_errors(app: FastAPI) -> None:
     handle(UserError, lambda _, e: _json(error(str(e)), 400))
     handle(RequestValidationError, _invalid)
     handle(HTTPException, _refused)
-    handle(QueueFull, lambda *_: _later(429, "as many requests wait as may", "queue_full"))
+    handle(QueueFull, lambda *_: _later(429, "the waiting queue is full", "queue_full"))
     handle(
         WarmingUp,
         lambda *_: _later(
-            503, "the server is warming up: it compiles its programs", "warming_up", _WARM_UP_SECS
+            503,
+            "the server is warming up: it is compiling its programs",
+            "warming_up",
+            _WARM_UP_SECS,
         ),
     )
     handle(Closed, lambda *_: _later(503, "the server is stopping", "stopping"))
@@ -278,15 +294,15 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _refused(request: Request, exception: HTTPException) -> Response:
-    """Answers what the framework itself refuses."""
+    """Converts errors of the framework itself."""
     path, headers = request.url.path, dict(exception.headers or {})
     message = str(exception.detail)
     if exception.status_code == 404:
-        message = f"there is no path {path}"
+        message = f"path {path} does not exist"
     elif exception.status_code == 405:
         headers["Allow"] = headers["Allow"].replace("GET", "GET, HEAD")
-        message = f"{path} does not take {request.method}; it takes {headers['Allow']}"
-    elif exception.__cause__:  # of a body that Python's json cannot read
+        message = f"{path} does not support {request.method}; use {headers['Allow']}"
+    elif exception.__cause__:  # a body that Python's json cannot parse
         message = _NO_JSON.format(exception.__cause__)
     return _json(error(message), exception.status_code, headers)
 
@@ -306,9 +322,9 @@ def _invalid(request: Request, exception: RequestValidationError) -> Response:
     elif field is not None:
         message = message.removeprefix("Value error, ")
         message = f"{field}: {message[0].lower()}{message[1:]}, not {shown(value)}"
-    elif isinstance(value, bytes):  # the framework did not try to read it
+    elif isinstance(value, bytes):  # the framework did not parse it
         status, given = 415, request.headers.get("content-type")
-        given = f"Content-Type is {given}" if given else "there is no Content-Type"
+        given = f"Content-Type is {given}" if given else "Content-Type is missing"
         message = f"{given}; send JSON as Content-Type: application/json"
     else:
         message = f"the body must be a JSON object, not {shown(value)}"
@@ -325,7 +341,7 @@ def _retry(secs: int) -> dict[str, str]:
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    # Escapes: a prompt may hold lone surrogates, which UTF-8 has no bytes for.
+    # ASCII escapes: a prompt may hold lone surrogates, which UTF-8 cannot encode.
     return Response(json.dumps(content), status, headers, "application/json")
 
 

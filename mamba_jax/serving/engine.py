@@ -1,11 +1,11 @@
-"""Continuous batching: one thread that reads prompts piece by piece and decodes all rows together.
+"""Continuous batching: one thread prefills prompts chunk by chunk and decodes all slots together.
 
-    waiting  →  reading  →  decoding  →  ended
+    waiting  →  prefilling  →  decoding  →  ended
 
-Each round reads up to a budget of prompt tokens, in turns over the prompts under way, then chooses
-one token for every decoding row. Sequences join when their prompt is read and leave when their
-text ends; neither waits for the others. What a request is told does not depend on its company, up
-to the rounding of a batched matmul.
+Each round prefills up to a budget of prompt tokens, round-robin over the prompts in progress, then
+samples one token for every decoding slot. A sequence takes a slot when its prompt is prefilled and
+frees it when its text ends; neither waits for the others. Output does not depend on which other
+requests share the batch, up to the rounding of a batched matmul.
 
 The device is one step ahead of the host: while tokens are turned into text, the next are made.
 """
@@ -24,31 +24,38 @@ import numpy as np
 from mamba_jax.errors import UserError, first_line
 from mamba_jax.generation.ensemble import Model
 from mamba_jax.generation.generate import prepare
-from mamba_jax.serving import rows as device
+from mamba_jax.serving import slots as device
+from mamba_jax.serving.batched_sampling import batch_sampling
 from mamba_jax.serving.observer import Observer
 from mamba_jax.serving.prefix_cache import PrefixCache
-from mamba_jax.serving.row_sampling import choosing_of
-from mamba_jax.serving.rows import Rows
-from mamba_jax.serving.sequence import Asked, Event, Failed, Scored, Sequence, Told
+from mamba_jax.serving.sequence import (
+    Event,
+    Failed,
+    GenerationRequest,
+    PromptLogprobs,
+    Sequence,
+    TokenLogprob,
+)
+from mamba_jax.serving.slots import Slots
 from mamba_jax.serving.warm_up import WarmUp
 
-PIECE_TOKENS = device.PIECES[0]  # at most read of all prompts between two decoding steps
-_MULTIPLE = device.SCORED_PIECES[-1]  # to which a prompt that nothing precedes is padded
-KEEP_TOKENS = 16  # of an answer, from one snapshot of it to the next
-_Snapshots = list[tuple[Sequence, Rows]]
+PREFILL_BUDGET_TOKENS = device.PREFILL_CHUNKS[0]  # of all prompts, between two decoding steps
+_PAD_MULTIPLE = device.LOGPROB_CHUNKS[-1]  # a prompt without a cached prefix is padded to it
+CACHE_EVERY_TOKENS = 16  # of an answer: how often its state is added to the prefix cache
+_Extracted = list[tuple[Sequence, Slots]]
 _log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The waiting queue is full."""
 
 
 class Closed(Exception):
-    """The engine takes no more requests."""
+    """The engine accepts no more requests."""
 
 
 class WarmingUp(Exception):
-    """The engine does not serve yet: it compiles its programs."""
+    """The engine is not ready: it is still compiling its programs."""
 
 
 class Engine:
@@ -65,19 +72,19 @@ class Engine:
         observer: Observer | None = None,
         log: Callable[[str], None] = _log.info,
     ):
-        """Takes a model; ``start`` begins to serve.
+        """Prepares a model; ``start`` starts serving.
 
         Args:
           model: in memory.
-          max_batch: sequences that are read or decoded at a time.
-          max_queue: requests that may wait besides.
-          prefix_cache_bytes: for snapshots of states; 0: none.
+          max_batch: sequences prefilled or decoded at the same time.
+          max_queue: how many more requests may wait.
+          prefix_cache_bytes: size limit of the prefix cache; 0 disables it.
           timeout_secs: from a request's arrival to its end.
-          observer: is told what happens.
-          log: is told in a line when it serves.
+          observer: receives the engine's events.
+          log: receives one line when the engine is ready.
 
         Raises:
-          UserError: if a number cannot work.
+          UserError: if a setting is out of range.
         """
         for name, value, least in (
             ("max_batch", max_batch, 1),
@@ -90,18 +97,18 @@ class Engine:
             raise UserError(f"timeout_secs={timeout_secs} must be above 0")
         self.tokenizer = model.tokenizer
         self.max_batch = max_batch
-        # The numbers of rows that programs are compiled for.
-        self._counts = [1 << i for i in range((max_batch - 1).bit_length())] + [max_batch]
+        # The batch sizes that programs are compiled for.
+        self._slot_counts = [1 << i for i in range((max_batch - 1).bit_length())] + [max_batch]
         self.ready = threading.Event()
         (self._params,), _ = prepare((model,))
-        self._how: dict[str, Any] = {
+        self._model_args: dict[str, Any] = {
             "config": model.config,
             "vocab_size": model.tokenizer.vocab_size,
         }
         self._max_queue = max_queue
         self._timeout_secs = timeout_secs
         self._observer = observer or Observer()
-        self._say = log
+        self._report = log
         self._prefixes = PrefixCache(prefix_cache_bytes)
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._changed = threading.Condition()
@@ -109,63 +116,67 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._closing = False
         self._drain_until = float("inf")
-        # Of the thread alone:
-        self._reading: deque[Sequence] = deque()
-        self._rests: deque[np.ndarray] = deque(maxlen=max_batch)  # ends of answers to be read
-        self._places: list[Sequence | None] = [None]  # row → its sequence
-        self._rows = device.empty(**self._how, n_rows=1)
-        self._under_way: tuple[list[Sequence | None], jax.Array, Any, _Snapshots] | None = None
-        self.warm_up = WarmUp(self._params, self._how, self._counts)
+        # Used by the engine thread only:
+        self._prefilling: deque[Sequence] = deque()
+        self._tails: deque[np.ndarray] = deque(
+            maxlen=max_batch
+        )  # answers whose last tokens are to be prefilled
+        self._sequences: list[Sequence | None] = [None]  # slot → its sequence
+        self._slots = device.empty(**self._model_args, n_slots=1)
+        self._in_flight: tuple[list[Sequence | None], jax.Array, Any, _Extracted] | None = None
+        self.warm_up = WarmUp(self._params, self._model_args, self._slot_counts)
 
     # Called by any thread.
 
     def start(self, warm_up: bool = True) -> None:
         """Starts the thread; ``ready`` is set when all programs are compiled.
 
-        Without ``warm_up`` it is at once, and programs are compiled when they are needed.
+        Without ``warm_up``, ``ready`` is set at once and programs are compiled on first use.
         """
         if not warm_up:
             self.ready.set()
         self._thread.start()
 
-    def submit(self, asked: list[Asked], deliver: Callable[[int, Event], None]) -> list[Sequence]:
+    def submit(
+        self, requests: list[GenerationRequest], deliver: Callable[[int, Event], None]
+    ) -> list[Sequence]:
         """Queues requests, all or none.
 
         Args:
-          asked: the requests.
-          deliver: is called, by the engine's thread, with the place of a request and its next
-            event. It must not block. The last event of each is ``End`` or ``Failed``.
+          requests: to serve.
+          deliver: the engine thread calls it with the index of a request and its next event. It
+            must not block. The last event of each request is ``End`` or ``Failed``.
 
         Returns:
-          What ``cancel`` takes.
+          One sequence per request, for ``cancel``.
 
         Raises:
-          UserError: if there is never room for so many.
-          QueueFull: if there is none now; try again later.
+          UserError: if there are more requests than batch and queue can ever hold.
+          QueueFull: if the waiting queue is full; try again later.
           WarmingUp: before ``ready`` is set.
           Closed: after ``close``.
         """
         most = self.max_batch + self._max_queue
-        if len(asked) > most:
+        if len(requests) > most:
             raise UserError(
-                f"{len(asked)} texts at once are above the {most} that fit; ask for fewer"
+                f"too many texts in one request: {len(requests)}; request at most {most}"
             )
         made = [
             Sequence(
                 each,
-                functools.partial(deliver, place),
+                functools.partial(deliver, index),
                 self._observer.ended,
                 self.tokenizer,
                 self._timeout_secs,
             )
-            for place, each in enumerate(asked)
+            for index, each in enumerate(requests)
         ]
         with self._changed:
             if self._closing:
                 raise Closed
             if not self.ready.is_set():
                 raise WarmingUp
-            # What has a free row does not really wait.
+            # Requests for which a slot is free do not count as waiting.
             free = max(self.max_batch - self._n_served(), 0)
             if len(self._waiting) + len(made) > self._max_queue + free:
                 raise QueueFull
@@ -174,14 +185,14 @@ class Engine:
         return made
 
     def cancel(self, sequences: list[Sequence]) -> None:
-        """Ends requests as soon as may be; those that have ended already stay as they are."""
+        """Ends requests as soon as possible; has no effect on those that have ended."""
         with self._changed:
             for sequence in sequences:
                 sequence.cancelled = True
             self._changed.notify()
 
     def close(self, drain_secs: float = 0.0) -> None:
-        """Takes no more requests, lets those under way end for so long, then ends the thread."""
+        """Refuses new requests, lets running ones end within ``drain_secs``, ends the thread."""
         with self._changed:
             self._closing = True
             self._drain_until = time.monotonic() + drain_secs
@@ -191,7 +202,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the engine thread is running."""
         return self._thread.is_alive()
 
     # The thread.
@@ -204,20 +215,20 @@ class Engine:
                     return
                 done = self.warm_up.n_compiled, self.warm_up.secs
                 self._observer.warmed_up(*done)
-                self._say("ready: compiled {} programs in {:.1f} s".format(*done))
+                self._report("ready: compiled {} programs in {:.1f} s".format(*done))
                 self.ready.set()
             while self._round():
                 pass
         except Exception as error:
-            _log.exception("the engine has stopped")
+            _log.exception("the engine stopped")
             with self._changed:
                 self._closing = True
                 waiting = [*self._waiting]
                 self._waiting.clear()
-            self._fail_all(f"the engine has stopped: {first_line(error)}", waiting)
+            self._fail_all(f"the engine stopped: {first_line(error)}", waiting)
 
     def _round(self) -> bool:
-        """Serves a little; False at the end."""
+        """Runs one round; returns False when the engine is closed and all requests have ended."""
         with self._changed:
             while not (self._waiting or self._busy()):
                 if self._closing:
@@ -226,182 +237,193 @@ class Engine:
             for sequence in [s for s in self._waiting if self._is_over(s)]:
                 self._waiting.remove(sequence)
             while self._waiting and self._n_served() < self.max_batch:
-                self._reading.append(self._waiting.popleft())
+                self._prefilling.append(self._waiting.popleft())
             n_waiting = len(self._waiting)
-            if self._rests and not (self._reading or self._waiting or self._closing):
-                self._read_rest()
+            is_idle = not (self._prefilling or n_waiting or self._closing)
         try:
-            self._drop()
-            self._read_pieces()
+            if self._tails and is_idle:
+                self._start_tail()
+            self._release()
+            self._prefill_round()
             self._step()
-        except Exception as error:  # out of memory, above all: these requests fail, others may not
+        except Exception as error:  # mostly out of memory: later requests may succeed
             _log.exception("a step failed")
             self._fail_all(f"the step failed: {first_line(error)}")
         self._observer.round(
-            n_waiting, len(self._reading), self._n_decoding(), self._prefixes.bytes
+            n_waiting,
+            self._n_served() - self._n_decoding(),
+            self._n_decoding(),
+            self._prefixes.bytes,
         )
         return True
 
     def _busy(self) -> bool:
-        has_rests = self._rests and not self._closing
-        return bool(self._reading or self._n_decoding() or self._under_way or has_rests)
+        has_tails = self._tails and not self._closing
+        return bool(self._prefilling or self._n_decoding() or self._in_flight or has_tails)
 
     def _n_decoding(self) -> int:
-        return sum(sequence is not None for sequence in self._places)
+        return sum(sequence is not None for sequence in self._sequences)
 
     def _n_served(self) -> int:
-        """How many sequences that somebody waits for are read or decoded."""
-        return sum(not sequence.is_rest for sequence in self._reading) + self._n_decoding()
+        """The number of client requests being prefilled or decoded."""
+        return sum(not sequence.is_tail for sequence in self._prefilling) + self._n_decoding()
 
     def _is_over(self, sequence: Sequence) -> bool:
-        """Ends a sequence that nobody waits for any more, or that has waited too long."""
+        """Ends a sequence that was cancelled or timed out; returns whether it has ended."""
         if sequence.ended:
             return True
         if sequence.cancelled:
-            sequence.end(Failed("cancelled", "the client has gone"))
+            sequence.end(Failed("cancelled", "the client disconnected"))
         elif time.monotonic() > self._drain_until:
             sequence.end(Failed("stopping", "the server is stopping"))
         elif time.monotonic() > sequence.deadline:
-            sequence.end(Failed("timeout", "the request took longer than the server allows"))
+            sequence.end(Failed("timeout", f"the request timed out after {self._timeout_secs:g} s"))
         return sequence.ended
 
-    def _drop(self) -> None:
-        """Frees the places of those that are over."""
-        for sequence in [s for s in self._reading if self._is_over(s)]:
-            self._reading.remove(sequence)
-        for place, sequence in enumerate(self._places):
+    def _release(self) -> None:
+        """Frees the slots of sequences that are over."""
+        for sequence in [s for s in self._prefilling if self._is_over(s)]:
+            self._prefilling.remove(sequence)
+        for slot, sequence in enumerate(self._sequences):
             if sequence is not None and self._is_over(sequence):
-                self._places[place] = None
+                self._sequences[slot] = None
 
-    def _read_pieces(self) -> None:
-        """Reads prompts in turns, up to the budget of a round, and lets those read join."""
-        budget = PIECE_TOKENS
-        while self._reading and budget > 0:
-            sequence = self._reading[0]  # until all has gone well: a failure must find it here
-            if sequence.row is None and any(
-                other.row is not None and other.asked.tokens is sequence.asked.tokens
-                for other in self._reading
+    def _prefill_round(self) -> None:
+        """Prefills prompts round-robin, up to the budget; inserts complete ones into the batch."""
+        budget = PREFILL_BUDGET_TOKENS
+        while self._prefilling and budget > 0:
+            sequence = self._prefilling[0]  # removed on success only, so that _fail_all finds it
+            if sequence.state is None and any(
+                other.state is not None and other.request.tokens is sequence.request.tokens
+                for other in self._prefilling
             ):
-                # Another choice of the same prompt, whose snapshot will do for this one.
-                self._reading.rotate(-1)
+                # Another choice of the same prompt is being prefilled: wait for its cache entry.
+                self._prefilling.rotate(-1)
                 continue
-            budget -= self._read_piece(sequence, budget)
-            if sequence.n_read < len(sequence.asked.tokens):
-                self._reading.rotate(-1)
+            budget -= self._prefill_chunk(sequence, budget)
+            if sequence.n_prefilled < len(sequence.request.tokens):
+                self._prefilling.rotate(-1)
                 continue
-            if sequence.scored:
-                sequence.tell(Scored(tuple(sequence.scored)))
-            if sequence.asked.max_tokens:
-                self._join(sequence)
+            if sequence.prompt_logprobs:
+                sequence.emit(PromptLogprobs(tuple(sequence.prompt_logprobs)))
+            if sequence.request.max_tokens:
+                self._insert(sequence)
             else:
-                sequence.finish_unasked()
-            self._reading.popleft()
+                sequence.finish_without_tokens()
+            self._prefilling.popleft()
 
-    def _read_piece(self, sequence: Sequence, budget: int) -> int:
-        """Reads the next piece of a prompt, of up to ``budget`` tokens; returns how many."""
-        asked = sequence.asked
-        row = sequence.row
-        if row is None:
-            if not asked.score_prompt:
-                found = self._prefixes.find(asked.tokens)
-                row, sequence.n_read, sequence.cut = found.row, found.n_tokens, found.n_common
-                sequence.n_cached = sequence.n_read
-                sequence.continues_answer = found.is_answer
-            row = row or device.empty(**self._how, n_rows=1)
-            sequence.row = row
-        start = sequence.n_read
-        # A marker alone predicts a prompt's first token, and nothing the marker.
-        stop = sequence.cut if sequence.cut > start else len(asked.tokens)
-        if stop == start:  # the whole prompt was there
+    def _prefill_chunk(self, sequence: Sequence, budget: int) -> int:
+        """Prefills the next chunk of a prompt; returns its length, at most about ``budget``."""
+        request = sequence.request
+        state = sequence.state
+        if state is None:
+            if not request.prompt_logprobs:
+                match = self._prefixes.find(request.tokens)
+                state = match.state
+                sequence.n_prefilled, sequence.branch_at = match.n_tokens, match.n_common
+                sequence.n_cached = sequence.n_prefilled
+                sequence.continues_answer = match.is_answer
+            state = state or device.empty(**self._model_args, n_slots=1)
+            sequence.state = state
+        start = sequence.n_prefilled
+        stop = sequence.branch_at if sequence.branch_at > start else len(request.tokens)
+        if stop == start:  # the whole prompt was cached
             return 0
-        n_padding = -(stop - start) % _MULTIPLE if start == 0 else 0
-        most = min(n_padding + stop - start, max(budget, _MULTIPLE))
-        length = next(length for length in device.PIECES if length <= most)
+        n_padding = -(stop - start) % _PAD_MULTIPLE if start == 0 else 0
+        most = min(n_padding + stop - start, max(budget, _PAD_MULTIPLE))
+        length = next(length for length in device.PREFILL_CHUNKS if length <= most)
         n_new = length - n_padding
-        tokens_bt = np.pad(asked.tokens[None, start : start + n_new], ((0, 0), (n_padding, 0)))
+        tokens_bt = np.pad(request.tokens[None, start : start + n_new], ((0, 0), (n_padding, 0)))
         segments_bt = np.pad(np.ones((1, n_new), np.int32), ((0, 0), (n_padding, 0)))
-        before_bv = row.logits_bv
-        row, x_btd = device.read(self._params, row, tokens_bt, segments_bt, **self._how)
-        if asked.score_prompt:
-            told = device.score(self._params, before_bv, x_btd, tokens_bt, **self._how)
-            told = jax.tree.map(np.asarray, told)
-            sequence.scored += [
-                _told(told, n_padding + i, int(token), asked.logprobs or 0)
+        before_bv = state.logits_bv
+        state, x_btd = device.prefill(
+            self._params, state, tokens_bt, segments_bt, **self._model_args
+        )
+        if request.prompt_logprobs:
+            logprobs = device.chunk_logprobs(
+                self._params, before_bv, x_btd, tokens_bt, **self._model_args
+            )
+            logprobs = jax.tree.map(np.asarray, logprobs)
+            sequence.prompt_logprobs += [
+                _token_logprob(logprobs, n_padding + i, int(token), request.logprobs or 0)
                 if start + i
-                else Told(int(token), None)
-                for i, token in enumerate(asked.tokens[start : start + n_new])
+                else TokenLogprob(int(token), None)
+                for i, token in enumerate(request.tokens[start : start + n_new])
             ]
-        sequence.row = row
-        sequence.n_read += n_new
-        if sequence.n_read in (sequence.cut, len(asked.tokens)) and not asked.score_prompt:
-            is_answer = sequence.is_rest and sequence.n_read == len(asked.tokens)
-            self._prefixes.keep(asked.tokens[: sequence.n_read], row, is_answer=is_answer)
+        sequence.state = state
+        sequence.n_prefilled += n_new
+        if (
+            sequence.n_prefilled in (sequence.branch_at, len(request.tokens))
+            and not request.prompt_logprobs
+        ):
+            is_answer = sequence.is_tail and sequence.n_prefilled == len(request.tokens)
+            self._prefixes.add(request.tokens[: sequence.n_prefilled], state, is_answer=is_answer)
         return length
 
-    def _join(self, sequence: Sequence) -> None:
-        if None not in self._places:
-            self._resize(next(n for n in self._counts if n > len(self._places)))
-        place = self._places.index(None)
-        self._rows = device.put(self._rows, sequence.row, np.int32(place))
-        self._places[place] = sequence
-        sequence.row = None
+    def _insert(self, sequence: Sequence) -> None:
+        if None not in self._sequences:
+            self._resize(next(n for n in self._slot_counts if n > len(self._sequences)))
+        slot = self._sequences.index(None)
+        self._slots = device.insert(self._slots, sequence.state, np.int32(slot))
+        self._sequences[slot] = sequence
+        sequence.state = None
 
-    def _resize(self, n_rows: int) -> None:
-        """Gives the batch another number of rows, moving those in use to the front."""
-        places = [place for place, sequence in enumerate(self._places) if sequence is not None]
-        padding = [0] * (n_rows - len(places))
-        self._rows = device.take(self._rows, np.array(places + padding, np.int32))
-        self._places = [*(self._places[place] for place in places), *[None] * len(padding)]
+    def _resize(self, n_slots: int) -> None:
+        """Changes the number of slots, moving those in use to the front."""
+        used = [slot for slot, sequence in enumerate(self._sequences) if sequence is not None]
+        padding = [0] * (n_slots - len(used))
+        self._slots = device.gather(self._slots, np.array(used + padding, np.int32))
+        self._sequences = [*(self._sequences[slot] for slot in used), *[None] * len(padding)]
 
     def _step(self) -> None:
-        """Starts the next step, then reads the tokens of the one before."""
-        smaller = [n for n in self._counts if n < len(self._places)]
-        # Two sizes down, lest a batch that comes and goes is copied at each step.
+        """Starts the next step, then processes the tokens of the previous one."""
+        smaller = [n for n in self._slot_counts if n < len(self._sequences)]
+        # Two sizes down, so that a batch whose size fluctuates is not copied at every step.
         if len(smaller) > 1 and self._n_decoding() <= smaller[-2]:
             self._resize(smaller[-1])
         started = None
         if self._n_decoding():
-            snapshots: _Snapshots = []
-            started = list(self._places), *self._choose(), snapshots
-            for place, sequence in enumerate(self._places):
+            extracted: _Extracted = []
+            started = list(self._sequences), *self._sample(), extracted
+            for slot, sequence in enumerate(self._sequences):
                 if sequence is not None:
                     sequence.n_chosen += 1
-                    is_last = sequence.n_chosen == sequence.asked.max_tokens
+                    is_last = sequence.n_chosen == sequence.request.max_tokens
                     if self._prefixes.max_bytes and (
-                        is_last or sequence.n_chosen % KEEP_TOKENS == 0
+                        is_last or sequence.n_chosen % CACHE_EVERY_TOKENS == 0
                     ):
-                        snapshots.append((sequence, device.copy(self._rows, np.int32(place))))
+                        extracted.append((sequence, device.extract(self._slots, np.int32(slot))))
                     if is_last:
-                        self._places[place] = None
-        before, self._under_way = self._under_way, started
+                        self._sequences[slot] = None
+        before, self._in_flight = self._in_flight, started
         if before is not None:
-            self._tell(*before)
+            self._finish_step(*before)
 
-    def _choose(self) -> tuple[jax.Array, Any]:
-        """Starts the choice of every row's next token; returns them and their log-probabilities."""
-        tell: Any = np.bool_(_want_logprobs(self._places))
-        choosing = choosing_of(
-            [sequence and sequence.asked for sequence in self._places],
-            [sequence.n_chosen if sequence else 0 for sequence in self._places],
+    def _sample(self) -> tuple[jax.Array, Any]:
+        """Starts sampling the next token of every slot; returns the tokens and their logprobs."""
+        with_logprobs: Any = np.bool_(_want_logprobs(self._sequences))
+        sampling = batch_sampling(
+            [sequence and sequence.request for sequence in self._sequences],
+            [sequence.n_chosen if sequence else 0 for sequence in self._sequences],
         )
-        token_b, told, self._rows = device.step(
-            self._params, self._rows, choosing, tell, **self._how
+        token_b, logprobs, self._slots = device.step(
+            self._params, self._slots, sampling, with_logprobs, **self._model_args
         )
-        return token_b, told
+        return token_b, logprobs
 
-    def _tell(
+    def _finish_step(
         self,
-        places: list[Sequence | None],
+        sequences: list[Sequence | None],
         token_b: jax.Array,
-        told: Any,
-        snapshots: _Snapshots,
+        logprobs: Any,
+        extracted: _Extracted,
     ) -> None:
-        """Gives each sequence its token of a step, and frees the places of those that ended."""
-        rows = {id(sequence): row for sequence, row in snapshots}
+        """Appends a step's tokens to their sequences; frees the slots of those that ended."""
+        states = {id(sequence): state for sequence, state in extracted}
         tokens = np.asarray(token_b).tolist()
-        told = jax.tree.map(np.asarray, told) if _want_logprobs(places) else None
+        logprobs = jax.tree.map(np.asarray, logprobs) if _want_logprobs(sequences) else None
         now = time.monotonic()
-        for place, sequence in enumerate(places):
+        for slot, sequence in enumerate(sequences):
             if sequence is None or sequence.ended:
                 continue
             if sequence.n_new == 0:
@@ -409,56 +431,62 @@ class Engine:
             else:
                 self._observer.next_token(now - sequence.last_time)
             sequence.last_time = now
-            token = tokens[place]
-            n_top = sequence.asked.logprobs
-            sequence.take(Told(token, None) if n_top is None else _told(told, place, token, n_top))
-            self._keep_answer(sequence, rows.get(id(sequence)))
-            if sequence.ended and sequence in self._places:
-                self._places[self._places.index(sequence)] = None
+            token = tokens[slot]
+            n_top = sequence.request.logprobs
+            sequence.append(
+                TokenLogprob(token, None)
+                if n_top is None
+                else _token_logprob(logprobs, slot, token, n_top)
+            )
+            self._cache_answer(sequence, states.get(id(sequence)))
+            if sequence.ended and sequence in self._sequences:
+                self._sequences[self._sequences.index(sequence)] = None
 
-    def _keep_answer(self, sequence: Sequence, row: Rows | None) -> None:
-        """Keeps the state behind an answer, from which the next turn of a chat continues.
+    def _cache_answer(self, sequence: Sequence, state: Slots | None) -> None:
+        """Caches the state after an answer, from which the next turn of a chat continues.
 
-        When the host learns that a text has ended, the device has read one token more. So a row is
-        copied every ``KEEP_TOKENS`` tokens, and the rest is read when nobody waits.
+        When the host finds that a text has ended, the device has already processed one more token.
+        So the state is copied every ``CACHE_EVERY_TOKENS`` tokens, and the last tokens are
+        prefilled when no request waits.
         """
-        is_end_read = len(sequence.new_tokens) < sequence.n_new
-        if row is not None and not is_end_read:
+        ends_document = len(sequence.new_tokens) < sequence.n_new
+        if state is not None and not ends_document:
             tokens = sequence.all_tokens()
-            self._prefixes.keep(tokens, row, is_answer=True, replaces=sequence.kept)
-            sequence.kept = tokens
+            self._prefixes.add(tokens, state, is_answer=True, replaces=sequence.cached_answer)
+            sequence.cached_answer = tokens
         if sequence.ended and self._prefixes.max_bytes:
-            self._rests.append(sequence.all_tokens())
+            self._tails.append(sequence.all_tokens())
 
-    def _read_rest(self) -> None:
-        """Begins to read what an answer holds after its newest snapshot, if that is still kept."""
-        tokens = self._rests.popleft()
-        if 0 < len(tokens) - self._prefixes.find(tokens).n_tokens <= KEEP_TOKENS:
-            rest = Asked(tokens, max_tokens=0)
-            nobody = lambda *_: None
-            sequence = Sequence(rest, nobody, nobody, self.tokenizer, self._timeout_secs)
-            sequence.is_rest = True
-            self._reading.append(sequence)
+    def _start_tail(self) -> None:
+        """Starts to prefill an answer's tokens after its newest cache entry, if it still exists."""
+        tokens = self._tails.popleft()
+        if 0 < len(tokens) - self._prefixes.find(tokens).n_tokens <= CACHE_EVERY_TOKENS:
+            tail = GenerationRequest(tokens, max_tokens=0)
+            ignore = lambda *_: None
+            sequence = Sequence(tail, ignore, ignore, self.tokenizer, self._timeout_secs)
+            sequence.is_tail = True
+            self._prefilling.append(sequence)
 
     def _fail_all(self, why: str, waiting: list[Sequence] | None = None) -> None:
-        """Ends every request under way, and those ``waiting``; nothing of the device's state is
-        trusted any more."""
-        under_way = [*(waiting or ()), *self._reading, *filter(None, self._places)]
-        under_way += filter(None, self._under_way[0] if self._under_way else [])
-        self._reading.clear()
-        self._rests.clear()
+        """Fails every running request and those ``waiting``, and discards all device state."""
+        failed = [*(waiting or ()), *self._prefilling, *filter(None, self._sequences)]
+        failed += filter(None, self._in_flight[0] if self._in_flight else [])
+        self._prefilling.clear()
+        self._tails.clear()
         self._prefixes.clear()
-        self._places, self._under_way = [None], None
-        for sequence in dict.fromkeys(under_way):
+        self._sequences, self._in_flight = [None], None
+        for sequence in dict.fromkeys(failed):
             if not sequence.ended:
                 sequence.end(Failed("error", why))
-        self._rows = device.empty(**self._how, n_rows=1)
+        self._slots = device.empty(**self._model_args, n_slots=1)
 
 
-def _told(told: Any, row: int, token: int, n_top: int) -> Told:
-    top = zip(told.top_ids_bm[row, :n_top].tolist(), told.top_bm[row, :n_top].tolist(), strict=True)
-    return Told(token, float(told.chosen_b[row]), tuple(top))
+def _token_logprob(logprobs: Any, slot: int, token: int, n_top: int) -> TokenLogprob:
+    ids = logprobs.top_ids_bm[slot, :n_top].tolist()
+    values = logprobs.top_bm[slot, :n_top].tolist()
+    top = zip(ids, values, strict=True)
+    return TokenLogprob(token, float(logprobs.chosen_b[slot]), tuple(top))
 
 
-def _want_logprobs(places: list[Sequence | None]) -> bool:
-    return any(s is not None and s.asked.logprobs is not None for s in places)
+def _want_logprobs(sequences: list[Sequence | None]) -> bool:
+    return any(s is not None and s.request.logprobs is not None for s in sequences)

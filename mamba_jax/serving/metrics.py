@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""Prometheus metrics of the server."""
 
 from typing import Any
 
@@ -12,35 +12,46 @@ _TOKEN_SECS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 class Metrics(Observer):
-    """Counters of one server."""
+    """The metrics of one server."""
 
     def __init__(self):
         self._registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self._registry, "namespace": "mamba_jax"}
-        self.responses = Counter("responses", "Of HTTP.", ["path", "status"], **own)
-        self._ended = Counter("generations", "Ended, by reason.", ["reason"], **own)
-        self._prompt = Counter("prompt_tokens", "Of prompts.", **own)
-        self._cached = Counter("cached_prompt_tokens", "Of prompts, found in snapshots.", **own)
-        self._new = Counter("generated_tokens", "Made.", **own)
-        self._continued = Counter(
-            "continued_answers", "Prompts that began with a kept prompt and its answer.", **own
+        self.responses = Counter("responses", "HTTP responses.", ["path", "status"], **own)
+        self._ended = Counter("generations", "Ended generations, by reason.", ["reason"], **own)
+        self._prompt = Counter("prompt_tokens", "Prompt tokens.", **own)
+        self._cached = Counter(
+            "cached_prompt_tokens", "Prompt tokens found in the prefix cache.", **own
         )
-        self._warm_up = Gauge("warm_up_seconds", "Of compiling all programs.", **own)
-        self._programs = Gauge("compiled_programs", "When the server became ready.", **own)
-        self._under_way = {
-            name: Gauge(f"generations_{name}", f"Now {name}.", **own)
-            for name in ("waiting", "reading", "decoding")
+        self._new = Counter("generated_tokens", "Generated tokens.", **own)
+        self._continued = Counter(
+            "continued_answers", "Prompts that continued a cached prompt and its answer.", **own
+        )
+        self._warm_up = Gauge("warm_up_seconds", "Time to compile all programs.", **own)
+        self._programs = Gauge(
+            "compiled_programs", "Programs compiled before the server was ready.", **own
+        )
+        self._in_progress = {
+            name: Gauge(f"generations_{name}", about, **own)
+            for name, about in (
+                ("waiting", "Requests in the waiting queue."),
+                ("reading", "Requests whose prompt is being prefilled."),
+                ("decoding", "Requests that are decoding."),
+            )
         }
-        self._snapshots = Gauge("prefix_cache_bytes", "Of snapshots of states.", **own)
+        self._cache_bytes = Gauge("prefix_cache_bytes", "Size of the prefix cache.", **own)
         self._first = Histogram(
-            "first_token_seconds", "From a request to its first token.", buckets=_SECS, **own
+            "first_token_seconds",
+            "From a request's arrival to its first token.",
+            buckets=_SECS,
+            **own,
         )
         self._next = Histogram(
             "next_token_seconds", "Between two tokens.", buckets=_TOKEN_SECS, **own
         )
 
     def text(self) -> bytes:
-        """Returns all in Prometheus' format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def warmed_up(self, programs: int, secs: float) -> None:
@@ -61,8 +72,8 @@ class Metrics(Observer):
             self._continued.inc(sequence.continues_answer)
         self._new.inc(sequence.n_new)
 
-    def round(self, waiting: int, reading: int, decoding: int, snapshot_bytes: int) -> None:
-        counts = {"waiting": waiting, "reading": reading, "decoding": decoding}
+    def round(self, waiting: int, prefilling: int, decoding: int, cache_bytes: int) -> None:
+        counts = {"waiting": waiting, "reading": prefilling, "decoding": decoding}
         for name, count in counts.items():
-            self._under_way[name].set(count)
-        self._snapshots.set(snapshot_bytes)
+            self._in_progress[name].set(count)
+        self._cache_bytes.set(cache_bytes)

@@ -1,22 +1,22 @@
-"""What an engine tells of its work."""
+"""The events that an engine reports."""
 
 from mamba_jax.serving.sequence import End, Failed, Sequence
 
 
 class Observer:
-    """Is told what happens, by the engine's thread; this one does not listen."""
+    """Receives events from the engine thread; this base class ignores them."""
 
     def warmed_up(self, programs: int, secs: float) -> None:
-        """The engine serves from now on: so many programs took so long to compile."""
+        """The engine is ready: it compiled ``programs`` programs in ``secs``."""
 
     def first_token(self, secs: float) -> None:
-        """A first token came ``secs`` after its request."""
+        """A first token was sampled ``secs`` after its request arrived."""
 
     def next_token(self, secs: float) -> None:
-        """A further token came ``secs`` after the one before it."""
+        """A token was sampled ``secs`` after the previous one."""
 
     def ended(self, sequence: Sequence, event: End | Failed) -> None:
         """A request ended."""
 
-    def round(self, waiting: int, reading: int, decoding: int, snapshot_bytes: int) -> None:
-        """So many requests are under way, and snapshots take so many bytes."""
+    def round(self, waiting: int, prefilling: int, decoding: int, cache_bytes: int) -> None:
+        """A round ended: requests by stage, and the size of the prefix cache."""

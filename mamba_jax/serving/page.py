@@ -1,4 +1,4 @@
-"""The page to chat on, and what a browser may do with it."""
+"""The chat page and its content security policy."""
 
 import base64
 import dataclasses
@@ -9,17 +9,17 @@ from importlib import resources
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A page, and the headers that it is sent with."""
+    """A page and its response headers."""
 
     text: str
     headers: dict[str, str]
 
 
 def load_page() -> Page:
-    """Reads the page.
+    """Loads the page.
 
-    Its policy: the page's own script and style run and nothing else does, such as HTML in a model's
-    answer; it asks its own server alone; no other site shows it in a frame.
+    Its policy: only the page's own script and style run, so HTML in a model's answer never does;
+    the page connects to its own server only; no other site may show it in a frame.
     """
     text = resources.files("mamba_jax.serving").joinpath("assets/chat.html").read_text("utf-8")
     policy = (
@@ -31,13 +31,13 @@ def load_page() -> Page:
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",  # the next version's page must meet the next version's policy
+        "Cache-Control": "no-cache",  # a cached page would not match a newer version's policy
     }
     return Page(text, headers)
 
 
 def _hashes(text: str, tag: str) -> str:
-    """Returns the sources that allow what stands in elements of a page."""
+    """Returns the CSP sources that allow the content of a page's elements."""
     inside = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     digests = (hashlib.sha256(each.encode()).digest() for each in inside)
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)

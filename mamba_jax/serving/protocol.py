@@ -1,7 +1,7 @@
-"""The requests that clients may send: ``/generate``, OpenAI's completions and chats.
+"""Request bodies: ``/generate``, and OpenAI's completions and chat completions.
 
 Unknown fields are ignored, as OpenAI's own servers do for older clients; known fields that this
-server does not offer are refused where they would change the answer. ``null`` is a field left out.
+server does not support are refused where they would change the answer. ``null`` means the default.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from pydantic import (
 
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.generation import chat
-from mamba_jax.serving.rows import TOP_LOGPROBS
-from mamba_jax.serving.sequence import Asked
+from mamba_jax.serving.sequence import GenerationRequest
+from mamba_jax.serving.slots import TOP_LOGPROBS
 
 _MAX_CHOICES = 128  # prompts × n of one request
 _MAX_STOPS = 16
-# As clients name the roles, and as models are trained on them.
+# From clients' names of roles to those that models are trained on.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"} | {
     "tool": "tool",
     "function": "tool",
@@ -45,18 +45,18 @@ def _whole_number(value: Any) -> Any:
 
 _Integer = Annotated[StrictInt, BeforeValidator(_whole_number)]
 _Float = Annotated[float, Strict()]  # no numbers in quotes
-_MaxTokens = Annotated[_Integer, Field(ge=-1, description="-1: as many as the server makes")]
+_MaxTokens = Annotated[_Integer, Field(ge=-1, description="-1: the server's limit")]
 _Temperature = Annotated[_Float, Field(ge=0, le=100)]
 _Seed = Annotated[_Integer, Field(ge=-(2**63), lt=2**64)]
 
 
 class BadRequest(Exception):
-    """What a client can mend.
+    """An error that the client can fix.
 
     Attributes:
       field: of the request.
-      code: OpenAI's word for it, if it has one.
-      status: of HTTP.
+      code: OpenAI's error code, if it has one.
+      status: HTTP status.
     """
 
     def __init__(self, message: str, field: str | None = None, code: str | None = None, status=400):
@@ -66,11 +66,11 @@ class BadRequest(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Of one request.
+    """Limits of one request.
 
     Attributes:
-      prompt_tokens: at most, the marker of a document's beginning included.
-      max_tokens: new ones at most; who asks for more gets so many.
+      prompt_tokens: including the separator that begins a document.
+      max_tokens: new tokens; a larger ``max_tokens`` of a request is reduced to it.
     """
 
     prompt_tokens: int
@@ -79,21 +79,21 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """A prompt as the model reads it.
+    """A tokenised prompt.
 
     Attributes:
       tokens: int32 (t,).
-      marked: whether the first one is a marker put before it.
-      before: those whose text stands before the answer: not what a suffix brings in.
+      separator_added: whether the server added the separator that is the first token.
+      before: the tokens whose text precedes the answer, so without a suffix.
     """
 
     tokens: np.ndarray
-    marked: bool
+    separator_added: bool
     before: np.ndarray
 
 
 def shown(value: Any) -> str:
-    """Returns a client's value for a message, briefly."""
+    """Returns a client's value, shortened for a message."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of length {len(value)}"
     text = json.dumps(value[:60] if isinstance(value, str) else value, ensure_ascii=False)
@@ -101,13 +101,13 @@ def shown(value: Any) -> str:
 
 
 def _all_are(values: Any, of: type) -> bool:
-    """Whether this is a list of values of one type. Pydantic itself would name every element of a
-    long list that is wrong, once for each form that is allowed."""
+    """Whether this is a list of values of one type. Pydantic itself would report each wrong
+    element of a long list, once for each allowed type."""
     return isinstance(values, list) and all(type(value) is of for value in values)
 
 
 class _Sampled(BaseModel):
-    """Fields of every request for text."""
+    """Fields of all requests that generate text."""
 
     model: StrictStr | None = None
     max_tokens: _MaxTokens | None = None
@@ -125,7 +125,7 @@ class _Sampled(BaseModel):
     def _offered(self) -> "_Sampled":
         for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             if getattr(self, name):
-                raise BadRequest(f"{name} is not offered here; leave it out", name)
+                raise BadRequest(f"{name} is not supported; omit it", name)
         return self
 
     @field_validator("stop", mode="plain")
@@ -137,7 +137,7 @@ class _Sampled(BaseModel):
             or (_all_are(stop, str) and len(stop) <= _MAX_STOPS)
         ):
             return stop
-        raise ValueError(f"must be a text or a list of up to {_MAX_STOPS} texts")
+        raise ValueError(f"must be a string or a list of up to {_MAX_STOPS} strings")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -145,19 +145,19 @@ class _Sampled(BaseModel):
 
 
 class GenerateRequest(_Sampled):
-    """A request to ``/generate``; by default 100 tokens at temperature 0.7."""
+    """The body of ``/generate``; defaults to 100 tokens at temperature 0.7."""
 
     prompt: StrictStr
 
 
 class StreamOptions(BaseModel):
-    """What a stream ends with."""
+    """OpenAI's options of a stream."""
 
     include_usage: StrictBool | None = None
 
 
 class _OpenAI(_Sampled):
-    """Fields of OpenAI's completions and chats alike."""
+    """Fields that OpenAI's completions and chat completions share."""
 
     n: Annotated[_Integer, Field(ge=1, le=_MAX_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
@@ -185,20 +185,22 @@ class CompletionRequest(_OpenAI):
             return prompt
         if isinstance(prompt, list) and all(_all_are(ids, int) for ids in prompt):
             return prompt
-        raise ValueError("must be a text, a list of texts, a list of token ids, or a list of those")
+        raise ValueError(
+            "must be a string, a list of strings, a list of token ids, or a list of such lists"
+        )
 
     @model_validator(mode="after")
     def _one_of_n(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise BadRequest(
-                f"best_of={self.best_of} is not offered here; leave it out and give n", "best_of"
+                f"best_of={self.best_of} is not supported; omit it and set n", "best_of"
             )
         if self.suffix is not None and self.echo:
-            raise BadRequest("echo is not offered with a suffix; leave it out", "echo")
+            raise BadRequest("echo is not supported together with suffix; omit one of them", "echo")
         return self
 
 
-# How messages are documented; ``ChatRequest`` checks them by hand, for errors that name the turn.
+# The schema of messages; ``ChatRequest`` checks them by hand, so that errors name the turn.
 _CONTENT = {"type": "string", "description": "or a list of parts of type text"}
 _TURN = {
     "type": "object",
@@ -209,7 +211,7 @@ _MESSAGES = {"type": "array", "minItems": 1, "items": _TURN}
 
 
 class ChatRequest(_OpenAI):
-    """OpenAI's chats."""
+    """OpenAI's chat completions."""
 
     messages: Annotated[list[dict[str, Any]], FailFast(), WithJsonSchema(_MESSAGES)]
     max_completion_tokens: _MaxTokens | None = None
@@ -224,9 +226,9 @@ class ChatRequest(_OpenAI):
     @field_validator("messages")
     @classmethod
     def _as_trained_on(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Checks turns, and names their roles as training does.
+        """Checks the turns and maps their roles to those of training.
 
-        A turn of the assistant may have null for content, and none at all beside calls of tools.
+        An assistant turn may have null content, or no content at all beside tool calls.
         """
         turns = []
         for i, message in enumerate(messages):
@@ -258,27 +260,29 @@ class ChatRequest(_OpenAI):
     def _text_alone(self) -> "ChatRequest":
         for name, choice in (("tools", self.tool_choice), ("functions", self.function_call)):
             if getattr(self, name) and choice != "none":
-                raise BadRequest(f"{name} are not offered here; leave them out", name)
+                raise BadRequest(f"{name} are not supported; omit them", name)
         for name in ("tool_choice", "function_call"):
             if getattr(self, name) not in (None, "none", "auto"):
-                raise BadRequest(f"{name} is not offered here; leave it out", name)
+                raise BadRequest(f"{name} is not supported; omit it", name)
         if self.response_format and self.response_format.get("type", "text") != "text":
-            raise BadRequest("response_format is not offered here; leave it out", "response_format")
+            raise BadRequest(
+                "response_format other than text is not supported; omit it", "response_format"
+            )
         if self.top_logprobs and not self.logprobs:
             raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
         return self
 
 
-class Translator:
-    """From requests to what the engine is asked."""
+class RequestParser:
+    """Parses request bodies into generation requests for the engine."""
 
     def __init__(self, tokenizer: Tokenizer, limits: Limits, fills_in: bool):
-        """Takes the model's tokenizer, limits, and whether it learnt to fill in the middle."""
+        """Takes the model's tokenizer, limits, and whether it was trained to fill in the middle."""
         self._tokenizer, self._limits, self._fills_in = tokenizer, limits, fills_in
 
-    def generate(self, request: GenerateRequest) -> list[Asked]:
-        """Translates a request to ``/generate``."""
-        prompt = self._checked(self._of_text(request.prompt), "prompt")
+    def generate(self, request: GenerateRequest) -> list[GenerationRequest]:
+        """Parses a request to ``/generate``."""
+        prompt = self._check_length(self._encode(request.prompt), "prompt")
         return self._choices(
             request,
             prompt,
@@ -287,45 +291,51 @@ class Translator:
             temperature=0.7,
         )
 
-    def completion(self, request: CompletionRequest) -> list[Asked]:
-        """Translates a completion: each prompt ``n`` times."""
+    def completion(self, request: CompletionRequest) -> list[GenerationRequest]:
+        """Parses a completion: ``n`` requests per prompt."""
         prompts = self._prompts(request)
         if len(prompts) * (request.n or 1) > _MAX_CHOICES:
             raise BadRequest(
-                f"{len(prompts)} prompts times n={request.n or 1} are above {_MAX_CHOICES}", "n"
+                f"too many choices: {len(prompts)} prompts × n={request.n or 1}; "
+                f"request at most {_MAX_CHOICES}",
+                "n",
             )
-        scored = bool(request.echo) and request.logprobs is not None
-        n_scored = sum(len(prompt.tokens) for prompt in prompts) * (request.n or 1) if scored else 0
-        if n_scored > self._limits.prompt_tokens:
+        prompt_logprobs = bool(request.echo) and request.logprobs is not None
+        n_tokens = (
+            sum(len(prompt.tokens) for prompt in prompts) * (request.n or 1)
+            if prompt_logprobs
+            else 0
+        )
+        if n_tokens > self._limits.prompt_tokens:
             raise BadRequest(
-                f"echo with logprobs of {n_scored:,} tokens is above the "
-                f"{self._limits.prompt_tokens:,} of a request; send fewer prompts at a time",
+                f"too many tokens for echo with logprobs: {n_tokens:,}; "
+                f"send at most {self._limits.prompt_tokens:,} per request",
                 "echo",
             )
         return [
-            asked
+            generation
             for prompt in prompts
-            for asked in self._choices(
+            for generation in self._choices(
                 request,
-                self._checked(prompt, "prompt"),
+                self._check_length(prompt, "prompt"),
                 16 if request.max_tokens is None else request.max_tokens,  # OpenAI's default
                 stops=request.stops,
                 logprobs=request.logprobs,
-                score_prompt=scored,
+                prompt_logprobs=prompt_logprobs,
             )
         ]
 
-    def chat(self, request: ChatRequest) -> list[Asked]:
-        """Translates a conversation."""
+    def chat(self, request: ChatRequest) -> list[GenerationRequest]:
+        """Parses a conversation."""
         text = chat.prompt_of(request.messages)
-        prompt = self._checked(self._of_text(text, "messages"), "messages")
-        max_tokens = request.max_completion_tokens  # takes precedence
+        prompt = self._check_length(self._encode(text, "messages"), "messages")
+        max_tokens = request.max_completion_tokens  # takes precedence over max_tokens
         if max_tokens is None:
             max_tokens = request.max_tokens
         return self._choices(
             request,
             prompt,
-            -1 if max_tokens is None else max_tokens,  # OpenAI's default is what fits
+            -1 if max_tokens is None else max_tokens,  # OpenAI's default: up to the limit
             stops=(*request.stops, chat.STOP),
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
@@ -339,64 +349,67 @@ class Translator:
         temperature: float = 1.0,
         logprobs: int | None = None,
         **more: Any,
-    ) -> list[Asked]:
-        """Returns what each choice is asked for; ``temperature`` is the default."""
+    ) -> list[GenerationRequest]:
+        """Returns one request per choice; ``temperature`` is the default."""
         seed = secrets.randbits(32) if request.seed is None else request.seed
         most = self._limits.max_tokens
-        asked = Asked(
+        generation = GenerationRequest(
             prompt.tokens,
             most if max_tokens == -1 else min(max_tokens, most),
             temperature=temperature if request.temperature is None else request.temperature,
             top_k=max(request.top_k or 0, 0),
-            # 0, and what float32 takes for it, leave the likeliest alone.
+            # 0, and values that underflow float32, keep the likeliest token only.
             top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),
             logprobs=logprobs,
-            marked=prompt.marked,
+            separator_added=prompt.separator_added,
             prompt_chars=0 if logprobs is None else len(self._tokenizer.decode(prompt.before)),
             **more,
         )
         n = request.n or 1 if isinstance(request, _OpenAI) else 1
-        return [dataclasses.replace(asked, seed=(seed + i) % 2**32) for i in range(n)]
+        return [dataclasses.replace(generation, seed=(seed + i) % 2**32) for i in range(n)]
 
     def _prompts(self, request: CompletionRequest) -> list[_Prompt]:
         prompt = "" if request.prompt is None else request.prompt
         if not isinstance(prompt, str) and not prompt:
             raise BadRequest(
-                'prompt is an empty list; give a text ("" begins a document)', "prompt"
+                'prompt is an empty list; send a string ("" begins a document)', "prompt"
             )
         if request.suffix is None:
             several = isinstance(prompt, list) and not isinstance(prompt[0], int)
             each: Any = prompt if several else [prompt]
-            return [self._of_text(p) if isinstance(p, str) else self._of_ids(p) for p in each]
+            return [self._encode(p) if isinstance(p, str) else self._check_ids(p) for p in each]
         if not self._fills_in:
-            raise BadRequest("this model was not trained to fill in; leave suffix out", "suffix")
+            raise BadRequest(
+                "this model was not trained to fill in the middle; omit suffix", "suffix"
+            )
         if not isinstance(prompt, str):
-            raise BadRequest("with a suffix the prompt must be one text", "prompt")
+            raise BadRequest("with a suffix, the prompt must be one string", "prompt")
         prefix_id, suffix_id, middle_id = self._tokenizer.fim_ids
         before, after = self._tokenizer.encode(prompt), self._tokenizer.encode(request.suffix)
         begin = self._tokenizer.eot_id, prefix_id
         tokens = np.array([*begin, *before, suffix_id, *after, middle_id], np.int32)
         return [_Prompt(tokens, True, before)]
 
-    def _of_text(self, text: str, field: str = "prompt") -> _Prompt:
-        # Lest a text of many megabytes is tokenised only to be refused: no token has more bytes.
+    def _encode(self, text: str, field: str = "prompt") -> _Prompt:
+        # Refuses a text of many megabytes before it is tokenised: no token has more bytes.
         longest = int(self._tokenizer.token_bytes.max())
         if len(text) > self._limits.prompt_tokens * longest:
             raise self._too_long(f"has {len(text):,} characters", field)
         tokens = np.array([self._tokenizer.eot_id, *self._tokenizer.encode(text)], np.int32)
         return _Prompt(tokens, True, tokens)
 
-    def _of_ids(self, ids: list[int]) -> _Prompt:
+    def _check_ids(self, ids: list[int]) -> _Prompt:
         for token in ids:
             if not 0 <= token < self._tokenizer.vocab_size:
                 raise BadRequest(
-                    f"token id {token} is outside 0 … {self._tokenizer.vocab_size - 1}", "prompt"
+                    f"token id out of range: {token}; use 0 to {self._tokenizer.vocab_size - 1}",
+                    "prompt",
                 )
-        marked = ids[:1] != [self._tokenizer.eot_id]
-        tokens = np.array([self._tokenizer.eot_id] * marked + ids, np.int32)
-        return _Prompt(tokens, marked, tokens)
+        separator_added = ids[:1] != [self._tokenizer.eot_id]
+        tokens = np.array([self._tokenizer.eot_id] * separator_added + ids, np.int32)
+        return _Prompt(tokens, separator_added, tokens)
 
-    def _checked(self, prompt: _Prompt, field: str) -> _Prompt:
+    def _check_length(self, prompt: _Prompt, field: str) -> _Prompt:
         if len(prompt.tokens) > self._limits.prompt_tokens:
             raise self._too_long(f"has {len(prompt.tokens):,} tokens", field)
         return prompt
@@ -404,7 +417,7 @@ class Translator:
     def _too_long(self, what: str, field: str) -> BadRequest:
         limit = self._limits.prompt_tokens
         return BadRequest(
-            f"the prompt {what}, at most {limit:,} tokens may be given",
+            f"the prompt is too long: it {what}; send at most {limit:,} tokens",
             field,
             "context_length_exceeded",
         )

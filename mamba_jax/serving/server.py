@@ -1,4 +1,4 @@
-"""From a checkpoint to a server."""
+"""Builds the server of a checkpoint."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from mamba_jax.parallel.compile_cache import cache_compilations
 from mamba_jax.serving.api import make_app
 from mamba_jax.serving.engine import Engine
 from mamba_jax.serving.metrics import Metrics
-from mamba_jax.serving.protocol import Limits, Translator
+from mamba_jax.serving.protocol import Limits, RequestParser
 from mamba_jax.serving.settings import Settings
 
 
@@ -19,13 +19,13 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
     """Loads a checkpoint and starts its engine; returns the application.
 
     Raises:
-      UserError: if there is no such checkpoint, or a setting cannot work.
+      UserError: if the checkpoint does not exist, or a setting is out of range.
     """
     found = find(settings.checkpoint, log)
     run = found.metadata.config
     cache_compilations(run.data.cache_root)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # Every start compiles the same programs, many of them small: all are kept.
+        # Every start compiles the same programs, many of them small: cache all of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     limits = Limits(settings.max_prompt_tokens, settings.max_tokens)
     metrics = Metrics()
@@ -41,7 +41,7 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
     engine.start()
     return make_app(
         engine,
-        Translator(found.tokenizer, limits, run.data.fim_rate > 0),
+        RequestParser(found.tokenizer, limits, run.data.fim_rate > 0),
         metrics,
         model_name=settings.model_name or run.name,
         api_key=settings.api_key,

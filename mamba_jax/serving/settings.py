@@ -1,4 +1,4 @@
-"""What a server is started with."""
+"""The settings of a server."""
 
 import dataclasses
 import re
@@ -10,20 +10,21 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s?#@*A-Z]+")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of a server.
+    """Settings of a server.
 
     Attributes:
       checkpoint: a checkpoint's folder, or a run's.
       model_name: what clients call the model; None: the name of its config.
-      api_key: that clients must send; None: none.
-      cors_origins: whose pages may ask from a browser, such as "https://example.com"; "*": all.
-      max_batch: sequences at a time.
-      max_queue: requests that may wait besides.
-      prefix_cache_mb: for snapshots of states.
-      max_prompt_tokens: of a request, its marker included.
-      max_tokens: of an answer; who asks for more gets so many.
+      api_key: clients must send it; None: no key is needed.
+      cors_origins: whose pages may send requests from a browser, such as
+        "https://example.com"; "*": all.
+      max_batch: sequences prefilled or decoded at the same time.
+      max_queue: how many more requests may wait.
+      prefix_cache_mb: size limit of the prefix cache in MiB; 0 disables it.
+      max_prompt_tokens: per request, including the separator that begins it.
+      max_tokens: new tokens per answer; larger requests are reduced to it.
       timeout_secs: from a request's arrival to its end.
-      drain_secs: that requests under way are given when the server stops.
+      drain_secs: how long running requests may continue when the server stops.
       scan: implementation of the selective scan; None: the checkpoint's.
     """
 
@@ -45,17 +46,17 @@ class Settings:
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
         if not 0 <= self.drain_secs < float("inf"):
-            raise UserError(f"drain_secs={self.drain_secs} must be a number from 0 up")
+            raise UserError(f"drain_secs={self.drain_secs} must be a finite number ≥ 0")
         for origin in self.cors_origins:
             if not _ORIGIN.fullmatch(origin):
                 raise UserError(
-                    f'cors_origin="{origin}" is no origin as browsers send it; give scheme, host '
-                    "and port in lower case without a path, such as https://example.com or "
+                    f'cors_origin="{origin}" is not an origin as browsers send it; give scheme, '
+                    "host and port in lower case without a path, such as https://example.com or "
                     'http://localhost:3000, or "*" for all'
                 )
 
     @property
     def max_body_bytes(self) -> int:
-        """What a request's body may take: no token of a usual tokenizer has more than 128 bytes.
-        The floor leaves room for short prompts in great numbers."""
+        """The size limit of a request's body: no token of a common tokenizer exceeds 128 bytes.
+        The minimum leaves room for many short prompts."""
         return max(128 * self.max_prompt_tokens, 1 << 20)

@@ -86,7 +86,7 @@ def test_an_unknown_target_or_a_missing_compiler_is_one_line():
         cuda_target("H20")
     with pytest.raises(UserError, match=r'"v3" \(choices: v4, v5e'):
         tpu_target("v3")
-    with pytest.raises(UserError, match=r"launch/compilers\.sh.*PYTHONPATH=\.compilers"):
+    with pytest.raises(UserError, match=r"scripts/compilers\.sh.*PYTHONPATH=\.compilers"):
         cuda_target("9.0")
     assert {device.cuda.capability for device in DEVICES if device.cuda} == LIMITS.keys()
 

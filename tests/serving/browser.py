@@ -69,11 +69,11 @@ class Browser:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
-            told = self._next()
-            if told.get("id") == self._last_id:
-                assert "error" not in told, told
-                return told["result"]
-            self._events.append(told)
+            reply = self._next()
+            if reply.get("id") == self._last_id:
+                assert "error" not in reply, reply
+                return reply["result"]
+            self._events.append(reply)
 
     def _next(self):
         while b"\0" not in self._bytes:
@@ -108,11 +108,11 @@ class Browser:
 
     def see(self, expression):
         """Returns the value of an expression in the page."""
-        told = self.call(
+        reply = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
 
     def until(self, expression):
         """Waits until an expression is true; returns its value."""
@@ -154,8 +154,8 @@ class Browser:
 
     def screenshot(self, path):
         """Writes what is seen to a PNG file."""
-        told = self.call("Page.captureScreenshot", format="png")
-        pathlib.Path(path).write_bytes(base64.b64decode(told["data"]))
+        reply = self.call("Page.captureScreenshot", format="png")
+        pathlib.Path(path).write_bytes(base64.b64decode(reply["data"]))
 
     def complaints(self):
         """Returns what the page's console holds: errors, warnings, refusals of its policy."""
@@ -167,6 +167,6 @@ class Browser:
             *[entry for entry in logged if entry["source"] != "network"],
         ]
 
-    def asked(self):
-        """Returns the addresses that the page asked."""
+    def requested(self):
+        """Returns the addresses that the page requested."""
         return [event["request"]["url"] for event in self.events("Network.requestWillBeSent")]

@@ -1,4 +1,4 @@
-"""Engines over tiny models, and a way to wait for what they say."""
+"""Engines over tiny models, and a way to wait for their events."""
 
 import threading
 
@@ -7,18 +7,19 @@ import pytest
 
 from mamba_jax.generation import generate_text
 from mamba_jax.serving import engine as engines
-from mamba_jax.serving.sequence import Asked, End, Failed, Text
+from mamba_jax.serving.sequence import End, Failed, GenerationRequest, Text
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
 from ..training.tiny_run import quick_compiles  # noqa: F401
+from .served import until
 
 
 def tokens_of(prompt):
     return np.concatenate([[TOKENIZER.eot_id], TOKENIZER.encode(prompt)]).astype(np.int32)
 
 
-def asked_of(prompt, max_tokens=12, **more):
-    return Asked(tokens_of(prompt), max_tokens, **more)
+def request_of(prompt, max_tokens=12, **more):
+    return GenerationRequest(tokens_of(prompt), max_tokens, **more)
 
 
 class Listener:
@@ -29,8 +30,8 @@ class Listener:
         self._open = count
         self._done = threading.Event()
 
-    def __call__(self, place, event):
-        self.events[place].append(event)
+    def __call__(self, index, event):
+        self.events[index].append(event)
         if isinstance(event, End | Failed):
             self._open -= 1
             if not self._open:
@@ -41,10 +42,10 @@ class Listener:
         return self.events
 
 
-def answers(engine, *asked):
+def answers(engine, *requests):
     """Submits requests together; returns (text, last event) of each."""
-    listener = Listener(len(asked))
-    engine.submit(list(asked), listener)
+    listener = Listener(len(requests))
+    engine.submit(list(requests), listener)
     return [
         ("".join(event.text for event in events if isinstance(event, Text)), events[-1])
         for events in listener.wait()
@@ -52,7 +53,7 @@ def answers(engine, *asked):
 
 
 def offline(family, prompt, max_tokens=12):
-    """What the generate command says, greedily."""
+    """The greedy output of the generate command."""
     model = model_of(family)
     settings = {"max_tokens": max_tokens, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
     return generate_text(model.params, model.config, TOKENIZER, [prompt], **settings)[0]
@@ -63,6 +64,11 @@ def engine_of(family, **settings):
     made = engines.Engine(model, **{"max_batch": 4, "max_queue": 40} | settings)
     made.start(warm_up=False)
     return made
+
+
+def wait_until_idle(engine):
+    """Waits until an engine's thread waits for requests: what follows an answer is done, too."""
+    until(lambda: engine._changed._waiters)
 
 
 @pytest.fixture(scope="module")

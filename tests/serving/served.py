@@ -12,7 +12,7 @@ import uvicorn
 from mamba_jax.serving.api import make_app
 from mamba_jax.serving.engine import Engine
 from mamba_jax.serving.metrics import Metrics
-from mamba_jax.serving.protocol import Limits, Translator
+from mamba_jax.serving.protocol import Limits, RequestParser
 
 from ..evaluating.tiny_models import TOKENIZER, model_of
 
@@ -48,7 +48,7 @@ def serving(*, max_queue=40, **settings):
     engine.start(warm_up=False)
     app = make_app(
         engine,
-        Translator(TOKENIZER, _LIMITS, fills_in=False),
+        RequestParser(TOKENIZER, _LIMITS, fills_in=False),
         metrics,
         model_name="tiny",
         on_stop=engine.close,

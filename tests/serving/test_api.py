@@ -37,7 +37,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 12, "temp
 CHAT_TEXT = "user: Hi\n\nassistant:"
 
 
-def test_generate_is_the_guides(port):
+def test_generate(port):
     assert post(port, "/generate", GREEDY) == (200, {"response": offline("mamba", "def main(")})
     status, answer = post(port, "/generate", {"prompt": ""})
     assert status == 200
@@ -146,7 +146,7 @@ def test_a_stream_says_what_a_whole_answer_says(port):
             assert told == choice["logprobs"][key], key
 
 
-def test_a_chat_goes_on_from_its_rendering(port):
+def test_a_chat_continues_its_rendering(port):
     text = offline("mamba", CHAT_TEXT).partition("\n\nuser:")[0].removeprefix(" ")
     status, answer = post(port, "/v1/chat/completions", CHAT)
     assert status == 200
@@ -173,7 +173,7 @@ def test_a_chat_goes_on_from_its_rendering(port):
     assert all(len(each["top_logprobs"]) == 2 for each in content)
 
 
-def test_an_echo_scores_the_prompt(port):
+def test_an_echo_reports_the_prompts_logprobs(port):
     """What loglikelihoods of lm_eval's client are made of."""
     body = {"prompt": "abcd", "max_tokens": 0, "echo": True, "logprobs": 1}
     _, answer = post(port, "/v1/completions", body)
@@ -241,7 +241,7 @@ BAD = {
     "no object": (b'"a"', 400, 'the body must be a JSON object, not "a"'),
     "a list": (b"[1, 2]", 400, f"the body must be a JSON object, not {LIST} 2"),
     "null": (b"null", 400, "the body must be a JSON object, not null"),
-    "a wrong type": ({"prompt": 5}, 400, "prompt: must be a text, a list"),
+    "a wrong type": ({"prompt": 5}, 400, "prompt: must be a string, a list"),
     "a number in quotes": (
         {"prompt": "a", "max_tokens": "5"},
         400,
@@ -270,28 +270,40 @@ BAD = {
     "many stops": (
         {"prompt": "a", "stop": ["x"] * 17},
         400,
-        f"stop: must be a text or a list of up to 16 texts, not {LIST} 17",
+        f"stop: must be a string or a list of up to 16 strings, not {LIST} 17",
     ),
-    "a stop that is none": ({"prompt": "a", "stop": ["x", 1]}, 400, "stop: must be a text or"),
-    "best of many": ({"prompt": "a", "best_of": 3}, 400, "best_of=3 is not offered"),
+    "a stop that is none": ({"prompt": "a", "stop": ["x", 1]}, 400, "stop: must be a string or"),
+    "best of many": ({"prompt": "a", "best_of": 3}, 400, "best_of=3 is not supported"),
     "a temperature that is none": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature: "),
     "a negative temperature": ({"prompt": "a", "temperature": -1}, 400, "temperature: "),
     "an empty list": ({"prompt": []}, 400, "empty list"),
     "a prompt beyond the limit": ({"prompt": "a" * 400}, 400, "at most 400 tokens"),
     "a prompt far beyond it": ({"prompt": "a" * 9_000}, 400, "at most 400 tokens"),
-    "an id beyond the vocabulary": ({"prompt": [1, 257]}, 400, "token id 257"),
-    "an unknown model": ({"prompt": "a", "model": "gpt-5"}, 404, "there is no model 'gpt-5'"),
-    "a body beyond the limit": ({"prompt": "a" * 20_001}, 413, "above 20,000 bytes"),
-    "too many choices": ({"prompt": ["a", "b"], "n": 100}, 400, "above 128"),
-    "a penalty": ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not offered"),
+    "an id beyond the vocabulary": (
+        {"prompt": [1, 257]},
+        400,
+        "token id out of range: 257; use 0 to 256",
+    ),
+    "an unknown model": ({"prompt": "a", "model": "gpt-5"}, 404, "model 'gpt-5' does not exist"),
+    "a body beyond the limit": ({"prompt": "a" * 20_001}, 413, "larger than 20,000 bytes"),
+    "too many choices": (
+        {"prompt": ["a", "b"], "n": 100},
+        400,
+        "2 prompts × n=100; request at most 128",
+    ),
+    "a penalty": ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not supported"),
     "a suffix": ({"prompt": "a", "suffix": "b"}, 400, "not trained to fill in"),
     "a long list of nothing": (b'{"prompt": [' + b"null," * 3_000 + b"null]}", 400, "prompt: must"),
-    "mixed lists": ({"prompt": ["a", 1]}, 400, "prompt: must be a text, a list of texts"),
-    "more texts than fit": ({"prompt": "a", "n": 45}, 400, "above the 44 that fit"),
-    "scores of too much": (
+    "mixed lists": ({"prompt": ["a", 1]}, 400, "prompt: must be a string, a list of strings"),
+    "more texts than fit": (
+        {"prompt": "a", "n": 45},
+        400,
+        "too many texts in one request: 45; request at most 44",
+    ),
+    "logprobs of too much": (
         {"prompt": "a" * 390, "n": 2, "echo": True, "logprobs": 1},
         400,
-        "above the 400 of a request",
+        "send at most 400 per request",
     ),
     "a nest": (b'{"prompt": ' + b"[" * 9_000 + b"]" * 9_000 + b"}", 400, ""),
 }
@@ -354,13 +366,16 @@ def test_bad_input_is_named_and_harms_nobody(case, port):
         ({"messages": [{"role": "user", "content": "a" * 400}]}, "at most 400 tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 'not "image_url"'),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be text"),
-        (CHAT | {"tools": [{}]}, "tools are not offered"),
-        (CHAT | {"tools": [{}], "tool_choice": "auto"}, "tools are not offered"),
-        (CHAT | {"functions": [{}]}, "functions are not offered"),
-        (CHAT | {"tool_choice": "required"}, "tool_choice is not offered"),
-        (CHAT | {"tool_choice": {"type": "function"}}, "tool_choice is not offered"),
+        (CHAT | {"tools": [{}]}, "tools are not supported"),
+        (CHAT | {"tools": [{}], "tool_choice": "auto"}, "tools are not supported"),
+        (CHAT | {"functions": [{}]}, "functions are not supported"),
+        (CHAT | {"tool_choice": "required"}, "tool_choice is not supported"),
+        (CHAT | {"tool_choice": {"type": "function"}}, "tool_choice is not supported"),
         (CHAT | {"top_logprobs": 2}, "top_logprobs needs logprobs: true"),
-        (CHAT | {"response_format": {"type": "json_object"}}, "response_format is not offered"),
+        (
+            CHAT | {"response_format": {"type": "json_object"}},
+            "response_format other than text is not supported",
+        ),
     ],
 )
 def test_chats_refuse_what_they_do_not_offer(body, message, port):
@@ -425,10 +440,10 @@ def test_unknown_paths_and_methods(port):
         message = json.loads(content)["error"]["message"]
         assert (status, headers["allow"]) == (404 if allowed is None else 405, allowed)
         assert path.rstrip("/") in message
-        assert allowed is None or f"takes {allowed}" in message
+        assert allowed is None or f"use {allowed}" in message
 
 
-def test_a_key_is_asked_for():
+def test_a_key_is_required():
     with serving(api_key="secret") as port:
         status, answer = post(port, "/v1/completions", GREEDY)
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
@@ -511,7 +526,7 @@ ENDLESS = {"prompt": "On and on", "max_tokens": 100_000, "temperature": 0}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_frees_its_row(port, stream):
+def test_when_a_client_disconnects_its_slot_is_freed(port, stream):
     """Four are decoded and two wait."""
     cancelled = 'mamba_jax_generations_total{reason="cancelled"}'
     before = metric(port, cancelled)
@@ -534,7 +549,7 @@ def test_a_slow_client_keeps_nobody_waiting(port):
     until(lambda: metric(port, "mamba_jax_generations_decoding") == 0)
 
 
-def test_a_full_queue_says_when_to_come_again():
+def test_a_full_queue_reports_when_to_retry():
     with serving(max_queue=1) as port:
         hanging = raw(port, ENDLESS | {"n": 5})
         until(lambda: metric(port, "mamba_jax_generations_decoding") > 0)
@@ -552,10 +567,10 @@ def test_a_body_in_chunks_is_bounded_too(port):
     connection.request("POST", "/generate", chunks, encode_chunked=True)
     answer = connection.getresponse()
     assert answer.status == 413
-    assert "above 20,000 bytes" in json.loads(answer.read())["error"]["message"]
+    assert "larger than 20,000 bytes" in json.loads(answer.read())["error"]["message"]
 
 
-def test_what_nobody_thought_of_is_an_error_like_the_others(port, monkeypatch, caplog):
+def test_an_unexpected_exception_is_an_error_like_the_others(port, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError("unthought of")
 
@@ -569,7 +584,7 @@ def test_what_nobody_thought_of_is_an_error_like_the_others(port, monkeypatch, c
 
 
 def test_two_hundred_connections_at_once(port):
-    """Four rows, forty places to wait: each is answered rightly or told to come again."""
+    """Four slots, forty waiting: each gets the right answer or a 429."""
     body = GREEDY | {"max_tokens": 3}
     expected = offline("mamba", "def main(", 3)
     connections = [raw(port, body) for _ in range(200)]

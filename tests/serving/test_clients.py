@@ -60,9 +60,9 @@ class TestOpenAI:
 
     def test_errors_are_its_own(self, client):
         openai = pytest.importorskip("openai")
-        with pytest.raises(openai.BadRequestError, match="best_of=3 is not offered"):
+        with pytest.raises(openai.BadRequestError, match="best_of=3 is not supported"):
             client.completions.create(model="tiny", prompt="a", best_of=3)
-        with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        with pytest.raises(openai.NotFoundError, match="model 'other' does not exist"):
             client.completions.create(model="other", prompt="a")
 
 

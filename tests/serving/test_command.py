@@ -104,7 +104,7 @@ def test_the_command_serves_and_sigterm_lets_requests_end(folder):
         assert done.returncode == 2
         assert done.stderr == (
             f"error: cannot listen on --host 127.0.0.1 --port {port}: Address already in use; "
-            "give others\n"
+            "choose another host or port\n"
         )
         content = json.dumps(LONG).encode()
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -131,8 +131,8 @@ def test_ctrl_c_stops_it_while_it_still_compiles(folder):
         assert "Traceback" not in said.read_text()
 
 
-@pytest.mark.slow  # compiles for sixteen rows
-def test_the_guides_uvicorn(folder):
+@pytest.mark.slow  # compiles for sixteen slots
+def test_uvicorns_own_command(folder):
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints/final").symlink_to(folder / "final")
     port = _free_port()
@@ -148,7 +148,7 @@ def test_the_guides_uvicorn(folder):
         assert process.wait(60) in (0, -signal.SIGTERM)
 
 
-def test_uvicorn_is_told_in_one_line_what_is_wrong_and_gives_up(tmp_path):
+def test_uvicorn_reports_the_error_in_one_line_and_does_not_restart(tmp_path):
     """With the status by which it does not start its workers again for ever."""
     done = subprocess.run(
         [sys.executable, "-m", "uvicorn", "api:app", "--port=0", "--log-level=warning"],
@@ -174,9 +174,12 @@ def test_uvicorn_is_told_in_one_line_what_is_wrong_and_gives_up(tmp_path):
         (["--host=no.such.host.invalid"], "cannot listen on --host no.such.host.invalid"),
         (["--max_batch=0"], "max_batch=0 must be at least 1"),
         (["--scan=fast"], "fast"),
-        (["--cors_origin=https://a.example/"], 'cors_origin="https://a.example/" is no origin'),
-        (["--cors_origin=*", "--cors_origin=a.example"], 'cors_origin="a.example" is no origin'),
-        (["--cors_origin=https://*.example"], 'cors_origin="https://*.example" is no origin'),
+        (["--cors_origin=https://a.example/"], 'cors_origin="https://a.example/" is not an origin'),
+        (
+            ["--cors_origin=*", "--cors_origin=a.example"],
+            'cors_origin="a.example" is not an origin',
+        ),
+        (["--cors_origin=https://*.example"], 'cors_origin="https://*.example" is not an origin'),
     ],
 )
 def test_mistakes_are_one_line(folder, flags, message, capsys):

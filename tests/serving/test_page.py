@@ -1,4 +1,4 @@
-"""The page to chat on, in a real browser."""
+"""The chat page, in a real browser."""
 
 import json
 
@@ -34,13 +34,13 @@ def port():
 
 @pytest.fixture
 def page(browser, port):
-    """The page, just opened; in the end its console is empty and no other host was asked."""
+    """The page, just opened; in the end its console is empty and no other host was contacted."""
     here = f"http://127.0.0.1:{port}/"
     browser.open(here)
     browser.until("document.title === 'tiny'")
     yield browser
     assert not browser.complaints()
-    assert all(url.startswith(here) for url in browser.asked()), browser.asked()
+    assert all(url.startswith(here) for url in browser.requested()), browser.requested()
 
 
 def _user(text):
@@ -69,14 +69,14 @@ def _say(page, text):
     return page.see(LAST)
 
 
-def _asked(page):
+def _sent_messages(page):
     """Returns the messages that the page sent last; what a tiny model answers tells little."""
     sent = page.events("Network.requestWillBeSent")[-1]["request"]
     return json.loads(sent["postData"])["messages"]
 
 
-def _said(port, *messages):
-    """What the server says, asked by another client: its answer and the counts of tokens."""
+def _answer_of(port, *messages):
+    """Returns the answer that another client gets, and its usage."""
     body = {"messages": messages, "temperature": 0, "max_tokens": 12}
     status, answer = post(port, "/v1/chat/completions", body)
     assert status == 200
@@ -86,18 +86,18 @@ def _said(port, *messages):
 def test_a_conversation_is_what_the_server_says(page, port):
     _set(page, temperature=0, max_tokens=12)
     first = _say(page, "Who are <you>?")
-    expected, usage = _said(port, _user("Who are <you>?"))
+    expected, usage = _answer_of(port, _user("Who are <you>?"))
     assert first == expected
     about = page.see(ABOUT)
-    assert about.startswith(f"cut at max tokens · {usage['prompt_tokens']} tokens read")
-    assert f"{usage['completion_tokens']} written" in about and "tokens/s" in about
+    assert about.startswith(f"reached max tokens · {usage['prompt_tokens']} prompt tokens")
+    assert f"{usage['completion_tokens']} generated" in about and "tokens/s" in about
 
     page.type("Two")
     page.press("Enter", shift=True)
     second = _say(page, "lines")
     turns = [_user("Who are <you>?"), _assistant(first), _user("Two\nlines")]
-    assert _asked(page) == turns
-    assert second == _said(port, *turns)[0]
+    assert _sent_messages(page) == turns
+    assert second == _answer_of(port, *turns)[0]
     assert page.see(ANSWERS) == [first, second]
     assert (
         page.see("document.querySelector('.user:nth-child(3) .text').textContent") == "Two\nlines"
@@ -107,12 +107,12 @@ def test_a_conversation_is_what_the_server_says(page, port):
     assert page.see(ANSWERS) == []
     _set(page, system="Be brief.")
     turns = [{"role": "system", "content": "Be brief."}, _user("Hi")]
-    assert _say(page, "Hi") == _said(port, *turns)[0]
-    assert _asked(page) == turns
+    assert _say(page, "Hi") == _answer_of(port, *turns)[0]
+    assert _sent_messages(page) == turns
 
 
 @pytest.mark.parametrize("how", ["the button", "Escape", "a new chat"])
-def test_stopping_frees_the_row(page, port, how):
+def test_stopping_frees_the_slot(page, port, how):
     """Greedily this model goes round in circles, for all of 100,000 tokens."""
     cancelled = lambda: (
         request(port, "GET", "/metrics")[2].count(b'"cancelled"')
@@ -141,7 +141,7 @@ def test_stopping_frees_the_row(page, port, how):
     assert page.see(ABOUT) == "stopped"
     _set(page, max_tokens=12)
     _say(page, "x")
-    assert _asked(page) == [_user("On and on"), _assistant(shown), _user("x")]
+    assert _sent_messages(page) == [_user("On and on"), _assistant(shown), _user("x")]
 
 
 def _pretend(page, *pieces, status=200, headers=None, ends=True):
@@ -177,20 +177,28 @@ def test_bytes_may_be_cut_anywhere_and_html_is_text(page, size, end):
     assert page.see("document.title") == "tiny"
 
 
-BEGUN = _lines("begun")
+STARTED = _lines("started")
 WRONG = {
-    "busy": ({"status": 429, "headers": {"Retry-After": "7"}}, [b"{}"], "busy, try again in 7 s"),
-    "refused": ({"status": 400}, [b'{"error": {"message": "no <b>"}}'], "refused: no <b>."),
-    "no JSON": ({"status": 502}, [b"<html>"], "it answered 502"),
-    "nothing": ({}, [], "broke off: the server closed the connection"),
-    "cut short": ({}, [BEGUN], "broke off: the server closed the connection"),
-    "lost": ({"ends": False}, [BEGUN], "broke off: the connection was lost"),
-    "failed": ({}, [BEGUN, b'data: {"error": {"message": "too late"}}\n\n'], "off: too late."),
+    "busy": ({"status": 429, "headers": {"Retry-After": "7"}}, [b"{}"], "busy; try again in 7 s"),
+    "refused": (
+        {"status": 400},
+        [b'{"error": {"message": "no <b>"}}'],
+        "refused the request: no <b>.",
+    ),
+    "no JSON": ({"status": 502}, [b"<html>"], "status 502"),
+    "nothing": ({}, [], "cut off: the server closed the connection"),
+    "cut short": ({}, [STARTED], "cut off: the server closed the connection"),
+    "lost": ({"ends": False}, [STARTED], "cut off: the connection was lost"),
+    "failed": (
+        {},
+        [STARTED, b'data: {"error": {"message": "too late"}}\n\n'],
+        "cut off: too late.",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_goes_wrong_is_said(page, case):
+def test_failures_are_reported(page, case):
     """A question that nothing came of is in its box again; an answer that began is kept."""
     how, pieces, message = WRONG[case]
     _pretend(page, *pieces, **how)
@@ -198,12 +206,12 @@ def test_what_goes_wrong_is_said(page, case):
     page.press("Enter")
     assert message in page.until(NOTICE)
     page.until(f"{SEND} === 'Send'")
-    if how.get("ends", True) and BEGUN not in pieces:
+    if how.get("ends", True) and STARTED not in pieces:
         assert page.see(ANSWERS) == []
         assert page.see(BOX) == "Hello?"
     elif how.get("ends", True):  # what was read before a connection is lost is the browser's choice
-        assert page.see(ANSWERS) == ["begun"]
-        assert page.see(ABOUT).startswith("broken off")
+        assert page.see(ANSWERS) == ["started"]
+        assert page.see(ABOUT).startswith("cut off")
         assert page.see(BOX) == ""
 
 
@@ -213,6 +221,15 @@ def test_a_setting_that_cannot_work_is_shown(page):
     page.press("Enter")
     assert page.see("document.activeElement.name") == "top_p"
     assert page.see(ANSWERS) == []
+
+
+def test_regenerating_with_a_setting_that_cannot_work_keeps_the_turn(page):
+    _set(page, temperature=0, max_tokens=5)
+    answer = _say(page, "Hi")
+    _set(page, top_p=2)
+    _act(page, "Regenerate")
+    assert page.see("document.activeElement.name") == "top_p"
+    assert page.see(ANSWERS) == [answer]
 
 
 def test_only_the_pages_own_script_runs_and_it_asks_its_own_server_alone(browser, port):
@@ -228,15 +245,15 @@ def test_only_the_pages_own_script_runs_and_it_asks_its_own_server_alone(browser
         assert any(directive in text for text in refused), (directive, refused)
 
 
-def test_a_key_is_asked_for_and_a_server_that_has_gone_is_told(browser):
+def test_the_page_asks_for_a_key_and_reports_a_server_that_has_gone(browser):
     unlock = "!document.getElementById('unlock').hidden && document.activeElement.id === 'key'"
     with serving(api_key="sécret") as port:
         browser.open(f"http://127.0.0.1:{port}/")
         browser.until(unlock)
-        assert browser.see(NOTICE) == "This server asks for an API key."
+        assert browser.see(NOTICE) == "This server needs an API key."
         browser.type("wrong")
         browser.press("Enter")
-        browser.until(f"({NOTICE}) === 'The server does not know this API key.'")
+        browser.until(f"({NOTICE}) === 'The server rejected this API key.'")
         assert browser.see(unlock)
         browser.type("sécret")
         browser.press("Enter")
@@ -250,7 +267,7 @@ def test_a_key_is_asked_for_and_a_server_that_has_gone_is_told(browser):
         assert _say(browser, "Hi")
     browser.type("Still there?")
     browser.press("Enter")
-    assert "does not answer" in browser.until(NOTICE)
+    assert "does not respond" in browser.until(NOTICE)
     assert browser.see(BOX) == "Still there?"
     assert not browser.complaints()
 
@@ -308,7 +325,7 @@ def test_a_text_is_continued_in_completion_mode(browser, port):
     assert browser.see(ANSWERS) == []
     _set(browser, stop="", seed="")
     _say(browser, "Hi")
-    assert _asked(browser) == [_user("Hi")]
+    assert _sent_messages(browser) == [_user("Hi")]
     assert not {"seed", "stop"} & set(_sent(browser)[0])
     browser.click("#completion")
     assert len(browser.see(ANSWERS)) == 2
@@ -341,10 +358,10 @@ def test_a_turn_is_copied_made_again_and_edited(page, port):
     assert page.see(BOX) == "Second"
     page.fill("#box", "Third")
     _say(page, "")
-    assert _asked(page) == [_user("First"), _assistant(first), _user("Third")]
+    assert _sent_messages(page) == [_user("First"), _assistant(first), _user("Third")]
     _act(page, "Regenerate", ".assistant:nth-child(2)")
     page.until(f"{SEND} === 'Send' && document.querySelectorAll('.about').length === 1")
-    assert _asked(page) == [_user("First")]
+    assert _sent_messages(page) == [_user("First")]
     assert page.see(ANSWERS) == [first]
 
 
@@ -367,7 +384,7 @@ def test_it_says_that_the_server_is_warming_up(browser, port, tmp_path):
         browser.until("document.querySelector('#warming').hidden")
         _set(browser, temperature=0, max_tokens=5)
         _say(browser, "!")
-        assert _asked(browser) == [_user("Hi!")]
+        assert _sent_messages(browser) == [_user("Hi!")]
     finally:
         browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
     assert not browser.complaints()

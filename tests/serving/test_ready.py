@@ -41,7 +41,7 @@ def _prompt(n_tokens, first=0):
 
 
 def _ask_everything(port):
-    """Requests of every kind, with a prompt of every length of a piece and of several."""
+    """Requests of every kind, with a prompt of every chunk length and of several chunks."""
     ask = lambda path="/v1/completions", **body: post(port, path, {"max_tokens": 5} | body)
     for i, n_tokens in enumerate((1, 3, 14, 15, 16, 31, 62, 100, 255, 256, 300, 380)):
         yield ask(prompt=_prompt(n_tokens, 7 * i), temperature=0)

@@ -1,4 +1,4 @@
-"""What every request passes first: the key, and a body that is whole, small enough and in time."""
+"""Checks every request first: its API key, and the size and arrival time of its body."""
 
 import asyncio
 import hmac
@@ -7,31 +7,31 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from mamba_jax.serving.answers import error
 from mamba_jax.serving.metrics import Metrics
+from mamba_jax.serving.responses import error
 
 App = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
-_OPEN = ("/", "/health", "/ready")  # without a key: the page asks its reader for one
-_BODY_SECS = 30.0  # for a request's body to come
-_SEND_SECS = 60.0  # for a client to take a piece of its answer
+_OPEN = ("/", "/health", "/ready")  # need no key: the page prompts for one
+_BODY_SECS = 30.0  # for a request's body to arrive
+_SEND_SECS = 60.0  # for a client to accept a part of its response
 _log = logging.getLogger(__name__)
 
 
-class Guard:
+class AuthAndLimits:
     """ASGI middleware.
 
-    HEAD is GET without the body of its answer, and a slash at the end of a path makes no other one.
+    HEAD is answered like GET, without the body. A trailing slash is ignored.
     """
 
     def __init__(self, app: App, *, api_key: str | None, max_body_bytes: int, metrics: Metrics):
-        """Wraps an application; without a key everybody may ask."""
+        """Wraps an application; without a key, every client has access."""
         self._app = app
         self._api_key = api_key
         self._max_body_bytes = max_body_bytes
         self._metrics = metrics
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """Answers a request, or passes it on."""
+        """Refuses a request or passes it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -41,31 +41,35 @@ class Guard:
 
         async def counting(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")  # of the router; unknown paths must not become labels
+                route = scope.get(
+                    "route"
+                )  # set by the router; unknown paths must not become labels
                 path = getattr(route, "path", "other")
                 self._metrics.responses.labels(path, message["status"]).inc()
-                begun.append(True)
+                started.append(True)
             elif is_head:
                 message = message | {"body": b""}
             async with asyncio.timeout(_SEND_SECS):
                 await send(message)
 
-        begun: list[bool] = []
+        started: list[bool] = []
         headers = dict(scope["headers"])
         if not self._may_pass(scope["path"], headers):
             refusal = error(
-                "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key"
+                "missing or invalid API key; send Authorization: Bearer KEY", code="invalid_api_key"
             )
             await _answer(counting, 401, refusal, (b"www-authenticate", b"Bearer"))
             return
         try:
             body = await asyncio.wait_for(self._body(receive, headers), _BODY_SECS)
         except TimeoutError:
-            await _answer(counting, 408, error(f"the body did not come within {_BODY_SECS:.0f} s"))
+            await _answer(
+                counting, 408, error(f"the body did not arrive within {_BODY_SECS:.0f} s")
+            )
             return
         if body is None:
             limit = self._max_body_bytes
-            too_large = error(f"the body is above {limit:,} bytes; send a shorter prompt")
+            too_large = error(f"the body is larger than {limit:,} bytes; send a shorter prompt")
             await _answer(counting, 413, too_large)
             return
         whole = [{"type": "http.request", "body": body, "more_body": False}]
@@ -76,10 +80,10 @@ class Guard:
         try:
             await self._app(scope, replay, counting)
         except TimeoutError:
-            _log.warning("a client took nothing for %.0f s", _SEND_SECS)
+            _log.warning("disconnected a client that received nothing for %.0f s", _SEND_SECS)
         except Exception:
             _log.exception("a request failed")
-            if not begun:
+            if not started:
                 await _answer(counting, 500, error("the server failed", "server_error"))
 
     def _may_pass(self, path: str, headers: dict[bytes, bytes]) -> bool:
@@ -89,7 +93,7 @@ class Guard:
         return hmac.compare_digest(given, b"Bearer " + self._api_key.encode())
 
     async def _body(self, receive: Any, headers: dict[bytes, bytes]) -> bytes | None:
-        """Returns the body, whatever pieces it comes in; None if it is too large."""
+        """Returns the whole body; None if it is too large."""
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             return None
@@ -108,7 +112,7 @@ async def _answer(send: Any, status: int, content: Any, *headers: tuple[bytes, b
     headers = (
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # what is left of the body is not read
+        (b"connection", b"close"),  # the rest of the body is not read
         *headers,
     )
     await send({"type": "http.response.start", "status": status, "headers": list(headers)})

@@ -1,48 +1,59 @@
-"""From requests to what the engine is asked, and from its events to answers."""
+"""From request bodies to generation requests, and from the engine's events to responses."""
 
 import numpy as np
 import pytest
 
 from mamba_jax.data.tokenizers.load import load_tokenizer
-from mamba_jax.serving.answers import Answer
 from mamba_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerateRequest,
     Limits,
-    Translator,
+    RequestParser,
 )
-from mamba_jax.serving.sequence import Asked, End, Scored, Sequence, Text, Told
+from mamba_jax.serving.responses import ResponseBuilder
+from mamba_jax.serving.sequence import (
+    End,
+    GenerationRequest,
+    PromptLogprobs,
+    Sequence,
+    Text,
+    TokenLogprob,
+)
 
 from ..data.characters import text_and_owners
 from ..evaluating.tiny_models import TOKENIZER
 from .conftest import tokens_of
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
-TRANSLATOR = Translator(TOKENIZER, Limits(400, 99), fills_in=False)
+PARSER = RequestParser(TOKENIZER, Limits(400, 99), fills_in=False)
 
 
 def test_a_chat_ends_where_the_model_speaks_for_the_user():
-    (asked,) = TRANSLATOR.chat(ChatRequest(**CHAT, stop=["x"]))
-    assert asked.stops == ("x", "\n\nuser:")
-    assert asked.max_tokens == 99  # what fits
-    np.testing.assert_array_equal(asked.tokens, tokens_of("user: Hi\n\nassistant:"))
+    (request,) = PARSER.chat(ChatRequest(**CHAT, stop=["x"]))
+    assert request.stops == ("x", "\n\nuser:")
+    assert request.max_tokens == 99  # what fits
+    np.testing.assert_array_equal(request.tokens, tokens_of("user: Hi\n\nassistant:"))
 
 
 def test_the_space_after_assistant_is_not_the_answers():
-    asked = [Asked(tokens_of("a"), 9)]
+    requests = [GenerationRequest(tokens_of("a"), 9)]
     events = [Text(" "), Text(" two"), End("stop", 2, 0, 5)]
-    whole = Answer("chat", "tiny", TOKENIZER, asked).whole([events])
+    whole = ResponseBuilder("chat", "tiny", TOKENIZER, requests).whole([events])
     assert whole["choices"][0]["message"]["content"] == " two"
-    streamed = Answer("chat", "tiny", TOKENIZER, asked)
+    streamed = ResponseBuilder("chat", "tiny", TOKENIZER, requests)
     chunks = [chunk for event in events[:-1] for chunk in streamed.chunks(0, event)]
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == " two"
 
 
-def test_usage_counts_a_prompt_of_several_choices_once_and_as_read_if_one_had_to():
+def test_usage_counts_a_prompt_of_several_choices_once_and_as_cached_if_all_found_it():
     tokens = tokens_of("a prompt")
-    asked = [Asked(tokens, 9), Asked(tokens, 9), Asked(tokens_of("b"), 9)]
-    answer = Answer("completion", "tiny", TOKENIZER, asked)
+    requests = [
+        GenerationRequest(tokens, 9),
+        GenerationRequest(tokens, 9),
+        GenerationRequest(tokens_of("b"), 9),
+    ]
+    answer = ResponseBuilder("completion", "tiny", TOKENIZER, requests)
     events = [[End("length", 9, cached, new)] for cached, new in ((9, 3), (0, 4))]
     usage = answer.whole([*events, [End("stop", 2, 1, 5)]])["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (11, 12)
@@ -54,21 +65,21 @@ def test_usage_counts_a_prompt_of_several_choices_once_and_as_read_if_one_had_to
     ("given", "most"), [(5, 5), (5.0, 5), (0, 0), (99, 99), (100, 99), (10**30, 99), (-1, 99)]
 )
 def test_max_tokens_is_clamped_to_what_the_server_makes(given, most):
-    (generated,) = TRANSLATOR.generate(GenerateRequest(prompt="a", max_tokens=given))
-    (completed,) = TRANSLATOR.completion(CompletionRequest(prompt="a", max_tokens=given))
+    (generated,) = PARSER.generate(GenerateRequest(prompt="a", max_tokens=given))
+    (completed,) = PARSER.completion(CompletionRequest(prompt="a", max_tokens=given))
     chats = [
-        TRANSLATOR.chat(ChatRequest(**CHAT, **limits))[0]
+        PARSER.chat(ChatRequest(**CHAT, **limits))[0]
         for limits in (
             {"max_tokens": given},
             {"max_completion_tokens": given},
             {"max_completion_tokens": given, "max_tokens": 50},
         )
     ]
-    assert [asked.max_tokens for asked in (generated, completed, *chats)] == [most] * 5
+    assert [request.max_tokens for request in (generated, completed, *chats)] == [most] * 5
 
 
 def test_defaults_of_max_tokens_are_clamped_too():
-    tight = Translator(TOKENIZER, Limits(400, 3), fills_in=False)
+    tight = RequestParser(TOKENIZER, Limits(400, 3), fills_in=False)
     assert tight.generate(GenerateRequest(prompt="a"))[0].max_tokens == 3
     assert tight.completion(CompletionRequest(prompt="a"))[0].max_tokens == 3
 
@@ -94,8 +105,8 @@ CHATS = {
 def test_turns_are_rendered_as_in_training(case):
     turns, text = CHATS[case]
     messages = [{"role": role, "content": content} for role, content in turns]
-    (asked,) = TRANSLATOR.chat(ChatRequest(messages=messages))
-    assert TOKENIZER.decode(asked.tokens) == text
+    (request,) = PARSER.chat(ChatRequest(messages=messages))
+    assert TOKENIZER.decode(request.tokens) == text
 
 
 def test_a_turn_that_calls_a_tool_needs_no_content():
@@ -105,7 +116,7 @@ def test_a_turn_that_calls_a_tool_needs_no_content():
         {"role": "tool", "tool_call_id": "c", "content": "3"},
     ]
     without, with_null = (
-        TRANSLATOR.chat(ChatRequest(messages=[turns[0], call, turns[2]]))[0].tokens
+        PARSER.chat(ChatRequest(messages=[turns[0], call, turns[2]]))[0].tokens
         for call in (turns[1], turns[1] | {"content": None})
     )
     np.testing.assert_array_equal(without, with_null)
@@ -116,20 +127,20 @@ def test_a_turn_that_calls_a_tool_needs_no_content():
 
 def test_null_is_a_field_left_out():
     for kind, translate, body in (
-        (GenerateRequest, TRANSLATOR.generate, {"prompt": "a", "seed": 3}),
-        (CompletionRequest, TRANSLATOR.completion, {"seed": 3}),
-        (ChatRequest, TRANSLATOR.chat, {"messages": CHAT["messages"], "seed": 3}),
+        (GenerateRequest, PARSER.generate, {"prompt": "a", "seed": 3}),
+        (CompletionRequest, PARSER.completion, {"seed": 3}),
+        (ChatRequest, PARSER.chat, {"messages": CHAT["messages"], "seed": 3}),
     ):
         nulls = dict.fromkeys(kind.model_fields.keys() - body.keys())
         (plain,), (given,) = (translate(kind(**body, **more)) for more in ({}, nulls))
         np.testing.assert_array_equal(plain.tokens, given.tokens)
-        for name in Asked.__dataclass_fields__.keys() - {"tokens"}:
+        for name in GenerationRequest.__dataclass_fields__.keys() - {"tokens"}:
             assert getattr(plain, name) == getattr(given, name), (kind, name)
 
 
 def test_floats_are_whole_numbers_where_whole_numbers_are_wanted():
     body = {"prompt": "a", "n": 2.0, "top_k": 3.0, "seed": 4.0, "logprobs": 1.0, "best_of": 2.0}
-    first, second = TRANSLATOR.completion(CompletionRequest(**body))
+    first, second = PARSER.completion(CompletionRequest(**body))
     assert (first.top_k, first.seed, second.seed, first.logprobs) == (3, 4, 5, 1)
 
 
@@ -154,19 +165,21 @@ def test_offsets_of_tokens_are_places_in_the_text(name, case, echo):
         # One token more: of the next character, which takes several.
         ids = ids[: len(tokenizer.encode(expected)) + 1]
     body = {"prompt": PROMPT, "max_tokens": len(ids), "logprobs": 0, "echo": echo, "stop": stops}
-    asked = Translator(tokenizer, Limits(400, 99), fills_in=False).completion(
+    requests = RequestParser(tokenizer, Limits(400, 99), fills_in=False).completion(
         CompletionRequest(**body)
     )
     events = []
     if echo:
-        events.append(Scored(tuple(Told(int(token), -1.0) for token in asked[0].tokens)))
-    sequence = Sequence(asked[0], events.append, lambda *_: None, tokenizer, 9.0)
+        events.append(
+            PromptLogprobs(tuple(TokenLogprob(int(token), -1.0) for token in requests[0].tokens))
+        )
+    sequence = Sequence(requests[0], events.append, lambda *_: None, tokenizer, 9.0)
     for token in ids:
-        sequence.take(Told(token, -1.0))
+        sequence.append(TokenLogprob(token, -1.0))
         if sequence.ended:
             break
     assert isinstance(events[-1], End)
-    make = lambda: Answer("completion", "tiny", tokenizer, asked, echo=echo)
+    make = lambda: ResponseBuilder("completion", "tiny", tokenizer, requests, echo=echo)
     (choice,) = make().whole([events])["choices"]
     assert choice["text"] == (PROMPT if echo else "") + expected
     streaming = make()
@@ -202,20 +215,26 @@ class Spacing(type(TOKENIZER)):
 def test_what_a_tokenizer_puts_before_a_text_has_no_place_in_it(echo):
     tokenizer = Spacing()
     body = {"prompt": "ab", "max_tokens": 2, "logprobs": 0, "echo": echo}
-    asked = Translator(tokenizer, Limits(400, 99), fills_in=False).completion(
+    requests = RequestParser(tokenizer, Limits(400, 99), fills_in=False).completion(
         CompletionRequest(**body)
     )
-    events = [Scored(tuple(Told(int(token), -1.0) for token in asked[0].tokens))] if echo else []
-    sequence = Sequence(asked[0], events.append, lambda *_: None, tokenizer, 9.0)
+    events = (
+        [PromptLogprobs(tuple(TokenLogprob(int(token), -1.0) for token in requests[0].tokens))]
+        if echo
+        else []
+    )
+    sequence = Sequence(requests[0], events.append, lambda *_: None, tokenizer, 9.0)
     for token in b" c":
-        sequence.take(Told(token, -1.0))
-    (choice,) = Answer("completion", "tiny", tokenizer, asked, echo=echo).whole([events])["choices"]
+        sequence.append(TokenLogprob(token, -1.0))
+    (choice,) = ResponseBuilder("completion", "tiny", tokenizer, requests, echo=echo).whole(
+        [events]
+    )["choices"]
     assert choice["text"] == ("ab c" if echo else " c")
     assert choice["logprobs"]["text_offset"] == ([0, 0, 1] if echo else []) + [2, 3]
 
 
 def test_offsets_with_a_suffix_follow_the_prompt():
-    filling = Translator(TOKENIZER, Limits(400, 99), fills_in=True)
+    filling = RequestParser(TOKENIZER, Limits(400, 99), fills_in=True)
     body = {"prompt": "日x", "suffix": "and more", "logprobs": 0}
     assert filling.completion(CompletionRequest(**body))[0].prompt_chars == 2
 
@@ -224,9 +243,9 @@ def test_a_cut_character_at_the_end_is_no_text():
     for end in ([], [TOKENIZER.eot_id]):
         events = []
         ids = [*"é日".encode()[:-1], *end]
-        asked = Asked(tokens_of("a"), len(ids))
-        sequence = Sequence(asked, events.append, lambda *_: None, TOKENIZER, 9.0)
+        request = GenerationRequest(tokens_of("a"), len(ids))
+        sequence = Sequence(request, events.append, lambda *_: None, TOKENIZER, 9.0)
         for token in ids:
-            sequence.take(Told(token, None))
+            sequence.append(TokenLogprob(token, None))
         assert "".join(event.text for event in events if isinstance(event, Text)) == "é"
         assert events[-1].new_tokens == len(ids)

@@ -1,10 +1,10 @@
-"""Rows with settings of their own against the definition, sorted in float64."""
+"""Slots with settings of their own against the definition, sorted in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba_jax.serving.row_sampling import Choosing, sample_rows
+from mamba_jax.serving.batched_sampling import BatchedSampling, sample_batch
 
 N_DRAWS = 4000
 LOGITS = np.random.default_rng(0).normal(size=12).astype(np.float32) * 2
@@ -39,15 +39,15 @@ def distribution(logits, temperature, top_k, top_p):
 
 def draw(logits_bv, settings, seeds, positions):
     columns = np.array(settings).T
-    choosing = Choosing(
+    sampling = BatchedSampling(
         *(column.astype(t) for column, t in zip(columns, ("f4", "i4", "f4"), strict=True)),
         np.array(seeds, np.uint32),
         np.array(positions, np.int32),
     )
-    return np.asarray(jax.jit(sample_rows)(jnp.asarray(logits_bv), choosing))
+    return np.asarray(jax.jit(sample_batch)(jnp.asarray(logits_bv), sampling))
 
 
-def test_each_row_is_drawn_from_its_own_distribution():
+def test_each_slot_is_drawn_from_its_own_distribution():
     settings = [each for each in SETTINGS for _ in range(N_DRAWS)]
     positions = list(range(N_DRAWS)) * len(SETTINGS)
     tokens = draw(np.tile(LOGITS, (len(settings), 1)), settings, [5] * len(settings), positions)
@@ -60,7 +60,7 @@ def test_each_row_is_drawn_from_its_own_distribution():
         assert (np.abs(found - expected) <= 5 * deviation + 1e-9).all(), each
 
 
-def test_a_row_depends_on_its_seed_and_position_alone():
+def test_a_slot_depends_on_its_seed_and_position_alone():
     settings = SETTINGS[:4]
     rows = np.stack([LOGITS, LOGITS[::-1], LOGITS, LOGITS * 2])
     together = draw(rows, settings, [1, 2, 3, 4], [7, 8, 9, 10])
