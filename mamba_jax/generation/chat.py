@@ -1,4 +1,4 @@
-"""Conversations as the text that models are trained on (``data.chats``).
+"""Conversations as the text that models are trained on (``data.sources.chats``).
 
 user: How much is 1 + 1?
 
