@@ -3,7 +3,9 @@
 ``TEST_PLATFORM=cuda pytest -m gpu`` runs the tests marked gpu, which are skipped on a CPU.
 """
 
+import gc
 import os
+import pathlib
 import signal
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
@@ -20,6 +22,21 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before the backend starts: sharding is tested on the devices that a pod would have.
 jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook(["mamba_jax.ops", "mamba_jax.models"], "beartype.beartype")
+
+_MAPS = pathlib.Path("/proc/self/maps")  # Linux
+_MOST_MAPS = 30_000  # about half of what Linux allows a process (vm.max_map_count)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Drops compiled programs after a module where there are too many of them.
+
+    Each holds some pages of its own, and XLA crashes where the kernel grants no more.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
