@@ -32,7 +32,6 @@ SPIKE_NOISE = 8.0  # standard deviations: never reached by chance in 200,000 ste
 SPIKE_SHARE = 0.1  # of the loss before it; for a single step, of the first loss too
 SPIKE_LENGTH = 3  # steps: an unusual batch affects one step; two in a row are chance
 SPIKE_ALONE = 3.5  # × the loss before it, for a single step: an unusual batch may reach 2.5
-SPIKE_ALONE_OF_FIRST = 1.5  # or × the first loss, a random guess: few batches are that unusual
 SPIKES_MANY = 3
 # In the first SPIKE_MEMORY steps the baseline covers fewer steps, because the loss falls fast
 # there, and the share is larger, because a loss that rises step by step is not a spike.
@@ -203,8 +202,8 @@ def loss_spikes(run: RunSignals) -> Verdict:
     high_n = rise_n > np.maximum(SPIKE_NOISE * usual, share_n * np.abs(before_n))
     first_loss = median(loss[:FIRST_STEPS])
     far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * first_loss)
-    if run.from_beginning:
-        far_n |= loss.values > SPIKE_ALONE_OF_FIRST * first_loss
+    if run.from_beginning:  # no batch is that hard for a model that guesses at random
+        far_n |= loss.values > OVERSHOOT * first_loss
     # One step within a spike may be low, because of an easy batch.
     spikes = [
         spike

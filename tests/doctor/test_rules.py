@@ -188,7 +188,7 @@ SILENT = [
      [changed(gradient_norm=from_on(0.4, lambda v: ramp(v, 3)))]),
     ("growing gradients", "from nothing, below the clip", PLAIN,
      [changed(gradient_norm=lambda v: np.full(len(v), 0.9) * np.linspace(0.01, 1, len(v)))]),
-    ("loss spikes", "odd batches", PLAIN, [bump((300, 700, 1_100, 1_500), 2.0, 1)]),
+    ("loss spikes", "odd batches", PLAIN, [bump((300, 700, 1_100, 1_500), 2.5, 1)]),
     ("loss spikes", "a noisy loss", PLAIN,
      [changed(loss=lambda v: v * (1 + 0.05 * np.random.default_rng(3).normal(size=len(v))))]),
     ("overfitting", "one worse evaluation", PLAIN,
