@@ -202,8 +202,6 @@ def loss_spikes(run: RunSignals) -> Verdict:
     high_n = rise_n > np.maximum(SPIKE_NOISE * usual, share_n * np.abs(before_n))
     first_loss = median(loss[:FIRST_STEPS])
     far_n = (loss.values > SPIKE_ALONE * before_n) & (rise_n > SPIKE_SHARE * first_loss)
-    if run.from_beginning:  # no batch is that hard for a model that guesses at random
-        far_n |= loss.values > OVERSHOOT * first_loss
     # One step within a spike may be low, because of an easy batch.
     spikes = [
         spike
