@@ -356,7 +356,7 @@ def assert_same_state(one: pathlib.Path, other: pathlib.Path) -> None:
 
 def test_a_signal_before_the_first_step_saves_nothing(call, place, monkeypatch, capsys):
     monkeypatch.setattr(
-        "mamba_jax.data.pipeline.prepare", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+        "mamba_jax.training.trainer.prepare", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
     )
     assert call("--output_dir=early") == 75
     assert "SIGTERM before the first step" in capsys.readouterr().err

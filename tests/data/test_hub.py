@@ -235,7 +235,7 @@ def test_mistakes_name_what_there_is():
     assert error_of(name, text_column="titel") == (
         'dataset org/name has no column "titel"; did you mean "title"? (it has: body, title, n)'
     )
-    assert "by --text_column, separated by commas (it has: body, title, n)" in error_of(name)
+    assert "with --text_column, separated by commas (it has: body, title, n)" in error_of(name)
     assert "dataset folder ./nowhere does not exist" in error_of("./nowhere")
     assert "dataset folder a/b/c does not exist" in error_of("a/b/c")
     pathlib.Path("empty").mkdir()

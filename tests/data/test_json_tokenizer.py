@@ -317,7 +317,7 @@ def test_a_tokenizer_that_cannot_be_used_is_told_in_one_line(tmp_path):
     records = {
         "share one": gaps,
         "ids up to 2000000000": words_of({"a": 0, "[SEP]": 1, "b": 2_000_000_000}),
-        "cannot encode what it does not know": words_of({"a": 0, "[SEP]": 1}, unk_token="[no]"),
+        "cannot encode unknown text": words_of({"a": 0, "[SEP]": 1}, unk_token="[no]"),
     }
     for number, (words, record) in enumerate(records.items()):
         folder = tmp_path / str(number)

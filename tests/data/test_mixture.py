@@ -182,7 +182,7 @@ def test_records_without_any_answer_are_refused(make, tmp_path):
     lines = (f'{{"prompt": "{words(40, f"d{i}-")}", "completion": null}}' for i in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(
-        UserError, match=r"no record of .* has an answer \(warning: 40 × record with"
+        UserError, match=r"no training record of .* has an answer \(warning: 40 × record with"
     ):
         make(tmp_path / "a.jsonl", loss_on="answer", seq_len=8)
 

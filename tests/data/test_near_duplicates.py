@@ -16,7 +16,9 @@ def documents_of(texts):
     starts = ends - [len(text) + 1 for text in texts]
     tokens = np.concatenate([[999, *text] for text in texts]).astype(np.uint16)
     nothing = np.zeros((len(texts), 16), np.uint8)
-    return Flat([tokens[:777], tokens[777:]]), DocumentIndex(starts, ends, nothing, ends, 0 * ends)
+    return Flat([tokens[:777], tokens[777:]]), DocumentIndex(
+        starts, ends, nothing, nothing, ends, 0 * ends
+    )
 
 
 def similarity(a, b):

@@ -10,6 +10,7 @@ import types
 import pytest
 
 from mamba_jax.config import RunConfig, TrainingConfig, to_dict
+from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 from mamba_jax.training import trackers
 from mamba_jax.training.evaluation import Evaluation
@@ -86,7 +87,7 @@ def test_tensorboard_has_every_field_of_the_config_as_hyperparameter(board, conf
     read = lambda tag: plugin_data_pb2.HParamsPluginData.FromString(tags[tag])
     shown = read(metadata.SESSION_START_INFO_TAG).session_start_info.hparams
     plain = {name: getattr(value, value.WhichOneof("kind")) for name, value in shown.items()}
-    assert plain == trackers.flatten(to_dict(config))
+    assert plain == flatten(to_dict(config))
     assert plain["training.learning_rate"] == 0.003 and plain["model.attention_scales"]
     experiment = read(metadata.EXPERIMENT_TAG).experiment
     judged_by = {metric.name.tag for metric in experiment.metric_infos}
@@ -206,7 +207,7 @@ def test_mlflow_has_what_the_run_told(config, tmp_path, monkeypatch, end, status
     (experiment,) = client.search_experiments(filter_string="name = 'mamba_jax'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "tiny" and run.info.status == status
-    flat = trackers.flatten(to_dict(dataclasses.replace(config, trackers="mlflow")))
+    flat = flatten(to_dict(dataclasses.replace(config, trackers="mlflow")))
     assert run.data.params == {name: str(value) for name, value in flat.items()}
     for (tag, step), value in MEASURES.items():
         points = {
@@ -253,7 +254,7 @@ def test_wandb_has_what_the_run_told(config, tmp_path, monkeypatch, end, status)
             "/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item
         }
         points |= {(tag, items["_step"]): value for tag, value in items.items()}
-    flat = trackers.flatten(to_dict(dataclasses.replace(config, trackers="wandb")))
+    flat = flatten(to_dict(dataclasses.replace(config, trackers="wandb")))
     assert shown.items() >= flat.items()
     assert points.items() >= MEASURES.items()
     (exit_code,) = (r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit")
