@@ -128,7 +128,8 @@ def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
     opened = open_(DataConfig(dataset="org/script", cache_dir="cache"), log.append)
     assert texts_of_parts(opened.parts()) == TEXTS
     assert log == [
-        "dataset org/script is a loading script, which is not supported: using the Hub's parquet copy"
+        "dataset org/script is a loading script, which is not supported: "
+        "using the Hub's parquet copy"
     ]
 
 
