@@ -60,7 +60,7 @@ def train(config: ConfigDict | RunConfig, *, resume: str = "", force: bool = Fal
 
     Raises:
       UserError: for a mistake in the config or the data: one line with the value and the remedy.
-      KeyboardInterrupt: after Ctrl-C or SIGTERM; the run has been saved if it had begun to train.
+      KeyboardInterrupt: after Ctrl-C or SIGTERM; the run is saved if training has started.
     """
     from mamba_jax.checkpoints.folder import FINAL
     from mamba_jax.estimator import plan_run
