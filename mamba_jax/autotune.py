@@ -128,7 +128,7 @@ def measure(row: Any, shape: tuple[int, int, int], direction: str) -> float:
     except Exception as error:  # too many registers, too much memory, or no form to compile it to
         return _skip(str(error).partition("\n")[0])
     if not agree(results, expected(shape, direction)):
-        return _skip(f"wrong results of {scan.keywords['plan']}")
+        return _skip(f"wrong results from {scan.keywords['plan']}")
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()

@@ -181,7 +181,9 @@ def read_metadata(path: pathlib.Path) -> Metadata:
             tokenizer_identity=record.get("tokenizer_identity", ""),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: {_CONFIG} lacks or garbles {error}") from error
+        raise UserError(
+            f"checkpoint {path}: in {_CONFIG}, {error} is missing or invalid"
+        ) from error
 
 
 def write_manifest(path: pathlib.Path) -> None:

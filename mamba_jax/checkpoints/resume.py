@@ -131,8 +131,8 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
     ]
     if differences:
         raise UserError(
-            f"checkpoint {path} is of another model: {'; '.join(differences)}; resume with the "
-            "config it was made with, or choose another --output_dir"
+            f"checkpoint {path} does not match this model: {'; '.join(differences)}; resume with "
+            "the config it was made with, or choose another --output_dir"
         )
 
 
@@ -168,7 +168,7 @@ def check_same_tokenizer(start: Start, name: str, identity: str) -> None:
         same_name = saved.config.data.tokenizer == name
         how = "has changed since" if same_name else f"there, {name} here"
         raise UserError(
-            f"checkpoint {start.path} is of another model: data.tokenizer "
+            f"checkpoint {start.path} does not match this model: data.tokenizer "
             f"{saved.config.data.tokenizer} {how}; resume with the tokenizer it was made with, or "
             "choose another --output_dir"
         )

@@ -100,7 +100,9 @@ def _data(data: DataConfig) -> list[str]:
         source = open_source(data.data_dir, lines.append)
         lines.append(f"{source.origin}: {len(source.files):,} files")
     if data.dataset:
-        where = "a folder here" if is_folder(data.dataset) else "on the Hugging Face Hub, not asked"
+        where = (
+            "a folder here" if is_folder(data.dataset) else "on the Hugging Face Hub, not checked"
+        )
         columns = f"columns {data.text_column}" if data.text_column else "its columns with text"
         lines.append(f"dataset {data.dataset}, split {data.dataset_split}, {columns}: {where}")
     if data.tasks:

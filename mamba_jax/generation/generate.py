@@ -194,7 +194,7 @@ def check_settings(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+        raise UserError(f"seed={seed} must be between 0 and {2**32 - 1}")
     if head not in HEADS:
         raise UserError(f"unknown head={head}: choose one of {', '.join(HEADS)}")
     platform = jax.default_backend()

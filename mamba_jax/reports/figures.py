@@ -50,8 +50,8 @@ def notes(charts: Sequence[dict[str, Any]]) -> list[str]:
     sentences = []
     if (most := max(curve["size"] for curve in shown)) > 1:
         sentences.append(
-            f"A point stands for up to {most:,} values: the line shows their mean, the band their "
-            "range."
+            f"Each point represents up to {most:,} values: the line shows their mean, the band "
+            "their range."
         )
     if any("gaps" in curve for curve in shown):
         sentences.append("✕ marks values that are not finite (NaN or infinite).")

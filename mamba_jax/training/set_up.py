@@ -127,6 +127,6 @@ def _check_folders(config: RunConfig) -> None:
         there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise UserError(
-                f"cannot write into {field} {folder}: {there} is no folder to write into; "
+                f"cannot write into {field} {folder}: {there} is not a writable folder; "
                 f"choose another {flag}"
             )

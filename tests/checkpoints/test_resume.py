@@ -107,7 +107,7 @@ def test_changed_settings_are_told(run):
     ],
 )
 def test_another_model_is_refused_and_the_fields_named(run, model, difference):
-    with pytest.raises(UserError, match=f"step_4 is of another model: .*{difference}"):
+    with pytest.raises(UserError, match=f"step_4 does not match this model: .*{difference}"):
         start_of(config_for(run, **model), "auto")
 
 

@@ -80,7 +80,7 @@ REFUSED = {
     "out": (["--output_dir=out"], "output_dir out already holds checkpoints of a run (step_2)"),
     "structure": (
         ["--resume=out", "--config.model.d_model=32"],
-        "out/step_2 is of another model: model.d_model 16 there, 32 here",
+        "out/step_2 does not match this model: model.d_model 16 there, 32 here",
     ),
     "file": (["--output_dir=data/a.txt/x"], "cannot write into output_dir data/a.txt/x: "),
     "profile": (["--profile"], "would trace the steps 6 to 8, but the run ends at step 6"),
@@ -92,7 +92,7 @@ REFUSED = {
     "memory": (["--vram=1", "--vram_safety_margin=1024"], "leaves nothing of"),
     "tokenizer": (
         ["--resume=out", "--config.data.tokenizer=gpt2"],
-        "out/step_2 is of another model: data.tokenizer bytes there, gpt2 here",
+        "out/step_2 does not match this model: data.tokenizer bytes there, gpt2 here",
     ),
     "steps": (
         ["--resume=out", "--config.training.max_steps=1"],

@@ -106,7 +106,7 @@ def test_a_tile_is_timed_if_it_runs_and_is_right(direction, monkeypatch, capsys)
     assert not capsys.readouterr().err
     assert measure_again_fails(measure, monkeypatch, lambda y_bte: y_bte * 1.03)
     assert measure_again_fails(measure, monkeypatch, lambda y_bte: y_bte * jnp.nan)
-    assert capsys.readouterr().err.count("skipped: wrong results of ScanPlan(") == 2
+    assert capsys.readouterr().err.count("skipped: wrong results from ScanPlan(") == 2
     # No GPU here, so that the kernels themselves do not compile.
     monkeypatch.setattr(pallas_gpu, "scan", scan)
     assert measure() == float("inf") and "skipped: " in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_flops_of_a_run_on_a_device_without_published_peaks(capsys, tmp_path):
         (["--device=H20"], 'unknown --device "H20"; did you mean "H200"?'),
         (["--device=H200", "--measure"], "exclude each other"),
         (["--run=nowhere"], "--run=nowhere: the folder holds no checkpoint"),
-        (["--run=nowhere", "--dtype=float32"], "--dtype has no use with --run"),
+        (["--run=nowhere", "--dtype=float32"], "--dtype has no effect with --run"),
     ],
 )
 def test_flops_mistakes_are_one_line(flags, message, capsys):

@@ -445,7 +445,7 @@ BAD = {
     "another model": (
         lambda: None,
         ["--output_dir=finished", "--resume=auto", "--config.model.d_model=32"],
-        "finished/final is of another model: model.d_model 16 there, 32 here",
+        "finished/final does not match this model: model.d_model 16 there, 32 here",
     ),
     "other data": (
         lambda: write("other/x.txt", "".join(f"other text {i**5} " for i in range(99))),

@@ -381,7 +381,7 @@ def test_a_structure_that_does_not_fit_is_refused_in_one_line(resumed, capsys):
     assert train.main([*argv, "--output_dir=other"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "is of another model: model.d_model 16 there, 1024 here; model.n_layers" in error
+    assert "does not match this model: model.d_model 16 there, 1024 here; model.n_layers" in error
 
 
 def test_files_and_a_dataset_together(resumed, place, capsys):

@@ -166,7 +166,7 @@ CASES = [
         {
             "link to a folder": 1,
             "broken link": 2,
-            "another link to a file already taken": 1,
+            "another link to a file already listed": 1,
             "not a regular file": 1,
         },
     ),

@@ -141,7 +141,7 @@ def test_a_configuration_is_named_or_the_main_one():
             "config_name: main", "config_name: third"
         )
     )
-    assert "choose one by --dataset_config: other, third" in error_of("org/several")
+    assert "choose one with --dataset_config: other, third" in error_of("org/several")
 
 
 def test_without_train_the_first_split_of_such_a_name_is_taken():

@@ -428,7 +428,7 @@ def test_what_a_config_tells_too_much_of_takes_no_time_and_no_memory(tmp_path):
     too_deep = dataclasses.replace(UNTIED, n_layers=10**9)
     with pytest.raises(UserError, match=r"layers\.999999999\.norm\.weight is missing"):
         tensors.from_hf(table, too_deep)
-    with pytest.raises(UserError, match=r"has shape .*; config.json asks for .*1000000032"):
+    with pytest.raises(UserError, match=r"has shape .*; config.json requires .*1000000032"):
         tensors.from_hf(table, dataclasses.replace(UNTIED, d_state=10**9 // 2 + 15))
 
 

@@ -140,7 +140,7 @@ def test_two_hundred_thousand_steps_make_a_small_page_with_every_spike(tmp_path)
     (place,) = [i for i, high in enumerate(curve["high"]) if high == 14]
     assert curve["from"][place] <= 123_456 <= curve["x"][place]
     assert max(page.chart("depth")["layer 3"]["high"]) == 77
-    assert "A point stands for up to 200 values" in page.text
+    assert "Each point represents up to 200 values" in page.text
 
 
 def test_values_that_are_no_numbers_are_gaps_and_reported(tmp_path):

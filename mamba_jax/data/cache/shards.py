@@ -237,7 +237,7 @@ class Builder:
                 self._starts.append(self._position)
                 self._bytes.append(0)
                 self._write(self._eot, 1, True)
-            assert digest is not None, f"{part.name}: its first piece begins no document"
+            assert digest is not None, f"{part.name}: its first piece does not begin a document"
             encoded = piece.text.encode("utf-8", "surrogatepass")
             digest.update(encoded)
             lines.update(piece.text)

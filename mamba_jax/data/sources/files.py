@@ -182,7 +182,7 @@ def find_files(
         elif not accepts(path):
             summary.other_extensions[shown("".join(split_extension(path)))] += 1
         elif real_path in real_paths:
-            summary.skip("another link to a file already taken", path)
+            summary.skip("another link to a file already listed", path)
         else:
             real_paths.add(real_path)
             files.append(path)
