@@ -44,7 +44,7 @@ def spec_for(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
     Args:
       path: names joined by "/", e.g. ``params/layers/mixer/in_proj/kernel``.
-      shape: of the array.
+      shape: the array's shape.
       fsdp: devices along the fsdp axis.
 
     Raises:

@@ -128,7 +128,7 @@ def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, T
     """Starts a run in each tracker that ``config.trackers`` names.
 
     Args:
-      config: of the run.
+      config: the run's config.
       warn: receives a warning for each tracker that cannot start; the run continues without it.
 
     Raises:

@@ -19,7 +19,7 @@ from mamba_jax.data.sources.readers import EXTENSIONS, VERSION, is_readable, pie
 from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.errors import UserError
 
-# What version control, package managers, editors and other tools keep beside what people write.
+# Folders that version control, package managers, editors and other tools create.
 _SKIPPED_FOLDERS = (
     *(".git", ".hg", ".svn", ".bzr"),
     *(".venv", "node_modules", "site-packages", ".tox", ".nox", ".eggs"),

@@ -145,10 +145,10 @@ def pieces_of_batches(
     """Yields the documents of rows.
 
     Args:
-      batches: of the columns.
+      batches: batches of the columns.
       columns: to read.
       named: whether the user named them, in the order of the text; otherwise a row is a record.
-      origin: of the rows, for messages.
+      origin: where the rows come from, for messages.
       row: number of the first row.
       summary: counts what was left out.
     """

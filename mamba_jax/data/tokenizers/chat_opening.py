@@ -23,8 +23,8 @@ def add(record: dict[str, Any], name: str, token: int) -> dict[str, Any] | None:
     Llama 3 and Qwen.
 
     Args:
-      record: of a ``tokenizer.json``, without an opening.
-      name: of the separator.
+      record: the content of a ``tokenizer.json``, without an opening.
+      name: the separator's name.
       token: its id.
     """
     stages = _stages(record)
