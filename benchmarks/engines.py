@@ -1,4 +1,4 @@
-"""Exported models in their engines against our own logits: the README's table.
+"""Exported models in their engines against our own logits: the table in ``docs/export.md``.
 
     pip install -e '.[gguf,llamacpp,onnx,bench]'
     python -m benchmarks.engines
@@ -54,7 +54,7 @@ def train_model(family: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def compare(checkpoint: pathlib.Path, form: str, dtype: str, out: pathlib.Path) -> dict[str, Any]:
-    """Exports and verifies; returns what was found, or a note why nothing was."""
+    """Exports and verifies; returns what was found, or a note that says why nothing was."""
     from mamba_jax.exporting import tensors, verify
     from mamba_jax.generation.load import find
 
