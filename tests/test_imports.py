@@ -98,7 +98,7 @@ def test_the_parts_have_an_order():
     assert set(order) == set(ALLOWED)
 
 
-def test_no_circle_even_inside_a_part():
+def test_no_cycle_even_inside_a_part():
     """Imports inside functions count too: they only hide a circle."""
     files = {module_of(file): file for file in ROOT.rglob("*.py")}
     # A package's face hands on names of its own files; those never import it in turn.

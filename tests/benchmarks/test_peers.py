@@ -47,7 +47,7 @@ def test_the_transformer_is_causal(remat):
     assert (np.abs(before - after)[:, 10:].max(-1) > 1e-4).all()
 
 
-def test_the_transformer_knows_where_a_token_stands():
+def test_the_transformer_depends_on_token_positions():
     config = transformer(n_layers=1)  # without positions one layer reads a set of tokens
     params = gpt2.init(config, jax.random.key(0))
     tokens = workloads.windows(1, 8, config.vocab_size)[:, :-1]

@@ -166,7 +166,7 @@ def test_arrays_of_another_model_are_refused(saved):
         restore(saved / "step_8", target)
 
 
-def test_a_path_means_itself_or_the_newest_in_it(run):
+def test_a_path_is_a_checkpoint_or_the_run_that_holds_it(run):
     assert arrays.resolve(run / "step_6", print) == run / "step_6"
     assert arrays.resolve(run, print) == run / "step_8"
     with pytest.raises(UserError, match="does not exist"):
@@ -248,7 +248,7 @@ def test_a_truncated_manifest(run):
     assert_refused(run, "MANIFEST.json")
 
 
-def test_an_empty_folder_is_no_checkpoint(run):
+def test_an_empty_folder_is_not_a_checkpoint(run):
     (run / "step_10").mkdir()
     told: list[str] = []
     assert find_latest(run, told.append) == run / "step_8"
@@ -278,7 +278,7 @@ def test_final_is_found_by_its_step(run):
     assert "final is damaged: config.json" in told[0]
 
 
-def test_a_replaced_final_becomes_the_step_it_is(tmp_path):
+def test_a_replaced_final_is_renamed_to_its_step(tmp_path):
     with open_writer(tmp_path) as writer:
         for step in (4, 9):
             writer.save("final", make_state(step), metadata(step))
@@ -314,7 +314,7 @@ def test_later_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
 # --- saves that fail ------------------------------------------------------------------------------
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     events: list[str] = []
     fsync, publish = checkpoint_folder.fsync, arrays.publish
     monkeypatch.setattr(
@@ -334,7 +334,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("failing", ["_save_tree", "write_metadata", "write_manifest", "publish"])
-def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path, monkeypatch, failing):
+def test_a_full_disk_damages_no_earlier_checkpoint(tmp_path, monkeypatch, failing):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -353,7 +353,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path, monkeypatch, failing)
     assert find_latest(tmp_path, print) == tmp_path / "step_4"
 
 
-def test_leaving_the_context_reports_the_last_save_but_hides_no_other_error(tmp_path, monkeypatch):
+def test_exiting_the_context_reports_the_last_save_but_hides_no_other_error(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "publish", lambda *_: 1 / 0)
     with (
         pytest.raises(UserError, match="ZeroDivisionError"),
@@ -406,7 +406,7 @@ def test_a_really_full_disk(tiny_disk):
     assert_same_bits(restore(tiny_disk / "step_1", abstract(small)), small)
 
 
-def test_kill_in_mid_save_leaves_the_earlier_one(tmp_path):
+def test_a_kill_during_a_save_keeps_the_earlier_checkpoint(tmp_path):
     script = """
         import pathlib, sys, time
         import numpy as np
@@ -455,7 +455,7 @@ except UserError as error:
 """
 
 
-def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path):
     """No traces of orbax's threads beside it; in a process of its own, whose threads end."""
     ran = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120

@@ -40,7 +40,7 @@ def start_of(config: RunConfig, what: str) -> tuple[pathlib.Path | None, list[st
     return (start.path if start else None), told
 
 
-def test_auto_takes_the_newest_or_starts_anew(run, tmp_path):
+def test_auto_resumes_from_the_newest_or_starts_anew(run, tmp_path):
     path, told = start_of(config_for(run), "auto")
     assert path == run / "step_4" and told == [f"continuing from {path}: step 4"]
     path, told = start_of(config_for(tmp_path / "new"), "auto")
@@ -54,7 +54,7 @@ def test_a_folder_means_a_checkpoint_or_the_newest_of_a_run(run, tmp_path):
     assert start_of(elsewhere, f"{run / 'step_2'}/")[0] == run / "step_2"
 
 
-def test_a_link_to_a_checkpoint_and_the_folder_itself_mean_it(run, tmp_path, monkeypatch):
+def test_a_checkpoint_can_be_given_as_a_link_or_as_the_current_folder(run, tmp_path, monkeypatch):
     for name in ("latest", "step_9"):  # its name says nothing
         (tmp_path / name).symlink_to(run / "step_2")
         assert start_of(config_for(tmp_path / "other"), str(tmp_path / name))[0] == run / "step_2"
@@ -73,7 +73,7 @@ def test_a_link_to_a_checkpoint_and_the_folder_itself_mean_it(run, tmp_path, mon
     assert start_of(config_for(run), str(tmp_path / "damaged"))[0] == run / "step_2"
 
 
-def test_a_damaged_one_is_named_and_the_one_before_taken(run):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run):
     (run / "step_4/config.json").write_text("{}")
     for what in ("auto", str(run / "step_4")):
         path, told = start_of(config_for(run), what)
@@ -88,7 +88,7 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(run):
         start_of(config_for(run), "auto")
 
 
-def test_changed_settings_are_told(run):
+def test_changed_settings_are_logged(run):
     config = config_for(run, vocab_size=257)
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, max_steps=7), log_dir="elsewhere"
@@ -127,7 +127,7 @@ def test_another_tokenizer_is_refused(run):
         resume.check_same_tokenizer(start, "gpt2", "another")
 
 
-def test_other_data_are_refused(run):
+def test_other_data_is_refused(run):
     start = resume.find_start(config_for(run), "auto", print)
     resume.check_same_data(start, "these data")
     with pytest.raises(
@@ -175,7 +175,7 @@ def test_the_end_is_the_final_of_this_folder_at_the_last_step(run):
     assert not resume.find_start(config_for(run), str(run / "step_4"), print).ends(config_for(run))
 
 
-def test_the_layout_stays_where_nothing_that_it_hangs_on_changed(tmp_path):
+def test_the_layout_stays_unless_something_that_it_depends_on_changed(tmp_path):
     asked = config_for(tmp_path, vocab_size=257)
     layout = {
         "model": {"remat": "dots"},

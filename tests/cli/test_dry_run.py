@@ -46,7 +46,7 @@ def put_checkpoint(name: str, step: int) -> None:
     checkpoint_folder.write_manifest(folder)
 
 
-def test_it_tells_the_whole_plan_and_makes_nothing(call, tmp_path):
+def test_it_prints_the_whole_plan_and_writes_nothing(call, tmp_path):
     status, told, error = call("--output_dir=out", "--seed=7", "--vram=8")
     assert status == 0 and not error
     for words in (
@@ -60,7 +60,7 @@ def test_it_tells_the_whole_plan_and_makes_nothing(call, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_it_tells_what_resuming_would_do(call):
+def test_it_prints_what_resuming_would_do(call):
     put_checkpoint("out/step_2", 2)
     status, told, _ = call("--resume=out/step_2", "--training_preset=careful", "--output_dir=new")
     assert status == 0
@@ -128,7 +128,7 @@ def test_what_a_run_would_refuse_is_refused_in_one_line(call, case, monkeypatch)
     assert not pathlib.Path("new").exists()
 
 
-def test_a_folder_with_a_lock_is_told_and_left_alone(call):
+def test_a_locked_folder_is_reported_and_left_alone(call):
     with RunLock.acquire(pathlib.Path("locked")) as lock:
         before = os.fstat(lock.descriptor)
         status, told, _ = call("--output_dir=locked", "--force")

@@ -177,7 +177,7 @@ def test_version_without_a_working_device_says_why(monkeypatch):
     assert main.version().splitlines()[-1] == "no device: no such driver"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     shell = f"{sys.executable} -m mamba_jax train --help_config | head -n 1"
     ran = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True)
     assert ran.stdout.startswith("--config.name=") and ran.stderr == ""

@@ -20,7 +20,7 @@ def test_there_is_one_file_for_each_size_and_the_quick_start():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_docstring_tells_the_truth(file):
+def test_docstrings_are_correct(file):
     run = freeze(load_config(str(file)))
     docstring = file.read_text().split('"""')[1]
     assert f"--config=configs/{file.name}" in docstring

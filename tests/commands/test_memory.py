@@ -41,7 +41,7 @@ def test_a_plan_by_part(no_gpu, capsys):
     assert sum(found["parts_bytes"].values()) == found["needs_bytes"]
 
 
-def test_a_named_device_gives_what_it_has_unless_vram_says_less(no_gpu, capsys):
+def test_a_named_device_has_its_own_memory_unless_vram_is_lower(no_gpu, capsys):
     assert record(capsys, "--device=RTX 4090")["total_bytes"] == 24 * 2**30
     assert record(capsys, "--device=RTX 4090", "--vram=20")["total_bytes"] == 20 * 2**30
     assert record(capsys, "--device=RTX 3070", "--vram", "16gb")["total_bytes"] == 8 * 2**30
@@ -128,7 +128,7 @@ def train_into(place, monkeypatch, name: str, *flags: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("lost", "at"), [(False, 1), (True, 4)])
-def test_a_run_goes_on_with_half_the_microbatch(place, monkeypatch, capsys, lost, at):
+def test_a_run_continues_with_half_the_microbatch(place, monkeypatch, capsys, lost, at):
     whole = train_into(place, monkeypatch, f"whole-{lost}")
     calls = []
 

@@ -199,7 +199,7 @@ def test_flops_mistakes_are_one_line(flags, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_a_run_is_not_held_against_another_machine(tmp_path, capsys):
+def test_a_run_is_not_compared_with_another_machine(tmp_path, capsys):
     folder = finished_run(tmp_path / "run")  # of H200s
     assert report.main(["flops", f"--run={folder}", "--measure"]) == 2
     error = capsys.readouterr().err

@@ -242,7 +242,7 @@ def recorded_steps(output_dir: pathlib.Path) -> list[int]:
     return [r["step"] for r in metrics.read(output_dir / metrics.NAME) if "loss" in r]
 
 
-def test_a_living_run_has_its_folder_for_itself(call, place, capsys):
+def test_an_active_run_has_exclusive_use_of_its_folder(call, place, capsys):
     """Fresh or resumed, nothing starts beside it; what only reads may; a kill frees the folder."""
     flags = ("--config.training.max_steps=400", "--config.training.save_steps=2")
     run = Process(place, *flags, "--output_dir=lived", secs_per_step=0.05)
@@ -272,7 +272,7 @@ def test_a_living_run_has_its_folder_for_itself(call, place, capsys):
     assert not half_saved.exists()
 
 
-def test_force_takes_the_folder_and_the_other_run_ends(call, place, capsys):
+def test_force_takes_over_the_folder_and_the_other_run_ends(call, place, capsys):
     run = Process(place, "--config.training.max_steps=400", "--output_dir=forced",
                   "--config.training.save_steps=10", secs_per_step=0.1)  # fmt: skip
     run.wait_for("recorded 3")
@@ -337,7 +337,7 @@ def test_a_finished_run_is_extended_with_its_own_config(finished, place, capsys,
     ]
 
 
-def test_the_last_pieces_are_made_good_after_a_kill_at_the_very_end(finished, place, call):
+def test_a_kill_at_the_very_end_is_completed_by_the_next_run(finished, place, call):
     cut = pathlib.Path(shutil.copytree(finished, place / "cut"))
     for name in ("final", "summary.txt", "loss_curve.png"):
         path = cut / name
@@ -504,7 +504,7 @@ def test_a_full_disk_ends_the_run_in_one_line(call, place, monkeypatch, capsys):
     assert call("--output_dir=full", "--resume=auto") == 0
 
 
-def test_a_full_disk_under_standard_output_stops_no_training(finished, place):
+def test_a_full_disk_under_standard_output_does_not_stop_training(finished, place):
     """Nobody reads what is printed any more: the run ends all the same, and says nothing of it."""
     # The command makes a process of its own: it closes standard output for good.
     program = (
@@ -521,7 +521,7 @@ def test_a_full_disk_under_standard_output_stops_no_training(finished, place):
     assert (place / "unheard" / "final" / "MANIFEST.json").is_file()
 
 
-def test_a_damaged_final_named_without_a_config_gives_way_to_the_one_before(
+def test_a_damaged_final_falls_back_to_the_previous_checkpoint(
     finished, place, capsys, monkeypatch
 ):
     """The form that the summary prints: the config comes from the intact checkpoint as well."""
@@ -592,7 +592,7 @@ def test_profile_is_closed_by_an_interruption(call, place, monkeypatch, capsys):
     assert "profile of the steps" in capsys.readouterr().out
 
 
-def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, capsys):
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(call, place, monkeypatch, capsys):
     stop = jax.profiler.stop_trace
 
     def full() -> None:
@@ -616,7 +616,7 @@ def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, 
 
 
 @pytest.mark.parametrize("flag", ["--profile_steps=2", "--profile_start=0"])
-def test_a_detail_of_no_profile_is_refused(call, capsys, flag):
+def test_profile_settings_without_profile_are_refused(call, capsys, flag):
     assert call(flag) == 2
     assert f"{flag} has no effect without --profile" in capsys.readouterr().err
 
@@ -630,7 +630,7 @@ def test_a_detail_of_no_profile_is_refused(call, capsys, flag):
         (["--profile_start=x"], "--profile_start: invalid int value: 'x'"),
     ],
 )
-def test_profile_that_cannot_be_is_refused_in_one_line(call, place, capsys, flags, message):
+def test_an_impossible_profile_is_refused_in_one_line(call, place, capsys, flags, message):
     assert call(f"--output_dir={place / 'refused'}", "--profile", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

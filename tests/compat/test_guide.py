@@ -210,7 +210,7 @@ def test_a_block_that_trains(block, place, card, capsys):
     assert not (place / "logs").exists() and not (place / "runs").exists()
 
 
-def test_there_are_more_than_a_few_commands(place):
+def test_many_commands_are_found(place):
     made = [argv for b in TRAINS if b.heading not in TEMPLATES for argv in commands(b, place)]
     # As many as are printed, but that the loop over seeds prints one and makes three.
     printed = sum(b.text.count("./train_background.sh") for b in TRAINS) - len(TEMPLATES)
@@ -242,13 +242,13 @@ def test_every_command_with_a_dataset_finds_its_text(place, tmp_path):
 
 
 @pytest.mark.parametrize("block", FLAGS, ids=ids)
-def test_flags_that_troubleshooting_names(block, card, capsys):
+def test_flags_named_in_troubleshooting(block, card, capsys):
     for line in block.flag_lines:
         assert train.main([*shlex.split(line, comments=True), "--dry_run"]) == 0, line
     assert len(block.flag_lines) in (2, 4)
 
 
-def test_full_syntax_has_no_flag_that_is_unknown():
+def test_full_syntax_has_only_known_flags():
     (block,) = [block for block in SHELL if block.heading == "Full Syntax"]
     words = [line.split("#")[0].strip(" \\") for line in block.text.splitlines()]
     flags = [word.split()[0] for word in words if word.startswith("--")]
@@ -394,7 +394,7 @@ def test_files_and_a_dataset_together(resumed, place, capsys):
     assert (place / "checkpoints/combined/final/MANIFEST.json").is_file()
 
 
-def test_watching(resumed, place, monkeypatch):
+def test_the_viewer_commands(resumed, place, monkeypatch):
     viewer = place / "view_training_log.sh"
     viewer.write_text(f'#!/bin/sh\nexec {shlex.quote(str(REPOSITORY))}/launch/{viewer.name} "$@"\n')
     viewer.chmod(0o755)

@@ -125,7 +125,7 @@ def test_a_paragraph_a_thousand_times_beside_other_text(make, tmp_path):
 
 
 @pytest.mark.parametrize(("single", "copies"), [(40, [600]), (100, [20] * 10)])
-def test_few_different_documents_that_stay_double(make, tmp_path, single, copies):
+def test_few_different_documents_with_copies_kept(make, tmp_path, single, copies):
     """At most one document more than 1% of the different ones, none of which is trained on."""
     (tmp_path / "in").mkdir()
     counts = [1] * single + copies
@@ -139,7 +139,7 @@ def test_few_different_documents_that_stay_double(make, tmp_path, single, copies
         assert held.total() / (held.total() + train.total()) <= 0.02
 
 
-def test_what_near_copies_share_is_a_warning(make, tmp_path):
+def test_text_shared_by_near_copies_is_a_warning(make, tmp_path):
     """Each document has 10 words of its own in the midst of 90 that all have."""
     (tmp_path / "in").mkdir()
     for number in range(200):
@@ -215,7 +215,7 @@ def test_spans_are_counted_as_by_a_dictionary(data):
     assert overlap.share == pytest.approx(shared / all_held if all_held else 0.0)
 
 
-def test_of_many_spans_some_stand_for_all(monkeypatch):
+def test_a_sample_of_many_spans_represents_all(monkeypatch):
     monkeypatch.setattr(repetition, "_MOST_SPANS", 4_000)
     tokens = np.random.default_rng(0).integers(0, 60_000, 200_000).astype(np.uint16)
     tokens[100_000:] = tokens[:100_000]

@@ -102,7 +102,7 @@ def test_gated_datasets_say_what_to_do(remote, open_):
 
 
 @pytest.mark.parametrize("open_", [open_table, open_stream])
-def test_datasets_that_are_gone_name_their_successor(remote, open_):
+def test_removed_datasets_name_their_successor(remote, open_):
     assert error_of(open_, "hendrycks/competition_math") == (
         "the Hugging Face Hub has no dataset hendrycks/competition_math, or it is private; use "
         "--dataset EleutherAI/hendrycks_math instead"
@@ -114,7 +114,7 @@ def test_datasets_that_are_gone_name_their_successor(remote, open_):
 
 
 @pytest.mark.parametrize("open_", [open_table, open_stream])
-def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
+def test_the_parquet_copy_of_a_loading_script_is_used(remote, open_):
     script = pathlib.Path("served/org/script")
     script.mkdir(parents=True)
     (script / "script.py").write_text("raise SystemExit('must not run')")
@@ -136,7 +136,7 @@ def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def test_what_was_downloaded_is_taken_from_the_cache_when_the_hub_is_away(remote, monkeypatch):
+def test_a_downloaded_dataset_is_read_from_the_cache_when_offline(remote, monkeypatch):
     import datasets
     from huggingface_hub import constants
 
@@ -192,7 +192,7 @@ def taken(parts, stop_after=None):
 
 
 @pytest.mark.parametrize("extension", ["parquet", "jsonl"])
-def test_a_killed_stream_goes_on_where_it_stopped(remote, small_parts, extension):
+def test_a_killed_stream_resumes_where_it_stopped(remote, small_parts, extension):
     serve(remote, "org/name", extension=extension)
     undisturbed = [(part.key(), texts) for part, texts in taken(stream_of().parts())]
     pathlib.Path("cache").rename("first")
@@ -228,7 +228,7 @@ def tokens_of(store: Store, taken) -> list[list[int]]:
     return [tokens[start:end].tolist() for start, end in bounds]
 
 
-def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypatch):
+def test_tokenising_a_stream_resumes_after_a_kill(remote, small_parts, monkeypatch):
     monkeypatch.setattr(data_store, "_SHARD_BYTES", 5_000)  # sealed every two or three parts
     serve(remote, "org/name")
     open_store = lambda: Store(pathlib.Path("cache"), load_tokenizer("bytes"), [].append)
@@ -312,7 +312,7 @@ def test_streams_of_other_content_columns_or_splits_have_other_keys(remote, smal
         assert not first & keys()
 
 
-def test_what_cannot_be_streamed_is_said(remote, small_parts):
+def test_what_cannot_be_streamed_is_an_error(remote, small_parts):
     for split in ("train[:10%]", "train+test", "train[-5:]"):
         assert error_of(open_stream, "org/name", dataset_split=split, cache_dir="cache") == (
             f'data.dataset_split="{split}" cannot be streamed; give a split or rows of one, such '
@@ -327,7 +327,7 @@ def test_what_cannot_be_streamed_is_said(remote, small_parts):
     )
 
 
-def test_a_hub_that_falls_silent_is_one_line_and_a_restart_goes_on(remote, small_parts):
+def test_a_hub_that_stops_answering_is_one_line_and_a_restart_resumes(remote, small_parts):
     folder = serve(remote, "org/name")
     stream = stream_of()
     parts = stream.parts()
@@ -341,7 +341,7 @@ def test_a_hub_that_falls_silent_is_one_line_and_a_restart_goes_on(remote, small
     assert texts_of_parts(stream_of().parts()) == TEXTS
 
 
-def test_a_folder_streams_as_well_but_not_what_save_to_disk_wrote(remote, small_parts):
+def test_a_folder_can_be_streamed_but_not_one_from_save_to_disk(remote, small_parts):
     import datasets
 
     folder = serve(remote, "org/name")

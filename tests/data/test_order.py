@@ -19,7 +19,7 @@ def drawn():
     return order, [order[sample] for sample in range(170_000)]
 
 
-def test_counts_are_what_counting_gives(drawn):
+def test_counts_equal_counting_one_by_one(drawn):
     order, places = drawn
     sources = np.array([source for source, _ in places])
     for samples in (0, 1, 2, 699, 700, 701, 65_536, 66_236, 100_000, 100_001, 169_999, 170_000):

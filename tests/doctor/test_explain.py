@@ -181,7 +181,7 @@ def test_colours_are_for_terminals(stream, environment, colours, folder, monkeyp
     assert ("\033" in out.getvalue()) == colours
 
 
-def test_a_reader_that_has_seen_enough(folder):
+def test_a_closed_pipe_ends_it_quietly(folder):
     write(folder, records(PLAIN, NOISY))
     root = mamba_jax.__path__[0] + "/.."
     command = [sys.executable, "-m", "mamba_jax.explain", str(folder)]

@@ -133,7 +133,7 @@ def test_a_cut_last_line(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_is_told_and_disturbs_no_other_rule(value):
+def test_nan_is_reported_and_disturbs_no_other_rule(value):
     lines = records(Plan(steps=1_000))
     for line in lines:
         if line["step"] > 990:

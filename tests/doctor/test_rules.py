@@ -273,14 +273,14 @@ def test_nothing_else_is_found(row):
 
 
 @pytest.mark.parametrize("row", SILENT, ids=case)
-def test_what_is_near_it_is_not(row):
+def test_nearly_faulty_runs_raise_no_finding(row):
     _, _, plan, faults = row
     for seed in SEEDS:
         found = findings(dataclasses.replace(plan, seed=seed), *faults)
         assert not found, (seed, {name: finding.evidence for name, finding in found.items()})
 
 
-def test_every_rule_is_shown_and_silent():
+def test_every_rule_has_both_cases():
     assert {row[0] for row in SHOWN} == {row[0] for row in SILENT} == set(rules.RULES)
 
 
@@ -337,7 +337,7 @@ def test_a_rate_that_has_worked_is_preferred():
     assert remedies.rate_flag(peak / 3) in remedies.lower_rate(run, peak / 2).command
 
 
-def test_which_checkpoint_to_go_on_from(tmp_path):
+def test_which_checkpoint_to_resume_from(tmp_path):
     run = signals.from_records(tmp_path / "a b", records(Plan(steps=900, max_steps=1_000)))
     assert remedies.resume(run, "--x=1") == "--x=1", "there is no checkpoint"
     for step in (300, 600, 900):
@@ -362,7 +362,7 @@ def test_which_checkpoint_to_go_on_from(tmp_path):
         (5e-3, "Lower the learning rate", "0.0003"),
     ],
 )
-def test_what_to_do_where_the_loss_is_flat(rate, text, advised):
+def test_the_remedy_for_a_flat_loss(rate, text, advised):
     finding = findings(Plan(learning_rate=rate), NOISY)["loss falls"]
     (remedy,) = (remedy for remedy in finding.remedies if remedy.text.startswith(text))
     assert remedy.command == f"--config.training.learning_rate={advised}"

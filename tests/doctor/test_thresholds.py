@@ -176,13 +176,13 @@ def test_late_climbs_are_not_blamed_on_a_small_learning_rate(at):
     assert blamed == ("The learning rate is too high" if at < 0.5 else "The loss rises")
 
 
-def test_overfitting_is_not_what_raises_both_losses():
+def test_a_rise_of_both_losses_is_not_overfitting():
     both = down_and_up(5.0, 1.0, turn=0.7)
     assert "overfitting" in findings(PLAIN, down_and_up(5.0, 0), evaluation(1.0, 0.2))
     assert "overfitting" not in findings(PLAIN, both, evaluation(1.0, 0.2))
 
 
-def test_a_record_that_begins_late_knows_no_first_loss():
+def test_a_record_that_begins_late_has_no_first_loss():
     """Its first loss is not that of guessing at random, and may well be exceeded for a while."""
     bulge = loss_of(lambda x: 6.0 + 2.0 * (0.2 < x < 0.25))
     late = [line for line in records(PLAIN, bulge) if line["step"] > 100 or "run" in line]

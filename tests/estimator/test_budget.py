@@ -101,7 +101,7 @@ def test_without_a_driver_there_are_no_cards(monkeypatch, tmp_path):
         (VramConfig(auto=True), "16376, 12000", (16_376 - 12_000 - 1_024) / 16_376),
     ],
 )
-def test_jax_is_let_take_what_the_budget_needs(driver, vram, row, expected, monkeypatch):
+def test_jax_may_allocate_what_the_budget_needs(driver, vram, row, expected, monkeypatch):
     driver(row)
     monkeypatch.setenv(budgets.FRACTION, "")  # to be restored
     monkeypatch.delenv(budgets.FRACTION)

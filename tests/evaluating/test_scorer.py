@@ -60,7 +60,7 @@ def test_continuations_of_one_context_score_as_whole_sequences(family):
     assert scorer.tokens_processed == (1 + 6) + (3 + 3 + 5) + 3 * (1 + 1 + 2)
 
 
-def test_generation_reads_what_prompts_begin_with_once():
+def test_generation_prefills_a_shared_prefix_once():
     model = model_of("hybrid", 4)  # says other things after other prompts
     scorer = scorer_of(model)
     rows = [[TOKENIZER.eot_id, *f"{EXAMPLES}{end}".encode()] for end in ("a", "bc", "def")]
@@ -82,7 +82,7 @@ def test_generation_reads_what_prompts_begin_with_once():
     assert len(ended[0]) == 1
 
 
-def test_each_task_is_answered_apart_and_in_order():
+def test_each_task_is_answered_separately_and_in_order():
     @dataclasses.dataclass
     class Request:
         task_name: str
@@ -112,7 +112,7 @@ def test_a_diverged_model_is_named_and_not_measured():
             measure(scorer_of(diverged))
 
 
-def test_a_token_over_the_border_leaves_the_continuation_one():
+def test_a_token_across_the_border_leaves_one_for_the_continuation():
     class Gpt2:
         tokenizer = load_tokenizer("gpt2")
 

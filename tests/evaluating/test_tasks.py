@@ -94,7 +94,7 @@ class Oracle:
         return made
 
 
-def test_problems_are_those_for_tests_and_counted_exactly():
+def test_problems_come_from_the_test_split_and_are_counted_exactly():
     scorer = Oracle()
     (metric,), samples = on_problems(scorer, "arithmetic:2", 31, 2)
     assert len(set(scorer.asked)) == 31 and {*map(split_of, scorer.asked)} == {"test"}
@@ -105,7 +105,7 @@ def test_problems_are_those_for_tests_and_counted_exactly():
     assert samples[1]["answer"].strip() != samples[1]["target"]
 
 
-def test_wilson_is_where_the_score_test_turns():
+def test_wilson_inverts_the_score_test():
     """At an end of the interval the observed share is 1.96 standard errors of that end away."""
     for successes, trials in ((0, 10), (3, 10), (50, 100), (99, 100), (7, 7)):
         for end in wilson(successes, trials):
@@ -219,7 +219,7 @@ metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_bet
 
 
 @pytest.mark.slow
-def test_task_files_of_ones_own_through_lm_eval(run_dir, tmp_path, monkeypatch, capsys):
+def test_custom_task_files_through_lm_eval(run_dir, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="needs lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     scorer = scorer_of(model_of("mamba"))

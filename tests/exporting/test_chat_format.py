@@ -75,7 +75,7 @@ def test_the_jinja_template(name):
     assert rendered(messages, answers=False) == text.removesuffix("\n\nassistant:")
 
 
-def test_calls_of_tools_are_lines_of_json():
+def test_tool_calls_are_lines_of_json():
     calls = [
         {"type": "function", "function": {"name": "weather", "arguments": '{"town": "日本"}'}},
         {"name": "time", "arguments": {"zone": "é", "hours": 12}},

@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, told):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_half_written_never_has_the_final_name(tmp_path):
+def test_a_partial_folder_never_has_the_final_name(tmp_path):
     target = tmp_path / "model"
     with pytest.raises(KeyboardInterrupt), new_folder(target) as folder:
         (folder / "half").write_text("half")
@@ -141,7 +141,7 @@ def test_a_missing_library_names_its_extra():
         need("nowhere.at_all", "gguf")
 
 
-def test_the_model_card_tells_what_was_measured_and_no_more():
+def test_the_model_card_states_only_what_was_measured():
     metadata = metadata_of(UNTIED)
     card = model_card(metadata, "bfloat16", "<|endoftext|>", "notes on chats")
     assert "| eval_loss | 1.5 |" in card and "poems; 24 windows" in card and "bfloat16" in card

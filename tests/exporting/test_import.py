@@ -77,7 +77,7 @@ def test_export_then_import_is_the_identity(model, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "a list", "chat_template.jinja"])
-def test_a_chat_template_of_another_format_goes_with_the_import_alone(place, tmp_path, capsys):
+def test_another_chat_template_stays_with_the_imported_checkpoint_only(place, tmp_path, capsys):
     pytest.importorskip("safetensors")
     tokenizer, theirs = json_file(tmp_path, "byte_level"), "<|im_start|>{{ messages[0].content }}"
     model = dataclasses.replace(UNTIED, vocab_size=tokenizer.vocab_size)
@@ -108,7 +108,7 @@ def test_a_chat_template_of_another_format_goes_with_the_import_alone(place, tmp
     assert "TEMPLATE {{ .Prompt }}" in (tmp_path / "gguf" / "Modelfile").read_text()
 
 
-def test_training_goes_on_from_it(tmp_path):
+def test_training_continues_from_it(tmp_path):
     folder, out = tmp_path / "original", tmp_path / "checkpoint"
     folder.mkdir()
     shutil.copy(GOLDEN, folder / "pytorch_model.bin")
@@ -289,7 +289,7 @@ def test_weights_of_every_floating_type(folder, dtype):
         (with_values(dtype=ml_dtypes.float8_e5m2), "has dtype float8_e5m2, which is not supported"),
     ],
 )
-def test_values_that_are_no_weights_are_refused_by_name(folder, array, words):
+def test_invalid_weights_are_refused_by_name(folder, array, words):
     write_safetensors(folder / hf.WEIGHTS, KEPT | {NAMED: array})
     with pytest.raises(UserError, match=rf"tensor {NAMED}:? .*{words}.*[;:] (give|convert)"):
         reading.read(folder)
@@ -319,7 +319,7 @@ def test_a_tied_head_is_refused_for_its_values(folder, value):
         ("bool", "has dtype bool, which is not a floating-point type"),
     ],
 )
-def test_what_torch_saved_that_are_no_weights(folder, dtype, words):
+def test_torch_files_without_weights_are_refused(folder, dtype, words):
     torch = pytest.importorskip("torch", reason="needs torch")
     table = {name: torch.from_numpy(array) for name, array in KEPT.items()}
     table[NAMED] = torch.zeros(64).to(getattr(torch, dtype))
@@ -343,7 +343,7 @@ PAGE = b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"
         *("model.safetensors.index.json", "model-00002-of-00002.safetensors"),
     ],
 )
-def test_a_pointer_in_the_place_of_a_file_is_named(folder, tmp_path, capsys, name, data, words):
+def test_a_git_lfs_pointer_instead_of_a_file_is_named(folder, tmp_path, capsys, name, data, words):
     if name == "pytorch_model.bin":
         (folder / hf.WEIGHTS).unlink()
     (folder / name).write_bytes(data)
@@ -354,7 +354,7 @@ def test_a_pointer_in_the_place_of_a_file_is_named(folder, tmp_path, capsys, nam
     assert not out.exists()
 
 
-def test_a_pointer_that_is_not_needed_is_no_hindrance(folder):
+def test_a_git_lfs_pointer_that_is_not_needed_is_ignored(folder):
     (folder / "pytorch_model.bin").write_bytes(POINTER)  # beside the same model's safetensors
     assert_same(reading.read(reading.find(str(folder))).params, random_params(UNTIED))
 
@@ -423,7 +423,7 @@ def test_incomplete_folders_are_refused(tmp_path, capsys):
     assert not out.exists() and not list(tmp_path.glob(".part*"))
 
 
-def test_what_a_config_tells_too_much_of_takes_no_time_and_no_memory(tmp_path):
+def test_huge_sizes_in_a_config_take_no_time_and_no_memory(tmp_path):
     table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
     too_deep = dataclasses.replace(UNTIED, n_layers=10**9)
     with pytest.raises(UserError, match=r"layers\.999999999\.norm\.weight is missing"):
@@ -432,7 +432,7 @@ def test_what_a_config_tells_too_much_of_takes_no_time_and_no_memory(tmp_path):
         tensors.from_hf(table, dataclasses.replace(UNTIED, d_state=10**9 // 2 + 15))
 
 
-def test_an_import_that_cannot_end_does_not_begin(tmp_path, capsys, monkeypatch):
+def test_an_import_that_cannot_finish_does_not_start(tmp_path, capsys, monkeypatch):
     shutil.copy(GOLDEN, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
     small_word_level(tmp_path / "tokenizer.json")

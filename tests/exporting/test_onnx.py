@@ -164,7 +164,7 @@ def test_both_graphs_give_the_models_logits_and_caches(tmp_path, model):
         assert_same(cache, caches[t])
 
 
-def test_rows_of_unequal_lengths_go_on_in_one_batch_and_from_zeros(exported):
+def test_rows_of_unequal_lengths_continue_in_one_batch_and_from_zeros(exported):
     model, folder, _ = exported
     graphs = load(folder)
     logits_btv, caches = truth(model)
@@ -244,7 +244,7 @@ def test_one_file_holds_each_weight_once(tmp_path, model):
     )
 
 
-def test_what_lies_beside_the_graphs(exported):
+def test_the_other_files_of_the_folder(exported):
     _, folder, _ = exported
     graphs = {onnx_file.ROW, onnx_file.STEP, onnx_file.WEIGHTS}
     others = {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -256,7 +256,7 @@ def test_what_lies_beside_the_graphs(exported):
     assert all(name in card for name in (*graphs, onnx_file.EXAMPLE))
 
 
-def test_the_example_writes_what_the_model_would(exported):
+def test_the_example_generates_the_models_text(exported):
     model, folder, _ = exported
     source = (folder / onnx_file.EXAMPLE).read_text()
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)]
@@ -311,7 +311,7 @@ def test_the_example_reads_chats_and_keeps_typed_tokens(exported, monkeypatch, c
 
 
 @of_mamba
-def test_verify_tells_the_largest_difference(exported, tmp_path, capsys, monkeypatch):
+def test_verify_reports_the_largest_difference(exported, tmp_path, capsys, monkeypatch):
     _, _, arguments = exported
     monkeypatch.setattr(verify, "PROMPTS", ())  # each length is compiled; one spells the separator
     assert export.main([*arguments, "--out", str(tmp_path / "out"), "--verify"]) == 0

@@ -72,9 +72,7 @@ def tokens_of(calls):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_two_turns_read_each_token_once_and_leave_the_state_of_reading_them_all(
-    family, read, chosen
-):
+def test_two_turns_prefill_each_token_once_and_end_in_the_state_after_all(family, read, chosen):
     speaker = talk(family, seed=1)
     for text in ("How much is 1 + 1?", "é"):
         list(speaker.say(text))
@@ -119,7 +117,7 @@ def test_however_an_answer_ends_the_next_turn_begins_as_in_training(ending, read
     assert tokens_of(read) == [EOT, *whole]
 
 
-def test_an_answer_that_is_cut_short_is_kept_as_far_as_it_came(read, monkeypatch):
+def test_an_interrupted_answer_is_kept_up_to_there(read, monkeypatch):
     script = [*b" Two.", *b" ok", EOT]
     monkeypatch.setattr(conversation, "_choose", lambda *_, **__: script.pop(0))
     speaker = talk(system="Be brief.")
@@ -151,7 +149,7 @@ def test_the_first_answer_is_that_of_generate_text_and_reset_brings_it_back():
     assert "".join(speaker.say("hi")) == first
 
 
-def test_an_ensemble_talks_by_the_mean_of_probabilities(read, chosen):
+def test_an_ensemble_answers_by_the_mean_of_probabilities(read, chosen):
     other = Model(params_for("hybrid"), CONFIGS["hybrid"], TOKENIZER)
     list(talk(others=[other], sampling=GREEDY_SAMPLING).say("How much is 1 + 1?"))
     both = np.array([logits[0, : TOKENIZER.vocab_size] for _, logits in read], np.float64)

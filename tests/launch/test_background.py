@@ -73,7 +73,7 @@ def ended(behaviour, *flags):
     return read(OUT)
 
 
-def test_start_tells_what_to_do_next_and_only_one_run_has_a_folder(place, capfd):
+def test_start_prints_the_next_commands_and_only_one_run_uses_a_folder(place, capfd):
     assert launch("run") == 0
     told = capfd.readouterr().out
     pid = read(OUT)["pid"]
@@ -97,7 +97,7 @@ def test_start_tells_what_to_do_next_and_only_one_run_has_a_folder(place, capfd)
     assert (OUT / "exit_code").read_text().strip() == "running"
 
 
-def test_a_background_run_has_the_lock_until_its_end(place, capfd):
+def test_a_background_run_holds_the_lock_until_its_end(place, capfd):
     assert launch("run", "--requeue") == 0
     wait(lambda: starts() == 1)
     with pytest.raises(UserError, match=rf"out is in use by a run on .* \(pid {read(OUT)['pid']}"):
@@ -136,7 +136,7 @@ def test_stop_lets_the_run_save_and_reports(place, capfd):
     assert "nothing to stop: no background run is active in out" in capfd.readouterr().err
 
 
-def test_stop_asks_which_of_several(place, capfd):
+def test_stop_needs_a_choice_between_several_runs(place, capfd):
     assert launch("run") == 0 and launch("run", "--output_dir=other") == 0
     wait(lambda: starts() == 2)
     assert background.main(["--stop"]) == 2
@@ -222,17 +222,17 @@ def supervised(behaviour):
     return supervise([*FAKE, "--output_dir=out"]), starts()
 
 
-def test_requeue_gives_up_where_nothing_is_gained(place, capfd):
+def test_requeue_gives_up_without_progress(place, capfd):
     assert supervised("75 75 75 75 75 75 0") == (75, 5)  # the first saves; three more gain nothing
     assert "restarted 3 times without a new checkpoint: giving up" in capfd.readouterr().out
     assert read(OUT)["exit_code"] == 75
 
 
-def test_requeue_goes_on_for_as_long_as_checkpoints_come(place):
+def test_requeue_continues_while_new_checkpoints_appear(place):
     assert supervised("75+ 75+ 76+ 75+ 75+ 76+ 75+ 0") == (0, 8)
 
 
-def test_what_continued_another_folder_goes_on_in_its_own(place):
+def test_a_run_resumed_from_another_folder_restarts_in_its_own(place):
     command = ["train", "--resume", "old/step_5", "--output_dir=out"]
     assert supervisor.resumed(command, OUT) == command  # nothing of its own yet
     (OUT / "step_9").mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_without_requeue_and_after_a_stop_there_is_no_second_start(place):
     assert "saved at step 1" in newest and "starting again" not in newest
 
 
-def test_a_stop_that_comes_at_once_is_not_lost(place):
+def test_an_immediate_stop_is_not_lost(place):
     assert launch("run") == 0
     background.main(["--stop"])
     assert read(OUT)["exit_code"] in (75, 143)  # the supervisor lived to see the end
@@ -268,7 +268,7 @@ def test_a_run_outlives_its_supervisor_and_is_still_found(place, capfd):
     assert "saved at step 1" in log_text()
 
 
-def test_a_record_of_a_dead_run_does_not_hold_its_folder(place):
+def test_the_record_of_a_dead_run_does_not_block_its_folder(place):
     OUT.mkdir()
     (OUT / NAME).write_text(json.dumps({"pid": os.getpid(), "log": "log"}))  # a pid that lives
     assert not is_running(OUT)
@@ -304,7 +304,7 @@ def test_a_closed_terminal_ends_the_shell_but_not_the_run(place):
     assert read(OUT)["exit_code"] == 75
 
 
-def test_a_full_disk_is_told(place, capfd):
+def test_a_full_disk_is_reported(place, capfd):
     OUT.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(OUT)], capture_output=True
@@ -323,7 +323,7 @@ def test_a_full_disk_is_told(place, capfd):
         subprocess.run(["umount", "--lazy", str(OUT)], check=True)
 
 
-def test_the_end_is_written_into_room_that_was_kept(tmp_path):
+def test_the_exit_status_is_written_into_reserved_space(tmp_path):
     record = Record.claim(tmp_path)
     record.begin(log="x")
     before = [(tmp_path / name).stat() for name in (NAME, "exit_code")]
@@ -348,14 +348,14 @@ def test_the_end_is_written_into_room_that_was_kept(tmp_path):
         (["jaxlib raised no Error here", "ValueError: 1", "ValueError: 2"], "ValueError: 2"),
     ],
 )
-def test_the_reason_is_the_programs_last_word_or_the_last_exception(tmp_path, lines, reason):
+def test_the_reason_is_the_programs_last_line_or_the_last_exception(tmp_path, lines, reason):
     log = tmp_path / "log"
     log.write_text("\n".join(lines) + "\n")
     found = exit_status.reason(log)
     assert found.startswith(reason) and bool(found) == bool(reason)
 
 
-def test_the_end_of_a_run_that_lost_its_folder_is_not_the_end_of_the_other(tmp_path):
+def test_the_end_of_a_run_that_lost_its_folder_is_not_recorded_for_the_other(tmp_path):
     first = Record.claim(tmp_path)
     first.begin(pid=1)
     second = Record.claim(tmp_path, force=True)

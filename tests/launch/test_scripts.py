@@ -41,7 +41,7 @@ def test_the_launcher_runs_from_the_project_and_from_inside_launch(cwd):
     assert done.stderr.startswith('error: unknown flag --sed; did you mean "--seed"?')
 
 
-def test_the_launcher_says_where_there_is_no_python(tmp_path):
+def test_the_launcher_reports_a_missing_python(tmp_path):
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch/train_background.sh", tmp_path / "launch")
     (tmp_path / "bin").mkdir()
@@ -112,7 +112,7 @@ def tpu(*words, **environment):
     )
 
 
-def test_the_tpu_script_makes_and_deletes_a_vm(gcloud):
+def test_the_tpu_script_creates_and_deletes_a_vm(gcloud):
     assert tpu("create", TPU_NAME="mine", TPU_SPOT="1").returncode == 0
     assert tpu("delete", TPU_NAME="mine").returncode == 0
     assert (gcloud / "calls").read_text().splitlines() == [
@@ -157,7 +157,7 @@ def test_the_tpu_script_shows_how_it_is_used(gcloud, words, code):
     assert all(f"tpu_vm.sh {action}" in told for action in ("create", "start", "fetch", "delete"))
 
 
-def test_the_tpu_script_says_that_gcloud_is_missing(tmp_path):
+def test_the_tpu_script_reports_a_missing_gcloud(tmp_path):
     for tool in ("bash", "dirname", "env"):  # a machine that has nothing else
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done = tpu("create", PATH=str(tmp_path))

@@ -35,7 +35,7 @@ def text(log):
     return log.read_text() if log.is_file() else ""
 
 
-def test_a_job_saves_goes_to_the_queue_resumes_and_can_be_cancelled(cluster, place):  # noqa: F811
+def test_a_job_saves_requeues_resumes_and_can_be_cancelled(cluster, place):  # noqa: F811
     cluster.environment["JAX_COMPILATION_CACHE_DIR"] = str(place / "compiled")
     (place / "pyproject.toml").touch()
     flags = ("--config=tiny.py", "--output_dir=slurm", "--config.training.max_steps=99999")

@@ -151,7 +151,7 @@ def close(actual, expected, rtol, atol, name=""):
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=name)
 
 
-def test_the_adjoint_of_the_loop_is_its_slope():
+def test_the_adjoint_of_the_loop_is_its_derivative():
     """The truth above against differences of its own forward, in a random direction."""
     arguments, dy_bte = draw("float32", 7, 3)
     *_, gradients = loop(**arguments, dy_bte=dy_bte)

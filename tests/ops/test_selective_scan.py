@@ -428,7 +428,7 @@ def test_auto_is_logged_once_for_each_choice(caplog):
     assert said == ["selective scan: sequential (cpu, float32, d_inner 7, d_state 8)"]
 
 
-def test_every_name_is_another_program():
+def test_every_name_is_a_different_program():
     arguments = make_arguments(Case(t=65, e=16))
     programs = set()
     for name in IMPLEMENTATIONS:

@@ -153,7 +153,7 @@ seen.log = [axis('loss'), above()];
 """
 
 
-def test_a_spike_does_not_rule_the_loss_axis(tmp_path):
+def test_a_spike_does_not_set_the_range_of_the_loss_axis(tmp_path):
     """The quick start's own: it falls from 10.9 to 4.6, and one step is at 21 nats."""
     loss = lambda s: 21.05 if s == 40 else 3 + 7.9 * math.exp(-s / 20)
     folder = write(tmp_path / "a", [started(training__max_steps=200), *trained(1, 200, loss)])
@@ -243,12 +243,12 @@ def test_a_comparison(tmp_path):
     assert seen["pressed"] == "false" and seen["curves"] == 2  # of three
 
 
-def test_a_page_without_anything(tmp_path):
+def test_an_empty_page(tmp_path):
     seen = look(render(read_run(write(tmp_path / "run", [started()]))), tmp_path)
     assert seen["drawn"] == 0
 
 
-def test_runs_of_nothing_but_one_step_or_no_number(tmp_path):
+def test_runs_with_one_step_or_no_finite_value(tmp_path):
     one = read_run(write(tmp_path / "one", [started(), *trained(1, 1)]))
     assert look(render(one), tmp_path)["drawn"] == 3
     none = trained(1, 3, loss=lambda s: math.nan)

@@ -45,7 +45,7 @@ def test_answers_are_those_of_offline_generation_whatever_joins_the_batch(family
     engine.close()
 
 
-def test_a_seeded_answer_does_not_depend_on_its_company(engine):
+def test_a_seeded_answer_does_not_depend_on_other_requests(engine):
     sampled = request_of("def ", temperature=1.0, top_k=40, top_p=0.9, seed=7)
     others = [request_of(p, temperature=t, seed=7) for p, t in (("a", 1.5), ("", 0.0), ("b", 0.7))]
     ((alone, _),) = answers(engine, sampled)
@@ -144,7 +144,7 @@ def test_logprobs_are_reported_up_to_the_stop(engine):
     assert events[-1].new_tokens > len(told)
 
 
-def test_no_step_is_made_for_tokens_beyond_what_was_asked_for(engine, monkeypatch):
+def test_no_step_is_made_for_tokens_beyond_the_request(engine, monkeypatch):
     step, calls = engines.device.step, []
     monkeypatch.setattr(
         engines.device, "step", lambda *of, **how: (calls.append(1), step(*of, **how))[1]
@@ -209,7 +209,7 @@ def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
     assert answers(engine, request_of("a"))[0][0] == offline("mamba", "a")
 
 
-def test_a_failing_step_ends_those_whose_last_token_was_under_way(monkeypatch):
+def test_a_failing_step_ends_requests_whose_last_token_was_pending(monkeypatch):
     engine = engine_of("mamba")
     step, calls = engines.device.step, []
 
@@ -328,7 +328,7 @@ def test_the_end_of_an_answer_is_prefilled_unseen_and_without_the_lock(monkeypat
     assert sum(observer.prefilling) == 0  # the prompt was prefilled within its first round
 
 
-def test_nothing_of_an_answer_is_kept_without_a_prefix_cache(monkeypatch):
+def test_without_a_prefix_cache_nothing_of_an_answer_is_kept(monkeypatch):
     monkeypatch.setattr(engines.device, "extract", None)
     engine = engine_of("mamba", prefix_cache_bytes=0)
     ((text, _),) = answers(engine, request_of("def ", max_tokens=40))

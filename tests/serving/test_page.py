@@ -245,7 +245,7 @@ def test_only_the_pages_own_script_runs_and_it_asks_its_own_server_alone(browser
         assert any(directive in text for text in refused), (directive, refused)
 
 
-def test_the_page_asks_for_a_key_and_reports_a_server_that_has_gone(browser):
+def test_the_page_prompts_for_a_key_and_reports_an_unreachable_server(browser):
     unlock = "!document.getElementById('unlock').hidden && document.activeElement.id === 'key'"
     with serving(api_key="sécret") as port:
         browser.open(f"http://127.0.0.1:{port}/")

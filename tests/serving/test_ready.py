@@ -72,7 +72,7 @@ def _leave(port):
     until(lambda: metric(port, "mamba_jax_generations_decoding") == 0)
 
 
-def test_it_says_when_it_is_ready_and_compiles_nothing_afterwards(folder, monkeypatch):
+def test_it_reports_when_it_is_ready_and_compiles_nothing_afterwards(folder, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which would leave nothing to count
     may_begin, run, said = threading.Event(), WarmUp.run, []
     monkeypatch.setattr(

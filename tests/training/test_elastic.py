@@ -74,7 +74,7 @@ def test_the_microbatch_is_halved_until_it_fits_and_the_run_is_the_same(small_de
     assert len(said) == 2 and "with 2 × 4 (before 4 × 2; the effective batch stays 8)" in said[1]
 
 
-def test_a_state_that_is_lost_is_told_with_the_smaller_microbatch(small_device):
+def test_a_lost_state_is_reported_with_the_smaller_microbatch(small_device):
     small_device(lose_state=True)
     step = ElasticStep(CONFIG, one_device(), EOT, lambda _: None)
     with pytest.raises(OutOfMemory) as caught:
@@ -83,7 +83,7 @@ def test_a_state_that_is_lost_is_told_with_the_smaller_microbatch(small_device):
     assert caught.value.config.vram.effective_batch_size == 8
 
 
-def test_an_error_that_comes_late_is_told_too():
+def test_a_late_error_is_reported_too():
     step = ElasticStep(CONFIG, one_device(), EOT, lambda _: None)
     with pytest.raises(OutOfMemory) as caught, step.guard():
         raise jax.errors.JaxRuntimeError(FULL)
@@ -116,7 +116,7 @@ def test_the_smallest_microbatch_cannot_be_halved():
         smaller(run_config(batch=8, microbatch=4), devices=4)
 
 
-def test_what_cannot_fit_is_found_before_the_state_is_given_up(monkeypatch):
+def test_what_cannot_fit_is_detected_before_the_state_is_donated(monkeypatch):
     mesh, said = one_device(), []
     half = make_train_step(run_config(batch=8, microbatch=4), mesh, EOT)
     state = init_state(CONFIG, mesh)

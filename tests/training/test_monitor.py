@@ -162,7 +162,7 @@ def test_waiting_for_data_is_recorded_as_a_share_of_the_training_time(config, mo
     assert waits == pytest.approx([3 / 4, (3 + 7) / (4 + 8), (1 + 1) / (2 + 2)])
 
 
-def test_a_full_disk_silences_a_log_with_one_warning(config, capsys):
+def test_a_full_disk_disables_a_log_with_one_warning(config, capsys):
     with Monitor(config) as shown:
         shown.open()
         shown.start(0, None)
@@ -230,7 +230,7 @@ def test_the_curve_is_drawn_whatever_was_recorded(tmp_path):
         picture.unlink()
 
 
-def test_a_spike_does_not_rule_the_curves_axis():
+def test_a_spike_does_not_set_the_range_of_the_curves_axis():
     """The quick start's own: it falls from 10.9 to 4.6, and one step is at 21 nats."""
     losses = 3 + 7.9 * np.exp(-np.arange(200) / 20)
     assert history.usual_top(losses, [4.4]) is None

@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_a_number_changes_nothing():
     assert_untouched(state, to_host(after))
 
 
-def test_a_spike_is_skipped_and_the_next_step_goes_on():
+def test_a_spike_is_skipped_and_the_next_step_is_taken():
     state, metrics = states(BASE, 1)
     w = windows(8, seed=1)
     norm = float(train_step(BASE)(on_device(state), w)[1]["gradient_norm"])
@@ -279,7 +279,7 @@ def test_evaluation_sums_nats_targets_and_bytes_by_weight():
 
 
 @pytest.mark.parametrize("family", ["mamba", pytest.param("hybrid", marks=pytest.mark.slow)])
-def test_a_fixed_batch_is_learnt_by_heart(family):
+def test_a_fixed_batch_can_be_memorised(family):
     model = dataclasses.replace(
         MAMBA,
         family=family,

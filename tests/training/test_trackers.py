@@ -97,7 +97,7 @@ def test_tensorboard_has_every_field_of_the_config_as_hyperparameter(board, conf
     assert end.status == api_pb2.STATUS_SUCCESS
 
 
-def test_without_tensorboardx_a_run_goes_on(config, monkeypatch, capsys):
+def test_without_tensorboardx_a_run_continues(config, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "mamba_jax.training.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     tell(config)
@@ -133,7 +133,7 @@ def with_tracker(monkeypatch, config, tracker):
 
 
 @pytest.mark.parametrize("end", [None, RuntimeError("no more")])
-def test_a_tracker_is_told_what_the_record_says(config, monkeypatch, end):
+def test_a_tracker_gets_what_is_recorded(config, monkeypatch, end):
     fake = Fake()
     tell(with_tracker(monkeypatch, config, fake), end)
     assert fake.told[0][0] == "hyperparameters"
@@ -147,7 +147,7 @@ def test_a_tracker_is_told_what_the_record_says(config, monkeypatch, end):
     assert fake.told[-1] == ("close", end is None)
 
 
-def test_a_tracker_that_fails_is_told_no_more_and_stops_nothing(config, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_dropped_and_stops_nothing(config, monkeypatch, capsys):
     fake = Fake("scalars")
     tell(with_tracker(monkeypatch, config, fake))
     assert [what for what, *_ in fake.told] == ["hyperparameters", "scalars"]
@@ -157,7 +157,7 @@ def test_a_tracker_that_fails_is_told_no_more_and_stops_nothing(config, monkeypa
     assert "eval loss 2.0000" in told.out
 
 
-def test_a_tracker_that_cannot_start_is_left_out(config, monkeypatch, capsys):
+def test_a_tracker_that_cannot_start_is_dropped(config, monkeypatch, capsys):
     def refuse(_):
         raise PermissionError("no key\nlog in first")
 
@@ -198,7 +198,7 @@ def test_mlflow_takes_any_number_of_parameters(monkeypatch):
 
 
 @pytest.mark.parametrize(("end", "status"), [(None, "FINISHED"), (RuntimeError("x"), "FAILED")])
-def test_mlflow_has_what_the_run_told(config, tmp_path, monkeypatch, end, status):
+def test_mlflow_has_what_the_run_reported(config, tmp_path, monkeypatch, end, status):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
@@ -238,7 +238,7 @@ def log_records(data: bytes):
 
 
 @pytest.mark.parametrize(("end", "status"), [(None, 0), (RuntimeError("x"), 1)])
-def test_wandb_has_what_the_run_told(config, tmp_path, monkeypatch, end, status):
+def test_wandb_has_what_the_run_reported(config, tmp_path, monkeypatch, end, status):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 

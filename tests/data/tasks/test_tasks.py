@@ -173,7 +173,7 @@ def test_the_check_is_exact():
     )
 
 
-def test_of_an_easy_task_as_many_come_as_there_are():
+def test_an_easy_task_gives_all_its_problems():
     """One operator: 21 · 21 · 3 expressions, on one side or the other."""
     sides = {s: [p.prompt for p in problems("arithmetic", 1, s, 0, 9_999)] for s in SPLITS}
     assert len(set(sides["train"])) == len(sides["train"])
@@ -225,7 +225,7 @@ def documents(windows):
         yield text, bytes(window[(window >= 0) & (window < 256)].tolist()).decode()
 
 
-def test_a_corpus_learns_the_answers_alone(corpus_of):
+def test_only_answers_are_trained_on(corpus_of):
     corpus = corpus_of(tasks="arithmetic:1-2,recall:3", task_examples=80, loss_on="answer")
     found = [*documents(corpus.train), *documents(corpus.eval)]
     assert len(found) == 240
