@@ -13,7 +13,7 @@ import mamba_jax
 from mamba_jax.files import write_atomic
 
 ROOT = pathlib.Path(mamba_jax.__file__).parent
-# Who writes without ``write_atomic``, and why that is safe.
+# What is written without ``write_atomic``, and why that is safe.
 DIRECT = {
     "files.py": "the one place",
     "estimator/compiled.py": "standard output, no file",

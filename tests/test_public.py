@@ -1,4 +1,4 @@
-"""The public interface: names, laziness, and that a loaded model says what the commands say."""
+"""The public interface: names, laziness, and that a loaded model gives what the commands print."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The floor against the arithmetic done by hand."""
+"""The floor against arithmetic done by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""How candidates take turns, and what becomes of those that fail."""
+"""How candidates take turns, and how failures are recorded."""
 
 import itertools
 import math
@@ -57,7 +57,7 @@ def test_a_failing_candidate_gets_a_note_and_the_others_continue():
         Candidate("absent", lambda: fails(NotMeasured("not installed"))),
         Candidate("broken", lambda: Prepared(lambda: fails(ValueError("bad\nsecond line")))),
         Candidate("late", lambda: Prepared(fails_late)),
-        Candidate("sound", lambda: Prepared(lambda: 0.5)),  # says itself which seconds count
+        Candidate("sound", lambda: Prepared(lambda: 0.5)),  # returns the seconds that count
     ]
     rows = []
     harness.measure(candidates, CASE, rows, rounds=4, candidate_secs=100)

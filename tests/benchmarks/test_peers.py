@@ -41,9 +41,9 @@ def test_the_transformer_is_causal(remat):
     changed[:, 10] = (changed[:, 10] + 1) % config.vocab_size
     run = jax.jit(lambda tokens: gpt2.forward(params, config, tokens))
     before, after = run(tokens), run(changed)
-    # The same program on the same numbers: what lies before the change is equal bit for bit.
+    # The same program on the same numbers: what comes before the change is equal bit for bit.
     np.testing.assert_array_equal(before[:, :10], after[:, :10])
-    # And it does look back: every later token has another output.
+    # And it does look back: every later token has a different output.
     assert (np.abs(before - after)[:, 10:].max(-1) > 1e-4).all()
 
 

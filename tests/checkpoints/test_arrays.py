@@ -1,5 +1,4 @@
-"""A checkpoint comes back bit for bit, or is refused by name; nothing that goes wrong in a save
-costs an earlier one."""
+"""A checkpoint is restored bit for bit or refused by name; a failed save damages no earlier one."""
 
 import errno
 import json
@@ -97,7 +96,7 @@ def kinds_of_files(path: pathlib.Path) -> list[str]:
     return list(kinds.values())
 
 
-# --- there and back -------------------------------------------------------------------------------
+# --- round trip -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -190,7 +189,7 @@ def test_a_newer_format_is_named(run):
 
 
 def assert_refused(run: pathlib.Path, name: str) -> None:
-    """step_8 is refused, naming the file, and step_6 taken, saying so."""
+    """step_8 is refused, naming the file; step_6 is used instead, and the log says so."""
     with pytest.raises(UserError) as refusal:
         restore(run / "step_8", abstract(make_state(8)))
     assert str(run / "step_8") in str(refusal.value) and name in str(refusal.value)
@@ -271,7 +270,7 @@ def test_final_is_found_by_its_step(run):
     with open_writer(run) as writer:
         writer.save("final", make_state(8), metadata(8))
     assert find_latest(run, print) == run / "final"
-    assert find_latest(run, print, before=8) == run / "step_7"  # what `final` was before
+    assert find_latest(run, print, before=8) == run / "step_7"  # the former `final`
     (run / "final/config.json").write_text("{")
     told: list[str] = []
     assert find_latest(run, told.append) == run / "step_8"
@@ -373,7 +372,7 @@ def test_check_reports_a_failed_save_without_waiting(tmp_path, monkeypatch):
     writer._executor.shutdown(wait=True)
     with pytest.raises(UserError, match="step_1"):
         writer.check()
-    writer.check()  # told once
+    writer.check()  # reported once
 
 
 @pytest.fixture
@@ -456,7 +455,7 @@ except UserError as error:
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    """No traces of orbax's threads beside it; in a process of its own, whose threads end."""
+    """Without tracebacks of orbax's threads; in a process of its own, whose threads end."""
     ran = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,4 @@
-"""What a run continues and what it refuses to; all of it decided from files, before any array."""
+"""What a run resumes and what it refuses; all of it decided from files, before any array."""
 
 import dataclasses
 import pathlib

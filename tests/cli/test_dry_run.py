@@ -1,4 +1,4 @@
-"""``train --dry_run``: the plan in words; whatever the run would refuse, without making a thing."""
+"""``train --dry_run``: prints the plan, and every error of the run, without writing anything."""
 
 import os
 import pathlib

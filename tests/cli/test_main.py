@@ -1,4 +1,4 @@
-"""The console command: what it lists, what it imports, what it says to a misspelt name."""
+"""The console command: what it lists, what it imports, and its error for a misspelt name."""
 
 import contextlib
 import importlib.util
@@ -69,7 +69,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[-1].rpartition("/")[2])
 def test_ctrl_c_during_imports_is_one_line(program, tmp_path):
-    """Every command imports argparse; this one presses Ctrl-C meanwhile."""
+    """Every command imports argparse; this one raises Ctrl-C in the import."""
     press = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / "argparse.py").write_text(press)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -108,7 +108,7 @@ LINES = {  # as typed → as the command gets it
     "compare --json ~/a ~/b": f"compare --json {HOME}/a {HOME}/b",
     "--output_dir=./~/out": "--output_dir=./~/out",
     "--output_dir=out~": "--output_dir=out~",
-    "--prompt=~/text --stop ~/": "--prompt=~/text --stop ~/",  # text is no path
+    "--prompt=~/text --stop ~/": "--prompt=~/text --stop ~/",  # text is not a path
     "--config.sample_prompt ~/x": "--config.sample_prompt ~/x",
 }
 

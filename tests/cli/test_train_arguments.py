@@ -1,4 +1,4 @@
-"""From the command line to a config: defaults, what wins over what, one line for mistakes."""
+"""From the command line to a config: defaults, precedence, one line for mistakes."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_a_size_and_a_preset_set_their_rows_and_nothing_else(size, preset):
     assert to_dict(config) == expected
 
 
-# Each chain from what yields to what wins; a step adds one more argument.
+# Each chain from the lowest to the highest precedence; each step adds one argument.
 CHAINS = {
     "model.d_model": (
         (768, None),
@@ -101,7 +101,7 @@ CHAINS = {
     "vram.auto": (
         (False, None),
         (True, {"vram": {"auto": True}}),
-        (False, "--vram=16"),  # says how much instead of finding out
+        (False, "--vram=16"),  # gives the amount instead of detecting it
         (True, "--vram_auto"),
         (False, "--config.vram.auto=false"),
     ),
@@ -121,7 +121,7 @@ def test_precedence(field, backwards):
     for expected, layer in CHAINS[field]:
         if layer is not None:
             argv.append(write_json(**layer) if isinstance(layer, dict) else layer)
-        # Where an argument stands among the others says nothing.
+        # The order of the arguments has no effect.
         assert value(config_of(*(argv[::-1] if backwards else argv)), field) == expected
 
 
@@ -239,12 +239,12 @@ def test_a_file_of_another_kind_is_refused():
         read(["--config=config.yaml"])
 
 
-# --- what a checkpoint says -----------------------------------------------------------------------
+# --- settings of a checkpoint ---------------------------------------------------------------------
 
 
 @pytest.fixture
 def checkpoint() -> pathlib.Path:
-    """Of a hybrid that found its memory by itself."""
+    """The checkpoint of a hybrid that detected its memory."""
     folder = pathlib.Path("runs/first/step_50")
     folder.mkdir(parents=True)
     config = config_of(

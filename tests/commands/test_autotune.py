@@ -1,4 +1,4 @@
-"""Tuning on a make-believe card, the table on disk, and what a machine without a GPU is told."""
+"""Tuning on a simulated card, the table on disk, and the error on a machine without a GPU."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The files under configs/: one per size, each telling the truth about itself."""
+"""The files under configs/: one per size, each described correctly."""
 
 import dataclasses
 import pathlib

@@ -104,7 +104,7 @@ def test_a_suffix_needs_a_model_trained_with_it(run_dir, params, tmp_path, capsy
 
 
 def test_the_checkpoint_carries_its_tokenizer(params, tmp_path, capsys):
-    """The folder of the tokenizer that it was trained with is gone."""
+    """The folder of the tokenizer that it was trained with no longer exists."""
     file = tmp_path / "tokenizer.json"
     byte_level().save(str(file))
     tokenizer = json_tokenizer.from_file(str(file), file)
@@ -206,7 +206,7 @@ def test_the_guides_command_generates(run_dir, expected, capsys, monkeypatch):
 
 
 class Speaker:
-    """A conversation of fixed pieces; a Ctrl-C comes where one says so."""
+    """A conversation with fixed pieces, one of which may be a Ctrl-C."""
 
     def __init__(self, *pieces):
         self._pieces = pieces

@@ -1,4 +1,4 @@
-"""The size report against the tables and against counts worked out by hand."""
+"""The size report against the tables and against counts made by hand."""
 
 import functools
 import json

@@ -1,5 +1,5 @@
-"""The ``train`` command: a run that was cut short ends as one that was not, bit for bit; whatever a
-user gets wrong is one line."""
+"""The ``train`` command: an interrupted and resumed run ends as an uninterrupted one, bit for bit;
+each mistake of a user is one line."""
 
 import contextlib
 import errno
@@ -98,7 +98,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
         [r for r in metrics.read(run / metrics.NAME) if not r.keys() & {"tokens_per_sec", "run"}]
         for run in (one, other)
     ]
-    assert measures[0] == measures[1]  # but for their speed, and when and from where they began
+    assert measures[0] == measures[1]  # except their speed, and when and where they began
     assert read_metadata(one / "final").samples_seen == read_metadata(other / "final").samples_seen
 
 
@@ -133,7 +133,7 @@ def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys
     assert call(family_flag, f"--output_dir={parts}", "--resume=auto") == 0
     assert_same_run(whole, parts)
 
-    # From an earlier checkpoint into another folder, as if the rest had never been.
+    # From an earlier checkpoint into another folder, as if the rest had never happened.
     assert call(family_flag, f"--output_dir={moved}", f"--resume={whole / 'step_2'}") == 0
     assert_same_run(whole, moved)
 
@@ -162,7 +162,7 @@ SLOW_RUN = """
 
 
 class Process:
-    """The command in a process of its own on one device, slowed down if it is to be hit."""
+    """The command in a process of its own on one device, slowed down if it is to be killed."""
 
     def __init__(self, place: pathlib.Path, *argv: str, secs_per_step: float = 0.0):
         script = textwrap.dedent(SLOW_RUN)
@@ -243,7 +243,7 @@ def recorded_steps(output_dir: pathlib.Path) -> list[int]:
 
 
 def test_an_active_run_has_exclusive_use_of_its_folder(call, place, capsys):
-    """Fresh or resumed, nothing starts beside it; what only reads may; a kill frees the folder."""
+    """No other run, fresh or resumed, starts in its folder; readers may; a kill frees it."""
     flags = ("--config.training.max_steps=400", "--config.training.save_steps=2")
     run = Process(place, *flags, "--output_dir=lived", secs_per_step=0.05)
     run.wait_for("recorded 5")
@@ -286,7 +286,7 @@ def test_force_takes_over_the_folder_and_the_other_run_ends(call, place, capsys)
     assert not (place / "forced/step_10").exists()
 
 
-# --- one finished run, looked at from many sides --------------------------------------------------
+# --- one finished run, checked in many ways -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_what_a_run_leaves(finished):
     assert "sample after 'def '" in summary and "6, 3,072 tokens" in summary
     metadata = read_metadata(finished / "final")
     assert metadata.step == 6 and metadata.samples_seen == 96
-    assert metadata.config.model.vocab_size == 257  # the tokenizer's, found out on the way
+    assert metadata.config.model.vocab_size == 257  # the tokenizer's, determined by the run
     records = metrics.read(finished / metrics.NAME)
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
     evaluations = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
@@ -505,7 +505,7 @@ def test_a_full_disk_ends_the_run_in_one_line(call, place, monkeypatch, capsys):
 
 
 def test_a_full_disk_under_standard_output_does_not_stop_training(finished, place):
-    """Nobody reads what is printed any more: the run ends all the same, and says nothing of it."""
+    """The reader of its output is gone: the run still finishes, and reports nothing about it."""
     # The command makes a process of its own: it closes standard output for good.
     program = (
         "import sys; from mamba_jax import train; "
@@ -608,7 +608,7 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_run(call, place, monk
     told = capsys.readouterr()
     assert "warning: the profile cannot be written" in told.err
     assert "profile of the steps" not in told.out
-    # Its clock goes on with the step after.
+    # Its clock continues with the next step.
     rated = [
         r["step"] for r in metrics.read(place / "full-profile/metrics.jsonl") if "device_kind" in r
     ]

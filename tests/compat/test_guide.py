@@ -1,7 +1,7 @@
 """Every command block of the guide runs as printed, apart from the Hub's data.
 
 Each that trains or resumes is run with --dry_run, in this process; a few are run for real at a tiny
-size. Names of the Hub are folders of that name here, and /mnt lies in the working folder.
+size. Names of the Hub are folders of that name here, and /mnt is in the working folder.
 """
 
 import ast
@@ -212,7 +212,7 @@ def test_a_block_that_trains(block, place, card, capsys):
 
 def test_many_commands_are_found(place):
     made = [argv for b in TRAINS if b.heading not in TEMPLATES for argv in commands(b, place)]
-    # As many as are printed, but that the loop over seeds prints one and makes three.
+    # As many as are printed, except that the loop over seeds prints one and makes three.
     printed = sum(b.text.count("./train_background.sh") for b in TRAINS) - len(TEMPLATES)
     assert len(made) == printed + 2 > 50
     (ensemble,) = [block for block in TRAINS if "Ensemble" in block.heading]
@@ -360,7 +360,7 @@ def test_resuming_with_other_settings(resumed, place):
         assert f"changed since that checkpoint: {change}" in log
     changes = [line for line in log.splitlines() if "changed since that checkpoint" in line]
     assert len(changes) == 2, changes  # TINY keeps what else the presets differ in
-    # Step, position in the data and schedule go on, under the other peak.
+    # Step, position in the data and schedule continue, with the other peak.
     saved = read_metadata(second / "final")
     assert (saved.step, saved.samples_seen) == (4, 4 * 32)
     assert [r["step"] for r in metrics.read(second / metrics.NAME) if "loss" in r] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""A run that an earlier version wrote: it resumes, generates and reports as it did then.
+"""A run that an earlier version wrote: it still resumes, generates and reports.
 
 ``run_0`` holds step 2 and the metrics of four steps, written with checkpoint format 2 before the
 package was laid out as it is now, on the corpus that ``write_corpus`` makes.

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub of this process's own: folders, served as the real one serves datasets."""
+"""A Hugging Face Hub in this process: folders, served as the real one serves datasets."""
 
 import hashlib
 import http.server
@@ -16,7 +16,7 @@ class FakeHub:
     Attributes:
       endpoint: its address.
       repos: (id, revision) → folder, or the code of the error that the Hub gives instead.
-      requests: (method, path) of what was asked.
+      requests: (method, path) of each request.
       sent_bytes: of files, in answers.
     """
 

@@ -1,7 +1,7 @@
-"""Bad input and what users expect: one table, a line for each kind of thing that lies in folders.
+"""Bad input and what users expect: one table, with a line for each kind of thing in folders.
 
 ``LINES`` is the list of kinds; every case belongs to one of them. A case puts files beside one good
-file, so that there is always something left, and says what comes out.
+file, so that there is always something left, and states the result.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Case:
       line: of ``LINES``.
       name: of the case.
       files: name → bytes, text, or what makes it.
-      texts: of the documents that come with the good one's, in order.
+      texts: texts of all documents, the good one's included, in order.
       skipped, lost, repaired: of the summary.
       says: a part of one of the summary's lines.
     """
@@ -260,7 +260,7 @@ def test_each_case_is_read_or_skipped_as_stated(case, folder):
         assert f"× {reason}" in told
 
 
-# --- lines that are no single file ----------------------------------------------------------------
+# --- lines that are not a single file -------------------------------------------------------------
 
 
 def test_missing_and_empty_folders_name_path_and_extensions(tmp_path):

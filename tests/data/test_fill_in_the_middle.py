@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: turned back, a window is what it was, but for its end."""
+"""Fill-in-the-middle: undoing it restores the window, except its end."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ PREFIX, SUFFIX, MIDDLE = IDS
 
 
 def made_window(rng, tokens=200, documents=6, begins=True):
-    """Distinct neighbours, so that no piece can be mistaken for another."""
+    """Distinct neighbours, so that no two pieces look alike."""
     window = np.arange(tokens, dtype=np.int32) % 251
     window[np.sort(rng.choice(np.arange(1, tokens), documents, replace=False))] = EOT
     if begins:
@@ -113,7 +113,7 @@ def test_only_training_windows_are_reordered(corpus_of):
         assert text == one[: len(text)].tolist()
         turned += count
     assert turned > 10
-    # The window at a sample does not hang on batches.
+    # The window at a sample does not depend on batches.
     resumed = next(filled.train_batches(3, 1, 9))
     np.testing.assert_array_equal(resumed, after[9:12])
 

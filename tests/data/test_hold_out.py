@@ -39,7 +39,7 @@ def sentence(number: int) -> str:
 
 @st.composite
 def repetitive(draw):
-    """(texts of files, seed): sentences, some hundred once, a few many times, in some order."""
+    """(texts of files, seed): about a hundred sentences, a few of them many times, in any order."""
     single = draw(st.integers(300, 1_500))
     copies = draw(st.lists(st.integers(2, 600), max_size=4))
     numbers = [*range(single)]
@@ -73,7 +73,7 @@ def test_the_share_of_any_text_with_repetition_counted_once(tmp_path_factory, co
     made = prepare(config, seq_len=seq_len, seed=seed, log=log.append)
     train, held = sides(made)
     share = sum(count / (count + train[word]) for word, count in held.items()) / different
-    # Words and stretches of 64 bytes count alike but for the borders of sentences: 10%.
+    # Words and stretches of 64 bytes give equal counts except at the borders of sentences: 10%.
     window, block = seq_len / 8 / different, 16 / 8 / different
     assert 0.9 * min(0.005, window) <= share <= max(0.022, 1.3 * window + 2 * block)
     window, block = seq_len / made.summary.tokens, 16 / made.summary.tokens
@@ -88,7 +88,9 @@ def test_the_share_of_any_text_with_repetition_counted_once(tmp_path_factory, co
             held += whole_words(made.eval._cache._tokens[start + 1 : end])
     also_trained_on = sum(held[word] for word in held if train[word]) / max(held.total(), 1)
     warned = any(line.startswith("warning: ") and "also occurs" in line for line in log)
-    assert warned or also_trained_on < 0.3 or held.total() < 20  # a word of few is much
+    assert (
+        warned or also_trained_on < 0.3 or held.total() < 20
+    )  # one of a few words is a large share
     assert not warned or also_trained_on > 0.03
 
 
@@ -140,7 +142,7 @@ def test_few_different_documents_with_copies_kept(make, tmp_path, single, copies
 
 
 def test_text_shared_by_near_copies_is_a_warning(make, tmp_path):
-    """Each document has 10 words of its own in the midst of 90 that all have."""
+    """Each document has 10 words of its own among 90 that all share."""
     (tmp_path / "in").mkdir()
     for number in range(200):
         own = words(10, f"d{number:03d}")
@@ -158,7 +160,7 @@ def test_text_shared_by_near_copies_is_a_warning(make, tmp_path):
 @pytest.mark.parametrize("size", [300, 512, 600, 1_000, 2_000, 5_000, 20_000])
 @pytest.mark.parametrize("seq_len", [32, 127])
 def test_tiny_text_loses_little(make, tmp_path, size, seq_len):
-    """At most 2%, or about one window; and by another seed other text."""
+    """At most 2%, or about one window; another seed holds out other text."""
     (tmp_path / "a.txt").write_text(words(3_000)[:size])
     if size < 4 * seq_len:
         return

@@ -270,7 +270,7 @@ def test_tables_with_different_columns_are_named_or_read_by_their_files(corpus_o
     parquet.write_table(pyarrow.table({"text": texts["a"]}), "mixed/a.parquet")
     parquet.write_table(pyarrow.table({"text": texts["b"], "n": [*range(20)]}), "mixed/b.parquet")
     assert "(a.parquet: text; b.parquet: text, n)" in error_of("mixed")
-    assert corpus_of(data_dir="mixed")[0].summary.documents == 40  # as the error proposes
+    assert corpus_of(data_dir="mixed")[0].summary.documents == 40  # as the error suggests
 
 
 # --- without the Hub ------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_a_hub_that_answers_is_used(monkeypatch):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         online_with(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
-        with pytest.raises(ImportError):  # of the library, which this test has taken away
+        with pytest.raises(ImportError):  # of the library, which this test has removed
             rows_of("openai/gsm8k")
 
 
@@ -442,7 +442,7 @@ def test_a_dataset_without_text_is_an_error(corpus_of):
 
 
 def test_a_mixture_of_files_a_split_and_a_stream(place):
-    """However the rows are fetched: the same windows at the same samples, each once an epoch."""
+    """However the rows are fetched: the same window at each sample, each window once per epoch."""
     put("org/one", train=ROWS)
     put("org/two", train=[{"text": f"Second {i}. " * 9} for i in range(40)])
     (place / "texts").mkdir()

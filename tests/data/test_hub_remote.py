@@ -1,4 +1,4 @@
-"""Datasets over HTTP, from a Hub of this process's own: what is fetched and what is refused."""
+"""Datasets over HTTP, from a Hub in this process: what is fetched and what is refused."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ TEXTS = [f"Row {i} says {i * i}." for i in range(sum(ROWS_PER_FILE))]
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    """A Hub, and this process's libraries turned towards it with empty caches."""
+    """A Hub, and this process's libraries pointed at it, with empty caches."""
     import datasets
     from huggingface_hub import constants
 
@@ -145,7 +145,7 @@ def test_a_downloaded_dataset_is_read_from_the_cache_when_offline(remote, monkey
     fetched = remote.sent_bytes
     assert downloaded("org/name") == TEXTS and remote.sent_bytes == fetched
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")  # and back to what it was, after the test
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")  # and restored after the test
     remote.requests.clear()
     log = []
     assert downloaded("org/name", log) == TEXTS
@@ -201,14 +201,14 @@ def test_a_killed_stream_resumes_where_it_stopped(remote, small_parts, extension
         assert seen == undisturbed[:stop_after]
         cached = {key for key, _ in seen}
         record = next(pathlib.Path("cache/streams").iterdir())
-        record.write_text(record.read_text()[:-3])  # the kill came while it was written
+        record.write_text(record.read_text()[:-3])  # the kill came during the write
         remote.requests.clear()
         for part in (parts := stream_of().parts()):
             if part.key() not in cached:
                 seen.append((part.key(), texts_of(part.pieces(DataSummary("")))))
         assert seen == undisturbed and not list(parts)
         # Complete files before the last known place are left alone, but for two that the library
-        # looks at the ends of; the first file tells the columns.
+        # looks at the ends of; the first file gives the columns.
         row = (stop_after - 1) * 100
         complete = sum(sum(ROWS_PER_FILE[: n + 1]) <= row for n in range(len(ROWS_PER_FILE)))
         for number in range(1, len(ROWS_PER_FILE)):
@@ -304,7 +304,7 @@ def test_streams_of_other_content_columns_or_splits_have_other_keys(remote, smal
     assert not first & keys(text_column="text,n")
     remote.repos["org/name", "main"] = folder
     assert first == keys()
-    # The Hub's commit stands for the content.
+    # The Hub's commit identifies the content.
     import tests.data.fake_hub as fake
 
     with pytest.MonkeyPatch.context() as patch:

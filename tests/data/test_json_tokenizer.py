@@ -75,7 +75,7 @@ def test_ids_of_a_long_text_are_the_librarys(files, kind, small_windows):
     encoder, found = tokenizer.document_encoder(), []
     for start in range(0, len(text), 1_000):
         found.append(encoder.push(text[start : start + 1_000]))
-    assert sum(map(len, found)) > 0.9 * len(tokenizer.encode(text))  # it holds little back
+    assert sum(map(len, found)) > 0.9 * len(tokenizer.encode(text))  # it holds back little text
     ids = np.concatenate([*found, encoder.cut()])
     assert ids.tolist() == library_ids(files[kind], text)
 
@@ -226,7 +226,7 @@ def test_an_added_token_that_strips_nothing_gives_no_warning(tmp_path, fields):
 
 
 def test_dropout_is_disabled_and_reported(files, tmp_path):
-    """As subword regularisation leaves it in a file (arXiv 1910.13267)."""
+    """As subword regularisation (arXiv 1910.13267) leaves it in a file."""
     plain = load_tokenizer(str(files["byte_level"]))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.py").write_bytes(pathlib.Path(json.__file__).read_bytes())
@@ -265,7 +265,7 @@ def test_a_corpus_tokenised_with_it(files, tmp_path, monkeypatch):
         for token in window[:-1]
     ).decode()
     found = {part for part in stream.split("\0") if part in texts}
-    assert len(found) >= 30  # the others lie at the ends of windows
+    assert len(found) >= 30  # the others are at the ends of windows
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, files):
@@ -307,7 +307,7 @@ def write(tmp_path, record):
 
 
 def test_an_unknown_word_never_ends_a_text(tmp_path):
-    """Of a tokenizer whose unknown token is the one that ends texts."""
+    """Even if the tokenizer's unknown token is the one that ends texts."""
     tokenizer = load_tokenizer(write(tmp_path, words_of({"[SEP]": 0, "b": 1}, unk_token="[SEP]")))
     assert tokenizer.eot_id == 0 and tokenizer.encode("b zz b").tolist() == [1, 1]
 
@@ -362,7 +362,7 @@ def test_a_damaged_file_is_one_line_or_still_a_tokenizer(files, tmp_path_factory
     record = json.loads(files[kind].read_text())
     place = record
     while True:
-        # Of a prefix that does not fit the merges the library aborts the whole process.
+        # The library aborts the whole process on a prefix that does not fit the merges.
         key = data.draw(st.sampled_from(sorted(place.keys() - {"continuing_subword_prefix"})))
         if key in ("vocab", "merges") or not isinstance(place[key], dict) or not place[key]:
             break

@@ -1,4 +1,4 @@
-"""Several sources: shares, the split over all, and the same batches again whatever happens."""
+"""Several sources: shares, one split over all, and reproducible batches."""
 
 import hashlib
 import itertools
@@ -135,7 +135,7 @@ def test_answers_alone_need_prompts(make, folders):
 
 
 def test_held_out_windows_without_an_answer_are_refused(make, tmp_path):
-    """Else the evaluation would divide by nothing."""
+    """Otherwise the evaluation would divide by zero."""
     lines = (f'{{"prompt": "{words(40, f"d{i}-")}", "completion": "Z"}}' for i in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"raise data\.eval_fraction"):
@@ -155,7 +155,7 @@ def test_only_answers_are_targets(make, tmp_path):
 
 @pytest.mark.parametrize("window", ["packed", "concat", "document"])
 def test_nothing_after_a_document_without_an_answer_is_a_target(make, tmp_path, window):
-    """Not even the separator: the model would loss_mask to stop after a prompt."""
+    """Not even the separator: the model would learn to stop after a prompt."""
     row = lambda i: {"prompt": words(5, f"d{i}-"), "completion": "Z" * 9 if i % 4 == 0 else ""}
     lines = [json.dumps(row(i)) for i in range(80)]
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "ZZ"}]

@@ -10,7 +10,7 @@ PHASES = [(0, (3.0, 1.0, 0.0)), (700, (0.0, 1.0, 1.0)), (100_000, (1.0, 1e-9, 2.
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Some 170,000 samples, with a boundary of each kind inside; epochs are rotated, which takes
+    """About 170,000 samples, with a boundary of each kind inside; epochs are rotated, which takes
     minutes less than shuffling them."""
     with pytest.MonkeyPatch.context() as patch:
         rotated = lambda at, last, seed, rounds: (at + seed) % (last + 1)

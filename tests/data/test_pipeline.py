@@ -18,7 +18,7 @@ from tests.data.conftest import words
 
 @pytest.fixture
 def corpus(make, tmp_path):
-    """Some sixty training windows, all different."""
+    """About sixty training windows, all different."""
     (tmp_path / "book.txt").write_text(words(400))
     corpus = make(tmp_path / "book.txt", seq_len=33, eval_fraction=0.2)
     size = len(corpus.train)
@@ -102,7 +102,7 @@ def test_no_thread_is_left_behind(corpus):
 
 
 def test_a_checkpoints_json_holds_all_that_resuming_needs(corpus, tmp_path):
-    """The state of an iterator that JSON changes would skip a window after the round trip."""
+    """An iterator state changed by JSON would skip a window after the round trip."""
     whole = [batch.tobytes() for batch in islice(corpus.train_batches(5, 3), 40)]  # > 2 epochs
     for done in range(40):
         metadata = Metadata(RunConfig(), done, 5 * done, corpus.fingerprint)

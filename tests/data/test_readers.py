@@ -134,7 +134,7 @@ def test_damage_is_judged_by_the_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 16)
     path = tmp_path / "a.txt"
     for data, expected in (
-        # Two sound characters to one bad: the second lies across the border of a block.
+        # Two valid characters to one bad: the second lies across the border of a block.
         (("é" + "x" * 13 + "é").encode() + b"\xff", "damaged UTF-8, bad parts replaced"),
         ("日本語のテキスト".encode() * 4 + b"\xff tail", "damaged UTF-8, bad parts replaced"),
         (b"plain words " * 9 + b"caf\xe9", "not UTF-8, read as cp1252"),
@@ -184,7 +184,7 @@ def test_every_layout_reads_as_a_parser_of_the_whole_would(records, layout, inde
         text = dump(records[0], indent)
         records = records[:1]
     if layout != "array" and len(records) == 1 and isinstance(records[0], list):
-        records = records[0]  # a single array is its elements, however it lies
+        records = records[0]  # a single array is its elements, whatever its layout
     lost = []
     read_back = list(read_values(chunks(text, size), lambda *line: lost.append(line)))
     assert not lost and read_back == [json.loads(json.dumps(record)) for record in records]
@@ -222,7 +222,7 @@ def parsed(line: str) -> list:
     data=st.data(),
 )
 def test_only_broken_lines_are_skipped(records, junk, first, data):
-    """Also where the first is broken, as long as most are sound."""
+    """Even if the first is broken, as long as most are valid."""
     good = [json.dumps(record) for record in records]
     junk = junk[: len(good) - 1]
     lines = data.draw(st.permutations(good[not first :] + junk))
@@ -256,7 +256,7 @@ def test_a_value_that_is_too_large_is_skipped(tmp_path, monkeypatch):
         texts, summary = read(path)
         assert texts == [] and summary.skipped == {reason: 1}
         assert summary.examples == {reason: [f"{path}:{line}"]}
-    path.write_text(f"{small}\n{large}\n{small}")  # a line is left out alone
+    path.write_text(f"{small}\n{large}\n{small}")  # only that line is skipped
     texts, summary = read(path)
     assert texts == ["y", "y"] and summary.lost == {reason: 1} and not summary.skipped
     assert summary.examples == {reason: [f"{path}:2"]}

@@ -201,7 +201,7 @@ def test_warnings_name_the_record():
     )
 
 
-# --- answers that are no strings ------------------------------------------------------------------
+# --- answers that are not strings -----------------------------------------------------------------
 
 ANSWERS = {
     "int": ([1, -20, 3], ["1", "-20", "3"]),
@@ -379,7 +379,7 @@ FORMS = {
 
 
 def routes(record, tmp: pathlib.Path) -> list[Document]:
-    """Returns the document of a record by itself, with its keys turned around, and of its row."""
+    """Returns the document of a record by itself, with its keys reversed, and as a row."""
     import datasets
 
     row = datasets.Dataset.from_list([record])[0]

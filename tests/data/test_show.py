@@ -1,4 +1,4 @@
-"""Windows as text: every boundary is there, nothing is lost, no text moves the cursor."""
+"""Windows as text: every boundary is shown, nothing is lost, no text moves the cursor."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Where the files come from, what a summary says; ``test_bad_input`` has what lies in them."""
+"""Where the files come from and what a summary says; ``test_bad_input`` covers their content."""
 
 import hashlib
 import os
@@ -44,7 +44,7 @@ def test_exact_duplicates_are_left_out_and_counted(folder, make):
 
 @pytest.mark.parametrize("deduplicate", ["exact", "none"])
 def test_line_endings_do_not_make_documents_differ(folder, make, deduplicate):
-    """One end of line in the midst of another's stretch of blank lines stays what it is."""
+    """One kind of line ending inside a stretch of blank lines of another kind is kept."""
     twins = {
         "dos": b"one\r\n\r\ntwo\r\n",
         "mac": b"one\r\rtwo",

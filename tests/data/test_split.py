@@ -58,11 +58,11 @@ def test_the_choice_depends_on_seed_and_content_alone(make, many_files):
     first = held(0)
     assert first == held(0)
     assert first != held(1)
-    # Other names and so another order: the same documents are held out.
+    # With other names, and so in another order, the same documents are held out.
     for file in sorted(many_files.iterdir()):
         file.rename(file.with_name(f"{99 - int(file.stem):02d}.md"))
     assert first == held(0)
-    # A text more: most of the choice stays.
+    # With one more text, most of the choice stays.
     (many_files / "new.txt").write_text("something new " * 15)
     assert len(first & held(0)) >= len(first) - 1
 

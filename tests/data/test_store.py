@@ -1,4 +1,4 @@
-"""The token cache: made once, accepted only whole, safe under kill -9 and two builders."""
+"""The token cache: made once, used only when complete, safe under kill -9 and concurrent builds."""
 
 import itertools
 import json
@@ -72,7 +72,7 @@ def _each(side):
     return (side[i] for i in range(len(side)))
 
 
-# --- what is in it --------------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------
 
 
 def test_it_holds_each_document_after_its_separator(make, many_files, tmp_path):
@@ -136,7 +136,7 @@ def test_shards_and_their_number_do_not_change_the_corpus(
 
 def test_processes_do_not_change_the_corpus(make, many_files, tmp_path, small_shards, encoded):
     several = make(many_files, tokenise_workers=2)
-    assert not encoded  # it happened elsewhere
+    assert not encoded  # it happened in another process
     alone = make(many_files, tokenise_workers=1, cache_dir=str(tmp_path / "alone"))
     assert len(encoded) == 60
     assert several.fingerprint == alone.fingerprint
@@ -148,13 +148,13 @@ def test_processes_do_not_change_the_corpus(make, many_files, tmp_path, small_sh
 
 
 def test_an_error_in_a_process_is_reported(make, many_files, small_shards, monkeypatch):
-    """A file that goes while the processes wait for their turn."""
+    """A file that disappears while the processes wait for their turn."""
     monkeypatch.setattr(sources.FilePart, "key", lambda self: f"not of the content {self.path}")
     with pytest.raises(UserError, match="changed while it was being read; run the command again"):
         make(many_files, tokenise_workers=2)
 
 
-# --- what is done again ---------------------------------------------------------------------------
+# --- what is tokenised again ----------------------------------------------------------------------
 
 
 def test_one_changed_file_is_tokenised_alone(make, many_files, encoded, tmp_path, small_shards):
@@ -193,7 +193,7 @@ def test_the_summary_is_kept_with_the_paths_as_they_are_now(make, many_files, tm
 def test_unchanged_files_are_not_read(make, many_files, monkeypatch):
     age(many_files)
     time.sleep(0.01)
-    monkeypatch.setattr(store, "_SETTLED_SECS", -1)  # ctime is now: nobody can set it back
+    monkeypatch.setattr(store, "_SETTLED_SECS", -1)  # ctime is now and cannot be set back
     first = make(many_files)
 
     def refuse(*_args):
@@ -398,7 +398,7 @@ def test_killed_in_the_middle(make, many_files, tmp_path, patch, encoded, small_
 
 @pytest.mark.slow
 def test_killed_at_any_time(make, many_files, tmp_path, small_shards):
-    """Again and again, at moments drawn by chance, until a run comes to its end."""
+    """Repeatedly, at random moments, until a run completes."""
     slow = """
 encode = load._Bytes.encode
 load._Bytes.encode = lambda self, text: time.sleep(0.02) or encode(self, text)
@@ -416,7 +416,7 @@ load._Bytes.encode = lambda self, text: time.sleep(0.02) or encode(self, text)
 
 
 def test_two_concurrent_builds(make, many_files, tmp_path):
-    """Both are in the middle of building before either is let go on."""
+    """Both are in the middle of building before either may continue."""
     patch = f"""
 import pathlib
 encode = load._Bytes.encode
@@ -505,7 +505,7 @@ def test_a_warm_cache_needs_no_writing(make, many_files, monkeypatch):
         monkeypatch.setattr(os, name, refuse)
     monkeypatch.setattr(store, "write_atomic", refuse)
     assert make(many_files).fingerprint == first.fingerprint
-    # What only saves time is left out where it cannot be written.
+    # Files that only save time are skipped if they cannot be written.
     assert make(many_files, seed=5).fingerprint != first.fingerprint
     monkeypatch.setattr(store, "_SETTLED_SECS", -1)
     assert make(many_files).fingerprint == first.fingerprint

@@ -100,7 +100,7 @@ def test_a_separator_is_a_target_only_after_an_answer(chosen, seq_len, shards):
 
 
 def test_no_separator_is_a_target_where_a_document_is_cut():
-    """Though the token before it is: the answer does not end there."""
+    """Although the token before it is one: the answer does not end there."""
     tokens, loss_mask = Flat([np.array([EOT, 1, 2, 3, 4, EOT, 5])]), Flat([np.ones(7, np.uint8)])
     runs = np.array([[0, 3], [5, 7]])
     window = PackedWindows(tokens, runs, 4, EOT, loss_mask)[0]

@@ -1,4 +1,4 @@
-"""The command: what it prints, how it ends, and that what it advises exists."""
+"""The command: what it prints, its exit status, and that the flags it suggests exist."""
 
 import dataclasses
 import io
@@ -146,7 +146,7 @@ def test_mistakes_are_one_line(made, said, folder, capsys):
 
 
 def test_a_run_without_a_step(folder, capsys):
-    """It ended before the first: that is told."""
+    """It ended before the first step, and the output says so."""
     write(folder, [records()[0], {"step": 0, "ended": "OSError: [Errno 28] No space left"}])
     assert explain.main(["out"]) == 0
     out = capsys.readouterr().out

@@ -89,7 +89,7 @@ def test_a_config_of_another_version():
 
 
 def test_a_record_that_begins_late():
-    """Where an earlier part is lost, a loss that is low and flat is no sign of anything."""
+    """Where an earlier part is lost, a loss that is low and flat means nothing."""
     late = [line for line in records(Plan(steps=4_000)) if line["step"] > 3_000]
     diagnosis = examine(late)
     assert told(diagnosis) == {}
@@ -105,7 +105,7 @@ def test_steps_recorded_twice_count_as_the_later_record():
 
 
 def test_a_resumed_run_is_that_of_its_file(tmp_path):
-    """An error that a run has gone on from is no news, and its lost steps leave no trace."""
+    """An error before the run was resumed is not reported, and its lost steps have no effect."""
     lines = records(Plan(steps=1_000))
     cut = next(i for i, line in enumerate(lines) if line["step"] == 600)
     first = metrics.History(tmp_path, 0)

@@ -1,4 +1,4 @@
-"""The plan keeps what is the user's, fits, and is the fastest that does."""
+"""The plan keeps the user's settings, fits, and is the fastest that does."""
 
 import dataclasses
 import json
@@ -181,7 +181,7 @@ def test_on_a_cpu_dots_comes_first_and_a_microbatch_is_small():
 
 
 class FakeCompiler:
-    """Needs 1 GiB and ``per_row`` a sequence, more without remat, and more than a line says."""
+    """Needs 1 GiB and ``per_row`` per sequence, more without remat, and more than a linear fit."""
 
     def __init__(self, per_row=GIB // 4, bend=0.0):
         self.per_row, self.bend, self.asked = per_row, bend, []

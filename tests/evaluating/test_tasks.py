@@ -20,7 +20,7 @@ from mamba_jax.models import build
 from .tiny_models import TOKENIZER, model_of
 
 PROMPTS = ["x = ", "", "def f(a, b):"]
-LENGTH = 32  # of all that is read whole: compiled once
+LENGTH = 32  # for whole forward passes: compiled once
 apply = jax.jit(build.apply, static_argnums=1)
 
 
@@ -29,7 +29,7 @@ def scorer_of(*models, batch_size=2):
 
 
 def greedily(models, prompt, n_tokens):
-    """The likeliest tokens under the mean of probabilities, each from a forward of all before."""
+    """The most likely tokens under the mean of probabilities, each from a whole forward pass."""
     row = [TOKENIZER.eot_id, *TOKENIZER.encode(prompt).tolist()]
     made = []
     for _ in range(n_tokens):
@@ -160,7 +160,7 @@ def test_loglikelihoods_are_sums_over_the_continuation():
         logits = apply(model.params, model.config, padded)[0][0, : len(row)]
         log_probs = np.asarray(jax.nn.log_softmax(logits[:, : TOKENIZER.vocab_size]), np.float64)
         of_targets = log_probs[np.arange(len(row) - 1), row[1:]][-n:]
-        # White space at the context's end counts to what follows, as lm_eval's models do it.
+        # White space at the context's end belongs to what follows, as in lm_eval's models.
         assert total == pytest.approx(of_targets.sum(), rel=1e-5)
         assert greedy == bool((log_probs.argmax(-1)[:-1] == row[1:])[-n:].all())
 
@@ -249,7 +249,7 @@ def test_custom_task_files_through_lm_eval(run_dir, tmp_path, monkeypatch, capsy
     assert "exact_match" in shown and "bits_per_byte" in shown and "recall:1" in shown
     assert {s["task"] for s in result["samples"]} == {"sums", "choices", "reading", "recall:1"}
 
-    # What lm_eval makes of our likelihoods, by whole forwards.
+    # lm_eval's metric, from our likelihoods by whole forward passes.
     pairs = [("", question) for question in questions]
     of_texts = lm_eval_tasks.loglikelihoods(scorer, pairs)
     n_bytes = sum(map(len, questions))

@@ -31,7 +31,7 @@ CHATS = {
         "system: Be brief.\n\nuser: a <|endoftext|> b\n\nassistant:",
     ),
 }
-# What Ollama's template language cannot do, or is never asked to.
+# What Ollama's template language cannot do, or never has to.
 MORE = {
     "blank content": (
         [("user", " \n"), ("user", "a"), ("assistant", None)],

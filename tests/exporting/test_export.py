@@ -125,7 +125,7 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
             new_folder(target).__enter__()
         assert [file.name for file in (tmp_path / ".part-model").iterdir()] == ["theirs"]
         other.kill()
-    with new_folder(target) as folder:  # what a killed process left is no hindrance
+    with new_folder(target) as folder:  # the leftovers of a killed process do not matter
         assert not list(folder.iterdir())
         (folder / "ours").write_text("whole")
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == [
@@ -192,7 +192,7 @@ def test_the_pipeline_answers_chats(checkpoint_dir, tmp_path, family):
     assert 'stop_sequence="\\n\\nuser:"' in (tmp_path / "model" / "README.md").read_text()
     if family == "hybrid":
         return  # its text here is one token again and again, and stops are no work of the model
-    # A stop ends the answer, as the card tells to do with "\n\nuser:".
+    # A stop ends the answer, as the card advises to do with "\n\nuser:".
     stop = next(character for character in text[1:] if character != "\ufffd")
     stopped = pipe(messages, stop_sequence=stop, **settings)[0]["generated_text"][-1]["content"]
     assert stopped == text[: text.index(stop) + len(stop)]

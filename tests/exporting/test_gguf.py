@@ -128,7 +128,7 @@ def test_a_token_without_a_merge_is_refused(tmp_path, monkeypatch):
 
 
 def test_tokenizers(tmp_path):
-    """Those that llama.cpp would read otherwise are refused."""
+    """Those that llama.cpp would read differently are refused."""
     pytest.importorskip("gguf", reason="needs gguf")
 
     def write(tokenizer):

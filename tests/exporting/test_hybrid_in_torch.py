@@ -90,7 +90,7 @@ def test_a_padded_batch_generates_what_its_rows_do(theirs, padded, use_cache, n_
     both = theirs.generate(**padded, **settings, use_cache=use_cache)[:, 19:]
     for row, start in enumerate((0, 11)):
         alone = padded["input_ids"][row : row + 1, start:]
-        # Read anew at every step: no cache takes part, and none is reordered.
+        # Recomputed at every step: no cache is used, and none is reordered.
         truth = theirs.generate(
             alone, attention_mask=torch.ones_like(alone), **settings, use_cache=False
         )

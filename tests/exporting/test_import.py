@@ -1,4 +1,4 @@
-"""Models of Hugging Face's and the original's become checkpoints that go on from there."""
+"""Models in Hugging Face's and the original format become checkpoints to train further."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def test_export_then_import_is_the_identity(model, tmp_path):
     assert theirs.eot_id == tokenizer.eot_id
     assert theirs.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert not (path / "chat_template.jinja").exists()  # it is ours, and not kept apart
-    # And back: the very bytes.
+    # And back: the same bytes.
     exported(again, metadata.config.model, arrays.restore_params(path), theirs)
     assert {file.name for file in again.iterdir()} == {file.name for file in source.iterdir()}
     for file in source.iterdir():
@@ -98,7 +98,7 @@ def test_another_chat_template_stays_with_the_imported_checkpoint_only(place, tm
     config = json.loads((again / "tokenizer_config.json").read_text())
     assert config["chat_template"] == theirs and not config["split_special_tokens"]
     assert "copied here unchanged" in (again / "README.md").read_text()
-    # A run that goes on from it writes no such file: it has seen chats in our format.
+    # A run that resumes from it writes no such file: it has seen chats in our format.
     assert "chat_template.jinja" not in load_saved(out / "step_0", "x").files
     gguf = pytest.importorskip("gguf", reason="needs gguf")
     arguments = ["--checkpoint", str(out), "--format", "gguf", "--out", str(tmp_path / "gguf")]
@@ -139,7 +139,7 @@ def test_training_continues_from_it(tmp_path):
 
 
 def small_word_level(path):
-    """Of 12 ids, with the end-of-text that reading it adds."""
+    """A tokenizer of 12 ids, including the end-of-text that loading it adds."""
     words = {"[UNK]": 0} | {word: i + 1 for i, word in enumerate("abcdefghij")}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
     none = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder"))
@@ -258,7 +258,7 @@ def write_safetensors(file, table):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a model that can be imported."""
+    """The folder of a model that can be imported."""
     pytest.importorskip("safetensors")
     write_safetensors(tmp_path / hf.WEIGHTS, KEPT)
     (tmp_path / "config.json").write_text(json.dumps(hf.model_config(UNTIED, 257, "f32")))

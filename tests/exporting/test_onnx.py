@@ -1,4 +1,4 @@
-"""ONNX graphs in onnxruntime against the model in JAX, which reads the same rows token by token."""
+"""ONNX graphs in onnxruntime against the model in JAX, which takes the same rows token by token."""
 
 import ast
 import dataclasses
@@ -50,7 +50,7 @@ TOLERANCE = 5e-5
 
 
 class Graphs(NamedTuple):
-    """Sessions, by which file."""
+    """Sessions by file name."""
 
     row: onnxruntime.InferenceSession
     step: onnxruntime.InferenceSession
@@ -64,7 +64,7 @@ def load(folder):
 
 
 def ask(session, ids_bt, cache=None):
-    """Returns logits and the cache by name, without the word that begins it."""
+    """Returns logits and the cache by name, without the prefix."""
     past = {f"past.{name}": x for name, x in (cache or {}).items()}
     values = session.run(None, {"input_ids": ids_bt, **past})
     found = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
@@ -73,7 +73,7 @@ def ask(session, ids_bt, cache=None):
 
 @functools.cache
 def params_of(model):
-    """So large that a greedy text does not repeat one token."""
+    """Parameters so large that a greedy text does not repeat one token."""
     enlarge = lambda path, leaf: np.float32(1.5) * leaf + np.float32(path[-1].key == "scale")
     return jax.tree_util.tree_map_with_path(enlarge, random_params(model, seed=1))
 
@@ -286,7 +286,7 @@ def test_the_example_reads_chats_and_keeps_typed_tokens(exported, monkeypatch, c
     real = tokenizers.Tokenizer
 
     class Scripted:
-        """Encodes as the library, shows the ids, and gives every answer one text."""
+        """Encodes as the library does, records the ids, and decodes every answer to one text."""
 
         def __init__(self, path):
             self._real = real.from_file(path)

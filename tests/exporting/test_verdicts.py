@@ -1,4 +1,4 @@
-"""What verification lets pass, without an engine."""
+"""What verification accepts, without an engine."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ LOGITS = np.array([[0.0, 3.0, 4.0], [5.0, 1.0, 2.0]], np.float32)
 
 def test_differences_within_rounding_pass(ours):
     ours.compare(LOGITS, LOGITS + np.float32(4e-4))
-    ours.compare_greedy(LOGITS, np.array([2, 2]), eot_id=0)  # the likeliest but the end
+    ours.compare_greedy(LOGITS, np.array([2, 2]), eot_id=0)  # the most likely except the end
     found = ours.verdict("f32", same_text=True)
     assert found.largest_difference == pytest.approx(4e-4, rel=1e-3) and found.largest_value == 5
     assert (found.same_greedy, found.n_greedy) == (2, 2)
@@ -28,7 +28,7 @@ def test_differences_within_rounding_pass(ours):
 @pytest.mark.parametrize("wrong", [6e-4, np.nan])
 def test_larger_differences_fail(ours, wrong):
     ours.compare(LOGITS, LOGITS + np.float32(wrong))
-    ours.compare(LOGITS, LOGITS)  # lest a NaN be forgotten
+    ours.compare(LOGITS, LOGITS)  # so that a NaN is not lost
     with pytest.raises(UserError, match="verification failed: logits differ"):
         ours.verdict("f32", same_text=False)
 

@@ -1,4 +1,4 @@
-"""Conversations: what the model reads, token by token, and the state it is left in."""
+"""Conversations: the tokens that the model processes, and its state afterwards."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ EOT = TOKENIZER.eot_id
 
 
 class Spelling(Tokenizer):
-    """Bytes, and one token more that goes on beyond a stop."""
+    """Bytes, and one more token that extends beyond a stop."""
 
     def __init__(self):
         pieces = [*(bytes([value]) for value in range(256)), b"", b"r: no"]
@@ -31,7 +31,7 @@ class Spelling(Tokenizer):
 
 @pytest.fixture
 def read(monkeypatch):
-    """What models read from now on: (tokens, logits after them) of every call."""
+    """What models process from now on: (tokens, logits after them) of every call."""
     calls, prefill = [], conversation.prefill
 
     def spy(params, config, piece_bt, cache):

@@ -275,7 +275,7 @@ def test_every_step_has_randomness_of_its_own():
     tokens = tokens_of("mamba", PROMPTS[:3], 24, sampling=Sampling(), params=zeros)
     drawn = [tokens[row, step : step + 8].tolist() for row in range(3) for step in (0, 8, 16)]
     assert len({tuple(eight) for eight in drawn}) == 9
-    # 72 draws from 257: chance alone repeats about ten; equal keys at any two steps many more.
+    # 72 draws from 257: chance alone repeats about ten, equal keys at any two steps many more.
     assert len(set(tokens.flatten().tolist())) > 50
 
 

@@ -1,4 +1,4 @@
-"""The head rounded to int8: near the exact logits, and only where asked for."""
+"""The head rounded to int8: near the exact logits, and only where requested."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Runs in the background: started, watched, stopped, and what is left when they end otherwise."""
+"""Runs in the background: starting, watching and stopping them, and what remains if they die."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder in which training is the fake run; nothing of it outlives the test."""
+    """A working folder in which training is the fake run; no process outlives the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(background, "_training", lambda flags: [*FAKE, *flags])
     monkeypatch.setattr(supervisor, "_PAUSE_SECS", 0.0)
@@ -263,7 +263,7 @@ def test_a_run_outlives_its_supervisor_and_is_still_found(place, capfd):
     os.kill(facts["pid"], signal.SIGKILL)
     wait(lambda: not pathlib.Path(f"/proc/{facts['pid']}/cwd").exists())
     assert launch("run") == 2  # still one run in the folder
-    assert background.main(["--stop"]) == 1  # saved, but nobody saw its status
+    assert background.main(["--stop"]) == 1  # saved, but its status was not observed
     assert "out: ended without an exit status, its supervisor was killed" in capfd.readouterr().out
     assert "saved at step 1" in log_text()
 

@@ -1,6 +1,6 @@
 """The Dockerfile and the compose file: what they name exists, and they agree with each other.
 
-They were not built or run: there is no Docker where this was written.
+They are not built or run, which would need Docker.
 """
 
 import json
@@ -34,7 +34,7 @@ def entrypoint():
 
 
 def ignored(path):
-    """Whether .dockerignore keeps a path at the top out; its last word wins."""
+    """Whether .dockerignore excludes a top-level path; its last matching line decides."""
     out = False
     for line in (ROOT / ".dockerignore").read_text().split():
         if line.lstrip("!") in ("*", path):

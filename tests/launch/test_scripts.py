@@ -80,13 +80,13 @@ def test_the_skypilot_task_runs_a_command_that_exists():
 
 @pytest.fixture(autouse=True)
 def no_login(tmp_path, monkeypatch):
-    """Should a real gcloud ever be reached: without an account and a project it makes nothing."""
+    """In case a real gcloud is called: without an account and a project it creates nothing."""
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no_login"))
 
 
 @pytest.fixture
 def gcloud(tmp_path, monkeypatch):
-    """A gcloud that notes its arguments and runs --command in a folder that plays the VM."""
+    """A gcloud that records its arguments and runs --command in a folder that acts as the VM."""
     (tmp_path / "bin").mkdir()
     vm = tmp_path / "vm"
     (vm / "mamba_jax").mkdir(parents=True)

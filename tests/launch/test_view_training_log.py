@@ -1,4 +1,4 @@
-"""The log viewer: in a pipe, on a terminal, without colours, and what it picks."""
+"""The log viewer: in a pipe, on a terminal, without colours, and which log it chooses."""
 
 import os
 import pathlib

@@ -18,7 +18,7 @@ def weight_of(shape):
 
 
 def as_float64(matrix):
-    """The matrix that the int8 one stands for, (v, d)."""
+    """The matrix that the int8 one represents, (v, d)."""
     scales = np.asarray(matrix.scales_v, np.float64)
     blocks = np.asarray(matrix.blocks_krd, np.float64)
     rows = blocks.reshape(-1, blocks.shape[-1])

@@ -1,4 +1,4 @@
-"""The mesh, the table, and that they change where numbers lie but not what they are."""
+"""The mesh and the table: they change where numbers are stored, but not their values."""
 
 import dataclasses
 import functools

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not BROWSER, reason="no Chromium is installed"),
 ]
-# What a reader could do, and what is then to be seen, in one object that the page ends with.
+# What a reader could do and would then see, in one object at the end of the page.
 LOOK = """
 <script>
 const seen = {};
@@ -55,7 +55,7 @@ try {
 parent.postMessage(JSON.stringify(seen), '*');
 </script>
 """
-# A browser's window may not be as narrow as a phone, a frame in it may.
+# A browser's window cannot be as narrow as a phone, but a frame in it can.
 FRAME = """<!doctype html><iframe src="page.html" width="{width}" height="800" frameborder="0">
 </iframe><pre id="seen"></pre>
 <script>
@@ -168,7 +168,7 @@ def test_a_spike_does_not_set_the_range_of_the_loss_axis(tmp_path):
 
 
 def test_a_sweeps_page(tmp_path):
-    """Its axes fit a phone, and no label lies on another one."""
+    """Its axes fit a phone, and labels do not overlap."""
     rows = [
         SweepRow(f"rate={rate},kind={kind}", {"rate": rate, "kind": kind, "n": 10 * n}, "done", "",
             {"eval_loss": 3 + n + rate * 10}, n % 2 == 0)

@@ -1,4 +1,4 @@
-"""Thinning: what is drawn of many values holds their extremes and their gaps."""
+"""Thinning: curves of many values keep their extremes and their gaps."""
 
 import math
 import random

@@ -15,7 +15,7 @@ from tests.reports.made_run import Page, evaluated, rate, started, trained, writ
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Two runs that differ in rate, batch and what came of them; and one that has just begun."""
+    """Two runs that differ in rate, batch and results; and one that has just started."""
     monkeypatch.chdir(tmp_path)
     slow = [
         *(started(output_dir="x/slow"), *trained(1, 40, loss=lambda s: 4.0), rate(40, 1000.0)),

@@ -1,4 +1,4 @@
-"""The page of a run: what it shows is what was recorded, and it asks no network."""
+"""The page of a run: it shows what was recorded and needs no network."""
 
 import html
 import importlib
@@ -234,7 +234,7 @@ def test_the_newest_sample_comes_first_and_very_many_are_cut(tmp_path):
 
 
 def saved(folder, step, loss=None):
-    """A checkpoint as far as its folder tells of it."""
+    """A checkpoint, as far as its folder describes it."""
     path = folder / ("final" if step == 40 else f"step_{step}")
     path.mkdir(parents=True)
     metrics = {} if loss is None else {"eval_loss": loss}
@@ -310,7 +310,7 @@ def test_the_page_needs_no_network(tmp_path):
     page = Page(text)
     assert not any({"src", "href"} & marks.keys() for _, marks in page.tags)
     addresses = set(re.findall(r"https?://[^'\"]+", text))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a namespace, not a request
     assert "@import" not in text and "url(http" not in text and "fetch(" not in text
 
 

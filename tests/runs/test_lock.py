@@ -1,4 +1,4 @@
-"""Only one process writes a run: who has the lock, when it is free again, who may take it."""
+"""Only one process writes a run: who holds the lock, when it is released, who may take it."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from mamba_jax.runs import lock as run_lock
 from mamba_jax.runs.lock import NAME, Holder, RunLock
 
 HERE = socket.gethostname()
-# Takes the lock, tells what came of it, and keeps it until its input ends.
+# Takes the lock, prints the result, and holds it until its input ends.
 HOLD = """
 import pathlib, sys
 from mamba_jax.errors import UserError
@@ -49,7 +49,7 @@ def first_line(made):
 
 
 def end(made):
-    """Lets it end; returns what it said at last."""
+    """Lets it end; returns its last output."""
     return made.communicate()[0].rstrip()
 
 
@@ -81,7 +81,7 @@ def no_wait(monkeypatch):
 
 @pytest.fixture
 def no_kernel_locks(monkeypatch):
-    """A file system without them, as some network ones are."""
+    """A file system without kernel locks, like some network ones."""
 
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -119,7 +119,7 @@ def test_a_killed_holder_does_not_block(tmp_path, number):
     assert (tmp_path / NAME).is_file()
     said = []
     RunLock.acquire(tmp_path, log=said.append).release()
-    assert not said  # nor does anybody wait
+    assert not said  # and nothing waits
 
 
 def test_a_stopped_holder_keeps_the_lock(tmp_path):
@@ -141,7 +141,7 @@ def test_force_takes_the_lock_and_the_other_run_notices(tmp_path):
             told = end(first)
             by = f"a run on {HERE} (pid {os.getpid()}, since"
             assert told.startswith(f"error: output_dir {tmp_path} was taken over by {by}")
-            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end took nothing away
+            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end did not release the lock
 
 
 def test_a_run_notices_the_loss_of_its_folder_even_after_the_other_run_ended(tmp_path):
@@ -283,7 +283,7 @@ def test_a_child_process_has_the_lock_that_it_inherits(tmp_path):
             with process(tmp_path, **inherits) as child:
                 assert first_line(child) == "has it"
                 assert end(child) == ""
-            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end took nothing away
+            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end did not release the lock
         with process(tmp_path / "other", **inherits) as child:  # another folder's is no use there
             assert first_line(child) == "has it"
         with process(tmp_path, env=inherits["env"]) as child:  # nor is a number alone

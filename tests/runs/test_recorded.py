@@ -1,4 +1,4 @@
-"""What is read of a run's folder, against figures worked out by hand."""
+"""What a run's folder records, against figures made by hand."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_attempts_at_the_same_step_are_one_start(tmp_path):
         ([started(), *trained(1, 40)], "not finished", "stopped or killed"),  # its evaluation lacks
         ([started(), {"step": 9, "ended": "UserError: diverged"}], "failed", "diverged"),
         ([started(), {"step": 9, "ended": "KeyboardInterrupt: "}], "stopped", "KeyboardInterrupt"),
-        # What ended before the run went on is past.
+        # An end before the run resumed no longer counts.
         ([{"step": 9, "ended": "OSError: x"}, started(9), *trained(10, 12)], "not finished", ""),
     ],
 )

@@ -63,7 +63,7 @@ def test_generate_takes_what_completions_take(port):
 
 @pytest.mark.parametrize("prompt", ["日本😀x", [0xE6, 0x97], ""])
 def test_offsets_of_sampled_bytes_are_places_in_the_text(prompt, port):
-    """Most bytes of this model are no whole characters."""
+    """Most bytes of this model are not whole characters."""
     body = {"prompt": prompt, "max_tokens": 40, "seed": 5, "logprobs": 0}
     ((_, whole), (_, echoed)) = (
         post(port, "/v1/completions", body | {"echo": echo}) for echo in (False, True)
@@ -411,7 +411,7 @@ def test_an_empty_prompt_begins_a_document(prompt, port):
 
 
 def test_stops_may_be_any_characters(port):
-    """One of them is the text's own; of another the text has a part alone."""
+    """One of them occurs in the text; of another only a part does."""
     body = {"prompt": "é", "max_tokens": 60, "seed": 1}
     (choice,) = post(port, "/v1/completions", body)[1]["choices"]
     stop = next(char for char in choice["text"][5:] if char > "\x7f")
@@ -521,7 +521,7 @@ def raw(port, body):
     return connection
 
 
-# Greedily the model goes round in circles here.
+# Greedily the model repeats itself here.
 ENDLESS = {"prompt": "On and on", "max_tokens": 100_000, "temperature": 0}
 
 

@@ -1,4 +1,4 @@
-"""Clients that others wrote: OpenAI's own, LangChain's, and lm_eval's."""
+"""Third-party clients: OpenAI's, LangChain's and lm_eval's."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ class TestOpenAI:
 
 @pytest.fixture
 def how(port):
-    """What LangChain's clients are made with. They send every field that OpenAI has, most of them
+    """The arguments of LangChain's clients. They send every field that OpenAI has, most of them
     as null or as the default."""
     pytest.importorskip("langchain_openai")
     settings = {"model": "tiny", "api_key": "none", "max_retries": 0}

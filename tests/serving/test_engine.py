@@ -75,7 +75,7 @@ def test_prompts_with_a_common_prefix_continue_from_its_cache_entry():
     results = [answers(engine, request_of(prompt))[0] for prompt in prompts]
     n_shared = len(tokens_of(shared))
     cached = [end.cached_tokens for _, end in results]
-    # The second finds out where they part; the fourth is the first one whole.
+    # The second finds where they diverge; the fourth is the first one as a whole.
     assert cached == [0, 0, n_shared, len(tokens_of(prompts[0]))]
     assert [text for text, _ in results] == [offline("hybrid", prompt) for prompt in prompts]
     assert all(
@@ -226,7 +226,7 @@ def test_a_failing_step_ends_requests_whose_last_token_was_pending(monkeypatch):
 
 
 def test_a_cache_entry_that_failed_on_the_device_is_not_found_again(monkeypatch):
-    """As when memory runs out after the call that was to make it has returned."""
+    """As when memory runs out after the call that makes it has returned."""
     engine = engine_of("mamba")
     prefill = engines.device.prefill
 
@@ -272,13 +272,13 @@ def _tokens_offline(model, tokens, max_tokens):
 
 @pytest.mark.parametrize("end", ["length", "stop", "end of text"])
 def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
-    model = model_of("hybrid", 4)  # says other things after other prompts
+    model = model_of("hybrid", 4)  # generates different text after different prompts
     prompt, n_answer = tokens_of("user: What is it?\n\nassistant:").tolist(), 37
     made = _tokens_offline(model, prompt, n_answer)
     more: dict = {"max_tokens": n_answer}
     if end == "stop":  # the text of the first tokens, which comes but once
         more["stops"] = (TOKENIZER.decode(made[:22]),)
-    if end == "end of text":  # a little likelier than the token that is new last
+    if end == "end of text":  # slightly more likely than the token that is new last
         last = max(range(n_answer), key=lambda i: made.index(made[i]))
         kernel = np.array(model.params["lm_head"]["kernel"])
         kernel[TOKENIZER.eot_id] = 1.001 * kernel[made[last]]

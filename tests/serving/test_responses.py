@@ -156,13 +156,13 @@ OFFSETS = {
 @pytest.mark.parametrize("case", OFFSETS)
 @pytest.mark.parametrize("echo", [False, True])
 def test_offsets_of_tokens_are_places_in_the_text(name, case, echo):
-    """Of several tokens that share a character, all begin there."""
+    """Tokens that share a character all begin at it."""
     tokenizer = load_tokenizer(name)
     stops, expected = OFFSETS[case]
     ids = tokenizer.encode(GENERATED).tolist()
     if expected is None:
         expected = "naïve 日本"
-        # One token more: of the next character, which takes several.
+        # One more token: the first of several of the next character.
         ids = ids[: len(tokenizer.encode(expected)) + 1]
     body = {"prompt": PROMPT, "max_tokens": len(ids), "logprobs": 0, "echo": echo, "stop": stops}
     requests = RequestParser(tokenizer, Limits(400, 99), fills_in=False).completion(
@@ -202,7 +202,7 @@ def test_offsets_of_tokens_are_places_in_the_text(name, case, echo):
 
 
 class Spacing(type(TOKENIZER)):
-    """Puts a space before each text, as those made by SentencePiece do."""
+    """Puts a space before each text, as SentencePiece tokenizers do."""
 
     def encode(self, text):
         return super().encode(f" {text}")

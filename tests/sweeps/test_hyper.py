@@ -49,7 +49,7 @@ def test_zip_advances_together_and_ends_with_the_shortest(h):
     sweep = h.zipit([h.sweep("a", [1, 2, 3]), h.sweep("b", [4, 5])])
     assert list(sweep) == [{"a": 1, "b": 4}, {"a": 2, "b": 5}] and sweep.length == 2
     assert list(h.zipit([h.sweep("a", [1, 2, 3])], length=2)) == [{"a": 1}, {"a": 2}]
-    # As flax projects write it: fixed values as long as what they go with.
+    # As Flax projects write it: fixed values as long as those that they are zipped with.
     both = h.zipit([h.sweep("a", [1, 2]), h.fixed("b", 0, length=2)])
     assert list(both) == [{"a": 1, "b": 0}, {"a": 2, "b": 0}]
 
@@ -119,7 +119,7 @@ def test_mistakes_are_reported(h, case):
 
 
 class Asked:
-    """Answers with the middle, or what it is told, and notes the questions."""
+    """Answers with the middle, or with given values, and records the questions."""
 
     def __init__(self, **answers):
         self.answers = answers

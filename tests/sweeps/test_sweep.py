@@ -1,4 +1,4 @@
-"""The sweep command: its queue, what it skips and tries again, its table, page and search."""
+"""The sweep command: its queue, what it skips and retries, its table, page and search."""
 
 import csv
 import json
@@ -227,7 +227,7 @@ def test_a_second_call_beside_an_active_sweep_is_refused(place, capsys, search):
     assert set(states().values()) == {"done"}
     if search:
         assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 2
-    assert run(*search) == 0  # nobody has the lock any more
+    assert run(*search) == 0  # the lock is free
 
 
 def test_jobs_that_outlived_a_killed_sweep_are_not_started_twice(place, capsys):
@@ -521,7 +521,7 @@ def test_each_evaluation_is_reported_once(space, recwarn):
 
 
 def test_a_job_that_outlived_a_killed_search_keeps_its_trial(space):
-    """Another call leaves it out; its trial is not failed, and a later call has its result."""
+    """Another call skips it; its trial does not fail, and a later call has its result."""
     process = start_process("--search=optuna", "--trials=2")
     process.kill()
     process.wait()

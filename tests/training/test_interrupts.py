@@ -47,7 +47,7 @@ def test_the_previous_handlers_are_restored():
         (["SIGINT", "SIGINT"], 130),
         (["SIGTERM", "SIGINT"], 130),
         (["SIGINT", "SIGTERM"], 75),
-        (["SIGTERM", "SIGTERM", "SIGUSR1"], 75),  # schedulers repeat themselves
+        (["SIGTERM", "SIGTERM", "SIGUSR1"], 75),  # schedulers repeat their signals
     ],
 )
 def test_only_a_second_ctrl_c_ends_at_once(sent, status):

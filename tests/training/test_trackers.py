@@ -1,4 +1,4 @@
-"""Where a run's measures go besides ``metrics.jsonl``: read back from there by others' readers."""
+"""Where a run's measures go besides ``metrics.jsonl``, read back with the trackers' own readers."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def config(tmp_path) -> RunConfig:
 
 
 def tell(config: RunConfig, end: BaseException | None = None) -> None:
-    """Tells a monitor of a run of four steps, which ``end`` ends."""
+    """Reports a run of four steps to a monitor; ``end`` ends it."""
     ignored = contextlib.suppress(type(end)) if end else contextlib.nullcontext()
     with ignored, Monitor(config) as shown:
         shown.open()
@@ -109,11 +109,11 @@ def test_without_tensorboardx_a_run_continues(config, monkeypatch, capsys):
     assert "eval loss 2.0000" in told.out and "tensorboard --logdir" not in told.out
 
 
-# --- trackers that are asked for ------------------------------------------------------------------
+# --- trackers that are requested ------------------------------------------------------------------
 
 
 class Fake:
-    """Notes what it is told; fails at what it is asked to."""
+    """Records its calls, and fails in those that are named."""
 
     def __init__(self, fails_at=""):
         self.told, self._fails_at = [], fails_at

@@ -1,4 +1,4 @@
-"""Each task's answers against an evaluation written apart, and the laws of its split."""
+"""Each task's answers against an independent evaluation, and the laws of its split."""
 
 import itertools
 import re
@@ -33,7 +33,7 @@ def arithmetic(problem):
 
 
 def list_operations(problem):
-    """By a stack of tokens, as the paper's own data can be read."""
+    """By a stack of tokens, which can also read the paper's own data."""
     stack, depth, deepest = [[]], 0, 0
     for word in question(problem).split():
         if word.startswith("["):
