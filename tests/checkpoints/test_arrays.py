@@ -193,9 +193,9 @@ def assert_refused(run: pathlib.Path, name: str) -> None:
     with pytest.raises(UserError) as refusal:
         restore(run / "step_8", abstract(make_state(8)))
     assert str(run / "step_8") in str(refusal.value) and name in str(refusal.value)
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_6"
-    assert len(told) == 1 and told[0] == f"skipped: {refusal.value}"
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_6"
+    assert len(output) == 1 and output[0] == f"skipped: {refusal.value}"
 
 
 def test_one_flipped_bit_in_any_kind_of_file(run):
@@ -249,16 +249,18 @@ def test_a_truncated_manifest(run):
 
 def test_an_empty_folder_is_not_a_checkpoint(run):
     (run / "step_10").mkdir()
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_8"
-    assert told == [f"skipped: checkpoint {run / 'step_10'} is incomplete: it has no MANIFEST.json"]
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_8"
+    assert output == [
+        f"skipped: checkpoint {run / 'step_10'} is incomplete: it has no MANIFEST.json"
+    ]
 
 
 def test_leftovers_of_a_killed_save(run):
     (run / "step_8").rename(run / ".tmp-step_8")
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_6"
-    assert told == [f"skipped {run / '.tmp-step_8'}: an interrupted save"]
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_6"
+    assert output == [f"skipped {run / '.tmp-step_8'}: an interrupted save"]
     with open_writer(run):
         assert not (run / ".tmp-step_8").exists()
 
@@ -272,9 +274,9 @@ def test_final_is_found_by_its_step(run):
     assert find_latest(run, print) == run / "final"
     assert find_latest(run, print, before=8) == run / "step_7"  # the former `final`
     (run / "final/config.json").write_text("{")
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_8"
-    assert "final is damaged: config.json" in told[0]
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_8"
+    assert "final is damaged: config.json" in output[0]
 
 
 def test_a_replaced_final_is_renamed_to_its_step(tmp_path):
@@ -430,9 +432,9 @@ def test_a_kill_during_a_save_keeps_the_earlier_checkpoint(tmp_path):
                 process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert (tmp_path / ".tmp-step_2/params").is_dir()
-    told: list[str] = []
-    assert find_latest(tmp_path, told.append) == tmp_path / "step_1"
-    assert told == [f"skipped {tmp_path / '.tmp-step_2'}: an interrupted save"]
+    output: list[str] = []
+    assert find_latest(tmp_path, output.append) == tmp_path / "step_1"
+    assert output == [f"skipped {tmp_path / '.tmp-step_2'}: an interrupted save"]
 
 
 FULL = """

@@ -35,17 +35,17 @@ def run(tmp_path) -> pathlib.Path:
 
 
 def start_of(config: RunConfig, what: str) -> tuple[pathlib.Path | None, list[str]]:
-    told: list[str] = []
-    start = resume.find_start(config, what, told.append)
-    return (start.path if start else None), told
+    output: list[str] = []
+    start = resume.find_start(config, what, output.append)
+    return (start.path if start else None), output
 
 
 def test_auto_resumes_from_the_newest_or_starts_anew(run, tmp_path):
-    path, told = start_of(config_for(run), "auto")
-    assert path == run / "step_4" and told == [f"continuing from {path}: step 4"]
-    path, told = start_of(config_for(tmp_path / "new"), "auto")
+    path, output = start_of(config_for(run), "auto")
+    assert path == run / "step_4" and output == [f"continuing from {path}: step 4"]
+    path, output = start_of(config_for(tmp_path / "new"), "auto")
     assert path is None
-    assert told == [f"no checkpoint in {tmp_path / 'new'} yet: starting from the beginning"]
+    assert output == [f"no checkpoint in {tmp_path / 'new'} yet: starting from the beginning"]
 
 
 def test_a_folder_means_a_checkpoint_or_the_newest_of_a_run(run, tmp_path):
@@ -60,8 +60,8 @@ def test_a_checkpoint_can_be_given_as_a_link_or_as_the_current_folder(run, tmp_p
         assert start_of(config_for(tmp_path / "other"), str(tmp_path / name))[0] == run / "step_2"
     monkeypatch.chdir(run / "step_2")
     for name in (".", "./", "../step_2"):
-        path, told = start_of(config_for(tmp_path / "other"), name)
-        assert path is not None and path.samefile(run / "step_2"), told
+        path, output = start_of(config_for(tmp_path / "other"), name)
+        assert path is not None and path.samefile(run / "step_2"), output
     monkeypatch.chdir(run / "step_2/params")
     assert start_of(config_for(run), "..")[0] == run / "step_2"
     monkeypatch.chdir(run)
@@ -76,9 +76,9 @@ def test_a_checkpoint_can_be_given_as_a_link_or_as_the_current_folder(run, tmp_p
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run):
     (run / "step_4/config.json").write_text("{}")
     for what in ("auto", str(run / "step_4")):
-        path, told = start_of(config_for(run), what)
+        path, output = start_of(config_for(run), what)
         assert path == run / "step_2"
-        assert told[0] == (
+        assert output[0] == (
             f"skipped: checkpoint {run / 'step_4'} is damaged: config.json does not match its hash"
         )
     (run / "step_2/MANIFEST.json").unlink()
@@ -93,8 +93,8 @@ def test_changed_settings_are_logged(run):
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, max_steps=7), log_dir="elsewhere"
     )
-    _, told = start_of(config, "auto")
-    assert told[1:] == ["changed since that checkpoint: training.max_steps 100000 → 7"]
+    _, output = start_of(config, "auto")
+    assert output[1:] == ["changed since that checkpoint: training.max_steps 100000 → 7"]
 
 
 @pytest.mark.parametrize(
@@ -154,12 +154,12 @@ def test_nothing_to_resume_from_is_refused(tmp_path):
 
 def test_later_checkpoints_are_set_aside_not_deleted(run):
     put_checkpoint(run, "final", 6)
-    told: list[str] = []
-    resume.set_newer_aside(run, 2, told.append)
+    output: list[str] = []
+    resume.set_newer_aside(run, 2, output.append)
     (aside,) = run.glob("superseded_*")
     assert sorted(path.name for path in aside.iterdir()) == ["final", "step_4"]
     assert start_of(config_for(run), "auto")[0] == run / "step_2"
-    assert told == [f"moved later checkpoints (final, step_4) to {aside}"]
+    assert output == [f"moved later checkpoints (final, step_4) to {aside}"]
 
 
 def test_the_end_is_the_final_of_this_folder_at_the_last_step(run):
@@ -176,32 +176,34 @@ def test_the_end_is_the_final_of_this_folder_at_the_last_step(run):
 
 
 def test_the_layout_stays_unless_something_that_it_depends_on_changed(tmp_path):
-    asked = config_for(tmp_path, vocab_size=257)
+    requested = config_for(tmp_path, vocab_size=257)
     layout = {
         "model": {"remat": "dots"},
         "vram": {"batch_size": 4, "gradient_accumulation_steps": 8},
     }
     path = tmp_path / "step_2"
     path.mkdir()
-    metadata = Metadata(asked, 2, 64, "these data", layout=layout, device="1 × card")
+    metadata = Metadata(requested, 2, 64, "these data", layout=layout, device="1 × card")
     checkpoint_folder.write_metadata(path, metadata)
     checkpoint_folder.write_manifest(path)
-    start = resume.find_start(asked, "auto", print)
+    start = resume.find_start(requested, "auto", print)
 
     def microbatch(config: RunConfig, device: str = "1 × card") -> int:
         return resume.laid_out_as_before(start, config, device).vram.batch_size
 
-    kept = resume.laid_out_as_before(start, asked, "1 × card")
+    kept = resume.laid_out_as_before(start, requested, "1 × card")
     assert (kept.vram.batch_size, kept.vram.accumulation_steps, kept.model.remat) == (4, 8, "dots")
-    assert checkpoint_folder.layout_of(asked, kept) == layout
-    other = dataclasses.replace(asked.training, max_steps=7)
-    assert microbatch(dataclasses.replace(asked, training=other)) == 4
-    assert microbatch(asked, "2 × card") == 0
+    assert checkpoint_folder.layout_of(requested, kept) == layout
+    other = dataclasses.replace(requested.training, max_steps=7)
+    assert microbatch(dataclasses.replace(requested, training=other)) == 4
+    assert microbatch(requested, "2 × card") == 0
     for field in ({"memory_gb": 8.0}, {"safety_margin_mb": 1}, {"effective_batch_size": 64}):
         assert (
-            microbatch(dataclasses.replace(asked, vram=dataclasses.replace(asked.vram, **field)))
+            microbatch(
+                dataclasses.replace(requested, vram=dataclasses.replace(requested.vram, **field))
+            )
             == 0
         )
     assert microbatch(config_for(tmp_path, vocab_size=257, remat="full")) == 0
-    mine = dataclasses.replace(asked.vram, batch_size=8)
-    assert microbatch(dataclasses.replace(asked, vram=mine)) == 8
+    mine = dataclasses.replace(requested.vram, batch_size=8)
+    assert microbatch(dataclasses.replace(requested, vram=mine)) == 8

@@ -128,9 +128,9 @@ def test_every_flag_that_takes_a_path_is_expanded(name, capsys, monkeypatch):
     for subcommand in subcommands:
         with contextlib.suppress(SystemExit):  # argparse leaves this way
             main.main([word for word in (name, subcommand, "--help") if word])
-        told = capsys.readouterr().out
-        assert "usage" in told
-        for flag in re.findall(r"--(\w+)[ =](?:DIR|FILE|PATH)\b", told):
+        printed = capsys.readouterr().out
+        assert "usage" in printed
+        for flag in re.findall(r"--(\w+)[ =](?:DIR|FILE|PATH)\b", printed):
             assert paths.expand(flag, "~/x") == f"{HOME}/x", flag
 
 

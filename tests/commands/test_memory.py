@@ -153,8 +153,8 @@ def test_a_run_continues_with_half_the_microbatch(place, monkeypatch, capsys, lo
     found = train_into(place, monkeypatch, name)
     assert found.keys() == whole.keys() == set(range(1, 6))
     np.testing.assert_allclose(list(found.values()), list(whole.values()), rtol=2e-5)
-    told = capsys.readouterr()
-    assert "out of memory with a microbatch of 16: continuing with 8 × 4" in told.err
-    assert ("continuing from" in told.out and "step 2" in told.out) == lost
+    output = capsys.readouterr()
+    assert "out of memory with a microbatch of 16: continuing with 8 × 4" in output.err
+    assert ("continuing from" in output.out and "step 2" in output.out) == lost
     saved = read_metadata(place / name / "final").laid_out.vram
     assert (saved.batch_size, saved.accumulation_steps) == (8, 4)

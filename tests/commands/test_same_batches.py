@@ -133,8 +133,8 @@ def test_train_on_files_and_a_dataset_killed_within_an_epoch(place, monkeypatch)
 
     whole, killed, resumed = (windows_of(f"{x}.txt") for x in ("whole", "killed", "resumed"))
     assert min(resumed) == samples_seen and not (place / "parts/step_3").is_symlink()
-    asked = range(2 * epoch)
-    assert [(killed | resumed)[i] for i in asked] == [whole[i] for i in asked]
+    requested = range(2 * epoch)
+    assert [(killed | resumed)[i] for i in requested] == [whole[i] for i in requested]
     assert all(whole[i] == digest for i, digest in killed.items())
 
     # Each epoch has every window of both sources once, across the batch that holds parts of two.

@@ -122,8 +122,8 @@ def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys
     whole, parts, moved = (place / f"{family}-{name}" for name in ("whole", "parts", "moved"))
     family_flag = f"--config.model.family={family}"
     assert call(family_flag, f"--output_dir={whole}") == 0
-    told = capsys.readouterr().out
-    assert "unigram loss" in told and f"generate --checkpoint {whole / 'final'}" in told
+    printed = capsys.readouterr().out
+    assert "unigram loss" in printed and f"generate --checkpoint {whole / 'final'}" in printed
 
     with monkeypatch.context() as patch:
         # Metrics come one step late: while those of step 2 are read, step 3 is under way.
@@ -145,12 +145,12 @@ SLOW_RUN = """
     from mamba_jax.data.pipeline import Corpus
     from mamba_jax.training.monitor import Monitor
     batches = Corpus.train_batches
-    def told(self, batch_size, seed, start=0):
+    def printed(self, batch_size, seed, start=0):
         for batch in batches(self, batch_size, seed, start):
             print("batch", start, xxhash.xxh3_64_hexdigest(batch.tobytes()), flush=True)
             yield batch
             start += batch_size
-    Corpus.train_batches = told
+    Corpus.train_batches = printed
     secs, record = float(sys.argv[1]), Monitor.step
     def step(self, at, **values):
         record(self, at, **values)
@@ -251,10 +251,10 @@ def test_an_active_run_has_exclusive_use_of_its_folder(call, place, capsys):
     half_saved.mkdir()
     for more in ([], ["--resume=auto"], ["--resume=lived"], ["--dry_run"]):
         assert call("--output_dir=lived", *flags, *more) == 2
-        told = capsys.readouterr()
-        assert f"output_dir lived is in use by a run on {socket.gethostname()} (pid " in told.err
-        assert f"(pid {run.pid}, since" in told.err and told.err.count("\n") == 1
-        assert not told.out
+        printed = capsys.readouterr()
+        assert f"output_dir lived is in use by a run on {socket.gethostname()} (pid " in printed.err
+        assert f"(pid {run.pid}, since" in printed.err and printed.err.count("\n") == 1
+        assert not printed.out
     assert background.main(["--config=tiny.py", "--output_dir=lived", "--resume=auto"]) == 2
     assert f"(pid {run.pid}, since" in capsys.readouterr().err
     assert half_saved.is_dir()
@@ -320,9 +320,9 @@ def test_what_a_run_leaves(finished):
 def test_the_same_command_again_repeats_the_summary(finished, call, capsys):
     before = (finished / "final/MANIFEST.json").stat().st_mtime_ns
     assert call("--output_dir=finished", "--resume=auto") == 0
-    told = capsys.readouterr().out
-    assert f"nothing to do: {finished.name}/final is complete at step 6" in told
-    assert (finished / "summary.txt").read_text() in told
+    printed = capsys.readouterr().out
+    assert f"nothing to do: {finished.name}/final is complete at step 6" in printed
+    assert (finished / "summary.txt").read_text() in printed
     assert (finished / "final/MANIFEST.json").stat().st_mtime_ns == before
 
 
@@ -559,9 +559,9 @@ def test_profile_writes_a_trace_of_its_steps(call, place, monkeypatch, capsys):
     board = f"--config.tensorboard_dir={runs}"
     # The evaluation and the save of step 3 and 4 fall into the trace.
     assert call(output, board, "--profile", "--profile_start=1", "--profile_steps=3") == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     (trace,) = runs.glob("tiny_*/plugins/profile/*/perfetto_trace.json.gz")
-    assert str(trace.parent.relative_to(place)) in told and "pip install xprof" in told
+    assert str(trace.parent.relative_to(place)) in printed and "pip install xprof" in printed
     assert list(trace.parent.glob("*.xplane.pb")), "TensorBoard's file is missing"
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps = {
@@ -605,9 +605,9 @@ def test_a_profile_that_cannot_be_written_does_not_end_the_run(call, place, monk
         f"--config.tensorboard_dir={place / 'full-runs'}",
     )
     assert call(*flags, "--profile", "--profile_start=1", "--profile_steps=1") == 0
-    told = capsys.readouterr()
-    assert "warning: the profile cannot be written" in told.err
-    assert "profile of the steps" not in told.out
+    printed = capsys.readouterr()
+    assert "warning: the profile cannot be written" in printed.err
+    assert "profile of the steps" not in printed.out
     # Its clock continues with the next step.
     rated = [
         r["step"] for r in metrics.read(place / "full-profile/metrics.jsonl") if "device_kind" in r

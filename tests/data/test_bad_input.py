@@ -254,10 +254,10 @@ def test_each_case_is_read_or_skipped_as_stated(case, folder):
     assert summary.skipped == case.skipped
     assert summary.lost == case.lost
     assert summary.repaired == case.repaired
-    told = "\n".join(summary.lines())
-    assert case.says in told
+    output = "\n".join(summary.lines())
+    assert case.says in output
     for reason in case.skipped:
-        assert f"× {reason}" in told
+        assert f"× {reason}" in output
 
 
 # --- lines that are not a single file -------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_a_split_is_an_existing_one_or_a_part_of_it():
     assert (count("train"), count("test"), count("train+test")) == (30, 10, 40)
     assert count("train[:10%]") == 3 and count("train[25:]") == 5
     assert error_of(name, dataset_split="validation") == (
-        'dataset org/name has no split "validation" (choices: train, test); give one by '
+        'dataset org/name has no split "validation" (choices: train, test); give one with '
         "--dataset_split"
     )
     assert 'did you mean "train"?' in error_of(name, dataset_split="trian[:5]")
@@ -324,7 +324,7 @@ def test_a_hub_that_answers_is_used(monkeypatch):
 )
 def test_the_hub_is_reached_through_a_proxy(monkeypatch, answer, reached):
     online_with(monkeypatch, "https://hub.invalid")
-    asked = []
+    requested = []
     with socket.socket() as proxy:
         proxy.bind(("127.0.0.1", 0))
         proxy.listen()
@@ -332,7 +332,7 @@ def test_the_hub_is_reached_through_a_proxy(monkeypatch, answer, reached):
         def serve():
             connection, _ = proxy.accept()
             with connection:
-                asked.append(connection.recv(1_000))
+                requested.append(connection.recv(1_000))
                 connection.sendall(answer + b"\r\n\r\n")
 
         threading.Thread(target=serve, daemon=True).start()
@@ -340,7 +340,7 @@ def test_the_hub_is_reached_through_a_proxy(monkeypatch, answer, reached):
         assert hub_access.out_of_reach() == (
             "" if reached else "https://hub.invalid does not answer"
         )
-    assert asked[0].startswith(b"CONNECT hub.invalid:443 HTTP/1.1\r\n")
+    assert requested[0].startswith(b"CONNECT hub.invalid:443 HTTP/1.1\r\n")
 
 
 def test_a_dataset_in_the_library_cache_is_enough(monkeypatch, tmp_path):

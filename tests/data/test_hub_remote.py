@@ -96,7 +96,7 @@ def test_gated_datasets_say_what_to_do(remote, open_):
     remote.repos["bigcode/the-stack-dedup", "main"] = "GatedRepo"
     assert error_of(open_, "bigcode/the-stack-dedup") == (
         "dataset bigcode/the-stack-dedup is gated: accept its terms on "
-        "https://huggingface.co/datasets/bigcode/the-stack-dedup, then log in on this machine by "
+        "https://huggingface.co/datasets/bigcode/the-stack-dedup, then log in on this machine with "
         "`hf auth login` (or set HF_TOKEN)"
     )
 
@@ -108,7 +108,7 @@ def test_removed_datasets_name_their_successor(remote, open_):
         "--dataset EleutherAI/hendrycks_math instead"
     )
     assert error_of(open_, "org/typo").endswith(
-        "no dataset org/typo, or it is private; check its id; if it is private, log in by "
+        "no dataset org/typo, or it is private; check its id; if it is private, log in with "
         "`hf auth login`"
     )
 
@@ -212,11 +212,11 @@ def test_a_killed_stream_resumes_where_it_stopped(remote, small_parts, extension
         row = (stop_after - 1) * 100
         complete = sum(sum(ROWS_PER_FILE[: n + 1]) <= row for n in range(len(ROWS_PER_FILE)))
         for number in range(1, len(ROWS_PER_FILE)):
-            asked = remote.asked_for(f"train-{number:05d}")
+            requested = remote.asked_for(f"train-{number:05d}")
             if number >= complete:
-                assert asked
+                assert requested
             elif number < complete - 2:
-                assert not asked
+                assert not requested
         next(pathlib.Path("cache/streams").iterdir()).unlink()
 
 
@@ -244,18 +244,18 @@ def test_tokenising_a_stream_resumes_after_a_kill(remote, small_parts, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         open_store().tokenise(killed(), 1)
-    store, asked = open_store(), []
+    store, requested = open_store(), []
     monkeypatch.setattr(
         hub_stream.Stream,
         "batches",
         lambda self, start, stop, real=hub_stream.Stream.batches: (
-            asked.append(start),
+            requested.append(start),
             real(self, start, stop),
         )[1],
     )
     assert tokens_of(store, store.tokenise(stream_of().parts(), 1)) == undisturbed
     assert len(undisturbed) == len(TEXTS)
-    assert 200 <= asked[0] <= 600 and asked == list(range(asked[0], 900, 100))
+    assert 200 <= requested[0] <= 600 and requested == list(range(requested[0], 900, 100))
 
 
 def test_with_all_parts_in_the_cache_nothing_is_fetched(remote, small_parts, monkeypatch):

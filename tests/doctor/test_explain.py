@@ -126,7 +126,7 @@ def test_json(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "made,said",
+    "made,message",
     [
         (lambda folder: folder.rmdir(), "out is not a folder; give the output_dir of a run"),
         (lambda folder: None, "out: metrics.jsonl is missing"),
@@ -137,12 +137,12 @@ def test_json(folder, capsys):
         ),
     ],
 )
-def test_mistakes_are_one_line(made, said, folder, capsys):
+def test_mistakes_are_one_line(made, message, folder, capsys):
     made(folder)
     assert explain.main(["out"]) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
 def test_a_run_without_a_step(folder, capsys):

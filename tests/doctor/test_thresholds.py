@@ -157,10 +157,10 @@ CASES = [
 
 @pytest.mark.parametrize("row", CASES, ids=lambda row: f"{row[0]}: {row[1]}")
 def test_both_sides(row):
-    rule, _, plan, silent, told = row
+    rule, _, plan, silent, loud_faults = row
     quiet, loud = plan if isinstance(plan, tuple) else (plan, plan)
     assert rule not in findings(quiet, *silent)
-    assert rule in findings(loud, *(silent if told is None else told))
+    assert rule in findings(loud, *(silent if loud_faults is None else loud_faults))
 
 
 @pytest.mark.parametrize("wait,title", [(0.75, "Reading data"), (0.85, "The training waits")])

@@ -88,15 +88,15 @@ def test_each_task_is_answered_separately_and_in_order():
         task_name: str
         args: tuple
 
-    asked = []
+    requested = []
 
     def answer(arguments):
-        asked.append(arguments)
+        requested.append(arguments)
         return [text.upper() for (text,) in arguments]
 
     requests = [Request(task, (text,)) for task, text in (("x", "a"), ("y", "b"), ("x", "c"))]
     assert lm_eval_tasks.by_task(requests, answer) == ["A", "B", "C"]
-    assert asked == [[("a",), ("c",)], [("b",)]]
+    assert requested == [[("a",), ("c",)], [("b",)]]
 
 
 def test_a_diverged_model_is_named_and_not_measured():

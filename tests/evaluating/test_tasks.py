@@ -59,10 +59,10 @@ def test_continuations_are_greedy_whatever_shares_their_batch(names):
             max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0,
         )  # fmt: skip
         assert text == [TOKENIZER.decode(made[0])]
-    told = [[] for _ in sequences]
-    two = lambda index, token: told[index].append(token) or len(told[index]) == 2
+    output = [[] for _ in sequences]
+    two = lambda index, token: output[index].append(token) or len(output[index]) == 2
     assert scorer_of(*models).continuations(sequences, 12, two) == [row[:2] for row in made]
-    assert told == [row[:2] for row in made]
+    assert output == [row[:2] for row in made]
 
 
 def test_texts_end_before_the_first_stop():
@@ -79,15 +79,15 @@ class Oracle:
     tokenizer = TOKENIZER
 
     def __init__(self):
-        self.asked = []
+        self.requested = []
 
     def continuations(self, sequences, max_tokens, is_complete):
         made = []
         for index, sequence in enumerate(sequences):
             prompt = TOKENIZER.decode(sequence[1:])
-            self.asked.append(prompt)
+            self.requested.append(prompt)
             expression = prompt.removesuffix(" =")
-            right = len(self.asked) % 2
+            right = len(self.requested) % 2
             made.append(list(f" {eval(expression) + 1 - right}\nmore".encode()))
             assert any(is_complete(index, token) for token in made[-1])
             assert max_tokens >= len(str(eval(expression))) + 1
@@ -97,10 +97,10 @@ class Oracle:
 def test_problems_come_from_the_test_split_and_are_counted_exactly():
     scorer = Oracle()
     (metric,), samples = on_problems(scorer, "arithmetic:2", 31, 2)
-    assert len(set(scorer.asked)) == 31 and {*map(split_of, scorer.asked)} == {"test"}
+    assert len(set(scorer.requested)) == 31 and {*map(split_of, scorer.requested)} == {"test"}
     assert metric["value"] == 16 / 31 and metric["of"] == "arithmetic:2"
     assert (metric["low"], metric["high"]) == wilson(16, 31)
-    assert [sample["prompt"] for sample in samples] == scorer.asked[:2]
+    assert [sample["prompt"] for sample in samples] == scorer.requested[:2]
     assert samples[0]["answer"].strip() == samples[0]["target"]
     assert samples[1]["answer"].strip() != samples[1]["target"]
 

@@ -131,14 +131,14 @@ import (
 type Message struct{ Role, Content string }
 
 func main() {
-	var asked struct {
+	var requested struct {
 		Template string
 		Chats    [][]*Message
 	}
-	json.NewDecoder(os.Stdin).Decode(&asked)
-	parsed := template.Must(template.New("").Option("missingkey=zero").Parse(asked.Template))
+	json.NewDecoder(os.Stdin).Decode(&requested)
+	parsed := template.Must(template.New("").Option("missingkey=zero").Parse(requested.Template))
 	texts := []string{}
-	for _, chat := range asked.Chats {
+	for _, chat := range requested.Chats {
 		var text strings.Builder
 		if err := parsed.Execute(&text, map[string]any{"Messages": chat}); err != nil {
 			panic(err)

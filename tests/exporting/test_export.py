@@ -80,7 +80,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "full"), "no space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left"),
@@ -88,9 +88,9 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
         (OSError("1048576 requested and 519008 written"), "stored only part of a file"),
     ],
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, told):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, message):
     with (
-        pytest.raises(UserError, match=f"cannot write .*/model: .*{told}"),
+        pytest.raises(UserError, match=f"cannot write .*/model: .*{message}"),
         new_folder(tmp_path / "model") as folder,
     ):
         (folder / "half").write_text("half")

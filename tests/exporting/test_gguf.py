@@ -154,10 +154,10 @@ def test_llama_cpp_gives_the_same_answers(dtype, tied, tmp_path, capsys):
     pytest.importorskip("xllamacpp", reason="needs xllamacpp")
     model = dataclasses.replace(UNTIED, tie_embeddings=tied)
     assert run(tmp_path, model, "--dtype", dtype, "--verify") == 0
-    told = capsys.readouterr().err
-    assert "verified: largest difference" in told
+    printed = capsys.readouterr().err
+    assert "verified: largest difference" in printed
     if dtype == "f32":
-        assert "256 of 256 greedy tokens" in told
+        assert "256 of 256 greedy tokens" in printed
 
 
 def test_verification_detects_another_chat_format_in_llama_cpp(tmp_path, capsys, monkeypatch):

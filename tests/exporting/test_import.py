@@ -119,10 +119,10 @@ def test_training_continues_from_it(tmp_path):
     assert import_hf.main([*arguments, "--max_seq_len", "64"]) == 0
     tokenizer.unlink()
 
-    asked = default_config()
-    merge_fields(asked, load_json(str(out / "train.json")))
-    apply_overrides(asked, {"output_dir": str(tmp_path / "new")})
-    config = freeze(asked)
+    requested = default_config()
+    merge_fields(requested, load_json(str(out / "train.json")))
+    apply_overrides(requested, {"output_dir": str(tmp_path / "new")})
+    config = freeze(requested)
     assert config.model.max_seq_len == 64
     assert pathlib.Path(config.data.tokenizer) == out / "step_0"  # not the file that is gone
     start = resume.find_start(config, str(out), print)
@@ -349,8 +349,8 @@ def test_a_git_lfs_pointer_instead_of_a_file_is_named(folder, tmp_path, capsys, 
     (folder / name).write_bytes(data)
     out = folder / "out"
     assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert re.search(rf"{name} is {words}", said) and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert re.search(rf"{name} is {words}", error) and error.count("\n") == 1
     assert not out.exists()
 
 

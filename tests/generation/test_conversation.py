@@ -88,16 +88,16 @@ def test_two_turns_prefill_each_token_once_and_end_in_the_state_after_all(family
     assert_close(read[-1][1][0], truth, 2e-5)
 
 
-# What the model says, the most it may, what is shown, and what it said before the next turn.
+# What the model writes, the token limit, what is shown, and what is kept before the next turn.
 ENDINGS = {
-    "by speaking for the user": (" Two.\n\nuser:", 99, "Two.", " Two."),
+    "by writing the user's turn": (" Two.\n\nuser:", 99, "Two.", " Two."),
     "by the end of its document": (" Two.\0", 99, "Two.", " Two."),
     "at once": ("\0", 99, "", ""),
-    "by the count": (" Two. An", 5, "Two.", " Two."),
-    "by the count, after the stop": (" Two.\n\nuser:", 12, "Two.", " Two."),
+    "by the token limit": (" Two. An", 5, "Two.", " Two."),
+    "by the token limit, after the stop": (" Two.\n\nuser:", 12, "Two.", " Two."),
     "inside the stop": (" Two.\n\nus\0", 99, "Two.\n\nus", " Two."),
     "inside a character": (" Two\u00e9", 5, "Two", b" Two\xc3"),
-    "by a token that goes on": (" Two.\n\nuse\1", 99, "Two.", " Two."),
+    "by a token that continues": (" Two.\n\nuse\1", 99, "Two.", " Two."),
     "by a stop of one's own": (" Two; 2;", 99, "Two", " Two;"),
     "by one that is part of ours": (" Two\n\tuser", 99, "Two", " Two\n\t"),
 }
@@ -105,15 +105,15 @@ ENDINGS = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_however_an_answer_ends_the_next_turn_begins_as_in_training(ending, read, monkeypatch):
-    says, max_tokens, shown, said = ENDINGS[ending]
-    script = [{0: EOT, 1: EOT + 1}.get(byte, byte) for byte in says.encode()] + [*b" ok", EOT]
+    written, max_tokens, shown, kept = ENDINGS[ending]
+    script = [{0: EOT, 1: EOT + 1}.get(byte, byte) for byte in written.encode()] + [*b" ok", EOT]
     monkeypatch.setattr(conversation, "_choose", lambda *_, **__: script.pop(0))
     speaker = talk(max_tokens=max_tokens, tokenizer=Spelling(), stops=[";", "\n\t"])
     assert "".join(speaker.say("1 + 1?")) == shown
     del script[:-4]
     assert "".join(speaker.say("Sure?")) == "ok"
-    said = said if isinstance(said, bytes) else said.encode()
-    whole = b"user: 1 + 1?\n\nassistant:" + said + b"\n\nuser: Sure?\n\nassistant: ok"
+    kept = kept if isinstance(kept, bytes) else kept.encode()
+    whole = b"user: 1 + 1?\n\nassistant:" + kept + b"\n\nuser: Sure?\n\nassistant: ok"
     assert tokens_of(read) == [EOT, *whole]
 
 

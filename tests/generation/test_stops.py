@@ -24,9 +24,9 @@ few = st.text("ab\n", max_size=12)
 @given(pieces=st.lists(few, max_size=8), stops=st.lists(st.text("ab\n", max_size=4), max_size=3))
 def test_pieces_give_the_text_of_the_whole(pieces, stops):
     finder = StopFinder(stops)
-    told = "".join(finder.push(piece) for piece in pieces) + finder.flush()
+    output = "".join(finder.push(piece) for piece in pieces) + finder.flush()
     expected, found = before_first_stop("".join(pieces), stops)
-    assert (told, finder.found is not None) == (expected, found)
+    assert (output, finder.found is not None) == (expected, found)
 
 
 def test_nothing_is_held_back_that_cannot_be_a_stop():

@@ -75,12 +75,12 @@ def ended(behaviour, *flags):
 
 def test_start_prints_the_next_commands_and_only_one_run_uses_a_folder(place, capfd):
     assert launch("run") == 0
-    told = capfd.readouterr().out
+    output = capfd.readouterr().out
     pid = read(OUT)["pid"]
     (log,) = pathlib.Path("logs").glob("*.log")
-    assert f"started: pid {pid}, output_dir out\n" in told
-    assert f"log:     {log}\n" in told and f"view_training_log.sh {log}\n" in told
-    assert "train_background.sh --output_dir out --stop" in told
+    assert f"started: pid {pid}, output_dir out\n" in output
+    assert f"log:     {log}\n" in output and f"view_training_log.sh {log}\n" in output
+    assert "train_background.sh --output_dir out --stop" in output
     assert os.getsid(pid) == pid and os.getpgid(pid) == pid  # a session and a group of its own
     wait(lambda: "eval loss" in log.read_text())
 
@@ -91,9 +91,9 @@ def test_start_prints_the_next_commands_and_only_one_run_uses_a_folder(place, ca
     )
     assert error.count("\n") == 1 and "--force" in error
     assert background.main(["--status"]) == 0
-    told = capfd.readouterr().out
-    assert "out: running since " in told and f"pid {pid}" in told
-    assert "step 1/10  loss 4.2500" in told and "step 1: eval loss 4.5000" in told
+    output = capfd.readouterr().out
+    assert "out: running since " in output and f"pid {pid}" in output
+    assert "step 1/10  loss 4.2500" in output and "step 1: eval loss 4.5000" in output
     assert (OUT / "exit_code").read_text().strip() == "running"
 
 
@@ -127,8 +127,8 @@ def test_stop_lets_the_run_save_and_reports(place, capfd):
     assert launch("run") == 0
     wait(lambda: "step 1/10" in log_text())
     assert background.main(["--stop"]) == 0
-    told = capfd.readouterr().out
-    assert "out: ended with exit status 75: stopped by a signal and saved" in told
+    output = capfd.readouterr().out
+    assert "out: ended with exit status 75: stopped by a signal and saved" in output
     assert (OUT / "exit_code").read_text().strip() == "75"
     assert "stopped by SIGTERM and saved at step 1" in log_text()
     assert background.main(["--status", "--output_dir=out"]) == 3
@@ -387,5 +387,5 @@ def test_help_needs_no_training(capsys):
     with pytest.raises(SystemExit) as end:
         background.main(["--help"])
     assert end.value.code == 0
-    told = capsys.readouterr().out
-    assert all(flag in told for flag in ("--requeue", "--status", "--stop", "--dry_run"))
+    output = capsys.readouterr().out
+    assert all(flag in output for flag in ("--requeue", "--status", "--stop", "--dry_run"))

@@ -70,9 +70,9 @@ def test_the_skypilot_task_runs_a_command_that_exists():
         assert checked.returncode == 0, checked.stderr
     (command,) = re.findall(r"-m mamba_jax.train (.*)", task["run"])
     words = command.replace("$FLAGS", task["envs"]["FLAGS"]).replace("$SKYPILOT_TASK_ID", "x")
-    asked = train_arguments.read(words.split())
-    assert asked.config.output_dir == "/checkpoints/x" and asked.resume == "auto"
-    assert asked.config.name == "medium"
+    requested = train_arguments.read(words.split())
+    assert requested.config.output_dir == "/checkpoints/x" and requested.resume == "auto"
+    assert requested.config.name == "medium"
 
 
 # --- Cloud TPU ------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def test_the_tpu_script_copies_the_project(gcloud):
 def test_the_tpu_script_shows_how_it_is_used(gcloud, words, code):
     done = tpu(*words)
     assert done.returncode == code
-    told = done.stdout if code == 0 else done.stderr
-    assert all(f"tpu_vm.sh {action}" in told for action in ("create", "start", "fetch", "delete"))
+    output = done.stdout if code == 0 else done.stderr
+    assert all(f"tpu_vm.sh {action}" in output for action in ("create", "start", "fetch", "delete"))
 
 
 def test_the_tpu_script_reports_a_missing_gcloud(tmp_path):

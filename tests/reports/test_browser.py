@@ -76,8 +76,8 @@ def look(text, tmp_path, *flags, width=360, doing=""):
         *("--dump-dom", frame.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not said, said
+    logged = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not logged, logged
     (found,) = re.findall(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
     seen = json.loads(html.unescape(found))
     assert "error" not in seen, seen
@@ -130,9 +130,9 @@ def test_a_runs_page(width, tmp_path):
     # What the pointer reads is what was recorded at the step that it names.
     (step,) = map(int, re.findall(r"^step (\d+)", seen["loss"]))
     assert 90 < step < 140
-    (told,) = re.findall(r"training ([\d.]+)", seen["loss"])
+    (shown,) = re.findall(r"training ([\d.]+)", seen["loss"])
     (recorded,) = [r["loss"] for r in run.records if r["step"] == step and "loss" in r]
-    assert float(told) == pytest.approx(recorded, rel=1e-4)
+    assert float(shown) == pytest.approx(recorded, rel=1e-4)
     assert re.findall(r"layer (\d+) ([\d.]+)", seen["layers"]) == [
         (str(k), f"{1 + k / 8:.5g}") for k in range(24)
     ]

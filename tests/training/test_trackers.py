@@ -101,12 +101,12 @@ def test_without_tensorboardx_a_run_continues(config, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "mamba_jax.training.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     tell(config)
-    told = capsys.readouterr()
-    assert [line for line in told.err.splitlines() if "warning" in line] == [
+    output = capsys.readouterr()
+    assert [line for line in output.err.splitlines() if "warning" in line] == [
         "warning: import of tensorboardX halted; None in sys.modules; training continues without "
         "TensorBoard (pip install tensorboardX)"
     ]
-    assert "eval loss 2.0000" in told.out and "tensorboard --logdir" not in told.out
+    assert "eval loss 2.0000" in output.out and "tensorboard --logdir" not in output.out
 
 
 # --- trackers that are requested ------------------------------------------------------------------
@@ -116,11 +116,11 @@ class Fake:
     """Records its calls, and fails in those that are named."""
 
     def __init__(self, fails_at=""):
-        self.told, self._fails_at = [], fails_at
+        self.calls, self._fails_at = [], fails_at
 
     def __getattr__(self, what):
         def note(*values):
-            self.told.append((what, *values))
+            self.calls.append((what, *values))
             if what == self._fails_at:
                 raise ConnectionError("the server\nwent away")
 
@@ -136,25 +136,25 @@ def with_tracker(monkeypatch, config, tracker):
 def test_a_tracker_gets_what_is_recorded(config, monkeypatch, end):
     fake = Fake()
     tell(with_tracker(monkeypatch, config, fake), end)
-    assert fake.told[0][0] == "hyperparameters"
-    assert fake.told[0][1]["training.learning_rate"] == 0.003
+    assert fake.calls[0][0] == "hyperparameters"
+    assert fake.calls[0][1]["training.learning_rate"] == 0.003
     scalars = {
-        (tag, step): value for what, *values in fake.told if what == "scalars"
+        (tag, step): value for what, *values in fake.calls if what == "scalars"
         for step, points in [values] for tag, value in points.items()
     }  # fmt: skip
     assert scalars.items() >= MEASURES.items()
-    assert ("text", 4, "sample", SAMPLE) in fake.told
-    assert fake.told[-1] == ("close", end is None)
+    assert ("text", 4, "sample", SAMPLE) in fake.calls
+    assert fake.calls[-1] == ("close", end is None)
 
 
 def test_a_tracker_that_fails_is_dropped_and_stops_nothing(config, monkeypatch, capsys):
     fake = Fake("scalars")
     tell(with_tracker(monkeypatch, config, fake))
-    assert [what for what, *_ in fake.told] == ["hyperparameters", "scalars"]
-    told = capsys.readouterr()
-    (warning,) = (line for line in told.err.splitlines() if "warning" in line)
+    assert [what for what, *_ in fake.calls] == ["hyperparameters", "scalars"]
+    output = capsys.readouterr()
+    (warning,) = (line for line in output.err.splitlines() if "warning" in line)
     assert warning.startswith("warning: wandb cannot be written (the server")
-    assert "eval loss 2.0000" in told.out
+    assert "eval loss 2.0000" in output.out
 
 
 def test_a_tracker_that_cannot_start_is_dropped(config, monkeypatch, capsys):

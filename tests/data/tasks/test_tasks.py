@@ -70,16 +70,18 @@ def multi_hop(problem):
 
 
 def recall(problem):
-    pairs, _, asked = question(problem).partition(" ; ")
+    pairs, _, requested = question(problem).partition(" ; ")
     words = pairs.split()
     known = (
         dict(itertools.batched(words, 2))
         if hasattr(itertools, "batched")
         else dict(zip(words[::2], words[1::2], strict=True))
     )
-    assert len(known) == problem.difficulty and len(asked.split()) == -(-problem.difficulty // 2)
-    assert len(set(asked.split())) == len(asked.split())
-    return " ".join(known[key] for key in asked.split())
+    assert len(known) == problem.difficulty and len(requested.split()) == -(
+        -problem.difficulty // 2
+    )
+    assert len(set(requested.split())) == len(requested.split())
+    return " ".join(known[key] for key in requested.split())
 
 
 def state_tracking(problem):
@@ -178,9 +180,9 @@ def test_an_easy_task_gives_all_its_problems():
     sides = {s: [p.prompt for p in problems("arithmetic", 1, s, 0, 9_999)] for s in SPLITS}
     assert len(set(sides["train"])) == len(sides["train"])
     assert 0.99 * 1_323 <= sum(map(len, sides.values())) <= 1_323
-    asked = list(open_tasks("arithmetic:1-2,recall:1", 10_000).parts())  # the default's count
+    requested = list(open_tasks("arithmetic:1-2,recall:1", 10_000).parts())  # the default's count
     rows = DataSummary("")
-    found = [piece.text for part in asked for piece in part.pieces(rows) if piece.begins]
+    found = [piece.text for part in requested for piece in part.pieces(rows) if piece.begins]
     assert rows.rows == len(found) > 10_000
 
 
