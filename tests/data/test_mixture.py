@@ -210,7 +210,7 @@ def test_a_config_with_a_mixture_survives_json_and_the_command_line():
         ({"mixture": [{"data_dri": "a"}]}, r'"data.mixture\[0\].data_dri".*did you mean.*data_dir'),
         ({"mixture": [3]}, r"data.mixture\[0\] must contain fields"),
         ({"mixture": [{"data_dir": "a", "weight": -1}]}, r"weights \(-1.0,\): none may be neg"),
-        ({"mixture": [{"data_dir": "a", "weight": 0}]}, "not all 0"),
+        ({"mixture": [{"data_dir": "a", "weight": 0}]}, "not all may be 0"),
         ({"mixture": [{"data_dir": "a", "text_column": "x"}]}, "no effect without a data.dataset"),
         ({"mixture": [{"data_dir": "a"}], "data_dir": "b"}, "make it a source of the mixture"),
         (
