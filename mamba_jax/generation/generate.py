@@ -151,9 +151,9 @@ def prepare(
     """Puts models on the device, laid out for decoding. Call it once, not at every dispatch.
 
     The parameters may come from the host, a checkpoint, or the mesh of a training run. Those of a
-    checkpoint or a mesh are committed to their devices, and so is all that a program makes of them,
-    but an empty cache is not. JAX compiles a program once for committed arrays and once more for
-    others. So nothing that this returns is committed.
+    checkpoint or a mesh are committed to their devices, and so are all results of a program on
+    them, but an empty cache is not. JAX compiles a program once for committed arrays and once more
+    for others. So nothing that this returns is committed.
 
     Args:
       models: one, or the members of an ensemble.

@@ -113,7 +113,7 @@ def check_trackers(config: RunConfig) -> None:
     """
     for name in config.tracker_names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder of that name is no package
+        if spec is None or spec.origin is None:  # a folder of that name is not a package
             raise _not_installed(config, name)
 
 

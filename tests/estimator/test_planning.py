@@ -150,7 +150,7 @@ def test_more_memory_is_never_slower():
         assert secs <= before * choose.SAME_SPEED
         before = secs
         policies.add(planned.model.remat)
-    # Of all layouts none is more than a percent faster than the last.
+    # No layout is more than a percent faster than the last.
     (layouts, *_) = choose.candidates(run, machine)
     fastest = min(choose.expected_secs(run, machine, preset, layout) for layout in layouts)
     assert before <= fastest * choose.SAME_SPEED and len(policies) > 1

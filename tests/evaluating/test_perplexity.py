@@ -153,7 +153,7 @@ def test_the_json_path_is_checked_before_anything_is_read(tmp_path, capsys):
 def test_infinity_is_null_in_json(tmp_path, capsys):
     metrics = [{"value": math.inf, "ends": (math.nan, 1.5)}, {"n": 3, "text": "Infinity"}]
     evaluate.write(str(tmp_path / "r.json"), {"metrics": metrics})
-    refuse = lambda word: pytest.fail(f"{word} is no JSON")
+    refuse = lambda word: pytest.fail(f"{word} is not JSON")
     read = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
     expected = [{"value": None, "ends": [None, 1.5]}, {"n": 3, "text": "Infinity"}]
     assert read["metrics"] == expected

@@ -44,8 +44,8 @@ BETWEEN = [
     for name, model in tiny.VARIANTS.items()
 ]
 IDS = np.random.default_rng(0).integers(0, 64, (3, 29))
-# Of the largest number. float32 sums in another order; the layers enlarge what rounding leaves (up
-# to 1.2e-5 was seen).
+# Relative to the largest number. float32 sums in another order; the layers enlarge what rounding
+# leaves (up to 1.2e-5 was seen).
 TOLERANCE = 5e-5
 
 

@@ -61,7 +61,7 @@ def test_no_values_make_no_points():
 
 def test_trailing_mean_by_hand():
     values = [1.0, 2.0, math.nan, 6.0, math.inf, 3.0]
-    expected = [1, 1.5, 1.5, 4, 6, 4.5]  # of the last three, without what is no number
+    expected = [1, 1.5, 1.5, 4, 6, 4.5]  # of the last three, without NaN and infinity
     assert trailing_mean(values, 3).tolist() == expected
     assert np.isnan(trailing_mean([math.nan, 1.0], 1)).tolist() == [True, False]
     assert [smoothing_width(n) for n in (1, 79, 80, 400, 8_000, 200_000)] == [1, 1, 2, 10, 200, 200]

@@ -284,7 +284,9 @@ def test_a_child_process_has_the_lock_that_it_inherits(tmp_path):
                 assert first_line(child) == "has it"
                 assert end(child) == ""
             assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end did not release the lock
-        with process(tmp_path / "other", **inherits) as child:  # another folder's is no use there
+        with process(
+            tmp_path / "other", **inherits
+        ) as child:  # another folder's lock does not count there
             assert first_line(child) == "has it"
         with process(tmp_path, env=inherits["env"]) as child:  # nor is a number alone
             assert first_line(child).startswith("error: ")

@@ -163,7 +163,7 @@ class Browser:
         return [
             *[event["exceptionDetails"] for event in self.events("Runtime.exceptionThrown")],
             *[event["args"] for event in self.events("Runtime.consoleAPICalled")],
-            # An answer that is an error is noted as well; what becomes of it is the page's matter.
+            # A response that is an error is logged as well; the page handles it.
             *[entry for entry in logged if entry["source"] != "network"],
         ]
 
