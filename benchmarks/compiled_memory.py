@@ -1,4 +1,4 @@
-"""The memory of each scan's gradient on a card, as its compiler reports it; no card is needed.
+"""The memory of each scan's gradient on a GPU, as its compiler reports it; no GPU is needed.
 
     ./scripts/compilers.sh
     PYTHONPATH=.compilers JAX_PLATFORMS=cpu python -m benchmarks.compiled_memory [CARD]

@@ -1,8 +1,8 @@
 """The data: batches against peers, tokenising and its memory, the first batch of a large cache.
 
-Batches are timed in CPU seconds, threads included: with the device at work beside it a loader is
-free as long as it leaves the cores alone. All loaders read the same tokens of the standard library,
-which fit into the system's cache.
+Batches are timed in CPU seconds, threads included: while the device computes, a loader costs
+nothing as long as it leaves the cores alone. All loaders read the same tokens of the standard
+library, which fit into the system's cache.
 """
 
 import functools
@@ -41,7 +41,7 @@ def cases(context: Context) -> list[dict[str, Any]]:
 
 
 def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
-    """Loaders; or our own processes."""
+    """Loaders, or our own processes."""
     size = float(case["size"].split()[0])
     if case["task"] == "tokenise":
         return [
@@ -81,7 +81,7 @@ def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
 
 
 def prepare_batches(batches: Any, count: int) -> Prepared:
-    """Counts the CPU seconds, of all threads, that so many batches take."""
+    """Counts the CPU seconds of all threads for some batches."""
     endless = batches(corpus())
     next(endless)
 
@@ -125,8 +125,8 @@ def ours(corpus: Any) -> Iterator[Any]:
 
 
 def torch_loader(corpus: Any) -> Iterator[Any]:
-    """A ``DataLoader`` that shuffles windows of the map, in the process itself: workers would cost
-    as much again for handing batches over."""
+    """A ``DataLoader`` that shuffles windows of the map, in this process: workers would cost as
+    much again to pass the batches on."""
     import numpy as np
 
     data = harness.import_peer("torch.utils.data")
@@ -150,7 +150,7 @@ def _shuffled_by_torch(data: Any, windows: Any) -> Iterator[Any]:
 
 
 def arrow_table() -> Any:
-    """``datasets``: a row per window, as numpy arrays."""
+    """``datasets``: one row per window, as numpy arrays."""
     import numpy as np
 
     datasets = harness.import_peer("datasets")
@@ -161,7 +161,7 @@ def arrow_table() -> Any:
 
 
 def arrow_batches(corpus: Any) -> Iterator[Any]:
-    """Shuffled and read by the batch."""
+    """Shuffled, and read in batches."""
     table, epoch = arrow_table(), 0
     while True:
         for batch in table.shuffle(seed=epoch).iter(BATCH, drop_last_batch=True):
@@ -208,7 +208,7 @@ LOADERS = {
 
 
 def in_process(*words: str) -> dict[str, float]:
-    """Runs this module's ``main`` with words, and returns what it measured."""
+    """Runs this module's ``main`` with these arguments, and returns what it measured."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.data", "--in_process", *words],
         check=False,
@@ -223,7 +223,7 @@ def in_process(*words: str) -> dict[str, float]:
 
 
 def prepare_tokenising(who: str, megabytes: float) -> Prepared:
-    """Tokenises one file of text in a process of its own; CPU seconds."""
+    """Tokenises one text file in a process of its own; in CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
         write_text(pathlib.Path(folder, "text.py"), int(megabytes * 1e6))
         reported = in_process("tokenise", who, folder)
@@ -232,7 +232,7 @@ def prepare_tokenising(who: str, megabytes: float) -> Prepared:
 
 
 def write_text(path: pathlib.Path, size_bytes: int) -> None:
-    """Writes source code of the standard library, each round of it with other words."""
+    """Writes source code of the standard library, changing some words in each repetition."""
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [file.read_text("utf-8") for file in files]
     written, number = 0, 0
@@ -285,7 +285,7 @@ def prepare_first_batch(gigabytes: float) -> Prepared:
 
 
 def write_sparse_cache(root: pathlib.Path, size_bytes: int) -> None:
-    """Writes shards as ``data.shards`` does, of tokens that are all 0 and take no room on disk."""
+    """Writes shards as ``data.shards`` does, of tokens that are all 0 and take no space on disk."""
     import numpy as np
     import xxhash
 
@@ -363,11 +363,11 @@ def first_batch(folder: str) -> dict[str, float]:
     }
 
 
-# --- what comes of it
+# --- results
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """The promises about each."""
+    """The targets of each."""
     if context.quick:
         return []
 
@@ -409,7 +409,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """``--in_process`` measures here; anything else are the words of ``benchmarks.run data``."""
+    """``--in_process`` measures here; other arguments are those of ``benchmarks.run data``."""
     if argv[:1] == ["--in_process"]:
         task, *words = argv[1:]
         measured = {"tokenise": tokenise, "first_batch": first_batch}[task](*words)

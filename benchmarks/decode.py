@@ -1,7 +1,7 @@
-"""Generating and reading prompts against transformers' ``generate`` with its cache.
+"""Decoding and prefill against transformers' ``generate`` with its cache.
 
-"decode" is the time per text of N tokens after the first one, which the reading of the prompt gives
-("prefill" is the time to it). Greedy, random weights, no row ends early.
+"prefill" is the time to the first token; "decode" is the time from there to the end of a text of N
+more tokens. Greedy, random weights, no row ends early.
 """
 
 import functools
@@ -15,7 +15,7 @@ from benchmarks.report import colours, length_axis, ratio
 
 BASELINE = "mamba_jax"
 INT8 = "mamba_jax, int8 head"
-TIMES_FASTER = {"prefill": 6.0, "decode": 4.0}  # promised on one CPU core, over transformers' best
+TIMES_FASTER = {"prefill": 6.0, "decode": 4.0}  # target on one CPU core, against transformers' best
 PREFILL = {"context": 1024, "tokens": 0}
 
 
@@ -42,7 +42,7 @@ def cases(context: Context) -> list[dict[str, Any]]:
 def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
     """Ours, on a CPU with an int8 head too, and transformers'.
 
-    The latter's mambapy changes only how the prompt is read.
+    The latter's mambapy changes only the prefill.
     """
     model, batch = workloads.model_of(case["size"]), case["batch"]
     length, n_tokens = case["context"], case["tokens"]
@@ -53,7 +53,7 @@ def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
     ours = functools.partial(workloads.prepare_generation, model, batch, length, n_tokens)
     found = [Candidate(BASELINE, ours), Candidate(SLOW, peer)]
     if case["task"] == "decode" and context.platform == "gpu":
-        # Its slow path would read a long prompt for minutes; how it decodes is the same.
+        # Its slow path would prefill a long prompt for minutes; it decodes the same way.
         found[1] = Candidate(SLOW, functools.partial(peer, use_mambapy=True))
     if case["task"] == "decode" and context.platform == "cpu":
         found.append(Candidate(INT8, functools.partial(ours, int8_head=True)))
@@ -77,7 +77,7 @@ def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """The promises for one CPU core and one row, against the faster of transformers' ways."""
+    """The targets for one CPU core and one row, against the faster of transformers' paths."""
     if context.platform != "cpu" or context.quick:
         return []
     found = []
@@ -100,7 +100,7 @@ def checks(rows: list[Row], context: Context) -> list[Check]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Tokens per second over the context, per batch and implementation."""
+    """Draws tokens per second over the context, per batch and implementation."""
     plots = figure.subplots(1, 2)
     colour = colours(rows)
     for plot, task in zip(plots, ("decode", "prefill"), strict=True):

@@ -1,4 +1,4 @@
-"""Exported models in their engines against our own logits: the README's table.
+"""Exported models in their engines against our own logits: the table in ``docs/export.md``.
 
     pip install -e '.[gguf,llamacpp,onnx,bench]'
     python -m benchmarks.engines
@@ -54,7 +54,7 @@ def train_model(family: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def compare(checkpoint: pathlib.Path, form: str, dtype: str, out: pathlib.Path) -> dict[str, Any]:
-    """Exports and verifies; returns what was found, or a note why nothing was."""
+    """Exports and verifies; returns what was found, or a note that says why nothing was."""
     from mamba_jax.exporting import tensors, verify
     from mamba_jax.generation.load import find
 
@@ -81,8 +81,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"CPU ({record['device']}), {record['date']}, commit {record['commit'][:8]}; {versions}. "
         f"Models of {FIELDS['n_layers']} layers, d_model {FIELDS['d_model']}, trained "
         f"{training['steps']} steps of {training['tokens_per_step']} bytes; three prompts, "
-        "64 greedy tokens after each. The file in the other engine against the same rounded "
-        "weights in JAX float32. To reproduce it: `python -m benchmarks.engines`.",
+        "64 greedy tokens after each. Each row compares the file in the other engine with the "
+        "same rounded weights in JAX float32. To reproduce it: `python -m benchmarks.engines`.",
         "",
         "| model | engine | weights | largest difference | of logits up to | greedy tokens equal "
         "| rounding the weights moves logits by | folder |",
@@ -99,7 +99,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"| {row['folder_bytes'] / 1e3:,.0f} kB |"
         )
     lines.append("")
-    lines.append("llama.cpp reports log-probabilities of its 20 likeliest tokens, not logits.")
+    lines.append("llama.cpp reports log-probabilities of its 20 most likely tokens, not logits.")
     return "\n".join(lines) + "\n"
 
 

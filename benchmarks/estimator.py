@@ -1,4 +1,4 @@
-"""The memory estimator's formula against the compiler, for a card that need not be here.
+"""The memory estimator's formula against the compiler, for a card that need not be installed.
 
     ./scripts/compilers.sh
     python -m benchmarks.estimator                    all cases for the RTX 4080, about ten minutes
@@ -7,7 +7,7 @@
 Each case is the whole train step of a size, compiled for the card; its figure is the compiler's
 (arguments + outputs − aliases + temporaries), and nothing is run. Writes
 benchmarks/results/estimator_<card>.json and .md. Figures are kept in the cache folder: a second
-call compiles only what has changed since.
+call compiles only what has changed.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from mamba_jax.estimator.planning import resolved
 
 CARD = "RTX 4080"
 LENGTHS = (512, 1024, 2048, 8192)
-# Tokens of a microbatch: what leaves a step of these sizes between 1 and 20 GiB.
+# Tokens of a microbatch, so that a step of these sizes takes between 1 and 20 GiB.
 POLICIES = {"none": 8_192, "dots": 8_192, "full": 16_384}
 SIZES = ("medium", "large", "hybrid-small-standard")
-# One case for each of the other sizes, by turns of policy, length and tokens of a microbatch; the
+# One case for each of the other sizes, alternating policy, length and tokens per microbatch; the
 # last ones were compiled when the formula was finished.
 OTHERS = (
     ("small", "none", 2048, 8_192),
@@ -51,7 +51,7 @@ OTHERS = (
     ("hybrid-small-pro", "dots", 1024, 4_096),
     ("hybrid-small-plus", "full", 2048, 2_048),
 )
-# And structures that are not presets.
+# Structures that are not presets.
 CHANGED = (
     ("medium", "none", 2048, 8_192, {"dropout": 0.1}),
     ("medium", "dots", 2048, 8_192, {"tie_embeddings": False}),

@@ -1,20 +1,20 @@
 """The least time a selective scan can take on a card, from what it must move and compute.
 
 Counts per channel and token for N = 16 with bfloat16 inputs, of a kernel that keeps the state in
-registers, fuses softplus, skip and gate, and makes states again in its backward:
+registers, fuses softplus, skip and gate, and recomputes states in its backward pass:
 
             bytes of DRAM    special-function operations    issue slots per 32 channels (one warp)
   forward   9                20 (16 exps, 4 for the rest)   175
   backward  19               25                             471
 
-The time is that of the slowest of the three; how fast each goes is the card's.
+The time is that of the slowest of the three, at the card's rates.
 """
 
 import dataclasses
 
 from mamba_jax.costs.roofline import find_device
 
-N_STATES = 16  # that the counts are for
+N_STATES = 16  # the state size that the counts are for
 FORWARD = (9.0, 20.0, 175.0)
 BACKWARD = (19.0, 25.0, 471.0)
 WARP = 32
@@ -42,12 +42,12 @@ def find_card(device_kind: str) -> Card | None:
 
 
 def floor_secs(card: Card, channel_tokens: int, *, backward: bool) -> float:
-    """The least seconds of a forward, or of a forward and a backward.
+    """The least seconds of a forward pass, or of forward and backward.
 
     Args:
-      card: that runs it.
+      card: the card that runs it.
       channel_tokens: batch × length × width.
-      backward: whether the backward follows.
+      backward: whether the backward pass follows.
     """
     passes = [FORWARD, BACKWARD] if backward else [FORWARD]
     return sum(_pass_secs(card, channel_tokens, *counts) for counts in passes)

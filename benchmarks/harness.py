@@ -1,8 +1,8 @@
-"""How things are measured: candidates of one case, interleaved in one process, or isolated.
+"""Measures the candidates of a case, interleaved in one process or each in its own.
 
 Timings on a shared or throttling machine drift; ratios within one round hardly do. So every round
-runs all candidates once, each round starting with another one, and what is compared is the ratio of
-two candidates in the same round.
+runs all candidates once, starting with a different one each time, and only candidates of the same
+round are compared.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Prepared:
     """
 
     run: Callable[[], float | None]
-    memory: Callable[[], dict[str, float]] = dict  # asked after the first run; keys end in _bytes
+    memory: Callable[[], dict[str, float]] = dict  # called after the first run; keys end in _bytes
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -41,8 +41,8 @@ class Candidate:
 
     name: str
     prepare: Callable[[], Prepared]
-    # Not 0: run in a process of its own, ended after so many seconds. For what is so slow that
-    # interleaving it is hopeless, and whose time is then only known from below.
+    # Not 0: run in a process of its own, which is ended after this many seconds. For candidates
+    # too slow to interleave; their time then has only a lower bound.
     isolated_secs: float = 0.0
     isolated_samples: int = 1  # there; several come after a first run that does not count
     environment: dict[str, str] = dataclasses.field(default_factory=dict)  # there
@@ -66,7 +66,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One promise of a benchmark: a claim and whether the figures keep it (None: no figures)."""
+    """One target of a benchmark: a claim, and whether the figures meet it (None: no figures)."""
 
     claim: str
     passed: bool | None
@@ -75,7 +75,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every part of a benchmark may ask about the run."""
+    """What every part of a benchmark may need to know about the run."""
 
     platform: str  # "cpu", "gpu" or "tpu"
     device_kind: str
@@ -98,8 +98,8 @@ def measure(
 ) -> None:
     """Measures candidates of one case against each other.
 
-    Each is prepared and run once to warm up. A candidate that fails gets a note and the others go
-    on; one that has used up ``candidate_secs`` is timed no more, but at least once.
+    Each is prepared and run once to warm up. A candidate that fails gets a note and the others
+    continue; each is timed at least once, and no more after it has used up ``candidate_secs``.
 
     Args:
       candidates: with different names.
@@ -107,9 +107,9 @@ def measure(
       rows: one is appended per candidate at the start and filled as measurements come, so that an
         interrupt loses nothing.
       rounds: samples per candidate.
-      candidate_secs: of timed work that a candidate may take.
-      deadline: on ``time.monotonic``'s clock; after it nothing is prepared but a first candidate,
-        and no round starts but the first.
+      candidate_secs: seconds of timed work that a candidate may take.
+      deadline: on ``time.monotonic``'s clock; after it only the first candidate
+        is still prepared, and only the first round starts.
       clock: seconds.
     """
     started = [(candidate, Row(case, candidate.name)) for candidate in candidates]
@@ -118,7 +118,7 @@ def measure(
     for candidate, row in started:
         if candidate.isolated_secs:
             continue
-        if going and time.monotonic() > deadline:  # those that are ready shall have their turn
+        if going and time.monotonic() > deadline:  # candidates that are ready still get their turn
             row.note = "not measured: out of time"
             continue
         try:
@@ -159,7 +159,7 @@ def reason(error: Exception) -> str:
 
 
 def import_peer(module: str) -> Any:
-    """Imports a peer's library, or says how to get it."""
+    """Imports a peer's library, or raises an error that says how to install it."""
     import importlib
 
     try:
@@ -199,7 +199,7 @@ def compiled(function: Callable, *arguments: Any, **jit_options: Any) -> tuple[C
 
 
 def prepare_jax(function: Callable, *arguments: Any, **metrics: float) -> Prepared:
-    """Makes a candidate of a JAX function that changes nothing."""
+    """Makes a candidate of a JAX function without side effects."""
     import jax
 
     program, memory = compiled(function, *arguments)
@@ -211,7 +211,7 @@ def prepare_jax(function: Callable, *arguments: Any, **metrics: float) -> Prepar
 
 
 def available_bytes() -> float:
-    """Memory that can still be taken: of the accelerator, else of the machine or container."""
+    """Free memory: of the accelerator, else of the machine or container."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()
@@ -221,7 +221,7 @@ def available_bytes() -> float:
 
 
 def available_host_bytes() -> float:
-    """Memory of the machine that can still be taken (Linux), or infinity where unknown."""
+    """Free memory of the machine (Linux), or infinity where unknown."""
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)
@@ -235,7 +235,7 @@ def available_host_bytes() -> float:
 
 @dataclasses.dataclass
 class Isolated:
-    """What came of a candidate that ran in a process of its own."""
+    """The result of a candidate that ran in a process of its own."""
 
     samples_secs: list[float] = dataclasses.field(default_factory=list)
     peak_rss_bytes: float = 0.0  # of the whole process, libraries included
@@ -259,12 +259,12 @@ def isolate(
 
     Args:
       benchmark: the module that has the candidate.
-      case: of that benchmark.
+      case: a case of that benchmark.
       name: the candidate's.
-      context: of this run.
+      context: that of this run.
       repetitions: samples to take; there is no warm-up.
-      limit_secs: after which the process is ended.
-      environment: variables that it has besides those of this process.
+      limit_secs: seconds after which the process is ended.
+      environment: variables to add to those of this process.
     """
     request = {
         "benchmark": benchmark,
@@ -287,7 +287,7 @@ def isolate(
     try:
         while (line := lines.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
             if not line.startswith("{"):
-                continue  # a library's own words
+                continue  # a library's own output
             reported = json.loads(line)
             if "begins" in reported:
                 began = time.monotonic()
@@ -316,7 +316,7 @@ def _read_lines(stream: Any, lines: queue.Queue) -> None:
 
 
 def peak_rss_bytes(process_id: int | None = None) -> float:
-    """The most memory that a process (this one) ever held: VmHWM, which is Linux's; else 0."""
+    """The most memory that a process (by default this one) ever held: VmHWM, on Linux; else 0."""
     try:
         with open(f"/proc/{process_id or os.getpid()}/status") as file:
             for line in file:
@@ -340,7 +340,7 @@ def measure_isolated(
 
     Args:
       benchmark, candidates, case, context: as in ``isolate``.
-      rows: those of this case, in any order.
+      rows: the rows of this case, in any order.
       memory: whether to take every candidate's peak memory, not only time the isolated ones.
     """
     by_name = {row.name: row for row in rows if row.case == case}

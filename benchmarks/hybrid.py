@@ -25,7 +25,7 @@ VARIANTS = {  # of the hybrid, whose recursion has 3 steps
     "attention once, after it": {"recursion_reads_attention": False},
     "fusion by sum": {"fusion": "sum"},
 }
-# Least speed relative to the baseline, on a GPU; most of its memory.
+# Lowest speed and highest memory relative to the baseline, on a GPU.
 SPEED_SHARES = {"training step": 0.85, "decode": 0.95}
 MEMORY_TIMES = 1.25
 
@@ -53,7 +53,7 @@ def models(case: dict[str, Any], context: Context) -> dict[str, ModelConfig]:
     mamba = dataclasses.replace(hybrid, family="mamba")
     layers = lambda model: parameter_count(model).non_embedding
     n_layers = round(layers(hybrid) / layers(mamba) * case["layers"])
-    # First what the promises are about: a budget may end the run early.
+    # First what the targets are about: a budget may end the run early.
     found = {
         BASELINE: dataclasses.replace(mamba, n_layers=n_layers),
         HYBRID: hybrid,
@@ -74,7 +74,7 @@ def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
 
 
 def prepare_decode(model: ModelConfig, batch: int, n_tokens: int) -> harness.Prepared:
-    """Decodes ``n_tokens`` after a prompt so short that its own time, taken off, is no noise."""
+    """Decodes ``n_tokens`` after a prompt so short that subtracting its time adds no noise."""
     prepared = workloads.prepare_generation(model, batch, 16, n_tokens)
     return dataclasses.replace(prepared, metrics={"parameters": parameter_count(model).total})
 
@@ -93,7 +93,7 @@ def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """The promises for a GPU, against plain Mamba of the same number of parameters."""
+    """The targets for a GPU, against plain Mamba with the same number of parameters."""
     if context.platform != "gpu":
         return []
     found = []
@@ -113,7 +113,7 @@ def checks(rows: list[Row], context: Context) -> list[Check]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Time of each variant by task, and memory of the step."""
+    """Draws the time of each variant by task, and the memory of the step."""
     plots = figure.subplots(1, 3, sharey=True)
     for plot, task in zip(plots, ("training step", "decode"), strict=False):
         chosen = [row for row in rows if row.case["task"] == task]

@@ -12,7 +12,7 @@ from benchmarks.run import load, make_context
 
 
 def main() -> None:
-    """Runs what ``harness.isolate`` asks for."""
+    """Runs what ``harness.isolate`` requests."""
     request = json.loads(sys.argv[1])
     benchmark = load(request["benchmark"])
     context = make_context(quick=request["quick"])

@@ -1,4 +1,4 @@
-"""What becomes of the rows: a JSON file with every sample, a Markdown table, a picture."""
+"""Writes the rows: a JSON file with every sample, a Markdown table and a picture."""
 
 import dataclasses
 import datetime
@@ -85,7 +85,7 @@ def git_commit() -> str:
 
 
 def file_stem(result: Result, context: Context) -> str:
-    """E.g. ``scan_nvidia_h200``: the benchmark and the device, fit for a file's name."""
+    """E.g. ``scan_nvidia_h200``: the benchmark and the device, as a file name."""
     device = re.sub(r"[^a-z0-9]+", "_", context.device_kind.lower()).strip("_")
     return f"{result.benchmark}_{device}" + ("_quick" if result.quick else "")
 
@@ -106,8 +106,8 @@ def from_json(text: str) -> Result:
 def ratio(row: Row, baseline: Row) -> float | None:
     """How many times as long as the baseline: the median over rounds of the ratio in one round.
 
-    Where one took fewer samples, the rounds that both took count; where one was measured apart
-    from the other (it has a sample or two of its own), the ratio of medians is as good.
+    Where one took fewer samples, only the rounds that both took count; where one was measured
+    separately (with a sample or two of its own), the ratio of medians is used.
     """
     pairs = list(zip(row.samples_secs, baseline.samples_secs, strict=False))
     if not pairs:
@@ -198,7 +198,7 @@ def spread(samples_secs: list[float]) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that count, no exponent."""
+    """Three significant digits, no exponent."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"

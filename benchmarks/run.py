@@ -2,8 +2,8 @@
 
 A benchmark is a module of this folder with
 
-  cases(context) → the cases, most telling first     candidates(case, context) → who takes part
-  measure(case, context, rows): appends their rows   checks(rows, context) → its promises, checked
+  cases(context) → the cases, most telling first     candidates(case, context) → implementations
+  measure(case, context, rows): appends their rows   checks(rows, context) → its targets, checked
   draw(rows, figure): the picture                    BASELINE: the name that ratios are taken to
 """
 
@@ -145,7 +145,7 @@ def has_accelerator() -> bool:
 
 
 def set_environment(threads: int) -> None:
-    """Says to all libraries, before they are imported, how many cores and what to leave alone."""
+    """Sets, before any library is imported, how many cores to use and what not to do."""
     if threads and hasattr(os, "sched_setaffinity"):
         # From the last: the first core often serves the machine's interrupts.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])

@@ -12,7 +12,7 @@ from benchmarks import harness, workloads
 from benchmarks.harness import Candidate, Check, Context, Row
 from benchmarks.report import length_axis
 
-DEVIATION = 0.15  # from proportional, at most
+DEVIATION = 0.15  # largest deviation from proportional
 TASKS = {"forward": workloads.prepare_forward, "training step": workloads.prepare_train_step}
 BASELINE = "L = 1024"
 
@@ -25,7 +25,7 @@ def cases(context: Context) -> list[dict[str, Any]]:
 
 
 def lengths(context: Context) -> list[int]:
-    """1k to 64k; where quick, to 8k."""
+    """1k to 64k; with --quick, to 8k."""
     return [1024 << i for i in range(4 if context.quick else 7)]
 
 
@@ -64,7 +64,7 @@ def length_of(row: Row) -> int:
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """Cost per token may differ from its median over the lengths by so much."""
+    """Cost per token may differ from its median over the lengths by at most ``DEVIATION``."""
     found = []
     cases_seen = [row.case for row in rows]
     for number, case in enumerate(cases_seen):
@@ -102,7 +102,7 @@ def worst_deviation(by_length: dict[int, float]) -> tuple[int, float]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Time and temporaries over the length, with the proportional line through the longest."""
+    """Draws time and temporaries over length, with the proportional line through the longest."""
     plots = figure.subplots(1, 2)
     series = [(row.case["family"], row.case["task"]) for row in rows]
     for number, key in enumerate(dict.fromkeys(series)):

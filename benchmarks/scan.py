@@ -29,7 +29,7 @@ from mamba_jax.ops.selective_scan import IMPLEMENTATIONS, choose, selective_scan
 BASELINE = "auto"
 BOTH = "forward and backward"
 PLATFORM_OF = {"pallas_gpu": "gpu", "pallas_tpu": "tpu"}  # others run everywhere
-AUTO_SHARE = 0.9  # least speed of "auto", over that of the best
+AUTO_SHARE = 0.9  # lowest speed of "auto" relative to the best
 BLOCK_TOKENS = 2048
 CANDIDATE_SECS = 2.0  # of timed work per case; a sample at least
 
@@ -73,7 +73,7 @@ def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
 
 
 def chosen(case: dict[str, Any], context: Context) -> str:
-    """The implementation that "auto" is."""
+    """The implementation that "auto" chooses."""
     return choose(context.platform, dtype_on(context.platform), case["d"], floor.N_STATES)
 
 
@@ -104,8 +104,8 @@ def make_inputs(case: dict[str, Any]) -> tuple[dict[str, np.ndarray], tuple[int,
     """Draws float32 inputs as a fresh layer sees them: A = −1 … −N, Δ from 0.001 to 0.1.
 
     Returns:
-      Those of one row, or its first ``BLOCK_TOKENS``; and how often the arrays with a time axis
-      are to be repeated on the device, as drawing gigabytes here would take minutes.
+      The inputs of one row, or its first ``BLOCK_TOKENS``; and how often the arrays with a time
+      axis are to be repeated on the device, as drawing gigabytes here would take minutes.
     """
     t, e, n = min(case["L"], BLOCK_TOKENS), case["d"], floor.N_STATES
     assert case["L"] % t == 0
@@ -180,7 +180,7 @@ def exps_per_sec() -> float:
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """ "auto" must nowhere be slower than 0.9 times the best other one of ours."""
+    """ "auto" must reach 0.9 times the speed of our best other implementation in every case."""
     claim = f"auto ÷ best other implementation ≥ {AUTO_SHARE} in speed, in every case"
     worst = (float("inf"), "", {})
     for auto in (row for row in rows if row.name == BASELINE and row.samples_secs):

@@ -1,7 +1,7 @@
 """The server under load: 16 clients at once, a shared prompt, two thousand requests.
 
 A server process of its own, on localhost, over random weights of the size ``small``; clients are
-threads of this process. All texts are greedy, and each is held against offline generation.
+threads of this process. All texts are greedy, and each is compared with offline generation.
 """
 
 import atexit
@@ -49,7 +49,7 @@ _WORDS = (
 
 
 def cases(context: Context) -> list[dict[str, Any]]:
-    """Throughput; a prompt that was read before; many requests."""
+    """Throughput; a prompt that is in the prefix cache; many requests."""
     requests = 100 if context.quick else REQUESTS
     return [
         {"task": "throughput", "size": f"{CLIENTS} clients, {NEW_TOKENS} tokens each"},
@@ -59,7 +59,7 @@ def cases(context: Context) -> list[dict[str, Any]]:
 
 
 def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
-    """Ways to ask the same server."""
+    """Ways to send requests to the same server."""
     server = functools.partial(running, context.quick)
     if case["task"] == "throughput":
         return [
@@ -76,7 +76,7 @@ def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
 
 
 def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
-    """In turns."""
+    """Measures the candidates in turns."""
     rounds = {"throughput": 5, "first token": 7, "endurance": 1}[case["task"]]
     harness.measure(
         candidates(case, context),
@@ -96,7 +96,7 @@ _metrics: dict[tuple[str, str], dict[str, float]] = {}  # by task and candidate
 
 
 class Server:
-    """A process that serves a checkpoint, and what offline generation gives for it."""
+    """A process that serves a checkpoint, and the texts that offline generation gives for it."""
 
     def __init__(self, quick: bool):
         from mamba_jax.data.tokenizers.load import load_tokenizer
@@ -157,7 +157,7 @@ class Server:
         return self._known[prompt, max_tokens]
 
     def rss_bytes(self) -> float:
-        """What the process holds now."""
+        """The memory that the process holds now."""
         for line in pathlib.Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return float(line.split()[1]) * 1024
@@ -199,7 +199,7 @@ def write_checkpoint(folder: pathlib.Path, quick: bool) -> tuple[Any, Any]:
 
 
 def ask(server: Server, prompt: str, max_tokens: int = NEW_TOKENS) -> tuple[str, list[float]]:
-    """Asks for a stream; returns the text, and when its parts came, from the request on."""
+    """Requests a stream; returns the text, and when each part came after the request."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=600)
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
     begin = time.perf_counter()
@@ -251,7 +251,7 @@ def together(server: Server) -> Prepared:
 
 
 def one_by_one(server: Server) -> Prepared:
-    """The same requests, each when the one before has ended."""
+    """The same requests, one after another."""
     sent = prompts(CLIENTS)
     metrics = _metrics["throughput", ALONE] = {}
 
@@ -267,10 +267,10 @@ def one_by_one(server: Server) -> Prepared:
 
 
 def first_token(server: Server, *, shared: bool) -> Prepared:
-    """A long prompt and a question: of a beginning that earlier ones had, or of a new one."""
+    """A long prompt and a question; the prompt is shared with earlier requests, or new."""
     numbers = itertools.count()
     beginning = long_text("shared")
-    if shared:  # one reads it, one finds out where they part
+    if shared:  # the first prefills it, the second finds where the two diverge
         for _ in range(2):
             ask(server, f"{beginning} {next(numbers)}", 1)
 
@@ -283,12 +283,12 @@ def first_token(server: Server, *, shared: bool) -> Prepared:
 
 
 def long_text(first: str) -> str:
-    """About so many tokens: a word is one."""
+    """Text of about this many tokens: a word is one."""
     return " ".join([first, *itertools.islice(itertools.cycle(_WORDS), PROMPT_TOKENS - 5)])
 
 
 def endurance(server: Server, count: int) -> Prepared:
-    """Many requests from all clients; what is measured is by how much the server grows."""
+    """Many requests from all clients; measures by how much the server's memory grows."""
     sent = prompts(64, seed=3)
     metrics = _metrics["endurance", BASELINE] = {}
 
@@ -317,22 +317,22 @@ def check(
     answers: list[tuple[str, list[float]]],
     max_tokens: int = NEW_TOKENS,
 ) -> None:
-    """Holds every answer against offline generation."""
+    """Compares every answer with offline generation."""
     for prompt, (text, _) in zip(sent, answers, strict=True):
         if text != server.expected(prompt, max_tokens):
             raise harness.NotMeasured(f"a wrong answer to {prompt!r}: {text!r}"[:160])
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """Returns the least value that so many percent do not exceed."""
+    """Returns the least value that this percentage of values does not exceed."""
     return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
 
 
-# --- what comes of it
+# --- results
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """The promises."""
+    """The targets."""
     if context.quick:
         return []
     of = {(row.case["task"], row.name): row for row in rows if row.samples_secs}
@@ -358,6 +358,6 @@ def checks(rows: list[Row], context: Context) -> list[Check]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Tokens per second, one bar each."""
+    """Draws tokens per second, one bar each."""
     rates = [(row.name, row.metrics[RATE]) for row in rows if RATE in row.metrics]
     bars(figure.subplots(), rates, "tokens per second, 16 requests")

@@ -18,7 +18,7 @@ from benchmarks.report import bars
 
 BASELINE = "import jax"
 TRAIN_HELP = "mamba_jax.train --help"
-COLD_SECS = 30.0  # at most, of the size medium on 2 CPU cores
+COLD_SECS = 30.0  # target for the size medium on 2 CPU cores
 COMMANDS = {
     BASELINE: ["-c", "import jax"],
     "import mamba_jax.training.step": ["-c", "import mamba_jax.training.step"],
@@ -70,7 +70,7 @@ def prepare_command(words: list[str]) -> Prepared:
 
 
 def prepare_compilation(size: str, warm: bool) -> Prepared:
-    """A process that compiles the step; a warm one finds what the first one left."""
+    """A process that compiles the step; a warm one finds the cache of an earlier one."""
     kept = tempfile.TemporaryDirectory()  # until the candidate is dropped
 
     def run() -> float:
@@ -96,7 +96,7 @@ def compile_in_process(size: str, cache: str) -> float:
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """The promised time to the first step of ``medium``."""
+    """The target for the time to the first step of ``medium``."""
     if context.platform != "cpu" or context.quick:
         return []
     claim = f"the step of medium compiles within {COLD_SECS:.0f} s without a cache"
@@ -108,7 +108,7 @@ def checks(rows: list[Row], context: Context) -> list[Check]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """One bar each."""
+    """Draws one bar each."""
     label = lambda row: (
         row.name if row.case["task"] == "command" else f"{row.case['task']}, {row.name}"
     )

@@ -5,8 +5,8 @@ where the length grows while the tokens of a step stay the same: that shows wher
 where it does not. On a CPU peak memory is that of a process per candidate (``peak_rss_bytes``,
 libraries included); on a GPU that of its program.
 
-Where a CPU's C library gives freed memory back to the system, a step spends time on getting it
-anew; with large temporary arrays, as mambapy's, most of its time. So both are measured again with a
+Where a CPU's C library returns freed memory to the system, a step spends time on mapping it again;
+with large temporary arrays such as mambapy's, most of its time. So both are measured again with a
 malloc that keeps it.
 """
 
@@ -22,16 +22,16 @@ from benchmarks.report import bars, case_key, colours, length_axis, ratio
 
 BASELINE = "mamba_jax"
 TRANSFORMER, TRANSFORMER_REMAT = "Transformer in JAX", "Transformer in JAX, remat"
-# A setting of glibc, not its default: what is kept may grow to several times what is used.
+# Not glibc's default: the memory kept may grow to several times the memory used.
 KEEP_FREED = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
-SLOW_PATH_SECS = 130.0  # of one step on a CPU; beyond, its time is known from below
+SLOW_PATH_SECS = 130.0  # for one step on a CPU; beyond, its time has only a lower bound
 LONGEST_SLOW_PATH = 2048  # tokens, on a GPU
-TIMES_FASTER = {MAMBAPY: 5.0, SLOW: 40.0}  # promised on one CPU core
-MEMORY_SHARE = 0.5  # promised of the peer with mambapy
+TIMES_FASTER = {MAMBAPY: 5.0, SLOW: 40.0}  # target on one CPU core
+MEMORY_SHARE = 0.5  # target against the peer with mambapy
 
 
 def cases(context: Context) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def cases(context: Context) -> list[dict[str, Any]]:
 
 
 def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
-    """Ours, transformers' two ways, and the Transformer."""
+    """Ours, transformers' two paths, and the Transformer."""
     model, batch, length = workloads.model_of(case["size"]), case["B"], case["L"]
     tokens = workloads.windows(batch, length, model.vocab_size)
     on_cpu = context.platform == "cpu"
@@ -78,7 +78,7 @@ def candidates(case: dict[str, Any], context: Context) -> list[Candidate]:
     return [
         Candidate(BASELINE, ours),
         transformer_whole,
-        # There we too make activations again.
+        # There we recompute activations, too.
         Candidate(TRANSFORMER_REMAT, functools.partial(transformer, True)),
         Candidate(MAMBAPY, mambapy),
         Candidate(SLOW, slow),
@@ -102,7 +102,7 @@ def measure(case: dict[str, Any], context: Context, rows: list[Row]) -> None:
 
 
 def checks(rows: list[Row], context: Context) -> list[Check]:
-    """The promises for one CPU core, at the full shape."""
+    """The targets for one CPU core, at the full shape."""
     if context.platform != "cpu" or context.quick:
         return []
     by_name = {row.name: row for row in rows}
@@ -126,7 +126,7 @@ def checks(rows: list[Row], context: Context) -> list[Check]:
 
 
 def draw(rows: list[Row], figure: Any) -> None:
-    """Speed and memory: bars for a single case, else lines over the length."""
+    """Draws speed and memory: bars for a single case, else lines over the length."""
     plots = figure.subplots(1, 2)
     apart = any("peak_rss_bytes" in row.metrics for row in rows)
     memory, what = ("peak_rss_bytes", "process") if apart else ("program_bytes", "program")
@@ -145,7 +145,7 @@ def draw(rows: list[Row], figure: Any) -> None:
 
 
 def draw_lines(plot: Any, rows: list[Row], value: Callable[[Row], float], label: str) -> None:
-    """A line per implementation and size over the length."""
+    """Draws a line per implementation and size over the length."""
     colour, sizes = colours(rows), list(dict.fromkeys(row.case["size"] for row in rows))
     for name in colour:
         for size in sizes:

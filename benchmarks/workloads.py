@@ -69,7 +69,7 @@ def prepare_train_step(model: ModelConfig, batch: int, length: int) -> Prepared:
 
 
 def prepare_forward(model: ModelConfig, batch: int, length: int) -> Prepared:
-    """A forward pass up to the head, as evaluation and prefill have it."""
+    """A forward pass up to the head, as evaluation and prefill use it."""
     params = jax.jit(lambda: build.init(model, jax.random.key(0)))()
     tokens_bt = jnp.asarray(windows(batch, length, model.vocab_size)[:, :-1])
     return harness.prepare_jax(
@@ -86,7 +86,7 @@ def prepare_generation(
       model: its structure; the weights are random and no row ends early.
       batch: prompts.
       context: tokens in each.
-      n_tokens: to time beyond the prompt, the time to the first one taken off; 0: time that.
+      n_tokens: tokens to time after the first one; 0: time the first one.
       int8_head: decode as ``--head int8`` does.
     """
     params = jax.jit(lambda: build.init(model, jax.random.key(0)))()
@@ -116,7 +116,7 @@ def prepare_generation(
     def run() -> float:
         if not n_tokens:
             return secs(1)
-        # The less of two: whatever delays the part that is taken off would look like speed.
+        # The smaller of two: a delay in the part that is subtracted would look like speed.
         first = min(secs(1), secs(1))
         return secs(1 + n_tokens) - first
 
@@ -124,7 +124,7 @@ def prepare_generation(
 
 
 def add_token_rates(rows: list[Any], case: dict[str, Any], n_tokens: int) -> None:
-    """Writes tokens per second into the rows of a case of which each sample did ``n_tokens``."""
+    """Writes tokens per second into the rows of a case in which each sample took ``n_tokens``."""
     for row in rows:
         if row.case == case and row.samples_secs:
             row.metrics["tokens_per_sec"] = n_tokens / row.median_secs

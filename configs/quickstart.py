@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         max_seq_len=256,
         attention_window=64,
     )
-    # Few tokens fit into minutes: small batches and a high rate make the most steps of them.
+    # Few tokens fit into minutes: small batches make many steps of them, at a high learning rate.
     config.training.update(
         learning_rate=3e-3,
         warmup_steps=30,

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: sets up .venv, then trains a small hybrid on Python's own source.
+# From a fresh checkout to a trained model: sets up .venv, then trains a small hybrid on Python's
+# own source.
 #
 #   ./launch/quickstart.sh                                 run it again to resume
 #   ./launch/quickstart.sh --config.training.max_steps=50  every config field can be overridden

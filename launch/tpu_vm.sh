@@ -3,14 +3,14 @@
 #
 #   ./launch/tpu_vm.sh create                 a VM
 #   ./launch/tpu_vm.sh start [flags]          copies the project there and trains in the background
-#   ./launch/tpu_vm.sh status | logs | stop   of the training (stop saves first)
+#   ./launch/tpu_vm.sh status | logs | stop   the run's state or log; stop saves first
 #   ./launch/tpu_vm.sh fetch                  checkpoints, logs and curves, to this machine
 #   ./launch/tpu_vm.sh delete                 the VM, with all that is on it
 #
 # Settings come from the environment: TPU_NAME (mamba), TPU_ZONE (us-west4-a), TPU_TYPE
-# (v5litepod-4), TPU_IMAGE (v2-alpha-tpuv5-lite), TPU_SPOT=1 for a cheaper one that may be taken
-# away. It needs gcloud, logged in with a project that has TPU quota, and it costs money from create
-# to delete.
+# (v5litepod-4), TPU_IMAGE (v2-alpha-tpuv5-lite), TPU_SPOT=1 for a cheaper one that may be
+# preempted. It needs gcloud, logged in with a project that has TPU quota, and it costs money from
+# create to delete.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage() { sed -n "2,/^set /s/^# \{0,1\}//p" launch/tpu_vm.sh; }

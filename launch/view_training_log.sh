@@ -8,9 +8,9 @@ usage() {
 usage: $0 [FILE …]
 
 Shows a training log: a summary line, then its last lines in colours by severity, following it as
-it grows (Ctrl-C stops). Of several FILEs it shows the newest; without FILE, the newest in logs/.
+it grows (Ctrl-C stops). Given several FILEs it shows the newest; without FILE, the newest in logs/.
 
-Into a pipe or a file it prints the whole log without colours, then the summary, and exits.
+In a pipe or redirected to a file, it prints the whole log without colours, then the summary, and exits.
 NO_COLOR=1 disables the colours.
 END
 }

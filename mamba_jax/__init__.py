@@ -51,7 +51,7 @@ def __dir__() -> list[str]:
 def _interrupted(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Makes one line and status 130 of a Ctrl-C that comes before a command's ``main``."""
+    """Turns a Ctrl-C into one line and status 130 if it arrives before a command's ``main``."""
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     print("interrupted", file=sys.stderr)

@@ -13,7 +13,8 @@ from typing import Any
 
 from mamba_jax.errors import UserError, command
 
-# (b, t, d_inner): a full card, a long row that must be split, and a width that is no power of two.
+# (b, t, d_inner): a full card, a long row that must be split, and a width that is not a power of
+# two.
 SHAPES = [(8, 2048, 1536), (1, 8192, 2048), (8, 2048, 1216)]
 BLOCKS, GROUPS, CHUNKS, WARPS_PER_SCHEDULER = (32, 64), (2, 3, 4, 8), (16, 32, 64), (0, 2, 3, 4, 8)
 N_STATES = 16
@@ -125,14 +126,14 @@ def measure(row: Any, shape: tuple[int, int, int], direction: str) -> float:
     run = functools.partial(program(scan, direction), *inputs(shape))
     try:
         results = jax.block_until_ready(run())
-    except Exception as error:  # too many registers, too much memory, or no form to compile it to
+    except Exception as error:  # too many registers, too much memory, or unsupported
         return _skip(str(error).partition("\n")[0])
     if not agree(results, expected(shape, direction)):
-        return _skip(f"wrong results of {scan.keywords['plan']}")
+        return _skip(f"wrong results from {scan.keywords['plan']}")
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        for _ in range(CALLS):  # queued one behind the other: the host's part is hidden
+        for _ in range(CALLS):  # queued back to back, which hides the host's time
             results = run()
         jax.block_until_ready(results)
         times.append((time.perf_counter() - start) / CALLS)
@@ -161,7 +162,7 @@ def expected(shape: tuple[int, int, int], direction: str) -> Any:
 
 
 def program(scan: Callable[..., Any], direction: str) -> Callable[..., Any]:
-    """Returns the compiled function of ``inputs``: y, or y and the gradients by them."""
+    """Returns the compiled function of ``inputs``: y, or y and its gradients by each of them."""
     import jax
     import jax.numpy as jnp
 
@@ -180,7 +181,7 @@ def program(scan: Callable[..., Any], direction: str) -> Callable[..., Any]:
 
 
 def agree(results: Any, truth: Any) -> bool:
-    """Whether two trees of arrays are the same but for rounding to bfloat16."""
+    """Whether two trees of arrays are equal up to rounding to bfloat16."""
     import jax
     import jax.numpy as jnp
 

@@ -90,10 +90,10 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
 
 
 def _has_reader(stream: IO[str]) -> bool:
-    """Says whether somebody still reads an output stream, as far as the system can tell."""
+    """Returns whether a process still reads an output stream, as far as the system can tell."""
     poll = select.poll()
     try:
-        poll.register(stream, 0)  # errors are reported always
-    except (OSError, ValueError):  # no file of the system's
+        poll.register(stream, 0)  # errors are always reported
+    except (OSError, ValueError):  # not a file of the operating system
         return True
     return not poll.poll(0)

@@ -57,7 +57,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="PATH|ID",
         help="a file, a folder, or a dataset of the Hugging Face Hub",
     )
-    parser.add_argument("--split", default="test", help="of the dataset (default: %(default)s)")
+    parser.add_argument(
+        "--split", default="test", help="split of the dataset (default: %(default)s)"
+    )
     parser.add_argument(
         "--tasks",
         metavar="A,B",
@@ -68,7 +70,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--task_dir", metavar="DIR", help="a folder with your own task files (.yaml)"
     )
     for name, type_, default, about in (
-        ("--limit", int, None, "most documents, or problems of each task; built-in tasks: 200"),
+        ("--limit", int, None, "use at most N documents, or N problems of each task (default "
+         "for built-in tasks: 200)"),
         ("--num_fewshot", int, None, "solved examples before each lm_eval problem; default: the "
          "task's own"),
         ("--batch_size", int, 8, "sequences per batch"),

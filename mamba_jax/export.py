@@ -112,7 +112,7 @@ def check(arguments: argparse.Namespace) -> None:
     if dtype not in _DTYPES[form]:
         more = ""
         if form == "gguf":
-            more = "; for others, K-quants among them, run llama.cpp's llama-quantize on the file"
+            more = "; for others, such as K-quants, run llama.cpp's llama-quantize on the file"
         if form == "onnx":
             more = ": the graphs compute in float32"
         raise UserError(

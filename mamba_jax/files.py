@@ -7,7 +7,7 @@ import secrets
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a temporary file and renames it: no reader and no kill ever sees half of the content.
+    """Writes a temporary file and renames it, so no reader and no kill finds half of the content.
 
     A link remains; the file that it names is replaced. Devices and pipes are written directly.
 

@@ -92,12 +92,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, type_, default, about in (
         ("--max_tokens", int, 200, "new tokens per prompt, or per answer of a chat"),
         ("--temperature", float, 0.8, "0: always the most likely token"),
-        ("--top_k", int, 50, "sample among this many of the most likely tokens; 0: all"),
+        ("--top_k", int, 50, "sample from this many of the most likely tokens; 0: all"),
         (
             "--top_p",
             float,
             0.95,
-            "and among the fewest that together have this probability; 1: all",
+            "sample from the fewest tokens that together have this probability; 1: all",
         ),
         ("--seed", int, 0, "random seed"),
         ("--batch_size", int, 8, "prompts per batch"),

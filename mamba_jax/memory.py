@@ -14,7 +14,7 @@ from mamba_jax.costs.devices import DEVICES, device_of_flag
 from mamba_jax.errors import UserError, command
 from mamba_jax.estimator.budget import GIB, Machine, of_device, this_machine, visible_cards
 
-_STAND_IN = "RTX-4080"  # planned for where there is no card: one with 16 GB
+_STAND_IN = "RTX-4080"  # the card to plan for if there is none: 16 GB
 
 _DESCRIPTION = """\
 Plans a run as training would: microbatch × accumulation, remat policy and loss chunk, with the

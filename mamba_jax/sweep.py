@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     listed: list[jobs.Job] = []
     if own.search is None:
         if own.trials is not None:
-            raise UserError(f"--trials={own.trials} has no use without --search")
+            raise UserError(f"--trials={own.trials} has no effect without --search")
         listed = _jobs(sweep, make, own.sweep)
         if own.dry_run:
             print("\n".join(f"{job.folder.name}: {jobs.state(job.folder)}" for job in listed))
@@ -166,7 +166,9 @@ def _base(flags: Sequence[str]) -> RunConfig:
     """Returns the config that all runs share."""
     for flag in ("--output_dir", "--resume", "--config.output_dir", "--profile"):
         if any(word.partition("=")[0] == flag for word in flags):
-            raise UserError(f"{flag} has no use in a sweep: each run has its own folder in --out")
+            raise UserError(
+                f"{flag} has no effect in a sweep: each run has its own folder in --out"
+            )
     return train_arguments.read(list(flags)).config
 
 
@@ -228,7 +230,7 @@ def _executor(own: argparse.Namespace) -> tuple[Executor, int]:
     if own.executor == "slurm":
         return Slurm(own.out / "submitit", pairs), own.slots or _MANY
     if pairs:
-        raise UserError(f"--slurm {own.slurm[0]} has no use without --executor=slurm")
+        raise UserError(f"--slurm {own.slurm[0]} has no effect without --executor=slurm")
     devices = gpus()
     slots = own.slots or max(1, len(devices))
     if devices and slots > len(devices):

@@ -1,4 +1,4 @@
-"""``mamba-jax train``: trains a model. ``training/run.py`` tells the story of a run."""
+"""``mamba-jax train``: trains a model. ``training/run.py`` shows a run from start to end."""
 
 import pathlib
 import sys
@@ -50,7 +50,7 @@ def train(config: ConfigDict | RunConfig, *, resume: str = "", force: bool = Fal
     """Trains a model from Python, as the command does; ``mamba_jax.train`` is this function.
 
     Args:
-      config: of ``default_config`` or ``preset_config``, changed as you like.
+      config: from ``default_config`` or ``preset_config``, changed as you like.
       resume: "" to start anew, "auto" for the newest checkpoint in ``config.output_dir`` if there
         is one, or a folder.
       force: take ``config.output_dir`` even from a run that may be active.

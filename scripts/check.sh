@@ -2,7 +2,7 @@
 # The checks of a change, in the environment of launch/test.sh.
 #
 #   ./scripts/check.sh lint           lint, format and types
-#   ./scripts/check.sh quick          lint and the most telling tests, in under two minutes
+#   ./scripts/check.sh quick          lint and the most useful tests, in under two minutes
 #   ./scripts/check.sh shard 2 4      the second quarter of all tests
 #   ./scripts/check.sh files 2 4      its files
 #   ./scripts/check.sh exhaustive     the tests between cases that always run

@@ -7,7 +7,7 @@ import jax
 
 _EVENT = "/jax/core/compile/backend_compile_duration"  # one for each call of the compiler
 _LOGGER = logging.getLogger("jax._src.interpreters.pxla")
-_listeners: list[list[str]] = []  # of those who listen now: JAX offers no way to unregister
+_listeners: list[list[str]] = []  # of the active listeners: JAX offers no way to unregister one
 
 
 @jax.monitoring.register_event_duration_secs_listener
@@ -45,8 +45,8 @@ def compilations():
 def programs():
     """Gives the list of (name, shapes of arguments) of what is compiled meanwhile.
 
-    A program that stands in it twice was compiled twice for the same shapes, as happens when its
-    arrays are bound to a device once and not the next time.
+    A program that occurs twice was compiled twice for the same shapes, as happens when its arrays
+    are committed to a device in one call and not in the next.
     """
     handler, level = _Named(), _LOGGER.level
     _LOGGER.addHandler(handler)

@@ -15,8 +15,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# What a shell starts in the background ignores Ctrl-C, and so would the programs that tests start
-# and stop by it.
+# Background jobs of a shell ignore Ctrl-C, and so would the programs that tests start and stop
+# with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the backend starts: sharding is tested on the devices that a pod would have.
@@ -41,7 +41,7 @@ def few_programs():
 
 @pytest.fixture
 def card(monkeypatch):
-    """Plans for one card with memory enough: what this machine has does not count."""
+    """Plans for one card with enough memory, whatever this machine has."""
     from mamba_jax.config import ParallelConfig
     from mamba_jax.costs.devices import device_named
     from mamba_jax.estimator import planning

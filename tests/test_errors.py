@@ -36,10 +36,10 @@ def test_a_reader_that_exits_hides_no_failure(lines, ending, status, error):
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     with subprocess.Popen(command, text=True, env=buffered, **pipes) as process:
         process.stdout.close()
-        _, told = process.communicate()
+        _, printed = process.communicate()
     if lines > 1:  # the print itself failed: the command went no further
         status, error = 0, ""
-    assert (process.returncode, told) == (status, error)
+    assert (process.returncode, printed) == (status, error)
 
 
 def test_another_closed_pipe_is_a_failure():

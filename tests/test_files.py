@@ -13,7 +13,7 @@ import mamba_jax
 from mamba_jax.files import write_atomic
 
 ROOT = pathlib.Path(mamba_jax.__file__).parent
-# Who writes without ``write_atomic``, and why that is safe.
+# What is written without ``write_atomic``, and why that is safe.
 DIRECT = {
     "files.py": "the one place",
     "estimator/compiled.py": "standard output, no file",
@@ -51,7 +51,7 @@ def test_state_files_are_written_through_one_function():
 
 
 @pytest.mark.parametrize("content", ["né\n", b"\x00\xff"])
-def test_the_content_is_what_was_given(content, tmp_path):
+def test_the_content_is_as_given(content, tmp_path):
     file = tmp_path / "a"
     for _ in range(2):
         write_atomic(file, content)
@@ -63,7 +63,7 @@ def test_the_content_is_what_was_given(content, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_full_disk_leaves_what_was_there(failing, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_previous_content(failing, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_what_was_there(failing, tmp_path, monkeypatch):
     assert file.read_text() == "before" and os.listdir(tmp_path) == ["state.json"]
 
 
-def test_a_kill_before_the_rename_leaves_what_was_there(tmp_path):
+def test_a_kill_before_the_rename_keeps_the_previous_content(tmp_path):
     file = tmp_path / "state.json"
     file.write_text("before")
     program = (

@@ -1,4 +1,4 @@
-"""Data flows one way: who may import whom, nobody imports a command, and there is no circle."""
+"""Data flows one way: which part may import which, no import of a command, and no cycle."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import mamba_jax
 ROOT = pathlib.Path(mamba_jax.__file__).parent
 BASE = {"errors", "files", "paths"}  # what every part may import
 COMMANDS = {path.stem for path in ROOT.glob("*.py")} - {"__init__", *BASE}
-# Who may import whom, besides itself and the base.
+# What each part may import, besides itself and the base.
 ALLOWED: dict[str, set[str]] = {
     "paths": set(),
     "errors": {"paths"},
@@ -94,16 +94,16 @@ def test_a_part_imports_only_what_lies_before_it(part):
 
 
 def test_the_parts_have_an_order():
-    order = list(graphlib.TopologicalSorter(ALLOWED).static_order())  # raises on a circle
+    order = list(graphlib.TopologicalSorter(ALLOWED).static_order())  # raises on a cycle
     assert set(order) == set(ALLOWED)
 
 
-def test_no_circle_even_inside_a_part():
-    """Imports inside functions count too: they only hide a circle."""
+def test_no_cycle_even_inside_a_part():
+    """Imports inside functions count too: they only hide a cycle."""
     files = {module_of(file): file for file in ROOT.rglob("*.py")}
-    # A package's face hands on names of its own files; those never import it in turn.
+    # A package's __init__ re-exports names of its own files, which never import it.
     graph = {module: imports(file) & files.keys() - {module} for module, file in files.items()}
-    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the cycle
 
 
 def test_every_part_has_its_place():

@@ -18,7 +18,7 @@ def test_requirements_are_the_core_of_pyproject_with_cuda():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {line for line in lines if line and not line.startswith("#")}
     core = {line.partition("  #")[0] for line in PROJECT["dependencies"]}
-    # What comes with another one anyway may be left out of either.
+    # A dependency of another one may be missing from either.
     assert required == {line.replace("jax>=0", "jax[cuda12]>=0") for line in core}
 
 

@@ -1,4 +1,4 @@
-"""The public interface: names, laziness, and that a loaded model says what the commands say."""
+"""The public interface: names, laziness, and that a loaded model gives what the commands print."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ def saved(request, tmp_path_factory):
     return folder, config, params
 
 
-def test_generate_is_what_the_command_says(saved):
+def test_generate_equals_the_command(saved):
     folder, config, params = saved
     model = mamba_jax.load_model(folder)
     expected = generate_text(

@@ -107,7 +107,7 @@ def _positions(length: int, d_model: int) -> np.ndarray:
 
 
 def prepare_train_step(config: Gpt2Config, windows: np.ndarray) -> Prepared:
-    """One step of AdamW on the mean loss, by the same loss as ours.
+    """One step of AdamW on the mean loss, with the same loss as ours.
 
     Args:
       config: the structure.

@@ -27,7 +27,7 @@ def wait(context: Context) -> None:
 def memory_of(context: Context) -> Callable[[], dict[str, float]]:
     """Measures the most that torch allocates on a GPU from here on; nothing on a CPU.
 
-    To be called before a candidate allocates anything, and the result after it ran.
+    Call it before a candidate allocates anything, and its result after the candidate ran.
     """
     if context.platform != "gpu":
         return dict

@@ -1,6 +1,6 @@
 """The selective scan in torch: mamba_ssm's CUDA kernel, mambapy's pscan, and a plain loop.
 
-Shapes: b batch, t time, e d_inner, n d_state; the kernel wants channels before time.
+Shapes: b batch, t time, e d_inner, n d_state; the kernel expects channels before time.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ LONGEST_LOOP = 2048  # tokens; beyond, launches alone take tens of seconds
 
 
 def names(context: Context) -> list[str]:
-    """Who takes part on this platform."""
+    """Returns the implementations that run on this platform."""
     return {"gpu": [KERNEL, PSCAN, LOOP], "cpu": [PSCAN], "tpu": []}[context.platform]
 
 
@@ -29,11 +29,11 @@ def prepare(
     """Puts the inputs on the device.
 
     Args:
-      name: of ``names``.
+      name: one of ``names``.
       block: float32, as ``benchmarks.scan.make_inputs`` makes it.
-      repeats: of its arrays with a time axis.
+      repeats: how often to repeat its arrays with a time axis.
       backward: whether the gradients of all inputs are wanted too.
-      context: of the run.
+      context: that of the run.
     """
     torch = import_peer("torch")
     memory = memory_of(context)

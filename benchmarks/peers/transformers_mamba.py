@@ -1,6 +1,6 @@
 """transformers' MambaForCausalLM: its slow path, or mambapy's parallel scan in it.
 
-Where mamba_ssm's kernels are installed, transformers takes them by itself.
+Where mamba_ssm's kernels are installed, transformers uses them by itself.
 """
 
 import os
@@ -93,9 +93,9 @@ def prepare_generation(
     Args:
       model: the structure.
       prompts: int32 (b, t).
-      n_tokens: to time beyond the prompt, the time to the first one taken off; 0: time that.
+      n_tokens: tokens to time after the first one; 0: time the first one.
       context: of the run.
-      use_mambapy: instead of the slow path, which matters to the reading of the prompt only.
+      use_mambapy: instead of the slow path; it only affects the prefill.
     """
     torch = import_peer("torch")
     memory = memory_of(context)

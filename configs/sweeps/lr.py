@@ -4,7 +4,7 @@
         --executor local --out sweeps/lr --slots 2
 
 Five runs. Begin with short ones: `--config.training.max_steps=2000` after the command; the order of
-learning rates rarely changes later, the distances do.
+learning rates rarely changes later, but the distances do.
 """
 
 

@@ -83,7 +83,7 @@ class CheckpointWriter:
         """Copies the state to the host and starts to write it; first waits for the previous save.
 
         Args:
-          name: of the folder: ``step_N`` or ``final``.
+          name: the folder's name: ``step_N`` or ``final``.
           state: any pytree of arrays in a dict with the key ``params``. It may be donated as soon
             as this returns.
           metadata: for ``config.json``.
@@ -133,7 +133,9 @@ class CheckpointWriter:
             write_metadata(unfinished, metadata)
             write_manifest(unfinished)
             publish(unfinished, target)
-        except Exception as error:  # orbax and tensorstore report a full disk in many classes
+        except (
+            Exception
+        ) as error:  # orbax and tensorstore report a full disk with many exception classes
             _remove(unfinished)
             raise UserError(
                 f"cannot save checkpoint {target}: {_reason(error)}; earlier checkpoints are "
@@ -148,7 +150,7 @@ class CheckpointWriter:
 
 @functools.cache
 def _quiet_failed_saves() -> None:
-    """Keeps the traces of a failed save off standard error from now on: its error is raised.
+    """From now on, keeps a failed save's tracebacks off standard error: its error is raised.
 
     Orbax logs the error in each of its threads, and tensorstore prints one for every other pending
     write, because the event loop that waited for it is closed.
@@ -211,7 +213,7 @@ def restore_params(path: pathlib.Path | str, sharding: jax.sharding.Sharding | N
 
     Args:
       path: a checkpoint folder (see ``resolve``).
-      sharding: of every array; the first device by default.
+      sharding: the sharding of every array; the first device by default.
 
     Returns:
       Nested dict of float32 arrays, as ``models.build.init`` makes it.

@@ -29,7 +29,7 @@ from mamba_jax.config import RunConfig, from_dict, to_dict
 from mamba_jax.errors import UserError
 from mamba_jax.files import fsync, write_atomic
 
-FORMAT = 2  # of the folder; increased when an older program can no longer read it
+FORMAT = 2  # of the checkpoint folder; increased when an older program can no longer read it
 _OLDEST = 2  # readable format: earlier token tables had no padding rows
 FINAL = "final"
 PARAMS = "params"
@@ -181,7 +181,9 @@ def read_metadata(path: pathlib.Path) -> Metadata:
             tokenizer_identity=record.get("tokenizer_identity", ""),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: {_CONFIG} lacks or garbles {error}") from error
+        raise UserError(
+            f"checkpoint {path}: in {_CONFIG}, {error} is missing or invalid"
+        ) from error
 
 
 def write_manifest(path: pathlib.Path) -> None:

@@ -35,11 +35,11 @@ class Start:
     metadata: Metadata
 
     def is_in(self, output_dir: str) -> bool:
-        """Says whether the checkpoint is one of the run in ``output_dir``."""
+        """Returns whether the checkpoint is one of the run in ``output_dir``."""
         return self.path.resolve().parent == pathlib.Path(output_dir).resolve()
 
     def ends(self, config: RunConfig) -> bool:
-        """Says whether this is the last checkpoint of the run that ``config`` describes."""
+        """Returns whether this is the last checkpoint of the run that ``config`` describes."""
         complete = self.metadata.step >= config.training.max_steps
         return self.is_in(config.output_dir) and complete and self.path.name == FINAL
 
@@ -48,7 +48,7 @@ def find_start(config: RunConfig, resume: str, log: Callable[[str], None]) -> St
     """Chooses the checkpoint to continue from.
 
     Args:
-      config: of the run that is about to start.
+      config: that of the run that is about to start.
       resume: "" to start from step 0, "auto" for the newest intact checkpoint in
         ``config.output_dir``, if any, else a checkpoint folder or the folder of a run.
       log: receives what was found and skipped.
@@ -131,13 +131,13 @@ def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -
     ]
     if differences:
         raise UserError(
-            f"checkpoint {path} is of another model: {'; '.join(differences)}; resume with the "
-            "config it was made with, or choose another --output_dir"
+            f"checkpoint {path} does not match this model: {'; '.join(differences)}; resume with "
+            "the config it was made with, or choose another --output_dir"
         )
 
 
 def check_steps_left(start: Start, config: RunConfig) -> None:
-    """Refuses to resume where no step is left to train.
+    """Refuses to resume if no step is left to train.
 
     The run's own last step is accepted: a kill may have prevented the evaluation or save after it.
 
@@ -153,7 +153,7 @@ def check_steps_left(start: Start, config: RunConfig) -> None:
 
 
 def check_same_tokenizer(start: Start, name: str, identity: str) -> None:
-    """Refuses to resume with another tokenizer: its ids mean other text.
+    """Refuses to resume with another tokenizer, whose ids mean other text.
 
     Args:
       start: the checkpoint.
@@ -168,7 +168,7 @@ def check_same_tokenizer(start: Start, name: str, identity: str) -> None:
         same_name = saved.config.data.tokenizer == name
         how = "has changed since" if same_name else f"there, {name} here"
         raise UserError(
-            f"checkpoint {start.path} is of another model: data.tokenizer "
+            f"checkpoint {start.path} does not match this model: data.tokenizer "
             f"{saved.config.data.tokenizer} {how}; resume with the tokenizer it was made with, or "
             "choose another --output_dir"
         )
@@ -182,8 +182,8 @@ def laid_out_as_before(start: Start, config: RunConfig, device: str) -> RunConfi
 
     Args:
       start: the checkpoint.
-      config: of the run; returned unchanged on another device, or where its settings of layout and
-        memory differ from the checkpoint's.
+      config: the run's config; returned unchanged on another device, or where its settings of
+        layout and memory differ from the checkpoint's.
       device: what the run trains on.
     """
     saved = start.metadata

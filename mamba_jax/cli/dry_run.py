@@ -1,4 +1,4 @@
-"""``train --dry_run``: what a run would be, and every refusal of ``training.set_up``.
+"""``train --dry_run``: the plan of a run, and every error that ``training.set_up`` raises.
 
 It reads no text, makes no array and writes nothing; it does start jax, to see the devices.
 """
@@ -28,9 +28,9 @@ def describe(arguments: Arguments) -> str:
     from mamba_jax.training.set_up import Complete, set_up
 
     config, said = arguments.config, list(arguments.notes)
-    # The order of what is refused is that of the run.
+    # Errors are found in the same order as by the run itself.
     lock.check_free(pathlib.Path(config.output_dir), arguments.force, said.append)
-    # A card that another run is using stays that run's.
+    # Takes no memory from a run that is using the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     setup = set_up(
         config, arguments.resume, said.append, plan_run=plan_run, profile=arguments.profile
@@ -54,7 +54,7 @@ def describe(arguments: Arguments) -> str:
 
 
 def _name_of(table: Mapping[str, Any], fields_of: Callable[[str], dict], group: Any) -> str:
-    """Returns the row of a table that a group of the config agrees with."""
+    """Returns the name of the table row that a group of the config matches."""
     for name in table:
         ((_, fields),) = fields_of(name).items()
         if all(getattr(group, field) == value for field, value in fields.items()):
@@ -100,7 +100,9 @@ def _data(data: DataConfig) -> list[str]:
         source = open_source(data.data_dir, lines.append)
         lines.append(f"{source.origin}: {len(source.files):,} files")
     if data.dataset:
-        where = "a folder here" if is_folder(data.dataset) else "on the Hugging Face Hub, not asked"
+        where = (
+            "a folder here" if is_folder(data.dataset) else "on the Hugging Face Hub, not checked"
+        )
         columns = f"columns {data.text_column}" if data.text_column else "its columns with text"
         lines.append(f"dataset {data.dataset}, split {data.dataset_split}, {columns}: {where}")
     if data.tasks:

@@ -39,7 +39,7 @@ COMMANDS = {  # name → (module, what it does)
 
 
 def usage() -> str:
-    """Returns the help text: one line a command."""
+    """Returns the help text: one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {about}\n" for name, (_, about) in COMMANDS.items()]
     return (

@@ -78,7 +78,9 @@ def _check_weights(name: str, weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
         raise UserError(f"{name} has {len(weights)} weights for {count} sources")
     if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
-        raise UserError(f"{name} has weights {tuple(weights)}: none may be negative, not all 0")
+        raise UserError(
+            f"{name} has weights {tuple(weights)}: none may be negative, and not all may be 0"
+        )
 
 
 def _check_source(data: DataConfig) -> None:

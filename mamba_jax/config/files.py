@@ -64,7 +64,7 @@ def load_json(path: str) -> dict[str, Any]:
       The fields that the file names, and no others, checked and of their types.
 
     Raises:
-      UserError: if the file is missing or no JSON object, or has an unknown or repeated field or
+      UserError: if the file is missing or not a JSON object, or has an unknown or repeated field or
         one of a wrong type.
     """
     file = _existing_file(path)
@@ -113,9 +113,9 @@ def apply_overrides(
     """Sets dotted fields from the command line's text, e.g. ``{"training.max_steps": "200"}``.
 
     Args:
-      config: is changed.
+      config: modified in place.
       overrides: field → text.
-      flags: field → the flag it was given by, for messages; ``--config.field`` otherwise.
+      flags: field → the flag that set it, for messages; ``--config.field`` otherwise.
 
     Raises:
       UserError: if a field does not exist (suggesting the nearest) or the text does not fit it.

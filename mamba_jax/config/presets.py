@@ -1,8 +1,8 @@
 """The tables of sizes and training presets, as data.
 
-``d_model``, ``n_layers`` and ``depth`` govern. ``nominal`` is only the label under which a size is
-known: the actual parameter count follows from the structure (``mamba-jax report presets``)
-and is always printed with it.
+``d_model``, ``n_layers`` and ``depth`` define a size. ``nominal`` is only its familiar name: the
+actual parameter count follows from the structure (``mamba-jax report presets``) and is always
+printed with it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class SizePreset:
     n_layers: int
     depth: int  # recursion steps; 0 for plain Mamba
     use_case: str
-    parameters: int  # with the GPT-2 vocabulary; a test holds it to the structure
+    parameters: int  # with the GPT-2 vocabulary; a test compares it with the structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ def training_fields(preset: str) -> dict[str, Any]:
 
 
 def merge(config: ConfigDict, values: Mapping[str, Any]) -> None:
-    """Sets the given fields, group by group; ``config`` is changed.
+    """Sets the given fields, group by group; ``config`` is modified in place.
 
     Raises:
       UserError: if a group of ``config`` is not a group.

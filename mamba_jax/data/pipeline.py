@@ -42,7 +42,7 @@ class Corpus:
     """Text made ready for training. Shapes: b batch, t = seq_len + 1 tokens of a window.
 
     Attributes:
-      tokenizer: what made the tokens.
+      tokenizer: the tokenizer that made the tokens.
       fingerprint: hash of tokens, split, windows and weights; equal ones give equal batches.
       train: training windows of all sources.
       eval: held-out windows; no document or block of one is on both sides.
@@ -64,16 +64,16 @@ class Corpus:
     def train_batches(
         self, batch_size: int, seed: int, start_sample: int = 0
     ) -> Iterator[np.ndarray]:
-        """Yields batches of shuffled training windows, int32 (b, t), without end.
+        """Yields batches of shuffled training windows, int32 (b, t), endlessly.
 
-        The window at sample i depends on (fingerprint, seed, i) alone: not on the batch size (but
-        for where a phase of a curriculum begins, which is a step), nor on where the iteration
+        The window at sample i depends on (fingerprint, seed, i) alone: not on the batch size
+        (except where a phase of a curriculum begins, which is a step), nor on where the iteration
         began. Each epoch has its own order. The state to resume from is therefore one integer, the
         number of samples seen.
 
         Args:
           batch_size: windows per batch.
-          seed: of the order, 0 or more.
+          seed: random seed of the order, 0 or more.
           start_sample: index of the first window to yield.
 
         Raises:
@@ -100,7 +100,7 @@ class Corpus:
             start += batch_size
 
     def shares_text(self, samples: int, batch_size: int) -> str:
-        """Returns a line on the sources of a run's first samples; "" with one source."""
+        """Returns a line about the sources of a run's first samples; "" with one source."""
         if len(self.origins) == 1 or not samples:
             return ""
         counts = self._order(batch_size, 0).counts(samples)
@@ -133,7 +133,7 @@ class Corpus:
         """Nats per held-out target under the add-one unigram distribution of the train targets.
 
         A model that knows only the frequencies of tokens reaches this loss. Where a side has more
-        than some ten million tokens, evenly spread windows with that many are counted, so that
+        than about ten million tokens, evenly spread windows with that many are counted, so that
         starting stays fast.
         """
         train_v, eval_v = self._counts(self.train), self._counts(self.eval)
@@ -239,7 +239,7 @@ def _shared_text(overlap: Overlap) -> str:
 
 
 def _repeats_itself(origin: str, total: int, overlap: Overlap, seq_len: int) -> str:
-    """Returns the error message for text of which nothing can be held out."""
+    """Returns the error message for text from which nothing can be held out."""
     different, needed = round(overlap.different_tokens), 2 * (seq_len + 1)
     left = (
         f"{origin} repeats itself: about {different:,} of its {total:,} tokens are left when "

@@ -9,7 +9,7 @@ import numpy as np
 from mamba_jax.data.tokenizers.base import Tokenizer
 
 _RESET, _DIM, _MARK = "\033[0m", "\033[2m", "\033[1;35m"
-_DOCUMENTS = ("\033[36m", "\033[33m")  # by turns
+_DOCUMENTS = ("\033[36m", "\033[33m")  # alternating
 
 
 def show_window(
@@ -21,9 +21,9 @@ def show_window(
     without them, marks show both.
 
     Args:
-      window: int32 (t,); ``~token`` is one that is no target.
-      tokenizer: what made the tokens.
-      names: of the ids that have no text.
+      window: int32 (t,); ``~token`` is one that is not a target.
+      tokenizer: the tokenizer that made the tokens.
+      names: names of the ids that have no text.
       colour: whether the terminal shows colours.
     """
     paint: Callable[[str, str], str] = lambda code, text: (
@@ -50,7 +50,8 @@ def show_window(
 def padding(window: np.ndarray, eot_id: int) -> int:
     """Returns how many tokens at a window's end are padding.
 
-    Padding consists of separators that are no targets; one directly after a text ends its document.
+    Padding consists of separators that are not targets; one directly after a text ends its
+    document.
     """
     others = np.flatnonzero(window != ~eot_id)
     start = int(others[-1]) + 1 if len(others) else 0

@@ -21,7 +21,7 @@ class DataSummary:
       duplicates: documents left out because they equal an earlier one.
       near_duplicates: other documents left out because they are similar to an earlier one.
       text_bytes: UTF-8 bytes of the different documents.
-      tokens: of all documents, each with its separator; 0 until tokenised.
+      tokens: tokens of all documents, each with its separator; 0 until tokenised.
       skipped: reason → number of files, folders or rows left out.
       skipped_bytes: reason → their size, of files.
       lost: reason → number of records with text that were left out.

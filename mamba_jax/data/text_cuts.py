@@ -43,7 +43,7 @@ def cut_text(text: str) -> Iterator[str]:
 def _last_exact_cut(text: str, start: int, limit: int) -> int:
     """Returns the last good place in (start, limit] to cut before; ``limit`` if there is none."""
     ends_word = lambda character: character not in WHITE_SPACE
-    # o200k lets marks of punctuation take the line feeds after them along.
+    # In o200k, a punctuation token can include the line feeds after it.
     for mark, may_precede in ((" ", ends_word), ("\n", str.isalnum), ("\n", ends_word)):
         cut = text.rfind(mark, start, limit)
         while cut > start:

@@ -49,7 +49,7 @@ class Scorer:
     """Scores and continues sequences by the mean of the models' probabilities.
 
     Attributes:
-      tokenizer: of all the models.
+      tokenizer: the tokenizer of all models.
       tokens_processed: by each model so far, padding not counted.
     """
 
@@ -78,7 +78,7 @@ class Scorer:
 
         Args:
           sequences: int32 (t,), t ≥ 1.
-          starts: of each, its first token to be scored, ≥ 1; None: 1.
+          starts: for each, its first token to be scored, ≥ 1; None: 1.
 
         Raises:
           UserError: if a probability is not a number.
@@ -214,7 +214,7 @@ class Scorer:
         active = set(range(len(last_tokens)))
         for _ in range(max_tokens):
             self.tokens_processed += len(active)
-            token_b, caches = _likeliest(
+            token_b, caches = _most_likely(
                 self._params,
                 token_b,
                 caches,
@@ -321,7 +321,7 @@ def _score(
 
 
 @functools.partial(jax.jit, static_argnames=("configs", "vocab_size"), donate_argnames=("caches",))
-def _likeliest(
+def _most_likely(
     params: tuple[build.Params, ...],
     token_b: Int[Array, " b"],
     caches: Caches,
@@ -336,5 +336,5 @@ def _likeliest(
         each_mbv.append(jax.nn.log_softmax(logits_bv[:, :vocab_size]))
         new_caches.append(cache)
     log_probs_bv = mean_probability(each_mbv)
-    likeliest_b = log_probs_bv.argmax(-1).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(log_probs_bv.max(-1)), likeliest_b, -1), tuple(new_caches)
+    most_likely_b = log_probs_bv.argmax(-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(log_probs_bv.max(-1)), most_likely_b, -1), tuple(new_caches)

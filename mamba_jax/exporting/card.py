@@ -11,11 +11,11 @@ def model_card(
     """Returns README.md.
 
     Args:
-      metadata: of the checkpoint.
-      dtype: of the weights, in words.
+      metadata: the checkpoint's metadata.
+      dtype: dtype of the weights, in words.
       begins_with: the name of the token that the tokenizer puts before every text.
       notes: about chats and special tokens.
-      library: that loads the files.
+      library: the library that loads the files.
     """
     config, model = metadata.config, metadata.config.model
     measured = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata.metrics.items())]

@@ -74,7 +74,7 @@ def _claim(target: pathlib.Path, aside: pathlib.Path) -> Iterator[None]:
 
 
 def _is_at(path: pathlib.Path, descriptor: int) -> bool:
-    """Says whether a path names the folder that is open."""
+    """Returns whether a path names the folder that is open."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:

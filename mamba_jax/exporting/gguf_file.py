@@ -14,9 +14,9 @@ from mamba_jax.exporting import chat_format, tensors, tokenizer_files
 from mamba_jax.exporting.card import model_card
 
 FILE_NAME = "model.gguf"
-TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # names of ours → the library
+TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # our names → the library's
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # llama.cpp's numbers: "mostly …"
-# Without a limit of its own, as llama.cpp's converter writes for Mamba: the state does not grow.
+# As llama.cpp's converter writes for Mamba, which has no limit: its state does not grow.
 _CONTEXT_TOKENS = 1 << 20
 # Hugging Face's name of a layer's tensor → GGUF's, and whether it is a factor of a matrix product;
 # all others are float32, as llama.cpp's kernels for them demand.
@@ -110,11 +110,11 @@ def write(
     """Writes ``model.gguf``, ``Modelfile`` and the model card.
 
     Args:
-      folder: to write into.
+      folder: the folder to write to.
       table: what ``tensors.to_hf`` gave.
-      metadata: of the checkpoint.
-      tokenizer: of the model.
-      dtype: of the factors of matrix products: "f32", "f16", "bf16" or "q8_0".
+      metadata: the checkpoint's metadata.
+      tokenizer: the model's tokenizer.
+      dtype: dtype of the factors of matrix products: "f32", "f16", "bf16" or "q8_0".
       chat_template: as in ``tokenizer_files.files``.
 
     Raises:

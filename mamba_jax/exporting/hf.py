@@ -59,10 +59,10 @@ def write_companions(
     """Writes all but the weights: configs, tokenizer, model card, the hybrid's program.
 
     Args:
-      folder: to write into.
-      metadata: of the checkpoint.
-      tokenizer: of the model.
-      dtype: of the weights.
+      folder: the folder to write to.
+      metadata: the checkpoint's metadata.
+      tokenizer: the model's tokenizer.
+      dtype: dtype of the weights.
       chat_template: as in ``tokenizer_files.files``.
 
     Raises:

@@ -119,7 +119,7 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
     """Returns the structure that a ``config.json`` describes.
 
     Args:
-      record: of Hugging Face's or the original's.
+      record: a config in Hugging Face's or the original format.
       n_ids: rows of the embedding; the file's own number may exclude padding.
 
     Raises:

@@ -148,5 +148,5 @@ def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 
 def _checked(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if array.shape != shape:
-        raise UserError(f"tensor {name} has shape {array.shape}; config.json asks for {shape}")
+        raise UserError(f"tensor {name} has shape {array.shape}; config.json requires {shape}")
     return array

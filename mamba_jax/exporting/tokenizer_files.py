@@ -38,7 +38,7 @@ def special_tokens(tokenizer: Tokenizer, fills_in: bool) -> dict[str, int]:
     """Returns name → id of the special tokens, which encoding a text never gives.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       fills_in: the model was trained with ``data.fim_rate``, which may have added three ids.
     """
     found = {**tokenizer.special_ids, end_name(tokenizer): tokenizer.eot_id}
@@ -86,9 +86,9 @@ def files(
     """Returns name → content of the tokenizer's JSON files.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       fills_in: the model was trained with ``data.fim_rate``.
-      chat_template: of a model that was imported with one of its own; "": ours.
+      chat_template: that of a model that was imported with one of its own; "": ours.
 
     Raises:
       UserError: as in ``record``.
@@ -110,12 +110,12 @@ def files(
 
 
 def begins_chats(contents: Mapping[str, dict[str, Any]]) -> bool:
-    """Says whether the template of ``files`` begins a chat with the separator."""
+    """Returns whether the template of ``files`` begins a chat with the separator."""
     return contents[CONFIG_NAME]["chat_template"] != chat_format.jinja(begins=False)
 
 
 def is_ours(chat_template: str) -> bool:
-    """Says whether a chat template is the one that exports write."""
+    """Returns whether a chat template is the one that exports write."""
     return chat_template in (chat_format.jinja(begins=begins) for begins in (True, False))
 
 
@@ -123,7 +123,7 @@ def own_template(folder: pathlib.Path) -> str:
     """Returns the chat template of a Hugging Face model; "" if it has none, or ours.
 
     Args:
-      folder: of the model, or of a checkpoint that it was imported to.
+      folder: the model's, or that of a checkpoint that it was imported to.
 
     Raises:
       UserError: if a file is damaged.
@@ -154,12 +154,12 @@ def _library(content: dict[str, Any]) -> Any:
 
 
 def keeps_text(tokenizer: Tokenizer, contents: Mapping[str, dict[str, Any]]) -> bool:
-    """Says whether the library can keep a typed separator as text.
+    """Returns whether the library can keep a typed separator as text.
 
     The vocabulary of a Unigram model may hold it as an ordinary word, which text can spell.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       contents: what ``files`` returned.
     """
     text = spelled(tokenizer)

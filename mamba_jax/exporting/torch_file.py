@@ -54,7 +54,7 @@ def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the tensors by name.
 
     Raises:
-      UserError: if the file is no such zip, is damaged, or holds anything but plain tensors.
+      UserError: if the file is not such a zip, is damaged, or holds anything but plain tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -33,7 +33,7 @@ GREEDY_TOKENS = 64
 # Shares of the largest logit. float32: sums in another order. llama.cpp also rounds the factors of
 # narrow weights to their dtype, so greedy texts may differ where two tokens are equally likely.
 TOLERANCE = {"f32": 1e-4, "f16": 1e-2, "bf16": 5e-2, "q8_0": 1e-1}
-# How many log-probabilities llama.cpp returns, and after each so-many-th token of a greedy text.
+# llama.cpp returns _TOP log-probabilities; a greedy text is compared every _EVERY tokens.
 _TOP, _EVERY = 20, 8
 
 
@@ -128,7 +128,7 @@ def _prompts(tokenizer: Tokenizer, keeps_text: bool) -> dict[str, np.ndarray]:
     """Returns prompts with their int32 ids, which begin with the separator as in training.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       keeps_text: the engine keeps the separator's name as text; then a prompt spells it.
     """
     texts = (*PROMPTS, tokenizer_files.spelled(tokenizer)) if keeps_text else PROMPTS
@@ -182,8 +182,8 @@ def check_hf(
     Args:
       folder: as written.
       tensors: what ``tensors.to_hf`` gave, unrounded.
-      config: of the model.
-      tokenizer: of the model; its ids must equal those of the folder's tokenizer.
+      config: the model's config.
+      tokenizer: the model's tokenizer; its ids must equal those of the folder's tokenizer.
       dtype: that the folder was written in.
 
     Raises:
@@ -234,7 +234,7 @@ def check_gguf(
     tokenizer: Tokenizer,
     dtype: str,
 ) -> Verdict:
-    """Loads a file with llama.cpp and compares its likeliest tokens' log-probabilities.
+    """Loads a file with llama.cpp and compares its most likely tokens' log-probabilities.
 
     Arguments are as in ``check_hf``.
 

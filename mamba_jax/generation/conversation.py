@@ -51,7 +51,7 @@ class Conversation:
         """Starts an empty conversation.
 
         Args:
-          params: of ``models.build``.
+          params: parameters, as ``models.build`` makes them.
           model_config: the structure they were made with.
           tokenizer: the one that the model was trained with.
           sampling: how tokens are chosen.
@@ -86,7 +86,7 @@ class Conversation:
         """Takes a turn of the user and answers it.
 
         Args:
-          text: of the user, in one turn.
+          text: the user's text in one turn.
 
         Yields:
           The new text of each token: whole characters, no part of a stop, possibly "". A caller

@@ -52,13 +52,13 @@ def generate_text(
     others: Sequence[Model] = (),
     on_text: Callable[[int, str | None], None] | None = None,
 ) -> list[str]:
-    """Continues each prompt until the model ends its document or ``max_tokens`` are made.
+    """Continues each prompt until the model ends its document or ``max_tokens`` tokens are made.
 
     A text is a function of (params, prompt, its index, seed, stops and the sampling settings). It
     does not depend on the other prompts or ``batch_size``, up to the rounding of a batched matmul.
 
     Args:
-      params: of ``models.build``.
+      params: parameters, as ``models.build`` makes them.
       model_config: the structure they were made with; its vocabulary may be padded.
       tokenizer: the one that the model was trained with.
       prompts: any texts; an empty one starts a new document.
@@ -151,9 +151,9 @@ def prepare(
     """Puts models on the device, laid out for decoding. Call it once, not at every dispatch.
 
     The parameters may come from the host, a checkpoint, or the mesh of a training run. Those of a
-    checkpoint or a mesh are committed to their devices, and so is all that a program makes of them,
-    but an empty cache is not. JAX compiles a program once for committed arrays and once more for
-    others. So nothing that this returns is committed.
+    checkpoint or a mesh are committed to their devices, and so are all results of a program on
+    them, but an empty cache is not. JAX compiles a program once for committed arrays and once more
+    for others. So nothing that this returns is committed.
 
     Args:
       models: one, or the members of an ensemble.
@@ -194,7 +194,7 @@ def check_settings(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} must lie between 0 and {2**32 - 1}")
+        raise UserError(f"seed={seed} must be between 0 and {2**32 - 1}")
     if head not in HEADS:
         raise UserError(f"unknown head={head}: choose one of {', '.join(HEADS)}")
     platform = jax.default_backend()
@@ -221,14 +221,14 @@ def generate_tokens(
 
     Args:
       params: by ``prepare``, of one model or of several.
-      configs: of the same models.
+      configs: configs of the same models.
       sequences: int32 (t,) each, with at least one token.
       row_ids: one per sequence; with ``seed`` they decide its randomness.
-      n_rows: of the compiled batch, ≥ ``len(sequences)``; the other rows idle, so that a last
+      n_rows: rows of the compiled batch, ≥ ``len(sequences)``; the other rows idle, so that a last
         batch that is not full needs no compilation of its own.
       max_tokens: steps at most.
       sampling: how tokens are chosen.
-      seed: of the randomness.
+      seed: random seed.
       vocab_size: ids from here up are padding of the vocabulary and are never chosen.
       eot_id: ends a row.
       dispatch_tokens: steps of one call to the device; a call yields its tokens together.
@@ -314,7 +314,7 @@ def prefill_in_chunks(
 
     Args:
       params: by ``models.build.prepare_for_decoding``.
-      config: of the model.
+      config: the model's config.
       tokens_bt, segments_bt: as ``pad_left`` makes them.
 
     Returns:

@@ -47,7 +47,7 @@ def find(folder: str, log: Callable[[str], None]) -> Found:
     """Finds a checkpoint and logs its path and step.
 
     Args:
-      folder: of a checkpoint, or of a run: its newest intact checkpoint.
+      folder: a checkpoint, or a run's folder for its newest intact checkpoint.
       log: takes a line.
 
     Raises:

@@ -23,7 +23,7 @@ class LoadedModel:
 
     Attributes:
       params: nested dict of float32 arrays, as ``models.build`` takes them.
-      config: of the run that trained the model.
+      config: that of the run that trained the model.
       tokenizer: the one that the model was trained with.
     """
 
@@ -94,7 +94,7 @@ def load_model(folder: str | os.PathLike[str], *, scan: str | None = None) -> Lo
     """Loads a trained model.
 
     Args:
-      folder: of a checkpoint, or of a run: its newest intact checkpoint.
+      folder: a checkpoint, or a run's folder for its newest intact checkpoint.
       scan: an implementation of the selective scan; None: the checkpoint's.
 
     Raises:

@@ -22,7 +22,7 @@ class StopFinder:
         if self.found is not None:
             return ""
         text = self._held + text
-        # The stop that is complete first; of several that are at once, the longest.
+        # The stop that is complete first; if several are at once, the longest.
         ends = [(text.find(s) + len(s), -len(s), s) for s in self._stops if s in text]
         if ends:
             end, _, self.found = min(ends)
@@ -33,13 +33,13 @@ class StopFinder:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """Ends the text; returns what was held back and was no stop."""
+        """Ends the text; returns what was held back and is not part of a stop."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of ``text`` that begins ``stop`` and is not all."""
+    """Returns the length of the longest end of ``text`` that is a proper prefix of ``stop``."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

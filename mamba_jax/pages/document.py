@@ -14,7 +14,7 @@ def document(title: str, body: str, *, style: str = "", script: str = "") -> str
     """Returns a page.
 
     Args:
-      title: of the page, as plain text.
+      title: the page's title, as plain text.
       body: HTML.
       style: CSS of this page, after the base style.
       script: HTML script elements, at the end of the page.

@@ -15,7 +15,7 @@ from mamba_jax.parallel.mesh import FSDP
 # The first pattern that ends a path decides; names before it (``opt_state/…/mu/…``) do not matter,
 # so the moments of a parameter are sharded as it is. Matrices are divided on their d_model axis, or
 # d_inner where they have none; never on the layer axis, whose length divides least often and which
-# the scan over layers would have to gather. Vectors, and what is no larger than a few of them, are
+# the scan over layers would have to gather. Vectors, and arrays no larger than a few of them, are
 # not worth the communication.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding", PartitionSpec(None, FSDP)),  # (v, d)
@@ -44,7 +44,7 @@ def spec_for(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
     Args:
       path: names joined by "/", e.g. ``params/layers/mixer/in_proj/kernel``.
-      shape: of the array.
+      shape: the array's shape.
       fsdp: devices along the fsdp axis.
 
     Raises:

@@ -95,7 +95,7 @@ def curve(name: str, points: Points, look: str = "line", **about: Any) -> dict[s
 
     Args:
       name: in the legend.
-      points: of the curve.
+      points: the curve's points.
       look: "line", "faint" (behind another one), "level" (a reference) or "dots".
       about: ``colour``, a number; or ``share``, from 0 (the first layer) to 1; ``run``, its number
         in a comparison.
@@ -137,7 +137,7 @@ def chart(
       key: its name in the page.
       title: above it.
       curves: as ``curve`` makes them.
-      unit: of its values; "bytes" are shown in MiB or GiB, "share" in percent.
+      unit: the unit of its values; "bytes" are shown in MiB or GiB, "share" in percent.
       note: a sentence below the title.
       log: whether the vertical axis is logarithmic at first; a button changes that.
       by_layer: whether each curve is a layer.

@@ -20,12 +20,12 @@ def document(title: str, body: str, data: dict[str, Any] | None = None) -> str:
     """Returns a page.
 
     Args:
-      title: of the page, as plain text.
+      title: the page's title, as plain text.
       body: HTML.
-      data: of its curves, as ``curves`` shows them: ``charts`` as ``charts.chart`` makes them, and
-        ``span``, first and last step. For one run also ``marks``, its steps ``resumed`` and
-        ``skipped``; for several runs ``tokens``, their token lines, and ``token_span``. None: the
-        page has no curves.
+      data: the data of its curves, as ``curves`` shows them: ``charts`` as ``charts.chart`` makes
+        them, and ``span``, first and last step. For one run also ``marks``, its steps ``resumed``
+        and ``skipped``; for several runs ``tokens``, their token lines, and ``token_span``. None:
+        the page has no curves.
     """
     script = ""
     if data is not None:
@@ -50,8 +50,8 @@ def notes(charts: Sequence[dict[str, Any]]) -> list[str]:
     sentences = []
     if (most := max(curve["size"] for curve in shown)) > 1:
         sentences.append(
-            f"A point stands for up to {most:,} values: the line shows their mean, the band their "
-            "range."
+            f"Each point represents up to {most:,} values: the line shows their mean, the band "
+            "their range."
         )
     if any("gaps" in curve for curve in shown):
         sentences.append("✕ marks values that are not finite (NaN or infinite).")

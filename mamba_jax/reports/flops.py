@@ -37,12 +37,14 @@ def add_arguments(flops: argparse.ArgumentParser) -> None:
     of.add_argument(
         "--run", dest="folder", metavar="DIR", help="report what a training run achieved"
     )
-    flops.add_argument("--seq_len", metavar="N", type=int, help="tokens of a window")
-    flops.add_argument("--batch", metavar="N", type=int, help="sequences of a microbatch")
+    flops.add_argument("--seq_len", metavar="N", type=int, help="tokens per window")
+    flops.add_argument("--batch", metavar="N", type=int, help="sequences per microbatch")
     flops.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="of matmuls (default: as configured)"
+        "--dtype", choices=("bfloat16", "float32"), help="dtype of matmuls (default: as configured)"
     )
-    flops.add_argument("--remat", choices=("none", "dots", "full"), help="(default: as configured)")
+    flops.add_argument(
+        "--remat", choices=("none", "dots", "full"), help="remat policy (default: as configured)"
+    )
     flops.add_argument("--device", metavar="NAME", help="published peaks of: " + _device_names())
     flops.add_argument(
         "--measure", action="store_true", help="measure the peaks of this device instead"
@@ -66,7 +68,7 @@ def print_flops(arguments: argparse.Namespace) -> int:
         for flag in ("seq_len", "batch", "dtype", "remat"):
             if getattr(arguments, flag) is not None:
                 raise UserError(
-                    f"--{flag} has no use with --run: the run's own config determines it"
+                    f"--{flag} has no effect with --run: the run's own config determines it"
                 )
         return _print_run(arguments)
     names = list(presets.SIZES) if arguments.size == "all" else [arguments.size]

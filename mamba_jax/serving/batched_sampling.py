@@ -51,7 +51,7 @@ def sample_batch(logits_bv: Float[Array, "b v"], sampling: BatchedSampling) -> I
         keys_b = jax.vmap(
             lambda seed, position: jax.random.fold_in(jax.random.key(seed), position)
         )(sampling.seed_b, sampling.position_b)
-        # Greedy slots are divided by something harmless. The largest becomes 0 first: a tiny
+        # Greedy slots are divided by a harmless number. The largest becomes 0 first: a tiny
         # temperature then cannot overflow to infinity.
         temperature_b = jnp.where(sampling.temperature_b > 0, sampling.temperature_b, 1.0)
         scaled_bv = (logits_bv - logits_bv.max(-1, keepdims=True)) / temperature_b[:, None]
@@ -86,7 +86,7 @@ def _keep_top_p(scaled_bv: Float[Array, "b v"], top_p_b: Float[Array, " b"]) -> 
         likelier_bv = order_bv > limit_b[:, None]
         return jnp.where(likelier_bv, probability_bv, 0.0).sum(-1) >= top_p_b
 
-    # A token stays if those likelier than it hold less than top_p. Rounding may leave the sum of
+    # A token stays if the more likely ones hold less than top_p. Rounding may leave the sum of
     # all below top_p: the limit is then 0, and all stay.
     limit_b = _largest(reached, len(top_p_b))
     return jnp.where(order_bv > limit_b[:, None], scaled_bv, -jnp.inf)

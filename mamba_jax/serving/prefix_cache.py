@@ -21,10 +21,10 @@ _MAX_ENTRIES = 1024  # a prompt is compared with each
 class Match(NamedTuple):
     """The longest cached prefix of a prompt."""
 
-    state: Slots | None  # of the longest beginning entry
-    n_tokens: int  # that it has read
-    n_common: int  # where the prompt parts from the one it follows longest; 0: too early to matter
-    is_answer: bool  # the state stands after an answer, not after a prompt
+    state: Slots | None  # after the longest entry that begins the prompt
+    n_tokens: int  # tokens that the state covers
+    n_common: int  # tokens shared with the closest entry; 0: too few to matter
+    is_answer: bool  # the state follows an answer, not a prompt
 
 
 class _Entry(NamedTuple):
@@ -47,7 +47,7 @@ class PrefixCache:
     def find(self, tokens: np.ndarray) -> Match:
         """Finds the longest cached prefix of a prompt, int32 (t,).
 
-        Also returns where the prompt diverges from the cached one it follows longest.
+        Also returns where the prompt diverges from the entry that shares most of it.
         """
         best, longest = None, 0
         for key in self._entries:
@@ -74,7 +74,7 @@ class PrefixCache:
         """Caches the state after ``tokens``, int32 (t,), if worth it and not too large.
 
         Args:
-          tokens: of a prompt, or of a prompt and its answer.
+          tokens: those of a prompt, or of a prompt and its answer.
           state: after them.
           is_answer: whether the tokens end with an answer.
           replaces: the tokens of an entry that this one supersedes, if any.

@@ -210,7 +210,7 @@ class ResponseBuilder:
             return None
         top: Json = {}
         for token, logprob in chosen.top:
-            top.setdefault(self._name(token), logprob)  # likeliest first
+            top.setdefault(self._name(token), logprob)  # most likely first
         top.setdefault(self._name(chosen.token), chosen.logprob)
         return top
 

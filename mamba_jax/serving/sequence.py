@@ -22,7 +22,8 @@ class GenerationRequest:
       temperature: as in ``generation.Sampling``, likewise ``top_k`` and ``top_p``.
       seed: 0 … 2³² - 1; output depends only on the prompt, the settings and the seed.
       stops: stop strings: end the text and are not part of it.
-      logprobs: report the logprob of each token and of this many likeliest ones; None: report none.
+      logprobs: report the logprob of each token and of this many most likely ones; None: report
+        none.
       prompt_logprobs: report those of the prompt's tokens as well.
       separator_added: the first token is a separator that the client's prompt does not have.
       prompt_chars: length of the text before the new text.
@@ -48,7 +49,7 @@ class TokenLogprob:
     Attributes:
       token: its id.
       logprob: natural logarithm; None for the first token of a prompt.
-      top: ids and logprobs of the likeliest tokens, likeliest first.
+      top: ids and logprobs of the most likely tokens, in descending order.
       start: index, in the prompt's text followed by the new text, of the character that the token's
         first byte belongs to.
     """

@@ -6,7 +6,7 @@ programs are compiled. A prompt without a cached prefix is padded on the left to
 shortest chunk that logprobs are compiled for; the tokens after a cached prefix cannot be padded and
 need the shortest chunks.
 
-Legend: b slots, t time, d d_model, v vocabulary, m likeliest tokens reported.
+Legend: b slots, t time, d d_model, v vocabulary, m most likely tokens reported.
 """
 
 import functools
@@ -65,8 +65,8 @@ def prefill(
       tokens_bt: the chunk, of a length in ``PREFILL_CHUNKS``.
       segments_bt: 1 for a token, 0 for padding, which is allowed only before the first token
         of a prompt.
-      config: of the model.
-      vocab_size: of the tokenizer.
+      config: the model's config.
+      vocab_size: the tokenizer's vocabulary size.
 
     Returns:
       The state after the chunk, and the head's input at each of its tokens, for ``chunk_logprobs``.
@@ -99,8 +99,8 @@ def chunk_logprobs(
       before_bv: the logits before the chunk.
       x_btd: by ``prefill``, of the chunk.
       tokens_bt: the chunk, of a length in ``LOGPROB_CHUNKS``.
-      config: of the model.
-      vocab_size: of the tokenizer.
+      config: the model's config.
+      vocab_size: the tokenizer's vocabulary size.
     """
     logits_tv = build.logits(params, config, x_btd)[0, :, :vocab_size]
     return _logprobs(jnp.concatenate([before_bv, logits_tv[:-1]]), tokens_bt[0])
@@ -123,8 +123,8 @@ def step(
       slots: donated.
       sampling: the settings of each slot.
       with_logprobs: whether any slot needs logprobs; if not, they are zeros.
-      config: of the model.
-      vocab_size: of the tokenizer: ids from here up are never sampled.
+      config: the model's config.
+      vocab_size: the tokenizer's vocabulary size: ids from here up are never sampled.
 
     Returns:
       The tokens, int32, their logprobs, and the slots after them.

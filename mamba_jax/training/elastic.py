@@ -39,7 +39,7 @@ class ElasticStep:
     """``step(state, windows) → (state, metrics)``, as ``make_train_step`` makes it.
 
     Attributes:
-      config: of the run, with the current microbatch.
+      config: the run's config, with the current microbatch.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, eot_id: int, warn: Callable[[str], None]):

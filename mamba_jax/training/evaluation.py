@@ -58,7 +58,7 @@ def evaluate(
 
     Args:
       eval_step: as ``step.make_eval_step`` makes it.
-      params: of the model.
+      params: the model's parameters.
       batches: (windows (b, t + 1) int32, weights (b,) float32); the same each time, so that
         evaluations can be compared.
     """

@@ -32,7 +32,7 @@ def token_nll(
     target: after a document's last token that is the next document's ``eot_id``.
 
     Args:
-      params: of the model.
+      params: the model's parameters.
       config: its ``model`` and ``training.loss_chunk_tokens`` are used.
       mesh: the devices that the batch is divided over.
       windows: (b, t + 1) int32; the first t tokens are inputs, the last t targets. Under

@@ -8,9 +8,9 @@ import optax
 
 from mamba_jax.config import TrainingConfig
 
-# By name, because the shape is no guide: stacked layers give a norm's scale two axes, and A_log has
-# two of its own. A_log and D are not matrices: decaying them would pull the time constants of the
-# state towards one value (they carry `_no_weight_decay` in the official Mamba as well).
+# By name, because the shape does not tell: stacked layers give a norm's scale two axes, and A_log
+# has two of its own. A_log and D are not matrices: decaying them would pull the time constants of
+# the state towards one value (they carry `_no_weight_decay` in the official Mamba as well).
 DECAYED = ("embedding", "kernel")
 NOT_DECAYED = (
     "scale",  # of norms: final, layer, query, key, fusion

@@ -77,7 +77,7 @@ class Profile:
         board = self._monitor.folder
         folder = max(pathlib.Path(board, "plugins", "profile").iterdir())
         self._monitor.say(
-            f"profile of the steps from {self._first} on: {folder}\n"
+            f"profile of the steps from step {self._first}: {folder}\n"
             "open its perfetto_trace.json.gz at https://ui.perfetto.dev, or see the tab Profile "
             "(pip install xprof) of:\n"
             f"  {program('tensorboard')} --logdir {shlex.quote(str(board))}"

@@ -1,4 +1,4 @@
-"""The story of a run: ``set_up`` refuses and plans, ``fit`` trains, ``conclude`` reports.
+"""A run from start to end: ``set_up`` checks and plans, ``fit`` trains, ``conclude`` reports.
 
 ``run`` puts the three together; ``train --dry_run`` prints what ``set_up`` returns and stops.
 """
@@ -38,7 +38,7 @@ def run(
     """Trains, evaluates and saves as the config says.
 
     Args:
-      config: of the run.
+      config: the run's config.
       resume: "" to start anew, "auto", or a folder: see ``checkpoints.resume.find_start``.
       plan_run: ``estimator.plan_run``.
       profile: steps to run before a trace begins, and steps to trace; None: no trace.
@@ -49,7 +49,7 @@ def run(
       The exit status: 0 done, 75 stopped by a signal and saved.
 
     Raises:
-      UserError: for a mistake or a fault that the user can mend.
+      UserError: for a mistake or a fault that the user can fix.
     """
     output_dir = pathlib.Path(config.output_dir)
     say = functools.partial(print, flush=True)  # there is no log yet
@@ -68,7 +68,7 @@ def run(
                     return conclude(fit(setup, monitor, interrupts, lock), monitor)
             except OutOfMemory as lost:
                 config = lost.config
-            # Out here, where nothing holds the arrays of the attempt that failed any more.
+            # Out here, where nothing refers to the failed attempt's arrays any more.
             if list_checkpoints(output_dir):
                 resume = resuming.AUTO
             again = f"starting again with a microbatch of {config.vram.batch_size}"

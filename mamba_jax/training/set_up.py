@@ -1,4 +1,4 @@
-"""``set_up``: every refusal of a run that needs no text, once and in order, and its plan."""
+"""``set_up``: every check of a run that needs no text, once and in order, and its plan."""
 
 import dataclasses
 import os
@@ -47,11 +47,11 @@ class Setup:
     Attributes:
       config: as given, with the tokenizer's vocabulary; its layout may be open.
       plan: its config has a layout.
-      tokenizer: of the data.
+      tokenizer: the data's tokenizer.
       start: the checkpoint that the run resumes from; None: it starts anew.
       resume: as given.
       scan: the implementation of the selective scan.
-      mesh: of the devices.
+      mesh: the mesh of the devices.
       traced: first and last step of the profile; (1, 0): none.
     """
 
@@ -84,7 +84,7 @@ def set_up(
     """Refuses what can be refused before anything slow, and plans the run; starts JAX.
 
     Args:
-      config: of the run.
+      config: the run's config.
       resume: as in ``run``, likewise ``plan_run`` and ``profile``.
       say: takes log lines.
 
@@ -127,6 +127,6 @@ def _check_folders(config: RunConfig) -> None:
         there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
             raise UserError(
-                f"cannot write into {field} {folder}: {there} is no folder to write into; "
+                f"cannot write into {field} {folder}: {there} is not a writable folder; "
                 f"choose another {flag}"
             )

@@ -67,7 +67,7 @@ def make_train_step(config: RunConfig, mesh: Mesh, eot_id: int) -> TrainStep:
 
     def sums_and_gradients(params: Any, batch: Any, key: jax.Array | None) -> Any:
         result, gradients = jax.value_and_grad(sums, has_aux=True)(params, batch, key)
-        # By way of whole gradients, lest their division spreads back into the activations.
+        # Whole gradients first, so that their sharding does not spread back to the activations.
         gradients = constrain(gradients, replicated(mesh))
         return result, constrain(gradients, state_shardings["params"])
 
@@ -159,7 +159,7 @@ def make_eval_step(
     """Compiles ``evaluate(params, windows, weights) → sums``.
 
     Args:
-      config: of the run; dropout is off here.
+      config: the run's config; dropout is off here.
       mesh: the number of its devices must divide the batch.
       eot_id: the id that starts a document.
       token_bytes: (vocabulary,) int32, length of each token's text in UTF-8.
@@ -175,7 +175,7 @@ def make_eval_step(
         params = jax.lax.with_sharding_constraint(params, replicated(mesh))
         nll_bt, aux, _ = token_nll(params, config, mesh, windows, eot_id, observing=True)
         weights_bt = target_weights(config, windows, weights_b)
-        targets_bt = jnp.maximum(windows[:, 1:], 0)  # what is no target weighs nothing
+        targets_bt = jnp.maximum(windows[:, 1:], 0)  # other tokens have weight 0
         return {
             "nll": jnp.sum(weights_bt * nll_bt),
             "targets": jnp.sum(weights_bt),

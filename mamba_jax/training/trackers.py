@@ -113,7 +113,7 @@ def check_trackers(config: RunConfig) -> None:
     """
     for name in config.tracker_names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder of that name is no package
+        if spec is None or spec.origin is None:  # a folder of that name is not a package
             raise _not_installed(config, name)
 
 
@@ -128,7 +128,7 @@ def open_trackers(config: RunConfig, warn: Callable[[str], None]) -> dict[str, T
     """Starts a run in each tracker that ``config.trackers`` names.
 
     Args:
-      config: of the run.
+      config: the run's config.
       warn: receives a warning for each tracker that cannot start; the run continues without it.
 
     Raises:

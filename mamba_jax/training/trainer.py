@@ -33,7 +33,7 @@ from mamba_jax.training.set_up import Setup
 from mamba_jax.training.state import abstract_state, init_state
 from mamba_jax.training.step import make_eval_step
 
-# How samples are drawn: cool, because they show what a short run has learned.
+# How samples are drawn: at a low temperature, because they show what a short run has learned.
 _SAMPLE = {"max_tokens": 150, "temperature": 0.5, "top_k": 50, "top_p": 0.95}
 
 
@@ -64,10 +64,10 @@ class Trainer:
     """Trains, evaluates and saves, one call each.
 
     Attributes:
-      writer: of checkpoints; a context manager.
+      writer: writes checkpoints; a context manager.
       first_step: that of the checkpoint resumed from; 0: the run starts anew.
       step: the newest one dispatched.
-      evaluation: of this very step; None: there is none.
+      evaluation: that of this very step; None: there is none.
       sample: the newest one; "" without a prompt.
     """
 
@@ -202,7 +202,7 @@ class Trainer:
         self._monitor.flush()
         setup = self._setup
         metadata = Metadata(
-            setup.config,  # as asked for: on another device the run is laid out anew
+            setup.config,  # as requested: on another device the run is laid out anew
             self.step,
             self.samples_seen,
             self._corpus.fingerprint,

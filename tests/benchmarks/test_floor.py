@@ -1,4 +1,4 @@
-"""The floor against the arithmetic done by hand."""
+"""The floor against arithmetic done by hand."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_an_h200_is_bound_by_issue(backward, expected_tokens_per_sec):
     assert math.isclose(1 / secs, expected_tokens_per_sec, rel_tol=1e-12)
 
 
-def test_special_functions_bind_where_issue_is_free_and_memory_where_it_is_slow():
+def test_special_functions_or_memory_can_be_the_bound():
     # One multiprocessor at 1 Hz makes 16 special functions a second: 20 / 16 s; issue takes
     # 175 / 32 / 4 = 1.367 s and is the longest until memory is slower still.
     card = floor.Card(1, 1.0, 1e9)

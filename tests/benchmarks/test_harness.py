@@ -1,4 +1,4 @@
-"""How candidates take turns, and what becomes of those that fail."""
+"""How candidates take turns, and how failures are recorded."""
 
 import itertools
 import math
@@ -36,14 +36,14 @@ def test_rounds_interleave_and_each_starts_with_another():
     assert rows[1].metrics == {"x_bytes": 7.0, "size": 2.0} and rows[1].case == CASE
 
 
-def test_a_slow_candidate_stops_when_its_time_is_used_up_and_has_one_sample_at_least():
+def test_a_slow_candidate_stops_when_its_time_is_used_up_with_at_least_one_sample():
     log, rows = [], []
     candidates, clock = recorder(log, {"quick": 1.0, "slow": 4.0, "slowest": 50.0})
     harness.measure(candidates, CASE, rows, rounds=6, candidate_secs=7.0, clock=clock)
     assert [len(row.samples_secs) for row in rows] == [6, 2, 1]
 
 
-def test_what_fails_gets_a_note_and_the_others_go_on():
+def test_a_failing_candidate_gets_a_note_and_the_others_continue():
     calls = itertools.count()
 
     def fails(error):
@@ -57,7 +57,7 @@ def test_what_fails_gets_a_note_and_the_others_go_on():
         Candidate("absent", lambda: fails(NotMeasured("not installed"))),
         Candidate("broken", lambda: Prepared(lambda: fails(ValueError("bad\nsecond line")))),
         Candidate("late", lambda: Prepared(fails_late)),
-        Candidate("sound", lambda: Prepared(lambda: 0.5)),  # says itself which seconds count
+        Candidate("sound", lambda: Prepared(lambda: 0.5)),  # returns the seconds that count
     ]
     rows = []
     harness.measure(candidates, CASE, rows, rounds=4, candidate_secs=100)
@@ -123,7 +123,7 @@ def fake_process(monkeypatch, code):
 CONTEXT = Context("cpu", "cpu")
 
 
-def test_a_process_that_takes_too_long_is_ended_and_bounds_its_time_from_below(monkeypatch):
+def test_a_process_that_takes_too_long_is_ended_and_gives_a_lower_bound(monkeypatch):
     fake_process(
         monkeypatch, 'import time; print("{\\"begins\\": true}", flush=True); time.sleep(60)'
     )
@@ -135,7 +135,7 @@ def test_a_process_that_takes_too_long_is_ended_and_bounds_its_time_from_below(m
     assert row.metrics["peak_rss_bytes"] > 1e6  # a Python process takes some megabytes
 
 
-def test_a_process_tells_samples_and_memory_or_dies(monkeypatch):
+def test_a_process_reports_samples_and_memory_or_its_failure(monkeypatch):
     fake_process(
         monkeypatch,
         "print('chatter'); print('{\"sample_secs\": 2.5}'); print('{\"peak_rss_bytes\": 9}')",

@@ -41,13 +41,13 @@ def test_the_transformer_is_causal(remat):
     changed[:, 10] = (changed[:, 10] + 1) % config.vocab_size
     run = jax.jit(lambda tokens: gpt2.forward(params, config, tokens))
     before, after = run(tokens), run(changed)
-    # The same program on the same numbers: what lies before the change is equal bit for bit.
+    # The same program on the same numbers: what comes before the change is equal bit for bit.
     np.testing.assert_array_equal(before[:, :10], after[:, :10])
-    # And it does look back: every later token has another output.
+    # And it does look back: every later token has a different output.
     assert (np.abs(before - after)[:, 10:].max(-1) > 1e-4).all()
 
 
-def test_the_transformer_knows_where_a_token_stands():
+def test_the_transformer_depends_on_token_positions():
     config = transformer(n_layers=1)  # without positions one layer reads a set of tokens
     params = gpt2.init(config, jax.random.key(0))
     tokens = workloads.windows(1, 8, config.vocab_size)[:, :-1]

@@ -1,5 +1,4 @@
-"""A checkpoint comes back bit for bit, or is refused by name; nothing that goes wrong in a save
-costs an earlier one."""
+"""A checkpoint is restored bit for bit or refused by name; a failed save damages no earlier one."""
 
 import errno
 import json
@@ -97,7 +96,7 @@ def kinds_of_files(path: pathlib.Path) -> list[str]:
     return list(kinds.values())
 
 
-# --- there and back -------------------------------------------------------------------------------
+# --- round trip -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -166,7 +165,7 @@ def test_arrays_of_another_model_are_refused(saved):
         restore(saved / "step_8", target)
 
 
-def test_a_path_means_itself_or_the_newest_in_it(run):
+def test_a_path_is_a_checkpoint_or_the_run_that_holds_it(run):
     assert arrays.resolve(run / "step_6", print) == run / "step_6"
     assert arrays.resolve(run, print) == run / "step_8"
     with pytest.raises(UserError, match="does not exist"):
@@ -190,13 +189,13 @@ def test_a_newer_format_is_named(run):
 
 
 def assert_refused(run: pathlib.Path, name: str) -> None:
-    """step_8 is refused, naming the file, and step_6 taken, saying so."""
+    """step_8 is refused, naming the file; step_6 is used instead, and the log says so."""
     with pytest.raises(UserError) as refusal:
         restore(run / "step_8", abstract(make_state(8)))
     assert str(run / "step_8") in str(refusal.value) and name in str(refusal.value)
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_6"
-    assert len(told) == 1 and told[0] == f"skipped: {refusal.value}"
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_6"
+    assert len(output) == 1 and output[0] == f"skipped: {refusal.value}"
 
 
 def test_one_flipped_bit_in_any_kind_of_file(run):
@@ -248,18 +247,20 @@ def test_a_truncated_manifest(run):
     assert_refused(run, "MANIFEST.json")
 
 
-def test_an_empty_folder_is_no_checkpoint(run):
+def test_an_empty_folder_is_not_a_checkpoint(run):
     (run / "step_10").mkdir()
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_8"
-    assert told == [f"skipped: checkpoint {run / 'step_10'} is incomplete: it has no MANIFEST.json"]
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_8"
+    assert output == [
+        f"skipped: checkpoint {run / 'step_10'} is incomplete: it has no MANIFEST.json"
+    ]
 
 
 def test_leftovers_of_a_killed_save(run):
     (run / "step_8").rename(run / ".tmp-step_8")
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_6"
-    assert told == [f"skipped {run / '.tmp-step_8'}: an interrupted save"]
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_6"
+    assert output == [f"skipped {run / '.tmp-step_8'}: an interrupted save"]
     with open_writer(run):
         assert not (run / ".tmp-step_8").exists()
 
@@ -271,14 +272,14 @@ def test_final_is_found_by_its_step(run):
     with open_writer(run) as writer:
         writer.save("final", make_state(8), metadata(8))
     assert find_latest(run, print) == run / "final"
-    assert find_latest(run, print, before=8) == run / "step_7"  # what `final` was before
+    assert find_latest(run, print, before=8) == run / "step_7"  # the former `final`
     (run / "final/config.json").write_text("{")
-    told: list[str] = []
-    assert find_latest(run, told.append) == run / "step_8"
-    assert "final is damaged: config.json" in told[0]
+    output: list[str] = []
+    assert find_latest(run, output.append) == run / "step_8"
+    assert "final is damaged: config.json" in output[0]
 
 
-def test_a_replaced_final_becomes_the_step_it_is(tmp_path):
+def test_a_replaced_final_is_renamed_to_its_step(tmp_path):
     with open_writer(tmp_path) as writer:
         for step in (4, 9):
             writer.save("final", make_state(step), metadata(step))
@@ -314,7 +315,7 @@ def test_later_damaged_checkpoints_do_not_push_out_good_ones(tmp_path):
 # --- saves that fail ------------------------------------------------------------------------------
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_everything_is_synced_before_the_rename(tmp_path, monkeypatch):
     events: list[str] = []
     fsync, publish = checkpoint_folder.fsync, arrays.publish
     monkeypatch.setattr(
@@ -334,7 +335,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("failing", ["_save_tree", "write_metadata", "write_manifest", "publish"])
-def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path, monkeypatch, failing):
+def test_a_full_disk_damages_no_earlier_checkpoint(tmp_path, monkeypatch, failing):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -353,7 +354,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(tmp_path, monkeypatch, failing)
     assert find_latest(tmp_path, print) == tmp_path / "step_4"
 
 
-def test_leaving_the_context_reports_the_last_save_but_hides_no_other_error(tmp_path, monkeypatch):
+def test_exiting_the_context_reports_the_last_save_but_hides_no_other_error(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "publish", lambda *_: 1 / 0)
     with (
         pytest.raises(UserError, match="ZeroDivisionError"),
@@ -373,7 +374,7 @@ def test_check_reports_a_failed_save_without_waiting(tmp_path, monkeypatch):
     writer._executor.shutdown(wait=True)
     with pytest.raises(UserError, match="step_1"):
         writer.check()
-    writer.check()  # told once
+    writer.check()  # reported once
 
 
 @pytest.fixture
@@ -406,7 +407,7 @@ def test_a_really_full_disk(tiny_disk):
     assert_same_bits(restore(tiny_disk / "step_1", abstract(small)), small)
 
 
-def test_kill_in_mid_save_leaves_the_earlier_one(tmp_path):
+def test_a_kill_during_a_save_keeps_the_earlier_checkpoint(tmp_path):
     script = """
         import pathlib, sys, time
         import numpy as np
@@ -431,9 +432,9 @@ def test_kill_in_mid_save_leaves_the_earlier_one(tmp_path):
                 process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert (tmp_path / ".tmp-step_2/params").is_dir()
-    told: list[str] = []
-    assert find_latest(tmp_path, told.append) == tmp_path / "step_1"
-    assert told == [f"skipped {tmp_path / '.tmp-step_2'}: an interrupted save"]
+    output: list[str] = []
+    assert find_latest(tmp_path, output.append) == tmp_path / "step_1"
+    assert output == [f"skipped {tmp_path / '.tmp-step_2'}: an interrupted save"]
 
 
 FULL = """
@@ -455,8 +456,8 @@ except UserError as error:
 """
 
 
-def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
-    """No traces of orbax's threads beside it; in a process of its own, whose threads end."""
+def test_a_full_disk_is_one_line(tmp_path):
+    """Without tracebacks of orbax's threads; in a process of its own, whose threads end."""
     ran = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=120
     )

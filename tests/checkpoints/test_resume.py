@@ -1,4 +1,4 @@
-"""What a run continues and what it refuses to; all of it decided from files, before any array."""
+"""What a run resumes and what it refuses; all of it decided from files, before any array."""
 
 import dataclasses
 import pathlib
@@ -35,17 +35,17 @@ def run(tmp_path) -> pathlib.Path:
 
 
 def start_of(config: RunConfig, what: str) -> tuple[pathlib.Path | None, list[str]]:
-    told: list[str] = []
-    start = resume.find_start(config, what, told.append)
-    return (start.path if start else None), told
+    output: list[str] = []
+    start = resume.find_start(config, what, output.append)
+    return (start.path if start else None), output
 
 
-def test_auto_takes_the_newest_or_starts_anew(run, tmp_path):
-    path, told = start_of(config_for(run), "auto")
-    assert path == run / "step_4" and told == [f"continuing from {path}: step 4"]
-    path, told = start_of(config_for(tmp_path / "new"), "auto")
+def test_auto_resumes_from_the_newest_or_starts_anew(run, tmp_path):
+    path, output = start_of(config_for(run), "auto")
+    assert path == run / "step_4" and output == [f"continuing from {path}: step 4"]
+    path, output = start_of(config_for(tmp_path / "new"), "auto")
     assert path is None
-    assert told == [f"no checkpoint in {tmp_path / 'new'} yet: starting from the beginning"]
+    assert output == [f"no checkpoint in {tmp_path / 'new'} yet: starting from the beginning"]
 
 
 def test_a_folder_means_a_checkpoint_or_the_newest_of_a_run(run, tmp_path):
@@ -54,14 +54,14 @@ def test_a_folder_means_a_checkpoint_or_the_newest_of_a_run(run, tmp_path):
     assert start_of(elsewhere, f"{run / 'step_2'}/")[0] == run / "step_2"
 
 
-def test_a_link_to_a_checkpoint_and_the_folder_itself_mean_it(run, tmp_path, monkeypatch):
+def test_a_checkpoint_can_be_given_as_a_link_or_as_the_current_folder(run, tmp_path, monkeypatch):
     for name in ("latest", "step_9"):  # its name says nothing
         (tmp_path / name).symlink_to(run / "step_2")
         assert start_of(config_for(tmp_path / "other"), str(tmp_path / name))[0] == run / "step_2"
     monkeypatch.chdir(run / "step_2")
     for name in (".", "./", "../step_2"):
-        path, told = start_of(config_for(tmp_path / "other"), name)
-        assert path is not None and path.samefile(run / "step_2"), told
+        path, output = start_of(config_for(tmp_path / "other"), name)
+        assert path is not None and path.samefile(run / "step_2"), output
     monkeypatch.chdir(run / "step_2/params")
     assert start_of(config_for(run), "..")[0] == run / "step_2"
     monkeypatch.chdir(run)
@@ -73,12 +73,12 @@ def test_a_link_to_a_checkpoint_and_the_folder_itself_mean_it(run, tmp_path, mon
     assert start_of(config_for(run), str(tmp_path / "damaged"))[0] == run / "step_2"
 
 
-def test_a_damaged_one_is_named_and_the_one_before_taken(run):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(run):
     (run / "step_4/config.json").write_text("{}")
     for what in ("auto", str(run / "step_4")):
-        path, told = start_of(config_for(run), what)
+        path, output = start_of(config_for(run), what)
         assert path == run / "step_2"
-        assert told[0] == (
+        assert output[0] == (
             f"skipped: checkpoint {run / 'step_4'} is damaged: config.json does not match its hash"
         )
     (run / "step_2/MANIFEST.json").unlink()
@@ -88,13 +88,13 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(run):
         start_of(config_for(run), "auto")
 
 
-def test_changed_settings_are_told(run):
+def test_changed_settings_are_logged(run):
     config = config_for(run, vocab_size=257)
     config = dataclasses.replace(
         config, training=dataclasses.replace(config.training, max_steps=7), log_dir="elsewhere"
     )
-    _, told = start_of(config, "auto")
-    assert told[1:] == ["changed since that checkpoint: training.max_steps 100000 → 7"]
+    _, output = start_of(config, "auto")
+    assert output[1:] == ["changed since that checkpoint: training.max_steps 100000 → 7"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_changed_settings_are_told(run):
     ],
 )
 def test_another_model_is_refused_and_the_fields_named(run, model, difference):
-    with pytest.raises(UserError, match=f"step_4 is of another model: .*{difference}"):
+    with pytest.raises(UserError, match=f"step_4 does not match this model: .*{difference}"):
         start_of(config_for(run, **model), "auto")
 
 
@@ -127,7 +127,7 @@ def test_another_tokenizer_is_refused(run):
         resume.check_same_tokenizer(start, "gpt2", "another")
 
 
-def test_other_data_are_refused(run):
+def test_other_data_is_refused(run):
     start = resume.find_start(config_for(run), "auto", print)
     resume.check_same_data(start, "these data")
     with pytest.raises(
@@ -154,12 +154,12 @@ def test_nothing_to_resume_from_is_refused(tmp_path):
 
 def test_later_checkpoints_are_set_aside_not_deleted(run):
     put_checkpoint(run, "final", 6)
-    told: list[str] = []
-    resume.set_newer_aside(run, 2, told.append)
+    output: list[str] = []
+    resume.set_newer_aside(run, 2, output.append)
     (aside,) = run.glob("superseded_*")
     assert sorted(path.name for path in aside.iterdir()) == ["final", "step_4"]
     assert start_of(config_for(run), "auto")[0] == run / "step_2"
-    assert told == [f"moved later checkpoints (final, step_4) to {aside}"]
+    assert output == [f"moved later checkpoints (final, step_4) to {aside}"]
 
 
 def test_the_end_is_the_final_of_this_folder_at_the_last_step(run):
@@ -175,33 +175,35 @@ def test_the_end_is_the_final_of_this_folder_at_the_last_step(run):
     assert not resume.find_start(config_for(run), str(run / "step_4"), print).ends(config_for(run))
 
 
-def test_the_layout_stays_where_nothing_that_it_hangs_on_changed(tmp_path):
-    asked = config_for(tmp_path, vocab_size=257)
+def test_the_layout_stays_unless_something_that_it_depends_on_changed(tmp_path):
+    requested = config_for(tmp_path, vocab_size=257)
     layout = {
         "model": {"remat": "dots"},
         "vram": {"batch_size": 4, "gradient_accumulation_steps": 8},
     }
     path = tmp_path / "step_2"
     path.mkdir()
-    metadata = Metadata(asked, 2, 64, "these data", layout=layout, device="1 × card")
+    metadata = Metadata(requested, 2, 64, "these data", layout=layout, device="1 × card")
     checkpoint_folder.write_metadata(path, metadata)
     checkpoint_folder.write_manifest(path)
-    start = resume.find_start(asked, "auto", print)
+    start = resume.find_start(requested, "auto", print)
 
     def microbatch(config: RunConfig, device: str = "1 × card") -> int:
         return resume.laid_out_as_before(start, config, device).vram.batch_size
 
-    kept = resume.laid_out_as_before(start, asked, "1 × card")
+    kept = resume.laid_out_as_before(start, requested, "1 × card")
     assert (kept.vram.batch_size, kept.vram.accumulation_steps, kept.model.remat) == (4, 8, "dots")
-    assert checkpoint_folder.layout_of(asked, kept) == layout
-    other = dataclasses.replace(asked.training, max_steps=7)
-    assert microbatch(dataclasses.replace(asked, training=other)) == 4
-    assert microbatch(asked, "2 × card") == 0
+    assert checkpoint_folder.layout_of(requested, kept) == layout
+    other = dataclasses.replace(requested.training, max_steps=7)
+    assert microbatch(dataclasses.replace(requested, training=other)) == 4
+    assert microbatch(requested, "2 × card") == 0
     for field in ({"memory_gb": 8.0}, {"safety_margin_mb": 1}, {"effective_batch_size": 64}):
         assert (
-            microbatch(dataclasses.replace(asked, vram=dataclasses.replace(asked.vram, **field)))
+            microbatch(
+                dataclasses.replace(requested, vram=dataclasses.replace(requested.vram, **field))
+            )
             == 0
         )
     assert microbatch(config_for(tmp_path, vocab_size=257, remat="full")) == 0
-    mine = dataclasses.replace(asked.vram, batch_size=8)
-    assert microbatch(dataclasses.replace(asked, vram=mine)) == 8
+    mine = dataclasses.replace(requested.vram, batch_size=8)
+    assert microbatch(dataclasses.replace(requested, vram=mine)) == 8

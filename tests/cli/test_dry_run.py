@@ -1,4 +1,4 @@
-"""``train --dry_run``: the plan in words; whatever the run would refuse, without making a thing."""
+"""``train --dry_run``: prints the plan, and every error of the run, without writing anything."""
 
 import os
 import pathlib
@@ -46,8 +46,8 @@ def put_checkpoint(name: str, step: int) -> None:
     checkpoint_folder.write_manifest(folder)
 
 
-def test_it_tells_the_whole_plan_and_makes_nothing(call, tmp_path):
-    status, told, error = call("--output_dir=out", "--seed=7", "--vram=8")
+def test_it_prints_the_whole_plan_and_writes_nothing(call, tmp_path):
+    status, printed, error = call("--output_dir=out", "--seed=7", "--vram=8")
     assert status == 0 and not error
     for words in (
         *("custom: mamba, 16 wide, 1 layers", "(vocabulary 257, tokenizer bytes)"),
@@ -55,18 +55,20 @@ def test_it_tells_the_whole_plan_and_makes_nothing(call, tmp_path):
         "32 windows of 32 tokens a step, 6,144 tokens in all",
         *("data: 1 files", "8.00 GiB (--vram) less a margin", "out: a new run"),
     ):
-        assert words in told, words
-    assert f"memory of {jax.device_count()} × cpu" in told
+        assert words in printed, words
+    assert f"memory of {jax.device_count()} × cpu" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_it_tells_what_resuming_would_do(call):
+def test_it_prints_what_resuming_would_do(call):
     put_checkpoint("out/step_2", 2)
-    status, told, _ = call("--resume=out/step_2", "--training_preset=careful", "--output_dir=new")
+    status, printed, _ = call(
+        "--resume=out/step_2", "--training_preset=careful", "--output_dir=new"
+    )
     assert status == 0
-    assert "continuing from out/step_2: step 2" in told
-    assert "changed since that checkpoint: training.learning_rate 0.0003 → 0.0001" in told
-    assert "new: 4 steps to go" in told and not pathlib.Path("new").exists()
+    assert "continuing from out/step_2: step 2" in printed
+    assert "changed since that checkpoint: training.learning_rate 0.0003 → 0.0001" in printed
+    assert "new: 4 steps to go" in printed and not pathlib.Path("new").exists()
     assert "out: 4 steps to go" in call("--resume=auto", "--output_dir=out")[1]
 
     put_checkpoint("done/final", 6)
@@ -80,7 +82,7 @@ REFUSED = {
     "out": (["--output_dir=out"], "output_dir out already holds checkpoints of a run (step_2)"),
     "structure": (
         ["--resume=out", "--config.model.d_model=32"],
-        "out/step_2 is of another model: model.d_model 16 there, 32 here",
+        "out/step_2 does not match this model: model.d_model 16 there, 32 here",
     ),
     "file": (["--output_dir=data/a.txt/x"], "cannot write into output_dir data/a.txt/x: "),
     "profile": (["--profile"], "would trace the steps 6 to 8, but the run ends at step 6"),
@@ -92,7 +94,7 @@ REFUSED = {
     "memory": (["--vram=1", "--vram_safety_margin=1024"], "leaves nothing of"),
     "tokenizer": (
         ["--resume=out", "--config.data.tokenizer=gpt2"],
-        "out/step_2 is of another model: data.tokenizer bytes there, gpt2 here",
+        "out/step_2 does not match this model: data.tokenizer bytes there, gpt2 here",
     ),
     "steps": (
         ["--resume=out", "--config.training.max_steps=1"],
@@ -119,8 +121,8 @@ def test_what_a_run_would_refuse_is_refused_in_one_line(call, case, monkeypatch)
     put_checkpoint("out/step_2", 2)
     argv, message = REFUSED[case]
     with RunLock.acquire(pathlib.Path("locked")):
-        status, told, error = call(*argv)
-        assert status == 2 and not told
+        status, printed, error = call(*argv)
+        assert status == 2 and not printed
         assert message in error and error.count("\n") == 1
         status, _, same = call(*argv, dry=False)
     assert status == 2
@@ -128,10 +130,10 @@ def test_what_a_run_would_refuse_is_refused_in_one_line(call, case, monkeypatch)
     assert not pathlib.Path("new").exists()
 
 
-def test_a_folder_with_a_lock_is_told_and_left_alone(call):
+def test_a_locked_folder_is_reported_and_left_alone(call):
     with RunLock.acquire(pathlib.Path("locked")) as lock:
         before = os.fstat(lock.descriptor)
-        status, told, _ = call("--output_dir=locked", "--force")
-        assert status == 0 and f"is locked by a run on {os.uname().nodename} (pid" in told
+        status, printed, _ = call("--output_dir=locked", "--force")
+        assert status == 0 and f"is locked by a run on {os.uname().nodename} (pid" in printed
         lock.check()
         assert os.fstat(lock.descriptor).st_ino == before.st_ino

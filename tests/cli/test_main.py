@@ -1,4 +1,4 @@
-"""The console command: what it lists, what it imports, what it says to a misspelt name."""
+"""The console command: what it lists, what it imports, and its error for a misspelt name."""
 
 import contextlib
 import importlib.util
@@ -69,7 +69,7 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[-1].rpartition("/")[2])
 def test_ctrl_c_during_imports_is_one_line(program, tmp_path):
-    """Every command imports argparse; this one presses Ctrl-C meanwhile."""
+    """Every command imports argparse; this one raises Ctrl-C in the import."""
     press = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
     (tmp_path / "argparse.py").write_text(press)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -108,7 +108,7 @@ LINES = {  # as typed → as the command gets it
     "compare --json ~/a ~/b": f"compare --json {HOME}/a {HOME}/b",
     "--output_dir=./~/out": "--output_dir=./~/out",
     "--output_dir=out~": "--output_dir=out~",
-    "--prompt=~/text --stop ~/": "--prompt=~/text --stop ~/",  # text is no path
+    "--prompt=~/text --stop ~/": "--prompt=~/text --stop ~/",  # text is not a path
     "--config.sample_prompt ~/x": "--config.sample_prompt ~/x",
 }
 
@@ -128,9 +128,9 @@ def test_every_flag_that_takes_a_path_is_expanded(name, capsys, monkeypatch):
     for subcommand in subcommands:
         with contextlib.suppress(SystemExit):  # argparse leaves this way
             main.main([word for word in (name, subcommand, "--help") if word])
-        told = capsys.readouterr().out
-        assert "usage" in told
-        for flag in re.findall(r"--(\w+)[ =](?:DIR|FILE|PATH)\b", told):
+        printed = capsys.readouterr().out
+        assert "usage" in printed
+        for flag in re.findall(r"--(\w+)[ =](?:DIR|FILE|PATH)\b", printed):
             assert paths.expand(flag, "~/x") == f"{HOME}/x", flag
 
 
@@ -177,7 +177,7 @@ def test_version_without_a_working_device_says_why(monkeypatch):
     assert main.version().splitlines()[-1] == "no device: no such driver"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     shell = f"{sys.executable} -m mamba_jax train --help_config | head -n 1"
     ran = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True)
     assert ran.stdout.startswith("--config.name=") and ran.stderr == ""

@@ -1,4 +1,4 @@
-"""From the command line to a config: defaults, what wins over what, one line for mistakes."""
+"""From the command line to a config: defaults, precedence, one line for mistakes."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_defaults_are_those_of_the_guide():
 
 @pytest.mark.parametrize("size", presets.SIZES)
 @pytest.mark.parametrize("preset", presets.TRAINING_PRESETS)
-def test_a_size_and_a_preset_put_in_their_rows_and_nothing_else(size, preset):
+def test_a_size_and_a_preset_set_their_rows_and_nothing_else(size, preset):
     config, row = (
         config_of("--model_size", size, f"--training_preset={preset}"),
         presets.SIZES[size],
@@ -77,7 +77,7 @@ def test_a_size_and_a_preset_put_in_their_rows_and_nothing_else(size, preset):
     assert to_dict(config) == expected
 
 
-# Each chain from what yields to what wins; a step adds one more argument.
+# Each chain from the lowest to the highest precedence; each step adds one argument.
 CHAINS = {
     "model.d_model": (
         (768, None),
@@ -101,7 +101,7 @@ CHAINS = {
     "vram.auto": (
         (False, None),
         (True, {"vram": {"auto": True}}),
-        (False, "--vram=16"),  # says how much instead of finding out
+        (False, "--vram=16"),  # gives the amount instead of detecting it
         (True, "--vram_auto"),
         (False, "--config.vram.auto=false"),
     ),
@@ -116,16 +116,16 @@ CHAINS = {
 
 @pytest.mark.parametrize("field", CHAINS)
 @pytest.mark.parametrize("backwards", [False, True], ids=["in order", "order reversed"])
-def test_what_wins(field, backwards):
+def test_precedence(field, backwards):
     argv = []
     for expected, layer in CHAINS[field]:
         if layer is not None:
             argv.append(write_json(**layer) if isinstance(layer, dict) else layer)
-        # Where an argument stands among the others says nothing.
+        # The order of the arguments has no effect.
         assert value(config_of(*(argv[::-1] if backwards else argv)), field) == expected
 
 
-def test_sizes_and_presets_set_nothing_in_common():
+def test_sizes_and_presets_set_different_fields():
     groups = [set(size_fields(size)) for size in presets.SIZES]
     assert not set.union(*groups) & set(training_fields("fast"))
 
@@ -140,7 +140,7 @@ def test_a_python_file_is_a_whole_config():
     assert (config.name, config.model.d_model, config.training.max_steps) == ("mine", 96, 450)
 
 
-def test_a_size_or_preset_beside_a_python_file_wins_and_says_so():
+def test_a_size_or_preset_overrides_a_python_file_and_logs_it():
     arguments = read(["--config=mine.py", "--training_preset=fast"])
     assert arguments.config.training.max_steps == 50_000 and arguments.config.model.d_model == 96
     (note,) = arguments.notes
@@ -239,12 +239,12 @@ def test_a_file_of_another_kind_is_refused():
         read(["--config=config.yaml"])
 
 
-# --- what a checkpoint says -----------------------------------------------------------------------
+# --- settings of a checkpoint ---------------------------------------------------------------------
 
 
 @pytest.fixture
 def checkpoint() -> pathlib.Path:
-    """Of a hybrid that found its memory by itself."""
+    """The checkpoint of a hybrid that detected its memory."""
     folder = pathlib.Path("runs/first/step_50")
     folder.mkdir(parents=True)
     config = config_of(
@@ -276,7 +276,7 @@ def test_a_resumed_run_has_the_checkpoints_settings_and_those_given(checkpoint):
     assert changed.name == saved.name
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is(checkpoint):
+def test_a_moved_run_resumes_in_its_new_folder(checkpoint):
     checkpoint.parent.rename("moved")
     assert config_of("--resume=moved/step_50").output_dir == "moved"
     assert config_of("--resume=moved").seed == 7
@@ -291,7 +291,7 @@ def test_auto_continues_with_what_is_in_output_dir(checkpoint):
     assert config_of("--resume=auto", "--output_dir=runs/first", "--config=mine.py").name == "mine"
 
 
-def test_memory_given_beside_a_checkpoint_is_not_found_out_again(checkpoint):
+def test_memory_given_with_a_checkpoint_is_not_detected_again(checkpoint):
     vram = config_of("--resume", str(checkpoint), "--vram=8gb").vram
     assert (vram.memory_gb, vram.auto) == (8.0, False)
 
@@ -299,7 +299,7 @@ def test_memory_given_beside_a_checkpoint_is_not_found_out_again(checkpoint):
 # --- help -----------------------------------------------------------------------------------------
 
 
-def test_help_shows_flags_sizes_presets_and_what_wins(capsys, monkeypatch):
+def test_help_shows_flags_sizes_presets_and_precedence(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as done:
         read(["--help"])

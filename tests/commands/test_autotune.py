@@ -1,4 +1,4 @@
-"""Tuning on a make-believe card, the table on disk, and what a machine without a GPU is told."""
+"""Tuning on a simulated card, the table on disk, and the error on a machine without a GPU."""
 
 import dataclasses
 import functools
@@ -89,7 +89,7 @@ def test_the_command_writes_this_cards_row_beside_the_others(monkeypatch, capsys
     assert (row.measured, row.schedulers, row.forward.tile) == (True, 528, Tile(64, 2))
 
 
-def test_an_old_card_is_told_so(monkeypatch, capsys):
+def test_an_old_card_is_refused(monkeypatch, capsys):
     old = types.SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5")
     monkeypatch.setattr(jax, "devices", lambda: [old])
     assert autotune.main(["--quick"]) == 2
@@ -106,7 +106,7 @@ def test_a_tile_is_timed_if_it_runs_and_is_right(direction, monkeypatch, capsys)
     assert not capsys.readouterr().err
     assert measure_again_fails(measure, monkeypatch, lambda y_bte: y_bte * 1.03)
     assert measure_again_fails(measure, monkeypatch, lambda y_bte: y_bte * jnp.nan)
-    assert capsys.readouterr().err.count("skipped: wrong results of ScanPlan(") == 2
+    assert capsys.readouterr().err.count("skipped: wrong results from ScanPlan(") == 2
     # No GPU here, so that the kernels themselves do not compile.
     monkeypatch.setattr(pallas_gpu, "scan", scan)
     assert measure() == float("inf") and "skipped: " in capsys.readouterr().err
@@ -123,7 +123,7 @@ def measure_again_fails(measure, monkeypatch, spoil):
     return measure() == float("inf")
 
 
-def test_the_users_file_goes_before_the_table(monkeypatch):
+def test_the_users_file_takes_precedence_over_the_table(monkeypatch):
     assert not default_row().measured
     row = dataclasses.replace(default_row(), chunk_tokens=64, measured=True)
     tuning.write(tuning.user_table_path(), {"NVIDIA H200": row})
@@ -146,7 +146,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_named_and_is_one_line_of_every_command(damage, monkeypatch, capsys):
+def test_a_damaged_file_is_one_line_in_every_command(damage, monkeypatch, capsys):
     path = tuning.user_table_path()
     tuning.write(path, {"NVIDIA H200": default_row()})
     if ":" in damage and not damage.startswith("{"):

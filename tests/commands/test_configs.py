@@ -1,4 +1,4 @@
-"""The files under configs/: one per size, each telling the truth about itself."""
+"""The files under configs/: one per size, each described correctly."""
 
 import dataclasses
 import pathlib
@@ -20,15 +20,15 @@ def test_there_is_one_file_for_each_size_and_the_quick_start():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_docstring_tells_the_truth(file):
+def test_docstrings_are_correct(file):
     run = freeze(load_config(str(file)))
     docstring = file.read_text().split('"""')[1]
     assert f"--config=configs/{file.name}" in docstring
     vocab_size = load_tokenizer(run.data.tokenizer).vocab_size
     count = parameter_count(dataclasses.replace(run.model, vocab_size=vocab_size))
-    told = re.search(r"Parameters: ([\d,]+) with .* vocabulary, ([\d,]+) of them", docstring)
-    assert told is not None
-    assert told.groups() == (f"{count.total:,}", f"{count.non_embedding:,}")
+    output = re.search(r"Parameters: ([\d,]+) with .* vocabulary, ([\d,]+) of them", docstring)
+    assert output is not None
+    assert output.groups() == (f"{count.total:,}", f"{count.non_embedding:,}")
 
 
 @pytest.mark.parametrize("stem", SIZE_OF)
@@ -45,8 +45,8 @@ def test_a_size_is_its_row_of_the_table(stem):
     n_tokens = run.training.max_steps * run.vram.effective_batch_size * run.model.max_seq_len
     assert tokens is not None and tokens[1] == f"{n_tokens / 1e9:.1f}"
     n_parameters = int(re.search(r"Parameters: ([\d,]+)", docstring)[1].replace(",", ""))
-    told = re.findall(r"([\d.]+) GB", docstring)  # float32: weights and two moments, gradient
-    assert told == [f"{n_parameters * n_bytes / 1e9:.1f}" for n_bytes in (12, 4)]
+    output = re.findall(r"([\d.]+) GB", docstring)  # float32: weights and two moments, gradient
+    assert output == [f"{n_parameters * n_bytes / 1e9:.1f}" for n_bytes in (12, 4)]
 
 
 def test_quickstart_is_a_hybrid_with_a_closing_sample():

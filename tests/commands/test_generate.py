@@ -66,7 +66,7 @@ def test_prompt_and_text_from_any_kind_of_folder(place, run_dir, expected, capsy
     assert "tiny, step 2" in output.err
 
 
-def test_the_named_step_is_the_one_that_speaks(run_dir, expected, capsys):
+def test_the_named_step_generates(run_dir, expected, capsys):
     assert generate.main(["--checkpoint", str(run_dir / "step_1"), "--prompt=def ", *FLAGS]) == 0
     output = capsys.readouterr()
     assert "tiny, step 1" in output.err
@@ -86,7 +86,7 @@ def test_the_newest_may_be_damaged(run_dir, expected, capsys, tmp_path):
     assert "step_3" in output.err
 
 
-def test_a_suffix_needs_a_model_that_learnt_it(run_dir, params, tmp_path, capsys):
+def test_a_suffix_needs_a_model_trained_with_it(run_dir, params, tmp_path, capsys):
     arguments = ["--prompt=def ", "--suffix=return", *FLAGS]
     assert generate.main(["--checkpoint", str(run_dir), *arguments]) == 2
     assert "trained without data.fim_rate" in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_a_suffix_needs_a_model_that_learnt_it(run_dir, params, tmp_path, capsys
 
 
 def test_the_checkpoint_carries_its_tokenizer(params, tmp_path, capsys):
-    """The folder of the tokenizer that it was trained with is gone."""
+    """The folder of the tokenizer that it was trained with no longer exists."""
     file = tmp_path / "tokenizer.json"
     byte_level().save(str(file))
     tokenizer = json_tokenizer.from_file(str(file), file)
@@ -123,7 +123,7 @@ def test_the_checkpoint_carries_its_tokenizer(params, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source", ["file", "dash", "pipe"])
-def test_prompts_by_the_line(source, run_dir, expected, capsys, tmp_path, monkeypatch):
+def test_one_prompt_per_line(source, run_dir, expected, capsys, tmp_path, monkeypatch):
     lines = "a b\n\nimport\né\n"
     flags = {"file": [f"--prompt_file={tmp_path / 'p.txt'}"], "dash": ["--prompt_file=-"]}
     (tmp_path / "p.txt").write_text(lines, "utf-8")
@@ -137,7 +137,7 @@ def test_prompts_by_the_line(source, run_dir, expected, capsys, tmp_path, monkey
     )
 
 
-def test_rows_print_in_order_the_first_unfinished_one_live(capsys):
+def test_rows_print_in_order_and_the_first_unfinished_one_streams(capsys):
     printer = generate.InOrder(["A", "B"])
     printer(1, "one ")
     assert capsys.readouterr().out == "==> 1 of 2 <==\nA"
@@ -161,7 +161,7 @@ def test_ctrl_c_keeps_what_was_printed(run_dir, capsys, monkeypatch):
     assert output.out == "def some text\n" and "Traceback" not in output.err
 
 
-def test_a_model_twice_is_an_ensemble_that_says_what_it_says(run_dir, expected, capsys):
+def test_an_ensemble_of_a_model_with_itself_gives_its_text(run_dir, expected, capsys):
     ensemble = ["--ensemble", str(run_dir), str(run_dir / "step_2")]
     assert generate.main([*ensemble, "--prompt=def ", *FLAGS]) == 0
     output = capsys.readouterr()
@@ -193,7 +193,7 @@ def test_escapes_in_a_stop(given, meant):
     assert generate.parse(["--checkpoint=a", f"--stop={given}"]).stop == [meant]
 
 
-def test_the_guides_name_for_it(run_dir, expected, capsys, monkeypatch):
+def test_the_guides_command_generates(run_dir, expected, capsys, monkeypatch):
     arguments = ["inference.py", f"--checkpoint={run_dir}", "--prompt=def ", *FLAGS]
     monkeypatch.setattr("sys.argv", arguments)
     script = pathlib.Path(__file__).parents[2] / "launch/inference.py"
@@ -206,7 +206,7 @@ def test_the_guides_name_for_it(run_dir, expected, capsys, monkeypatch):
 
 
 class Speaker:
-    """A conversation of fixed pieces; a Ctrl-C comes where one says so."""
+    """A conversation with fixed pieces, one of which may be a Ctrl-C."""
 
     def __init__(self, *pieces):
         self._pieces = pieces
@@ -307,7 +307,9 @@ def test_mistakes_are_one_line(flags, named, run_dir, capsys, tmp_path, monkeypa
     assert named in output.err
 
 
-def test_a_terminal_without_a_prompt_is_told_what_to_give(run_dir, capsys, monkeypatch):
+def test_without_a_prompt_a_terminal_gets_an_error_that_names_the_flags(
+    run_dir, capsys, monkeypatch
+):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdin", terminal)

@@ -41,7 +41,7 @@ def test_a_plan_by_part(no_gpu, capsys):
     assert sum(found["parts_bytes"].values()) == found["needs_bytes"]
 
 
-def test_a_named_device_gives_what_it_has_unless_vram_says_less(no_gpu, capsys):
+def test_a_named_device_has_its_own_memory_unless_vram_is_lower(no_gpu, capsys):
     assert record(capsys, "--device=RTX 4090")["total_bytes"] == 24 * 2**30
     assert record(capsys, "--device=RTX 4090", "--vram=20")["total_bytes"] == 20 * 2**30
     assert record(capsys, "--device=RTX 3070", "--vram", "16gb")["total_bytes"] == 8 * 2**30
@@ -128,7 +128,7 @@ def train_into(place, monkeypatch, name: str, *flags: str) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("lost", "at"), [(False, 1), (True, 4)])
-def test_a_run_goes_on_with_half_the_microbatch(place, monkeypatch, capsys, lost, at):
+def test_a_run_continues_with_half_the_microbatch(place, monkeypatch, capsys, lost, at):
     whole = train_into(place, monkeypatch, f"whole-{lost}")
     calls = []
 
@@ -153,8 +153,8 @@ def test_a_run_goes_on_with_half_the_microbatch(place, monkeypatch, capsys, lost
     found = train_into(place, monkeypatch, name)
     assert found.keys() == whole.keys() == set(range(1, 6))
     np.testing.assert_allclose(list(found.values()), list(whole.values()), rtol=2e-5)
-    told = capsys.readouterr()
-    assert "out of memory with a microbatch of 16: continuing with 8 × 4" in told.err
-    assert ("continuing from" in told.out and "step 2" in told.out) == lost
+    output = capsys.readouterr()
+    assert "out of memory with a microbatch of 16: continuing with 8 × 4" in output.err
+    assert ("continuing from" in output.out and "step 2" in output.out) == lost
     saved = read_metadata(place / name / "final").laid_out.vram
     assert (saved.batch_size, saved.accumulation_steps) == (8, 4)

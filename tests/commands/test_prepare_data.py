@@ -47,7 +47,7 @@ def test_a_run_finds_what_was_prepared(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("main", [train.main, prepare_data.main], ids=["train", "prepare_data"])
-def test_list_files_tells_of_each_and_tokenises_nothing(main, capsys, tmp_path):
+def test_list_files_lists_each_file_and_tokenises_nothing(main, capsys, tmp_path):
     assert main([*FLAGS, "--list_files"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "texts/00.txt: 1 documents, 210 bytes of text" in out
@@ -81,7 +81,7 @@ def test_inspect_shows_the_windows_that_a_training_begins_with(capsys):
     assert "; 1 documents begin <==" in out or "; 2 documents begin <==" in out  # and its end
 
 
-def test_list_files_tells_what_the_cache_knows(capsys, here):
+def test_list_files_shows_what_is_cached(capsys, here):
     assert prepare_data.main([*FLAGS, "--workers", "1"]) == 0
     (here / "new.txt").write_text("not tokenised yet")
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The size report against the tables and against counts worked out by hand."""
+"""The size report against the tables and against counts made by hand."""
 
 import functools
 import json
@@ -190,7 +190,7 @@ def test_flops_of_a_run_on_a_device_without_published_peaks(capsys, tmp_path):
         (["--device=H20"], 'unknown --device "H20"; did you mean "H200"?'),
         (["--device=H200", "--measure"], "exclude each other"),
         (["--run=nowhere"], "--run=nowhere: the folder holds no checkpoint"),
-        (["--run=nowhere", "--dtype=float32"], "--dtype has no use with --run"),
+        (["--run=nowhere", "--dtype=float32"], "--dtype has no effect with --run"),
     ],
 )
 def test_flops_mistakes_are_one_line(flags, message, capsys):
@@ -199,7 +199,7 @@ def test_flops_mistakes_are_one_line(flags, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_a_run_is_not_held_against_another_machine(tmp_path, capsys):
+def test_a_run_is_not_compared_with_another_machine(tmp_path, capsys):
     folder = finished_run(tmp_path / "run")  # of H200s
     assert report.main(["flops", f"--run={folder}", "--measure"]) == 2
     error = capsys.readouterr().err

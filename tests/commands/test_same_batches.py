@@ -1,5 +1,5 @@
-"""Commands killed with SIGKILL and started again give the batches of those left alone, by hash over
-two epochs. Samples go on as one integer, which survives JSON."""
+"""Commands that are killed with SIGKILL and restarted give the same batches as undisturbed ones, by
+hash over two epochs. The state of the samples is one integer, which survives JSON."""
 
 import collections
 import hashlib
@@ -29,7 +29,7 @@ def get_config():
     config.vram.update(effective_batch_size={BATCH}, batch_size={BATCH})
     return config
 """
-# Writes (sample, hash) of each window that the run is given; slowed down if it is to be hit.
+# Writes (sample, hash) of each window that the run is given; slowed down if it is to be killed.
 TRAIN = """
     import hashlib, sys, time
     from mamba_jax import train
@@ -133,8 +133,8 @@ def test_train_on_files_and_a_dataset_killed_within_an_epoch(place, monkeypatch)
 
     whole, killed, resumed = (windows_of(f"{x}.txt") for x in ("whole", "killed", "resumed"))
     assert min(resumed) == samples_seen and not (place / "parts/step_3").is_symlink()
-    asked = range(2 * epoch)
-    assert [(killed | resumed)[i] for i in asked] == [whole[i] for i in asked]
+    requested = range(2 * epoch)
+    assert [(killed | resumed)[i] for i in requested] == [whole[i] for i in requested]
     assert all(whole[i] == digest for i, digest in killed.items())
 
     # Each epoch has every window of both sources once, across the batch that holds parts of two.
@@ -164,7 +164,7 @@ def test_prepare_data_killed_half_way(place):
     end(start(place, PREPARE, 0, *once))
     end(start(place, PREPARE, 0, *flags, "--config.data.cache_dir=undisturbed"))
     again, undisturbed = shards("once"), shards("undisturbed")
-    # What the kill left is kept; the rest is grouped anew, as it would be without what is there.
+    # What was complete at the kill is kept; the rest is grouped as if that did not exist.
     assert left.items() <= again.items() and left.items() <= undisturbed.items()
     assert again == undisturbed and len(again) == 5
 

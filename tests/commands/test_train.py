@@ -1,5 +1,5 @@
-"""The ``train`` command: a run that was cut short ends as one that was not, bit for bit; whatever a
-user gets wrong is one line."""
+"""The ``train`` command: an interrupted and resumed run ends as an uninterrupted one, bit for bit;
+each mistake of a user is one line."""
 
 import contextlib
 import errno
@@ -98,7 +98,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
         [r for r in metrics.read(run / metrics.NAME) if not r.keys() & {"tokens_per_sec", "run"}]
         for run in (one, other)
     ]
-    assert measures[0] == measures[1]  # but for their speed, and when and from where they began
+    assert measures[0] == measures[1]  # except their speed, and when and where they began
     assert read_metadata(one / "final").samples_seen == read_metadata(other / "final").samples_seen
 
 
@@ -122,8 +122,8 @@ def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys
     whole, parts, moved = (place / f"{family}-{name}" for name in ("whole", "parts", "moved"))
     family_flag = f"--config.model.family={family}"
     assert call(family_flag, f"--output_dir={whole}") == 0
-    told = capsys.readouterr().out
-    assert "unigram loss" in told and f"generate --checkpoint {whole / 'final'}" in told
+    printed = capsys.readouterr().out
+    assert "unigram loss" in printed and f"generate --checkpoint {whole / 'final'}" in printed
 
     with monkeypatch.context() as patch:
         # Metrics come one step late: while those of step 2 are read, step 3 is under way.
@@ -133,7 +133,7 @@ def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys
     assert call(family_flag, f"--output_dir={parts}", "--resume=auto") == 0
     assert_same_run(whole, parts)
 
-    # From an earlier checkpoint into another folder, as if the rest had never been.
+    # From an earlier checkpoint into another folder, as if the rest had never happened.
     assert call(family_flag, f"--output_dir={moved}", f"--resume={whole / 'step_2'}") == 0
     assert_same_run(whole, moved)
 
@@ -145,12 +145,12 @@ SLOW_RUN = """
     from mamba_jax.data.pipeline import Corpus
     from mamba_jax.training.monitor import Monitor
     batches = Corpus.train_batches
-    def told(self, batch_size, seed, start=0):
+    def printed(self, batch_size, seed, start=0):
         for batch in batches(self, batch_size, seed, start):
             print("batch", start, xxhash.xxh3_64_hexdigest(batch.tobytes()), flush=True)
             yield batch
             start += batch_size
-    Corpus.train_batches = told
+    Corpus.train_batches = printed
     secs, record = float(sys.argv[1]), Monitor.step
     def step(self, at, **values):
         record(self, at, **values)
@@ -162,7 +162,7 @@ SLOW_RUN = """
 
 
 class Process:
-    """The command in a process of its own on one device, slowed down if it is to be hit."""
+    """The command in a process of its own on one device, slowed down if it is to be killed."""
 
     def __init__(self, place: pathlib.Path, *argv: str, secs_per_step: float = 0.0):
         script = textwrap.dedent(SLOW_RUN)
@@ -242,8 +242,8 @@ def recorded_steps(output_dir: pathlib.Path) -> list[int]:
     return [r["step"] for r in metrics.read(output_dir / metrics.NAME) if "loss" in r]
 
 
-def test_a_living_run_has_its_folder_for_itself(call, place, capsys):
-    """Fresh or resumed, nothing starts beside it; what only reads may; a kill frees the folder."""
+def test_an_active_run_has_exclusive_use_of_its_folder(call, place, capsys):
+    """No other run, fresh or resumed, starts in its folder; readers may; a kill frees it."""
     flags = ("--config.training.max_steps=400", "--config.training.save_steps=2")
     run = Process(place, *flags, "--output_dir=lived", secs_per_step=0.05)
     run.wait_for("recorded 5")
@@ -251,10 +251,10 @@ def test_a_living_run_has_its_folder_for_itself(call, place, capsys):
     half_saved.mkdir()
     for more in ([], ["--resume=auto"], ["--resume=lived"], ["--dry_run"]):
         assert call("--output_dir=lived", *flags, *more) == 2
-        told = capsys.readouterr()
-        assert f"output_dir lived is in use by a run on {socket.gethostname()} (pid " in told.err
-        assert f"(pid {run.pid}, since" in told.err and told.err.count("\n") == 1
-        assert not told.out
+        printed = capsys.readouterr()
+        assert f"output_dir lived is in use by a run on {socket.gethostname()} (pid " in printed.err
+        assert f"(pid {run.pid}, since" in printed.err and printed.err.count("\n") == 1
+        assert not printed.out
     assert background.main(["--config=tiny.py", "--output_dir=lived", "--resume=auto"]) == 2
     assert f"(pid {run.pid}, since" in capsys.readouterr().err
     assert half_saved.is_dir()
@@ -272,7 +272,7 @@ def test_a_living_run_has_its_folder_for_itself(call, place, capsys):
     assert not half_saved.exists()
 
 
-def test_force_takes_the_folder_and_the_other_run_ends(call, place, capsys):
+def test_force_takes_over_the_folder_and_the_other_run_ends(call, place, capsys):
     run = Process(place, "--config.training.max_steps=400", "--output_dir=forced",
                   "--config.training.save_steps=10", secs_per_step=0.1)  # fmt: skip
     run.wait_for("recorded 3")
@@ -286,7 +286,7 @@ def test_force_takes_the_folder_and_the_other_run_ends(call, place, capsys):
     assert not (place / "forced/step_10").exists()
 
 
-# --- one finished run, looked at from many sides --------------------------------------------------
+# --- one finished run, checked in many ways -------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_what_a_run_leaves(finished):
     assert "sample after 'def '" in summary and "6, 3,072 tokens" in summary
     metadata = read_metadata(finished / "final")
     assert metadata.step == 6 and metadata.samples_seen == 96
-    assert metadata.config.model.vocab_size == 257  # the tokenizer's, found out on the way
+    assert metadata.config.model.vocab_size == 257  # the tokenizer's, determined by the run
     records = metrics.read(finished / metrics.NAME)
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
     evaluations = {r["step"]: r["eval_loss"] for r in records if "eval_loss" in r}
@@ -320,9 +320,9 @@ def test_what_a_run_leaves(finished):
 def test_the_same_command_again_repeats_the_summary(finished, call, capsys):
     before = (finished / "final/MANIFEST.json").stat().st_mtime_ns
     assert call("--output_dir=finished", "--resume=auto") == 0
-    told = capsys.readouterr().out
-    assert f"nothing to do: {finished.name}/final is complete at step 6" in told
-    assert (finished / "summary.txt").read_text() in told
+    printed = capsys.readouterr().out
+    assert f"nothing to do: {finished.name}/final is complete at step 6" in printed
+    assert (finished / "summary.txt").read_text() in printed
     assert (finished / "final/MANIFEST.json").stat().st_mtime_ns == before
 
 
@@ -337,7 +337,7 @@ def test_a_finished_run_is_extended_with_its_own_config(finished, place, capsys,
     ]
 
 
-def test_the_last_pieces_are_made_good_after_a_kill_at_the_very_end(finished, place, call):
+def test_a_kill_at_the_very_end_is_completed_by_the_next_run(finished, place, call):
     cut = pathlib.Path(shutil.copytree(finished, place / "cut"))
     for name in ("final", "summary.txt", "loss_curve.png"):
         path = cut / name
@@ -445,7 +445,7 @@ BAD = {
     "another model": (
         lambda: None,
         ["--output_dir=finished", "--resume=auto", "--config.model.d_model=32"],
-        "finished/final is of another model: model.d_model 16 there, 32 here",
+        "finished/final does not match this model: model.d_model 16 there, 32 here",
     ),
     "other data": (
         lambda: write("other/x.txt", "".join(f"other text {i**5} " for i in range(99))),
@@ -504,8 +504,8 @@ def test_a_full_disk_ends_the_run_in_one_line(call, place, monkeypatch, capsys):
     assert call("--output_dir=full", "--resume=auto") == 0
 
 
-def test_a_full_disk_under_standard_output_stops_no_training(finished, place):
-    """Nobody reads what is printed any more: the run ends all the same, and says nothing of it."""
+def test_a_full_disk_under_standard_output_does_not_stop_training(finished, place):
+    """The reader of its output is gone: the run still finishes, and reports nothing about it."""
     # The command makes a process of its own: it closes standard output for good.
     program = (
         "import sys; from mamba_jax import train; "
@@ -521,7 +521,7 @@ def test_a_full_disk_under_standard_output_stops_no_training(finished, place):
     assert (place / "unheard" / "final" / "MANIFEST.json").is_file()
 
 
-def test_a_damaged_final_named_without_a_config_gives_way_to_the_one_before(
+def test_a_damaged_final_falls_back_to_the_previous_checkpoint(
     finished, place, capsys, monkeypatch
 ):
     """The form that the summary prints: the config comes from the intact checkpoint as well."""
@@ -559,9 +559,9 @@ def test_profile_writes_a_trace_of_its_steps(call, place, monkeypatch, capsys):
     board = f"--config.tensorboard_dir={runs}"
     # The evaluation and the save of step 3 and 4 fall into the trace.
     assert call(output, board, "--profile", "--profile_start=1", "--profile_steps=3") == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     (trace,) = runs.glob("tiny_*/plugins/profile/*/perfetto_trace.json.gz")
-    assert str(trace.parent.relative_to(place)) in told and "pip install xprof" in told
+    assert str(trace.parent.relative_to(place)) in printed and "pip install xprof" in printed
     assert list(trace.parent.glob("*.xplane.pb")), "TensorBoard's file is missing"
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps = {
@@ -592,7 +592,7 @@ def test_profile_is_closed_by_an_interruption(call, place, monkeypatch, capsys):
     assert "profile of the steps" in capsys.readouterr().out
 
 
-def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, capsys):
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(call, place, monkeypatch, capsys):
     stop = jax.profiler.stop_trace
 
     def full() -> None:
@@ -605,10 +605,10 @@ def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, 
         f"--config.tensorboard_dir={place / 'full-runs'}",
     )
     assert call(*flags, "--profile", "--profile_start=1", "--profile_steps=1") == 0
-    told = capsys.readouterr()
-    assert "warning: the profile cannot be written" in told.err
-    assert "profile of the steps" not in told.out
-    # Its clock goes on with the step after.
+    printed = capsys.readouterr()
+    assert "warning: the profile cannot be written" in printed.err
+    assert "profile of the steps" not in printed.out
+    # Its clock continues with the next step.
     rated = [
         r["step"] for r in metrics.read(place / "full-profile/metrics.jsonl") if "device_kind" in r
     ]
@@ -616,7 +616,7 @@ def test_a_profile_that_cannot_be_written_ends_no_run(call, place, monkeypatch, 
 
 
 @pytest.mark.parametrize("flag", ["--profile_steps=2", "--profile_start=0"])
-def test_a_detail_of_no_profile_is_refused(call, capsys, flag):
+def test_profile_settings_without_profile_are_refused(call, capsys, flag):
     assert call(flag) == 2
     assert f"{flag} has no effect without --profile" in capsys.readouterr().err
 
@@ -630,7 +630,7 @@ def test_a_detail_of_no_profile_is_refused(call, capsys, flag):
         (["--profile_start=x"], "--profile_start: invalid int value: 'x'"),
     ],
 )
-def test_profile_that_cannot_be_is_refused_in_one_line(call, place, capsys, flags, message):
+def test_an_impossible_profile_is_refused_in_one_line(call, place, capsys, flags, message):
     assert call(f"--output_dir={place / 'refused'}", "--profile", *flags) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

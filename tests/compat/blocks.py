@@ -1,7 +1,7 @@
-"""The fenced blocks of the guide, and what a shell makes of them.
+"""The fenced blocks of the guide, and the commands that a shell runs in them.
 
 ``guide.md`` is a copy of the guide's text. A block's commands are run by a real shell in which
-``./train_background.sh`` only writes down how it was called: loops, quotes, comments and
+``./train_background.sh`` only records how it was called: loops, quotes, comments and
 substitutions mean what they mean to a user.
 """
 

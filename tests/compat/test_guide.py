@@ -1,7 +1,7 @@
 """Every command block of the guide runs as printed, apart from the Hub's data.
 
 Each that trains or resumes is run with --dry_run, in this process; a few are run for real at a tiny
-size. Names of the Hub are folders of that name here, and /mnt lies in the working folder.
+size. Names of the Hub are folders of that name here, and /mnt is in the working folder.
 """
 
 import ast
@@ -210,9 +210,9 @@ def test_a_block_that_trains(block, place, card, capsys):
     assert not (place / "logs").exists() and not (place / "runs").exists()
 
 
-def test_there_are_more_than_a_few_commands(place):
+def test_many_commands_are_found(place):
     made = [argv for b in TRAINS if b.heading not in TEMPLATES for argv in commands(b, place)]
-    # As many as are printed, but that the loop over seeds prints one and makes three.
+    # As many as are printed, except that the loop over seeds prints one and makes three.
     printed = sum(b.text.count("./train_background.sh") for b in TRAINS) - len(TEMPLATES)
     assert len(made) == printed + 2 > 50
     (ensemble,) = [block for block in TRAINS if "Ensemble" in block.heading]
@@ -242,13 +242,13 @@ def test_every_command_with_a_dataset_finds_its_text(place, tmp_path):
 
 
 @pytest.mark.parametrize("block", FLAGS, ids=ids)
-def test_flags_that_troubleshooting_names(block, card, capsys):
+def test_flags_named_in_troubleshooting(block, card, capsys):
     for line in block.flag_lines:
         assert train.main([*shlex.split(line, comments=True), "--dry_run"]) == 0, line
     assert len(block.flag_lines) in (2, 4)
 
 
-def test_full_syntax_has_no_flag_that_is_unknown():
+def test_full_syntax_has_only_known_flags():
     (block,) = [block for block in SHELL if block.heading == "Full Syntax"]
     words = [line.split("#")[0].strip(" \\") for line in block.text.splitlines()]
     flags = [word.split()[0] for word in words if word.startswith("--")]
@@ -360,7 +360,7 @@ def test_resuming_with_other_settings(resumed, place):
         assert f"changed since that checkpoint: {change}" in log
     changes = [line for line in log.splitlines() if "changed since that checkpoint" in line]
     assert len(changes) == 2, changes  # TINY keeps what else the presets differ in
-    # Step, position in the data and schedule go on, under the other peak.
+    # Step, position in the data and schedule continue, with the other peak.
     saved = read_metadata(second / "final")
     assert (saved.step, saved.samples_seen) == (4, 4 * 32)
     assert [r["step"] for r in metrics.read(second / metrics.NAME) if "loss" in r] == [1, 2, 3, 4]
@@ -381,7 +381,7 @@ def test_a_structure_that_does_not_fit_is_refused_in_one_line(resumed, capsys):
     assert train.main([*argv, "--output_dir=other"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "is of another model: model.d_model 16 there, 1024 here; model.n_layers" in error
+    assert "does not match this model: model.d_model 16 there, 1024 here; model.n_layers" in error
 
 
 def test_files_and_a_dataset_together(resumed, place, capsys):
@@ -394,7 +394,7 @@ def test_files_and_a_dataset_together(resumed, place, capsys):
     assert (place / "checkpoints/combined/final/MANIFEST.json").is_file()
 
 
-def test_watching(resumed, place, monkeypatch):
+def test_the_viewer_commands(resumed, place, monkeypatch):
     viewer = place / "view_training_log.sh"
     viewer.write_text(f'#!/bin/sh\nexec {shlex.quote(str(REPOSITORY))}/launch/{viewer.name} "$@"\n')
     viewer.chmod(0o755)

@@ -1,4 +1,4 @@
-"""A run that an earlier version wrote: it resumes, generates and reports as it did then.
+"""A run that an earlier version wrote: it still resumes, generates and reports.
 
 ``run_0`` holds step 2 and the metrics of four steps, written with checkpoint format 2 before the
 package was laid out as it is now, on the corpus that ``write_corpus`` makes.
@@ -58,8 +58,8 @@ def test_it_resumes_with_the_losses_of_then(place, card):
 
 def test_it_generates(place, capsys):
     assert generate.main(["--checkpoint=run", "--prompt=alpha", "--max_tokens=3"]) == 0
-    told = capsys.readouterr()
-    assert told.out.startswith("alpha") and "small, step 2" in told.err
+    output = capsys.readouterr()
+    assert output.out.startswith("alpha") and "small, step 2" in output.err
 
 
 def test_it_is_reported(place, capsys):

@@ -55,7 +55,7 @@ def equations(jaxpr, times=1, scope=""):
 def product_flops(jaxpr):
     """2·m·n·k of all matrix products outside the attention's scores and the scan.
 
-    Both of these have several forms that pad and mask at will: they are checked on their own.
+    Both of these have several forms that pad and mask differently: they are checked separately.
     """
     total = 0
     for eqn, times, scope in equations(jaxpr):
@@ -122,7 +122,7 @@ def test_scores_by_hand():
     forward = rows["scores, scale 1"].forward
     assert forward.matmul_flops == 2 * 2 * d * keys * reads * layers
     assert forward.special_ops == heads * (keys + 1) * reads * layers
-    # Whatever the policy, the backward makes q·k again; layers under remat also the whole.
+    # Whatever the policy, the backward recomputes q·k; layers under remat recompute everything.
     none = flops.parts(config, flops.Setting(8, B, remat="none"))
     again = {part.name: part.recomputed.matmul_flops for part in none}["scores, scale 1"]
     assert again == forward.matmul_flops / 2

@@ -2,7 +2,7 @@
 
 import codecs
 
-_lengths: list[int] = []  # of the stretches that are no character
+_lengths: list[int] = []  # of the bytes that are not a character
 
 
 def _replace(error):

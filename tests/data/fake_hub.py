@@ -1,4 +1,4 @@
-"""A Hugging Face Hub of this process's own: folders, served as the real one serves datasets."""
+"""A Hugging Face Hub in this process: folders, served as the real one serves datasets."""
 
 import hashlib
 import http.server
@@ -16,7 +16,7 @@ class FakeHub:
     Attributes:
       endpoint: its address.
       repos: (id, revision) → folder, or the code of the error that the Hub gives instead.
-      requests: (method, path) of what was asked.
+      requests: (method, path) of each request.
       sent_bytes: of files, in answers.
     """
 
@@ -47,7 +47,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         size = int(self.headers.get("Content-Length", 0))
-        self.asked = self.rfile.read(size).decode()
+        self.requested = self.rfile.read(size).decode()
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         self.hub.requests.append((self.command, path))
         match path.strip("/").split("/"):
@@ -92,8 +92,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         wanted = None
         if what == "paths-info":
-            wanted = urllib.parse.parse_qs(self.asked).get("paths") or (
-                json.loads(self.asked)["paths"] if self.asked.startswith("{") else []
+            wanted = urllib.parse.parse_qs(self.requested).get("paths") or (
+                json.loads(self.requested)["paths"] if self.requested.startswith("{") else []
             )
         entries = []
         for path in sorted(folder.rglob("*")):

@@ -19,7 +19,7 @@ QUIET = {"show_progress": False}
 
 
 def byte_level() -> Tokenizer:
-    """As GPT-2's; its stretches of characters come trimmed, as those of most do."""
+    """Like GPT-2's; its character spans are trimmed, as in most tokenizers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """As Llama's: a space before every text, whole text one word, bytes for what is unknown."""
+    """Like Llama's: a space before every text, whole texts as one word, bytes for unknown ones."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -62,7 +62,7 @@ def byte_fallback() -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """As T5's: ``</s>`` is a word of the vocabulary that text can spell."""
+    """Like T5's: ``</s>`` is a word of the vocabulary that text can spell."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -74,7 +74,7 @@ def unigram() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """As BERT's: texts lose their case and their spaces."""
+    """Like BERT's: texts lose their case and their spaces."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -99,4 +99,4 @@ def word_level() -> Tokenizer:
 KINDS = {
     each.__name__: each for each in (byte_level, byte_fallback, unigram, word_piece, word_level)
 }
-EXACT = ("byte_level", "byte_fallback")  # these give every text back
+EXACT = ("byte_level", "byte_fallback")  # these restore every text

@@ -1,7 +1,7 @@
-"""Bad input and what users expect: one table, a line for each kind of thing that lies in folders.
+"""Bad input and what users expect: one table, with a line for each kind of thing in folders.
 
 ``LINES`` is the list of kinds; every case belongs to one of them. A case puts files beside one good
-file, so that there is always something left, and says what comes out.
+file, so that there is always something left, and states the result.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Case:
       line: of ``LINES``.
       name: of the case.
       files: name → bytes, text, or what makes it.
-      texts: of the documents that come with the good one's, in order.
+      texts: texts of all documents, the good one's included, in order.
       skipped, lost, repaired: of the summary.
       says: a part of one of the summary's lines.
     """
@@ -166,7 +166,7 @@ CASES = [
         {
             "link to a folder": 1,
             "broken link": 2,
-            "another link to a file already taken": 1,
+            "another link to a file already listed": 1,
             "not a regular file": 1,
         },
     ),
@@ -241,7 +241,7 @@ def folder(tmp_path) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.line}: {case.name}"[:90])
-def test_what_comes_out(case, folder):
+def test_each_case_is_read_or_skipped_as_stated(case, folder):
     for name, content in case.files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,13 +254,13 @@ def test_what_comes_out(case, folder):
     assert summary.skipped == case.skipped
     assert summary.lost == case.lost
     assert summary.repaired == case.repaired
-    told = "\n".join(summary.lines())
-    assert case.says in told
+    output = "\n".join(summary.lines())
+    assert case.says in output
     for reason in case.skipped:
-        assert f"× {reason}" in told
+        assert f"× {reason}" in output
 
 
-# --- lines that are no single file ----------------------------------------------------------------
+# --- lines that are not a single file -------------------------------------------------------------
 
 
 def test_missing_and_empty_folders_name_path_and_extensions(tmp_path):
@@ -323,13 +323,13 @@ def test_the_order_is_that_of_the_sorted_paths(tmp_path):
     assert summary.text_bytes == sum(map(len, texts))
 
 
-def test_too_little_text_for_two_windows_is_said_in_tokens(tmp_path, make):
+def test_the_error_for_too_little_text_counts_tokens(tmp_path, make):
     (tmp_path / "a.txt").write_text("x" * 811)
     with pytest.raises(UserError, match=r"a\.txt holds 812 tokens; need ≥ 2050 for seq_len 1024"):
         make(tmp_path / "a.txt", seq_len=1024)
 
 
-def test_one_percent_of_little_is_at_least_a_window_and_the_share_is_said(tmp_path, make):
+def test_at_least_one_window_is_held_out_and_the_share_is_logged(tmp_path, make):
     for i in range(20):
         (tmp_path / f"{i}.txt").write_text(words(10, f"t{i}-"))
     corpus = make(tmp_path, seq_len=64, eval_fraction=0.01)
@@ -340,7 +340,7 @@ def test_one_percent_of_little_is_at_least_a_window_and_the_share_is_said(tmp_pa
     assert share > 1 and share == pytest.approx(100 * tokens / corpus.summary.tokens, abs=0.01)
 
 
-def test_one_big_document_is_not_all_held_out(tmp_path, make):
+def test_a_single_big_document_is_not_held_out_as_a_whole(tmp_path, make):
     (tmp_path / "a.txt").write_text(words(20_000))
     corpus = make(tmp_path / "a.txt", seq_len=64)
     assert corpus.summary.documents == 1

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: turned back, a window is what it was, but for its end."""
+"""Fill-in-the-middle: undoing it restores the window, except its end."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ PREFIX, SUFFIX, MIDDLE = IDS
 
 
 def made_window(rng, tokens=200, documents=6, begins=True):
-    """Distinct neighbours, so that no piece can be mistaken for another."""
+    """Distinct neighbours, so that no two pieces look alike."""
     window = np.arange(tokens, dtype=np.int32) % 251
     window[np.sort(rng.choice(np.arange(1, tokens), documents, replace=False))] = EOT
     if begins:
@@ -45,7 +45,7 @@ def turned_back(window):
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_turned_back_it_is_the_window_without_its_end(begins):
+def test_undoing_the_reordering_gives_the_window_without_its_end(begins):
     rng = np.random.default_rng(0)
     counts = []
     for sample in range(300):
@@ -76,7 +76,7 @@ def test_cuts_are_everywhere_and_depend_on_seed_and_sample():
     assert any((fill(window, 3, n) != fill(window, 4, n)).any() for n in range(3))
 
 
-def test_padding_and_what_is_no_target_stay():
+def test_padding_and_masked_tokens_stay():
     window = np.concatenate([[EOT], np.arange(50), [EOT], np.full(30, ~EOT)]).astype(np.int32)
     found = FillInTheMiddle(1.0, EOT, IDS)(window, 0, 0)
     text, count = turned_back(found)
@@ -99,7 +99,7 @@ def corpus_of(tmp_path, monkeypatch):
     return make
 
 
-def test_a_corpus_turns_training_around_and_not_what_is_held_out(corpus_of):
+def test_only_training_windows_are_reordered(corpus_of):
     plain, filled = corpus_of(), corpus_of(fim_rate=0.9)
     assert filled.fingerprint != plain.fingerprint
     pairs = zip(plain.eval_batches(4), filled.eval_batches(4), strict=True)
@@ -113,12 +113,12 @@ def test_a_corpus_turns_training_around_and_not_what_is_held_out(corpus_of):
         assert text == one[: len(text)].tolist()
         turned += count
     assert turned > 10
-    # The window at a sample does not hang on batches.
+    # The window at a sample does not depend on batches.
     resumed = next(filled.train_batches(3, 1, 9))
     np.testing.assert_array_equal(resumed, after[9:12])
 
 
-def test_the_model_gets_ids_for_it_and_the_tokenizer_none():
+def test_the_model_gets_ids_for_it_and_the_tokenizer_does_not():
     tokenizer = load_tokenizer("bytes")
     run = RunConfig(data=DataConfig(tokenizer="bytes", fim_rate=0.5))
     assert with_vocabulary(run, tokenizer).model.vocab_size == 260

@@ -162,7 +162,7 @@ def check_tree(tree: list) -> int:
 # --- tests ----------------------------------------------------------------------------------------
 
 
-def test_the_generators_make_what_is_read_and_what_is_not():
+def test_the_generators_make_readable_and_unreadable_files():
     counts = [0, 0]
 
     @settings(ROUTINE, max_examples=60, database=None, derandomize=True)

@@ -89,7 +89,7 @@ def test_the_share_of_any_text_with_repetition_counted_once(tmp_path_factory, co
     made = prepare(config, seq_len=seq_len, seed=corpus.seed, log=log.append)
     train, held = sides(made)
     share = sum(count / (count + train[word]) for word, count in held.items()) / different
-    # Words and stretches of 64 bytes count alike but for the borders of sentences: 10%.
+    # Words and stretches of 64 bytes give equal counts except at the borders of sentences: 10%.
     window, block = seq_len / 8 / different, 16 / 8 / different
     assert 0.9 * min(0.005, window) <= share <= max(0.022, 1.3 * window + 2 * block)
     window, block = seq_len / made.summary.tokens, 16 / made.summary.tokens
@@ -148,7 +148,7 @@ def test_a_paragraph_a_thousand_times_beside_other_text(make, tmp_path):
 
 
 @pytest.mark.parametrize(("single", "copies"), [(40, [600]), (100, [20] * 10)])
-def test_few_different_documents_that_stay_double(make, tmp_path, single, copies):
+def test_few_different_documents_with_copies_kept(make, tmp_path, single, copies):
     """At most one document more than 1% of the different ones, none of which is trained on."""
     (tmp_path / "in").mkdir()
     counts = [1] * single + copies
@@ -162,8 +162,8 @@ def test_few_different_documents_that_stay_double(make, tmp_path, single, copies
         assert held.total() / (held.total() + train.total()) <= 0.02
 
 
-def test_what_near_copies_share_is_a_warning(make, tmp_path):
-    """Each document has 10 words of its own in the midst of 90 that all have."""
+def test_text_shared_by_near_copies_is_a_warning(make, tmp_path):
+    """Each document has 10 words of its own among 90 that all share."""
     (tmp_path / "in").mkdir()
     for number in range(200):
         own = words(10, f"d{number:03d}")
@@ -181,7 +181,7 @@ def test_what_near_copies_share_is_a_warning(make, tmp_path):
 @pytest.mark.parametrize("size", [300, 512, 600, 1_000, 2_000, 5_000, 20_000])
 @pytest.mark.parametrize("seq_len", [32, 127])
 def test_tiny_text_loses_little(make, tmp_path, size, seq_len):
-    """At most 2%, or about one window; and by another seed other text."""
+    """At most 2%, or about one window; another seed holds out other text."""
     (tmp_path / "a.txt").write_text(words(3_000)[:size])
     if size < 4 * seq_len:
         return
@@ -237,7 +237,7 @@ def test_spans_are_counted_as_by_a_dictionary(data):
     assert overlap.share == pytest.approx(shared / all_held if all_held else 0.0)
 
 
-def test_of_many_spans_some_stand_for_all(monkeypatch):
+def test_a_sample_of_many_spans_represents_all(monkeypatch):
     monkeypatch.setattr(repetition, "_MOST_SPANS", 4_000)
     tokens = np.random.default_rng(0).integers(0, 60_000, 200_000).astype(np.uint16)
     tokens[100_000:] = tokens[:100_000]

@@ -63,7 +63,7 @@ def test_columns_are_joined_by_a_blank_line():
     assert rows_of(name, text_column="output,id")[0][3] == "It is 3.\n\n3"
 
 
-def test_what_is_no_text_is_left_out_and_counted():
+def test_rows_without_text_are_skipped_and_counted():
     rows = [{"a": "x", "b": None}, {"a": None, "b": " \n"}, {"a": "y", "b": "z"}]
     texts, summary, _ = rows_of(put("org/gaps", train=rows), text_column="a,b")
     assert texts == ["x", "y\n\nz"]
@@ -107,20 +107,20 @@ def test_columns_that_were_not_named_are_inferred(row, taken):
     assert texts == [taken] and len(log) == ("text" not in row)
 
 
-def test_a_split_is_one_of_those_there_or_a_part_of_it():
+def test_a_split_is_an_existing_one_or_a_part_of_it():
     name = put("org/name", train=ROWS[:30], test=ROWS[30:])
     count = lambda split: len(rows_of(name, text_column="output", dataset_split=split)[0])
     assert (count("train"), count("test"), count("train+test")) == (30, 10, 40)
     assert count("train[:10%]") == 3 and count("train[25:]") == 5
     assert error_of(name, dataset_split="validation") == (
-        'dataset org/name has no split "validation" (choices: train, test); give one by '
+        'dataset org/name has no split "validation" (choices: train, test); give one with '
         "--dataset_split"
     )
     assert 'did you mean "train"?' in error_of(name, dataset_split="trian[:5]")
     assert "cannot be loaded: " in error_of(name, dataset_split="train[")
 
 
-def test_a_configuration_is_named_or_the_main_one():
+def test_the_configuration_is_the_named_or_the_main_one():
     folder = pathlib.Path("org/several")
     folder.mkdir(parents=True)
     names = ("main", "other")
@@ -141,10 +141,10 @@ def test_a_configuration_is_named_or_the_main_one():
             "config_name: main", "config_name: third"
         )
     )
-    assert "choose one by --dataset_config: other, third" in error_of("org/several")
+    assert "choose one with --dataset_config: other, third" in error_of("org/several")
 
 
-def test_without_train_the_first_split_of_such_a_name_is_taken():
+def test_without_train_the_first_similarly_named_split_is_used():
     folder = pathlib.Path("org/chat")
     folder.mkdir(parents=True)
     names = ("test_sft", "train_sft", "train_gen")
@@ -165,7 +165,7 @@ def test_without_train_the_first_split_of_such_a_name_is_taken():
     assert 'has no split "validation"' in error_of("org/chat", dataset_split="validation")
 
 
-def test_what_save_to_disk_wrote_is_read():
+def test_folders_written_by_save_to_disk_are_read():
     import datasets
 
     table = datasets.Dataset.from_list([{"text": f"row {i}", "n": i} for i in range(40)])
@@ -221,7 +221,7 @@ def test_parts_are_stretches_of_rows(monkeypatch):
         assert not {part.key() for part in parts} & {p.key() for p in opened(name, **other).parts()}
 
 
-def test_a_loading_script_in_a_folder_is_told_what_to_do():
+def test_a_loading_script_in_a_folder_is_an_error_with_a_remedy():
     pathlib.Path("org/old").mkdir(parents=True)
     pathlib.Path("org/old/old.py").write_text("raise SystemExit('must not run')")
     assert error_of("org/old") == (
@@ -230,7 +230,7 @@ def test_a_loading_script_in_a_folder_is_told_what_to_do():
     )
 
 
-def test_mistakes_name_what_there_is():
+def test_mistakes_name_the_choices():
     name = put("org/name", train=[{"body": "x", "title": "y", "n": 1}])
     assert error_of(name, text_column="titel") == (
         'dataset org/name has no column "titel"; did you mean "title"? (it has: body, title, n)'
@@ -246,7 +246,7 @@ def test_mistakes_name_what_there_is():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_with_different_columns_are_named_with_them(streaming):
+def test_files_with_different_columns_are_named_with_their_columns(streaming):
     name = put("org/mixed", first=[{"text": "one"}] * 3, second=[{"text": "two", "more": 1}] * 2)
     for no_columns in ("third.csv", "third.parquet"):
         pathlib.Path(name, no_columns).touch()
@@ -270,13 +270,13 @@ def test_tables_with_different_columns_are_named_or_read_by_their_files(corpus_o
     parquet.write_table(pyarrow.table({"text": texts["a"]}), "mixed/a.parquet")
     parquet.write_table(pyarrow.table({"text": texts["b"], "n": [*range(20)]}), "mixed/b.parquet")
     assert "(a.parquet: text; b.parquet: text, n)" in error_of("mixed")
-    assert corpus_of(data_dir="mixed")[0].summary.documents == 40  # as the error proposes
+    assert corpus_of(data_dir="mixed")[0].summary.documents == 40  # as the error suggests
 
 
 # --- without the Hub ------------------------------------------------------------------------------
 
 
-def test_offline_is_said_before_the_library_is_even_imported(monkeypatch):
+def test_offline_is_reported_before_the_library_is_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # an import would fail
     assert error_of("openai/gsm8k") == (
         "dataset openai/gsm8k is neither a folder here nor in the cache, and the Hugging Face Hub "
@@ -295,7 +295,7 @@ def online_with(monkeypatch, endpoint: str) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_a_hub_that_refuses_or_says_nothing_is_given_up_soon(monkeypatch):
+def test_an_unreachable_or_silent_hub_is_given_up_soon(monkeypatch):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))  # bound, but not listening
         endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -309,12 +309,12 @@ def test_a_hub_that_refuses_or_says_nothing_is_given_up_soon(monkeypatch):
     silent.set()
 
 
-def test_a_hub_that_answers_is_asked(monkeypatch):
+def test_a_hub_that_answers_is_used(monkeypatch):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         online_with(monkeypatch, f"http://127.0.0.1:{listener.getsockname()[1]}")
-        with pytest.raises(ImportError):  # of the library, which this test has taken away
+        with pytest.raises(ImportError):  # of the library, which this test has removed
             rows_of("openai/gsm8k")
 
 
@@ -322,9 +322,9 @@ def test_a_hub_that_answers_is_asked(monkeypatch):
     ("answer", "reached"),
     [(b"HTTP/1.1 200 OK", True), (b"HTTP/1.1 407 Who?", True), (b"HTTP/1.1 403 No", False)],
 )
-def test_through_a_proxy_the_hub_is_asked_for(monkeypatch, answer, reached):
+def test_the_hub_is_reached_through_a_proxy(monkeypatch, answer, reached):
     online_with(monkeypatch, "https://hub.invalid")
-    asked = []
+    requested = []
     with socket.socket() as proxy:
         proxy.bind(("127.0.0.1", 0))
         proxy.listen()
@@ -332,7 +332,7 @@ def test_through_a_proxy_the_hub_is_asked_for(monkeypatch, answer, reached):
         def serve():
             connection, _ = proxy.accept()
             with connection:
-                asked.append(connection.recv(1_000))
+                requested.append(connection.recv(1_000))
                 connection.sendall(answer + b"\r\n\r\n")
 
         threading.Thread(target=serve, daemon=True).start()
@@ -340,10 +340,10 @@ def test_through_a_proxy_the_hub_is_asked_for(monkeypatch, answer, reached):
         assert hub_access.out_of_reach() == (
             "" if reached else "https://hub.invalid does not answer"
         )
-    assert asked[0].startswith(b"CONNECT hub.invalid:443 HTTP/1.1\r\n")
+    assert requested[0].startswith(b"CONNECT hub.invalid:443 HTTP/1.1\r\n")
 
 
-def test_what_the_library_has_built_before_is_enough(monkeypatch, tmp_path):
+def test_a_dataset_in_the_library_cache_is_enough(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "built"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "")  # and back, after the test
     (tmp_path / "built/TIGER-Lab___math_instruct").mkdir(parents=True)
@@ -396,7 +396,7 @@ def test_a_folder_and_a_dataset_are_both_read_files_first(corpus_of, tmp_path):
     ]
 
 
-def test_a_dataset_alone_leaves_data_alone_and_says_so(corpus_of, tmp_path):
+def test_a_dataset_alone_ignores_the_data_folder_and_logs_it(corpus_of, tmp_path):
     name = put("org/name", train=ROWS)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.txt").write_text("not asked for")
@@ -405,7 +405,7 @@ def test_a_dataset_alone_leaves_data_alone_and_says_so(corpus_of, tmp_path):
     assert "./data is ignored because a dataset was given; --data_dir data adds it" in log
 
 
-def test_split_columns_and_content_each_give_another_cache(corpus_of, tmp_path):
+def test_split_columns_and_content_each_have_their_own_cache(corpus_of, tmp_path):
     name = put("org/name", train=ROWS, test=ROWS[:35])
     choices = [{"text_column": "output"}, {"text_column": "instruction,output"}]
     choices += [{"text_column": "output", "dataset_split": "test"}]
@@ -442,7 +442,7 @@ def test_a_dataset_without_text_is_an_error(corpus_of):
 
 
 def test_a_mixture_of_files_a_split_and_a_stream(place):
-    """However the rows are fetched: the same windows at the same samples, each once an epoch."""
+    """However the rows are fetched: the same window at each sample, each window once per epoch."""
     put("org/one", train=ROWS)
     put("org/two", train=[{"text": f"Second {i}. " * 9} for i in range(40)])
     (place / "texts").mkdir()

@@ -1,4 +1,4 @@
-"""Datasets over HTTP, from a Hub of this process's own: what is fetched and what is refused."""
+"""Datasets over HTTP, from a Hub in this process: what is fetched and what is refused."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ TEXTS = [f"Row {i} says {i * i}." for i in range(sum(ROWS_PER_FILE))]
 
 @pytest.fixture
 def remote(tmp_path, monkeypatch):
-    """A Hub, and this process's libraries turned towards it with empty caches."""
+    """A Hub, and this process's libraries pointed at it, with empty caches."""
     import datasets
     from huggingface_hub import constants
 
@@ -96,25 +96,25 @@ def test_gated_datasets_say_what_to_do(remote, open_):
     remote.repos["bigcode/the-stack-dedup", "main"] = "GatedRepo"
     assert error_of(open_, "bigcode/the-stack-dedup") == (
         "dataset bigcode/the-stack-dedup is gated: accept its terms on "
-        "https://huggingface.co/datasets/bigcode/the-stack-dedup, then log in on this machine by "
+        "https://huggingface.co/datasets/bigcode/the-stack-dedup, then log in on this machine with "
         "`hf auth login` (or set HF_TOKEN)"
     )
 
 
 @pytest.mark.parametrize("open_", [open_table, open_stream])
-def test_datasets_that_are_gone_name_their_successor(remote, open_):
+def test_removed_datasets_name_their_successor(remote, open_):
     assert error_of(open_, "hendrycks/competition_math") == (
         "the Hugging Face Hub has no dataset hendrycks/competition_math, or it is private; use "
         "--dataset EleutherAI/hendrycks_math instead"
     )
     assert error_of(open_, "org/typo").endswith(
-        "no dataset org/typo, or it is private; check its id; if it is private, log in by "
+        "no dataset org/typo, or it is private; check its id; if it is private, log in with "
         "`hf auth login`"
     )
 
 
 @pytest.mark.parametrize("open_", [open_table, open_stream])
-def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
+def test_the_parquet_copy_of_a_loading_script_is_used(remote, open_):
     script = pathlib.Path("served/org/script")
     script.mkdir(parents=True)
     (script / "script.py").write_text("raise SystemExit('must not run')")
@@ -136,7 +136,7 @@ def test_of_a_loading_script_the_parquet_copy_is_taken(remote, open_):
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def test_what_was_downloaded_is_taken_from_the_cache_when_the_hub_is_away(remote, monkeypatch):
+def test_a_downloaded_dataset_is_read_from_the_cache_when_offline(remote, monkeypatch):
     import datasets
     from huggingface_hub import constants
 
@@ -145,7 +145,7 @@ def test_what_was_downloaded_is_taken_from_the_cache_when_the_hub_is_away(remote
     fetched = remote.sent_bytes
     assert downloaded("org/name") == TEXTS and remote.sent_bytes == fetched
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")  # and back to what it was, after the test
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")  # and restored after the test
     remote.requests.clear()
     log = []
     assert downloaded("org/name", log) == TEXTS
@@ -192,7 +192,7 @@ def taken(parts, stop_after=None):
 
 
 @pytest.mark.parametrize("extension", ["parquet", "jsonl"])
-def test_a_killed_stream_goes_on_where_it_stopped(remote, small_parts, extension):
+def test_a_killed_stream_resumes_where_it_stopped(remote, small_parts, extension):
     serve(remote, "org/name", extension=extension)
     undisturbed = [(part.key(), texts) for part, texts in taken(stream_of().parts())]
     pathlib.Path("cache").rename("first")
@@ -201,22 +201,22 @@ def test_a_killed_stream_goes_on_where_it_stopped(remote, small_parts, extension
         assert seen == undisturbed[:stop_after]
         cached = {key for key, _ in seen}
         record = next(pathlib.Path("cache/streams").iterdir())
-        record.write_text(record.read_text()[:-3])  # the kill came while it was written
+        record.write_text(record.read_text()[:-3])  # the kill came during the write
         remote.requests.clear()
         for part in (parts := stream_of().parts()):
             if part.key() not in cached:
                 seen.append((part.key(), texts_of(part.pieces(DataSummary("")))))
         assert seen == undisturbed and not list(parts)
         # Complete files before the last known place are left alone, but for two that the library
-        # looks at the ends of; the first file tells the columns.
+        # looks at the ends of; the first file gives the columns.
         row = (stop_after - 1) * 100
         complete = sum(sum(ROWS_PER_FILE[: n + 1]) <= row for n in range(len(ROWS_PER_FILE)))
         for number in range(1, len(ROWS_PER_FILE)):
-            asked = remote.asked_for(f"train-{number:05d}")
+            requested = remote.asked_for(f"train-{number:05d}")
             if number >= complete:
-                assert asked
+                assert requested
             elif number < complete - 2:
-                assert not asked
+                assert not requested
         next(pathlib.Path("cache/streams").iterdir()).unlink()
 
 
@@ -228,7 +228,7 @@ def tokens_of(store: Store, taken) -> list[list[int]]:
     return [tokens[start:end].tolist() for start, end in bounds]
 
 
-def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypatch):
+def test_tokenising_a_stream_resumes_after_a_kill(remote, small_parts, monkeypatch):
     monkeypatch.setattr(data_store, "_SHARD_BYTES", 5_000)  # sealed every two or three parts
     serve(remote, "org/name")
     open_store = lambda: Store(pathlib.Path("cache"), load_tokenizer("bytes"), [].append)
@@ -244,18 +244,18 @@ def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         open_store().tokenise(killed(), 1)
-    store, asked = open_store(), []
+    store, requested = open_store(), []
     monkeypatch.setattr(
         hub_stream.Stream,
         "batches",
         lambda self, start, stop, real=hub_stream.Stream.batches: (
-            asked.append(start),
+            requested.append(start),
             real(self, start, stop),
         )[1],
     )
     assert tokens_of(store, store.tokenise(stream_of().parts(), 1)) == undisturbed
     assert len(undisturbed) == len(TEXTS)
-    assert 200 <= asked[0] <= 600 and asked == list(range(asked[0], 900, 100))
+    assert 200 <= requested[0] <= 600 and requested == list(range(requested[0], 900, 100))
 
 
 def test_with_all_parts_in_the_cache_nothing_is_fetched(remote, small_parts, monkeypatch):
@@ -304,7 +304,7 @@ def test_streams_of_other_content_columns_or_splits_have_other_keys(remote, smal
     assert not first & keys(text_column="text,n")
     remote.repos["org/name", "main"] = folder
     assert first == keys()
-    # The Hub's commit stands for the content.
+    # The Hub's commit identifies the content.
     import tests.data.fake_hub as fake
 
     with pytest.MonkeyPatch.context() as patch:
@@ -312,7 +312,7 @@ def test_streams_of_other_content_columns_or_splits_have_other_keys(remote, smal
         assert not first & keys()
 
 
-def test_what_cannot_be_streamed_is_said(remote, small_parts):
+def test_what_cannot_be_streamed_is_an_error(remote, small_parts):
     for split in ("train[:10%]", "train+test", "train[-5:]"):
         assert error_of(open_stream, "org/name", dataset_split=split, cache_dir="cache") == (
             f'data.dataset_split="{split}" cannot be streamed; give a split or rows of one, such '
@@ -327,7 +327,7 @@ def test_what_cannot_be_streamed_is_said(remote, small_parts):
     )
 
 
-def test_a_hub_that_falls_silent_is_one_line_and_a_restart_goes_on(remote, small_parts):
+def test_a_hub_that_stops_answering_is_one_line_and_a_restart_resumes(remote, small_parts):
     folder = serve(remote, "org/name")
     stream = stream_of()
     parts = stream.parts()
@@ -341,7 +341,7 @@ def test_a_hub_that_falls_silent_is_one_line_and_a_restart_goes_on(remote, small
     assert texts_of_parts(stream_of().parts()) == TEXTS
 
 
-def test_a_folder_streams_as_well_but_not_what_save_to_disk_wrote(remote, small_parts):
+def test_a_folder_can_be_streamed_but_not_one_from_save_to_disk(remote, small_parts):
     import datasets
 
     folder = serve(remote, "org/name")

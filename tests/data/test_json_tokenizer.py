@@ -75,7 +75,7 @@ def test_ids_of_a_long_text_are_the_librarys(files, kind, small_windows):
     encoder, found = tokenizer.document_encoder(), []
     for start in range(0, len(text), 1_000):
         found.append(encoder.push(text[start : start + 1_000]))
-    assert sum(map(len, found)) > 0.9 * len(tokenizer.encode(text))  # it holds little back
+    assert sum(map(len, found)) > 0.9 * len(tokenizer.encode(text))  # it holds back little text
     ids = np.concatenate([*found, encoder.cut()])
     assert ids.tolist() == library_ids(files[kind], text)
 
@@ -83,7 +83,7 @@ def test_ids_of_a_long_text_are_the_librarys(files, kind, small_windows):
 @pytest.mark.parametrize("kind", EXACT)
 @settings(max_examples=80, deadline=None)
 @given(text=ANY_TEXT, seed=st.integers(0, 9))
-def test_any_text_comes_back_however_it_is_cut(files, kind, text, seed):
+def test_any_text_survives_the_round_trip_however_it_is_cut(files, kind, text, seed):
     tokenizer = load_tokenizer(str(files[kind]))
     assert not tokenizer.roundtrip_warning
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +135,7 @@ def test_streamed_text_is_the_librarys(files, kind):
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_an_answer_has_tokens_of_its_own(files, kind):
+def test_an_answer_is_tokenised_on_its_own(files, kind):
     tokenizer = load_tokenizer(str(files[kind]))
     encoder = tokenizer.document_encoder()
     prompt = np.concatenate([encoder.push("return sel"), encoder.cut()])
@@ -147,7 +147,7 @@ def test_an_answer_has_tokens_of_its_own(files, kind):
     assert b"".join(tokenizer.pieces[token] for token in (*prompt, *answer)) == b"\nreturn x"
 
 
-def test_which_token_ends_a_text(files, tmp_path):
+def test_the_choice_of_the_separator(files, tmp_path):
     ends = {
         "byte_level": "<|endoftext|>",
         "byte_fallback": "</s>",
@@ -217,7 +217,7 @@ def test_a_tokenizer_that_changes_texts_has_a_warning(tmp_path, fields):
 
 
 @pytest.mark.parametrize("fields", [{}, {"single_word": True}, {"normalized": True}])
-def test_an_added_token_that_takes_nothing_away_is_no_warning(tmp_path, fields):
+def test_an_added_token_that_strips_nothing_gives_no_warning(tmp_path, fields):
     record = json.loads(KINDS["byte_level"]().to_str())
     record["added_tokens"] += [added("<mask>", **fields), added("  ", id=401)]
     tokenizer = load_tokenizer(write(tmp_path, record))
@@ -225,8 +225,8 @@ def test_an_added_token_that_takes_nothing_away_is_no_warning(tmp_path, fields):
     assert 400 in tokenizer.encode("a <mask> b")
 
 
-def test_dropout_is_switched_off_and_said(files, tmp_path):
-    """As subword regularisation leaves it in a file (arXiv 1910.13267)."""
+def test_dropout_is_disabled_and_reported(files, tmp_path):
+    """As subword regularisation (arXiv 1910.13267) leaves it in a file."""
     plain = load_tokenizer(str(files["byte_level"]))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.py").write_bytes(pathlib.Path(json.__file__).read_bytes())
@@ -247,7 +247,7 @@ def test_dropout_is_switched_off_and_said(files, tmp_path):
     assert json.loads(tokenizer.files["tokenizer.json"])["model"]["dropout"] is None
 
 
-def test_a_corpus_of_it(files, tmp_path, monkeypatch):
+def test_a_corpus_tokenised_with_it(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "def f%d(self):\n    return '</s> <|endoftext|>'\n"
     texts = [text % number for number in range(40)]
@@ -265,7 +265,7 @@ def test_a_corpus_of_it(files, tmp_path, monkeypatch):
         for token in window[:-1]
     ).decode()
     found = {part for part in stream.split("\0") if part in texts}
-    assert len(found) >= 30  # the others lie at the ends of windows
+    assert len(found) >= 30  # the others are at the ends of windows
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, files):
@@ -307,12 +307,12 @@ def write(tmp_path, record):
 
 
 def test_an_unknown_word_never_ends_a_text(tmp_path):
-    """Of a tokenizer whose unknown token is the one that ends texts."""
+    """Even if the tokenizer's unknown token is the one that ends texts."""
     tokenizer = load_tokenizer(write(tmp_path, words_of({"[SEP]": 0, "b": 1}, unk_token="[SEP]")))
     assert tokenizer.eot_id == 0 and tokenizer.encode("b zz b").tolist() == [1, 1]
 
 
-def test_a_tokenizer_that_cannot_be_used_is_told_in_one_line(tmp_path):
+def test_an_unusable_tokenizer_is_one_line(tmp_path):
     gaps = words_of({"a": 0, "b": 1, "[UNK]": 3, "q": 4}, unk_token="[UNK]")
     records = {
         "share one": gaps,
@@ -338,7 +338,7 @@ def test_pieces_of_scripts_without_an_a(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"eos_token": 5}', '{"eos_token": {"content": 3}}', "{", "[]"])
-def test_a_broken_config_beside_it_is_not_passed_over(files, tmp_path, text):
+def test_a_broken_config_beside_it_is_an_error(files, tmp_path, text):
     (tmp_path / "tokenizer.json").write_bytes(files["byte_level"].read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(UserError, match=r"cannot be read: .*; repair or remove it"):
@@ -358,11 +358,11 @@ JUNK = st.sampled_from([None, -1, 0, 1, 10**6, "", "x", [], {}, True, 1.5, "[UNK
 
 @settings(max_examples=150, deadline=None)
 @given(kind=st.sampled_from(list(KINDS)), data=st.data())
-def test_damage_ends_in_one_line_or_in_a_tokenizer(files, tmp_path_factory, kind, data):
+def test_a_damaged_file_is_one_line_or_still_a_tokenizer(files, tmp_path_factory, kind, data):
     record = json.loads(files[kind].read_text())
     place = record
     while True:
-        # Of a prefix that does not fit the merges the library aborts the whole process.
+        # The library aborts the whole process on a prefix that does not fit the merges.
         key = data.draw(st.sampled_from(sorted(place.keys() - {"continuing_subword_prefix"})))
         if key in ("vocab", "merges") or not isinstance(place[key], dict) or not place[key]:
             break
@@ -380,7 +380,7 @@ def test_damage_ends_in_one_line_or_in_a_tokenizer(files, tmp_path_factory, kind
         tokenizer.decode(ids)
 
 
-def test_the_hub_out_of_reach_is_told_at_once(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -391,7 +391,7 @@ def test_the_hub_out_of_reach_is_told_at_once(monkeypatch, tmp_path):
     assert time.monotonic() - begun < 2  # the promise to users
 
 
-def test_the_librarys_absence_is_told(files, monkeypatch):
+def test_a_missing_library_is_reported(files, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'mamba_jax\[tokenizers\]'"):
         json_tokenizer.load(str(files["byte_level"]))

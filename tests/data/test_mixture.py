@@ -1,4 +1,4 @@
-"""Several sources: shares, the split over all, and the same batches again whatever happens."""
+"""Several sources: shares, one split over all, and reproducible batches."""
 
 import hashlib
 import itertools
@@ -57,7 +57,7 @@ def hashed(batches, count):
     return digest.hexdigest()
 
 
-def test_shares_are_those_asked_for_and_told(mixed):
+def test_shares_are_as_requested_and_logged(mixed):
     corpus = mixed()
     batch = np.concatenate(list(islice(corpus.train_batches(8, 0), 20)))
     assert sum(map(is_upper, batch)) == 40
@@ -76,7 +76,7 @@ def test_each_source_gives_its_own_windows_once_an_epoch(mixed):
         assert sorted(mine[: len(source)]) == everything
 
 
-def test_what_two_sources_share_is_taken_once_and_nothing_is_on_both_sides(mixed):
+def test_shared_documents_are_read_once_and_nothing_is_on_both_sides(mixed):
     corpus = mixed(eval_fraction=0.3, window="document", seq_len=2_000)
     assert corpus.summary.duplicates == 1
     text = lambda windows: [
@@ -135,14 +135,14 @@ def test_answers_alone_need_prompts(make, folders):
 
 
 def test_held_out_windows_without_an_answer_are_refused(make, tmp_path):
-    """Else the evaluation would divide by nothing."""
+    """Otherwise the evaluation would divide by zero."""
     lines = (f'{{"prompt": "{words(40, f"d{i}-")}", "completion": "Z"}}' for i in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"raise data\.eval_fraction"):
         make(tmp_path / "a.jsonl", loss_on="answer", seq_len=8, eval_fraction=0.0)
 
 
-def test_of_prompts_and_answers_the_answers_are_targets(make, tmp_path):
+def test_only_answers_are_targets(make, tmp_path):
     lines = (f'{{"prompt": "{words(5, f"d{i}-")}", "completion": "{"Z" * 20}"}}' for i in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     corpus = make(tmp_path / "a.jsonl", loss_on="answer", deduplicate="none")
@@ -154,8 +154,8 @@ def test_of_prompts_and_answers_the_answers_are_targets(make, tmp_path):
 
 
 @pytest.mark.parametrize("window", ["packed", "concat", "document"])
-def test_behind_a_document_without_an_answer_nothing_is_a_target(make, tmp_path, window):
-    """Not even the separator: the model would loss_mask to stop after a prompt."""
+def test_nothing_after_a_document_without_an_answer_is_a_target(make, tmp_path, window):
+    """Not even the separator: the model would learn to stop after a prompt."""
     row = lambda i: {"prompt": words(5, f"d{i}-"), "completion": "Z" * 9 if i % 4 == 0 else ""}
     lines = [json.dumps(row(i)) for i in range(80)]
     turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "ZZ"}]
@@ -210,7 +210,7 @@ def test_a_config_with_a_mixture_survives_json_and_the_command_line():
         ({"mixture": [{"data_dri": "a"}]}, r'"data.mixture\[0\].data_dri".*did you mean.*data_dir'),
         ({"mixture": [3]}, r"data.mixture\[0\] must contain fields"),
         ({"mixture": [{"data_dir": "a", "weight": -1}]}, r"weights \(-1.0,\): none may be neg"),
-        ({"mixture": [{"data_dir": "a", "weight": 0}]}, "not all 0"),
+        ({"mixture": [{"data_dir": "a", "weight": 0}]}, "not all may be 0"),
         ({"mixture": [{"data_dir": "a", "text_column": "x"}]}, "no effect without a data.dataset"),
         ({"mixture": [{"data_dir": "a"}], "data_dir": "b"}, "make it a source of the mixture"),
         (

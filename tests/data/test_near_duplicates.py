@@ -26,7 +26,7 @@ def similarity(a, b):
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
-def test_similar_ones_are_left_out_but_for_the_first():
+def test_only_the_first_of_similar_documents_is_kept():
     rng = random.Random(0)
     base = [rng.randrange(500) for _ in range(400)]
     close = [*base[:200], 501, *base[200:]]

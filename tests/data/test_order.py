@@ -10,7 +10,7 @@ PHASES = [(0, (3.0, 1.0, 0.0)), (700, (0.0, 1.0, 1.0)), (100_000, (1.0, 1e-9, 2.
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Some 170,000 samples, with a boundary of each kind inside; epochs are rotated, which takes
+    """About 170,000 samples, with a boundary of each kind inside; epochs are rotated, which takes
     minutes less than shuffling them."""
     with pytest.MonkeyPatch.context() as patch:
         rotated = lambda at, last, seed, rounds: (at + seed) % (last + 1)
@@ -19,7 +19,7 @@ def drawn():
     return order, [order[sample] for sample in range(170_000)]
 
 
-def test_counts_are_what_counting_gives(drawn):
+def test_counts_equal_counting_one_by_one(drawn):
     order, places = drawn
     sources = np.array([source for source, _ in places])
     for samples in (0, 1, 2, 699, 700, 701, 65_536, 66_236, 100_000, 100_001, 169_999, 170_000):

@@ -18,7 +18,7 @@ from tests.data.conftest import words
 
 @pytest.fixture
 def corpus(make, tmp_path):
-    """Some sixty training windows, all different."""
+    """About sixty training windows, all different."""
     (tmp_path / "book.txt").write_text(words(400))
     corpus = make(tmp_path / "book.txt", seq_len=33, eval_fraction=0.2)
     size = len(corpus.train)
@@ -102,7 +102,7 @@ def test_no_thread_is_left_behind(corpus):
 
 
 def test_a_checkpoints_json_holds_all_that_resuming_needs(corpus, tmp_path):
-    """The state of an iterator that JSON changes would skip a window after the round trip."""
+    """An iterator state changed by JSON would skip a window after the round trip."""
     whole = [batch.tobytes() for batch in islice(corpus.train_batches(5, 3), 40)]  # > 2 epochs
     for done in range(40):
         metadata = Metadata(RunConfig(), done, 5 * done, corpus.fingerprint)
@@ -148,7 +148,7 @@ def test_unigram_nll_equals_its_definition(corpus):
     assert corpus.unigram_nll == pytest.approx(math.fsum(terms) / len(terms), rel=1e-12)
 
 
-def test_of_many_windows_an_even_choice_is_counted(corpus, monkeypatch):
+def test_an_even_sample_of_many_windows_is_counted(corpus, monkeypatch):
     monkeypatch.setattr(pipeline, "_COUNTED_TOKENS", 5 * len(corpus.eval[0]))
     monkeypatch.setattr(pipeline, "_COUNTED_AT_ONCE", 2)
     counts, n = np.ones(257), len(corpus.train)
@@ -161,6 +161,6 @@ def test_of_many_windows_an_even_choice_is_counted(corpus, monkeypatch):
     assert corpus.unigram_nll == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_log_tells_the_tokens(corpus, make):
+def test_the_log_reports_the_tokens(corpus, make):
     assert corpus.summary.tokens == 2_800  # 400 words of 6 letters, 399 spaces and the separator
     assert any("2,800 tokens" in line for line in make.log)

@@ -57,7 +57,7 @@ def test_compressed_files_read_as_if_they_were_not(tmp_path, extension, compress
 
 
 @pytest.mark.parametrize("name", ["a.gz", "a.tar.gz", "a.parquet.gz", "a.txt.gz.gz", "a.txt.xz"])
-def test_what_is_compressed_otherwise_is_not_read(name):
+def test_other_compressions_are_not_read(name):
     assert not is_readable(name)
 
 
@@ -92,7 +92,7 @@ def test_cut_off_or_damaged_compression_gives_nothing(tmp_path, compression, siz
 
 
 @pytest.mark.parametrize("compression", PACK)
-def test_a_bomb_is_left_out_before_it_goes_off(tmp_path, monkeypatch, compression):
+def test_a_decompression_bomb_is_skipped_early(tmp_path, monkeypatch, compression):
     monkeypatch.setattr(decode, "_MOST_BYTES_UNASKED", 1 << 22)
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 1 << 16)
     path = tmp_path / f"a.txt{compression}"
@@ -115,7 +115,7 @@ def test_a_bomb_is_left_out_before_it_goes_off(tmp_path, monkeypatch, compressio
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
     block=st.integers(4, 20),
 )
-def test_block_borders_do_not_show(tmp_path_factory, text, encoding, block):
+def test_block_borders_have_no_effect(tmp_path_factory, text, encoding, block):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes(text.encode(encoding))
     if text.startswith("\ufeff"):
@@ -134,7 +134,7 @@ def test_damage_is_judged_by_the_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 16)
     path = tmp_path / "a.txt"
     for data, expected in (
-        # Two sound characters to one bad: the second lies across the border of a block.
+        # Two valid characters to one bad: the second lies across the border of a block.
         (("é" + "x" * 13 + "é").encode() + b"\xff", "damaged UTF-8, bad parts replaced"),
         ("日本語のテキスト".encode() * 4 + b"\xff tail", "damaged UTF-8, bad parts replaced"),
         (b"plain words " * 9 + b"caf\xe9", "not UTF-8, read as cp1252"),
@@ -184,7 +184,7 @@ def test_every_layout_reads_as_a_parser_of_the_whole_would(records, layout, inde
         text = dump(records[0], indent)
         records = records[:1]
     if layout != "array" and len(records) == 1 and isinstance(records[0], list):
-        records = records[0]  # a single array is its elements, however it lies
+        records = records[0]  # a single array is its elements, whatever its layout
     lost = []
     read_back = list(read_values(chunks(text, size), lambda *line: lost.append(line)))
     assert not lost and read_back == [json.loads(json.dumps(record)) for record in records]
@@ -221,8 +221,8 @@ def parsed(line: str) -> list:
     first=st.booleans(),
     data=st.data(),
 )
-def test_of_lines_the_broken_ones_alone_are_left_out(records, junk, first, data):
-    """Also where the first is broken, as long as most are sound."""
+def test_only_broken_lines_are_skipped(records, junk, first, data):
+    """Even if the first is broken, as long as most are valid."""
     good = [json.dumps(record) for record in records]
     junk = junk[: len(good) - 1]
     lines = data.draw(st.permutations(good[not first :] + junk))
@@ -244,7 +244,7 @@ def test_numbers_and_words_are_not_cut_by_the_end_of_a_block(text, size):
     assert str(read_back) == str(json.loads(text))
 
 
-def test_one_value_that_is_too_large_is_left_out(tmp_path, monkeypatch):
+def test_a_value_that_is_too_large_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(json_records, "_MOST_CHARACTERS", 1 << 20)
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 1 << 16)
     large = json.dumps({"text": "x" * (2 << 20)})
@@ -256,7 +256,7 @@ def test_one_value_that_is_too_large_is_left_out(tmp_path, monkeypatch):
         texts, summary = read(path)
         assert texts == [] and summary.skipped == {reason: 1}
         assert summary.examples == {reason: [f"{path}:{line}"]}
-    path.write_text(f"{small}\n{large}\n{small}")  # a line is left out alone
+    path.write_text(f"{small}\n{large}\n{small}")  # only that line is skipped
     texts, summary = read(path)
     assert texts == ["y", "y"] and summary.lost == {reason: 1} and not summary.skipped
     assert summary.examples == {reason: [f"{path}:2"]}
@@ -351,7 +351,7 @@ def test_columns_of_parquet_are_chosen_as_those_of_a_dataset(tmp_path, row, expe
     assert documents_of(pieces(path, DataSummary(""))) == [expected] * 3
 
 
-def test_parquet_is_read_by_batches_and_rows_without_text_are_left_out(tmp_path):
+def test_parquet_is_read_in_batches_and_rows_without_text_are_skipped(tmp_path):
     rows = [{"text": None if i % 7 == 0 else f"row {i}"} for i in range(4_321)]
     path = put(tmp_path / "a.parquet", rows, row_group_size=500)
     texts, summary = read(path)
@@ -382,7 +382,7 @@ def test_damaged_parquet_gives_nothing(tmp_path):
 # --- while it is read -----------------------------------------------------------------------------
 
 
-def test_a_file_that_changes_meanwhile_ends_the_reading(tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x" * 1_000}, *[{"text": "y"}] * 200_000]))
     reading = pieces(str(path), DataSummary(""))

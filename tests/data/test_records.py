@@ -201,7 +201,7 @@ def test_warnings_name_the_record():
     )
 
 
-# --- answers that are no strings ------------------------------------------------------------------
+# --- answers that are not strings -----------------------------------------------------------------
 
 ANSWERS = {
     "int": ([1, -20, 3], ["1", "-20", "3"]),
@@ -379,7 +379,7 @@ FORMS = {
 
 
 def routes(record, tmp: pathlib.Path) -> list[Document]:
-    """Returns the document of a record by itself, with its keys turned around, and of its row."""
+    """Returns the document of a record by itself, with its keys reversed, and as a row."""
     import datasets
 
     row = datasets.Dataset.from_list([record])[0]
@@ -425,7 +425,7 @@ def call(**function) -> dict:
         ({"from": "function_call", "value": "{}"}, "{}"),
     ],
 )  # fmt: skip
-def test_tool_calls_are_lines_of_json_that_the_assistant_says(turn, text):
+def test_tool_calls_are_lines_of_json_by_the_assistant(turn, text):
     expected = [masked("user: q\n\nassistant:"), target(f" {text}")]
     assert document_of({"messages": [USER, turn]}) == Document(expected)
     assert chat_text([USER, turn]) == f"user: q\n\nassistant: {text}"
@@ -445,7 +445,7 @@ def test_tool_calls_are_lines_of_json_that_the_assistant_says(turn, text):
         json.dumps([USER, {"role": "assistant", "reply": "x"}]),
     ],
 )
-def test_a_chat_that_is_not_understood_is_left_out_and_counted(chat, place):
+def test_a_chat_that_cannot_be_parsed_is_skipped_and_counted(chat, place):
     assert document_of({"id": "x", "messages": chat}).skip == CHAT_NOT_UNDERSTOOD
     path = place / "a.jsonl"
     path.write_text(json.dumps({"text": "good"}) + "\n" + json.dumps({"messages": chat}))
@@ -454,7 +454,7 @@ def test_a_chat_that_is_not_understood_is_left_out_and_counted(chat, place):
     assert summary.examples == {CHAT_NOT_UNDERSTOOD: [f"{path} record 2"]}
 
 
-def test_lists_that_only_have_roles_are_no_chats():
+def test_lists_that_only_have_roles_are_not_chats():
     record = {"film": "f", "credits": [{"role": "director", "person": "p"}]}
     assert document_of(record) == Document([target("f\n\ndirector\n\np")], (LOOSE,))
 
@@ -487,7 +487,7 @@ REJECTED = "never train on this"
         ),
     ],
 )  # fmt: skip
-def test_of_a_preference_pair_the_chosen_answer_is_the_target(record, parts, place):
+def test_the_chosen_answer_of_a_preference_pair_is_the_target(record, parts, place):
     for document in routes(record, place):
         assert document == Document(parts, (CHOSEN_ALONE,))
     path = place / "pair.jsonl"
@@ -497,7 +497,7 @@ def test_of_a_preference_pair_the_chosen_answer_is_the_target(record, parts, pla
         assert found == [parts] and summary.repaired == {CHOSEN_ALONE: 1}
 
 
-def test_what_must_not_be_trained_on_is_left_out_and_counted():
+def test_records_that_must_not_be_trained_on_are_skipped_and_counted():
     bad = {"prompt": "q", "completion": REJECTED, "label": False}
     assert document_of(bad).skip == UNDESIRABLE
     assert document_of(bad | {"label": True}).segments == [masked("q"), target(f"\n\n{REJECTED}")]
@@ -537,7 +537,7 @@ def test_halves_of_characters_are_joined_or_replaced():
     assert document_of_columns({"a": halves}, ("a",)).segments == [target("😀 \ufffd")]
 
 
-def test_of_several_columns_that_are_named_the_last_is_the_answer():
+def test_the_last_of_several_named_columns_is_the_answer():
     row = {"a": "x ", "b": "\n", "c": 3, "d": ["z", None]}
     of = lambda *columns: document_of_columns(row, columns)
     assert of("a", "b", "c", "d") == Document([masked("x \n\n3"), target("\n\nz")])

@@ -1,4 +1,4 @@
-"""Windows as text: every boundary is there, nothing is lost, no text moves the cursor."""
+"""Windows as text: every boundary is shown, nothing is lost, no text moves the cursor."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_plain_marks():
     )
 
 
-def test_colours_tell_documents_apart_and_dim_what_is_no_target():
+def test_colours_separate_documents_and_dim_masked_text():
     shown = show_window(WINDOW, BYTES, {257: "suffix"}, colour=True)
     plain = re.sub(r"\033\[[\d;]*m", "", shown)
     assert plain == (
@@ -49,7 +49,7 @@ def test_colours_tell_documents_apart_and_dim_what_is_no_target():
     assert shown.endswith("\033[0m")
 
 
-def test_a_text_cannot_steer_the_terminal():
+def test_text_cannot_control_the_terminal():
     shown = show_window(window_of(EOT, ids("a\x1b[2Jb\r\x07\u202e")), BYTES, {}, colour=False)
     assert shown == "⟦document⟧a\\x1b[2Jb\\r\\x07\\u202e"
 
@@ -64,7 +64,7 @@ def test_one_token_of_padding_is_padding():
     assert shown == "⟦document⟧ab⟦document⟧⟦padding: 1 tokens⟧"
 
 
-def test_a_separator_that_is_no_target_is_no_padding():
+def test_a_masked_separator_is_not_padding():
     window = window_of(
         EOT,
         ids("ask", is_target=False),

@@ -1,4 +1,4 @@
-"""Where the files come from, what a summary says; ``test_bad_input`` has what lies in them."""
+"""Where the files come from and what a summary says; ``test_bad_input`` covers their content."""
 
 import hashlib
 import os
@@ -43,8 +43,8 @@ def test_exact_duplicates_are_left_out_and_counted(folder, make):
 
 
 @pytest.mark.parametrize("deduplicate", ["exact", "none"])
-def test_how_lines_end_makes_no_other_document(folder, make, deduplicate):
-    """One end of line in the midst of another's stretch of blank lines stays what it is."""
+def test_line_endings_do_not_make_documents_differ(folder, make, deduplicate):
+    """One kind of line ending inside a stretch of blank lines of another kind is kept."""
     twins = {
         "dos": b"one\r\n\r\ntwo\r\n",
         "mac": b"one\r\rtwo",
@@ -62,7 +62,7 @@ def test_how_lines_end_makes_no_other_document(folder, make, deduplicate):
     assert (summary.documents, summary.duplicates) == (9 - duplicates, duplicates)
 
 
-def test_lines_that_pieces_part_are_the_same_lines():
+def test_lines_cut_between_pieces_are_the_same_lines():
     text = "a\r\n\r\nb\n\r\rc\n\r\n"
     for size in (1, 2, 3, len(text)):
         lines = shards._Lines()
@@ -78,14 +78,14 @@ def test_names_that_are_not_unicode_can_be_printed(folder):
     assert "\\udcff.txt" in "\n".join(summary.lines()).encode("utf-8").decode()
 
 
-def test_many_examples_are_cut_short(folder):
+def test_a_long_list_of_examples_is_shortened(folder):
     for i in range(10):
         (folder / f"{i}.txt").write_text("")
     line = read(folder)[1].lines()[1]
     assert line.startswith("skipped 10 × empty: ") and line.endswith("2.txt, …")
 
 
-def test_the_default_is_data_else_the_standard_library_said_aloud(tmp_path, monkeypatch):
+def test_the_default_is_data_or_the_standard_library_and_logged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log = []
     source = open_source("", log.append)
@@ -103,7 +103,7 @@ def test_the_default_is_data_else_the_standard_library_said_aloud(tmp_path, monk
     assert open_source("", print).files == ("data/a.txt",)
 
 
-def test_the_size_of_what_was_skipped_is_told(folder):
+def test_the_size_of_skipped_files_is_reported(folder):
     (folder / "a.txt").write_bytes(bytes(30_000))
     (folder / "b.txt").write_bytes(bytes(4_000))
     (folder / "c.txt").write_text("")

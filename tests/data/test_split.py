@@ -58,16 +58,16 @@ def test_the_choice_depends_on_seed_and_content_alone(make, many_files):
     first = held(0)
     assert first == held(0)
     assert first != held(1)
-    # Other names and so another order: the same documents are held out.
+    # With other names, and so in another order, the same documents are held out.
     for file in sorted(many_files.iterdir()):
         file.rename(file.with_name(f"{99 - int(file.stem):02d}.md"))
     assert first == held(0)
-    # A text more: most of the choice stays.
+    # With one more text, most of the choice stays.
     (many_files / "new.txt").write_text("something new " * 15)
     assert len(first & held(0)) >= len(first) - 1
 
 
-def test_equal_units_are_never_parted():
+def test_equal_units_stay_on_one_side():
     digest_ud = np.repeat(np.arange(20, dtype=np.uint8)[:, None], 16, axis=1)[np.arange(100) % 20]
     start_u = np.arange(100) * 11 + 1
     units = Units(start_u, start_u + 10, digest_ud, np.zeros(100, int))
@@ -122,7 +122,7 @@ def test_text_without_white_space_is_cut_between_characters(text):
     assert "".join(parts) == text
 
 
-def test_bytes_that_never_begin_a_character_are_cut_anyway():
+def test_bytes_that_never_begin_a_character_are_still_cut():
     tokens = np.array([BYTES_EOT] + [0x80] * 5_000, np.uint16)
     units = cut(tokens, load_tokenizer("bytes"))
     assert (units.end_u - units.start_u).max() <= 256
@@ -168,7 +168,7 @@ def test_any_size_above_the_smallest_works(make, tmp_path):
         assert len(corpus.train) >= 1 and len(corpus.eval) >= 1
 
 
-def test_runs_cover_the_hole_with_the_marker():
+def test_runs_show_the_separator_in_place_of_a_hole():
     """Two documents of one block each and one of three; the middle block is held out."""
     digest_ud = np.arange(5, dtype=np.uint8)[:, None].repeat(16, axis=1)
     start_u, end_u = np.array([1, 5, 8, 11, 15]), np.array([4, 8, 11, 14, 18])

@@ -1,4 +1,4 @@
-"""The token cache: made once, accepted only whole, safe under kill -9 and two builders."""
+"""The token cache: made once, used only when complete, safe under kill -9 and concurrent builds."""
 
 import itertools
 import json
@@ -72,10 +72,10 @@ def _each(side):
     return (side[i] for i in range(len(side)))
 
 
-# --- what is in it --------------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------
 
 
-def test_holds_the_documents_each_behind_its_marker(make, many_files, tmp_path):
+def test_it_holds_each_document_after_its_separator(make, many_files, tmp_path):
     make(many_files)
     (folder,) = shard_folders(tmp_path)
     expected = []
@@ -93,7 +93,7 @@ def test_a_large_vocabulary_takes_four_bytes(make, many_files, tmp_path, monkeyp
     assert all_windows(narrow) == all_windows(wide) and narrow.fingerprint == wide.fingerprint
 
 
-def test_what_is_no_target_is_marked(tmp_path):
+def test_masked_tokens_are_recorded(tmp_path):
     class Talk:
         name, stat, size_bytes, parallel = "talk", None, 0, False
 
@@ -136,7 +136,7 @@ def test_shards_and_their_number_do_not_change_the_corpus(
 
 def test_processes_do_not_change_the_corpus(make, many_files, tmp_path, small_shards, encoded):
     several = make(many_files, tokenise_workers=2)
-    assert not encoded  # it happened elsewhere
+    assert not encoded  # it happened in another process
     alone = make(many_files, tokenise_workers=1, cache_dir=str(tmp_path / "alone"))
     assert len(encoded) == 60
     assert several.fingerprint == alone.fingerprint
@@ -147,14 +147,14 @@ def test_processes_do_not_change_the_corpus(make, many_files, tmp_path, small_sh
     assert content("cache") == content("alone")
 
 
-def test_an_error_in_a_process_is_told(make, many_files, small_shards, monkeypatch):
-    """A file that goes while the processes wait for their turn."""
+def test_an_error_in_a_process_is_reported(make, many_files, small_shards, monkeypatch):
+    """A file that disappears while the processes wait for their turn."""
     monkeypatch.setattr(sources.FilePart, "key", lambda self: f"not of the content {self.path}")
     with pytest.raises(UserError, match="changed while it was being read; run the command again"):
         make(many_files, tokenise_workers=2)
 
 
-# --- what is done again ---------------------------------------------------------------------------
+# --- what is tokenised again ----------------------------------------------------------------------
 
 
 def test_one_changed_file_is_tokenised_alone(make, many_files, encoded, tmp_path, small_shards):
@@ -172,7 +172,7 @@ def test_one_changed_file_is_tokenised_alone(make, many_files, encoded, tmp_path
     assert fresh.fingerprint == again.fingerprint and all_windows(fresh) == all_windows(again)
 
 
-def test_a_new_date_or_place_is_no_new_content(make, many_files, encoded, tmp_path):
+def test_a_new_date_or_path_is_not_new_content(make, many_files, encoded, tmp_path):
     first = make(many_files)
     os.utime(many_files / "00.txt")
     assert make(many_files).fingerprint == first.fingerprint
@@ -193,7 +193,7 @@ def test_the_summary_is_kept_with_the_paths_as_they_are_now(make, many_files, tm
 def test_unchanged_files_are_not_read(make, many_files, monkeypatch):
     age(many_files)
     time.sleep(0.01)
-    monkeypatch.setattr(store, "_SETTLED_SECS", -1)  # ctime is now: nobody can set it back
+    monkeypatch.setattr(store, "_SETTLED_SECS", -1)  # ctime is now and cannot be set back
     first = make(many_files)
 
     def refuse(*_args):
@@ -232,7 +232,7 @@ def test_a_warm_start_makes_no_plan_and_hashes_no_document(make, many_files, mon
     assert again.summary == first.summary
 
 
-def test_fingerprint_tells_content_tokenizer_window_and_seed_apart(make, many_files):
+def test_the_fingerprint_depends_on_content_tokenizer_window_and_seed(make, many_files):
     fingerprints = {
         make(many_files).fingerprint,
         make(many_files, seq_len=33).fingerprint,
@@ -280,9 +280,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_damaged_shard_is_made_again_alone(
-    make, many_files, tmp_path, encoded, small_shards, damage
-):
+def test_only_a_damaged_shard_is_rebuilt(make, many_files, tmp_path, encoded, small_shards, damage):
     first = make(many_files)
     windows = all_windows(first)  # now: its map shows the damage
     folders = shard_folders(tmp_path)
@@ -296,7 +294,7 @@ def test_a_damaged_shard_is_made_again_alone(
     assert shard_folders(tmp_path) == folders
 
 
-def test_damaged_notes_are_made_again(make, many_files, tmp_path, encoded):
+def test_damaged_index_files_are_rebuilt(make, many_files, tmp_path, encoded):
     first = make(many_files)
     for name in ("files.json", "*.npz"):
         for path in (tmp_path / "cache" / "tokens").rglob(name):
@@ -400,7 +398,7 @@ def test_killed_in_the_middle(make, many_files, tmp_path, patch, encoded, small_
 
 @pytest.mark.slow
 def test_killed_at_any_time(make, many_files, tmp_path, small_shards):
-    """Again and again, at moments drawn by chance, until a run comes to its end."""
+    """Repeatedly, at random moments, until a run completes."""
     slow = """
 encode = load._Bytes.encode
 load._Bytes.encode = lambda self, text: time.sleep(0.02) or encode(self, text)
@@ -417,8 +415,8 @@ load._Bytes.encode = lambda self, text: time.sleep(0.02) or encode(self, text)
     assert all_windows(make(many_files)) == all_windows(undisturbed)
 
 
-def test_two_at_once(make, many_files, tmp_path):
-    """Both are in the middle of building before either is let go on."""
+def test_two_concurrent_builds(make, many_files, tmp_path):
+    """Both are in the middle of building before either may continue."""
     patch = f"""
 import pathlib
 encode = load._Bytes.encode
@@ -507,7 +505,7 @@ def test_a_warm_cache_needs_no_writing(make, many_files, monkeypatch):
         monkeypatch.setattr(os, name, refuse)
     monkeypatch.setattr(store, "write_atomic", refuse)
     assert make(many_files).fingerprint == first.fingerprint
-    # What only saves time is left out where it cannot be written.
+    # Files that only save time are skipped if they cannot be written.
     assert make(many_files, seed=5).fingerprint != first.fingerprint
     monkeypatch.setattr(store, "_SETTLED_SECS", -1)
     assert make(many_files).fingerprint == first.fingerprint

@@ -113,7 +113,9 @@ _SPACE = st.sampled_from([" ", "\n", "  ", "\n\n   ", " \t", "\u3000 ", "\r\n", 
 def test_cuts_are_exact_on_any_text(oracle, parts):
     text = "".join(word + space for word, space in parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PIECE_CHARACTERS", 64)  # holds two words: there is a place to cut
+        patch.setattr(
+            module, "_PIECE_CHARACTERS", 64
+        )  # contains two words: there is a place to cut
         pieces = list(cut_text(text))
         assert "".join(pieces) == text
         # Words between nothing but "\u3000 ", say, have no place to cut at.

@@ -37,7 +37,7 @@ def test_windows_are_slices_of_the_stream_that_share_one_token(seed, seq_len):
     assert targets_of(windows) == stream[1 : len(windows) * seq_len + 1].tolist()
 
 
-def test_no_window_of_too_few_tokens_and_no_index_beyond():
+def test_too_few_tokens_give_no_window_and_indices_are_checked():
     runs = np.array([[0, 8]])
     assert len(PackedWindows(Flat([np.arange(8)]), runs, 8, EOT)) == 0
     windows = PackedWindows(Flat([np.arange(8)]), runs, 7, EOT)
@@ -73,7 +73,7 @@ STARTS = np.cumsum([0] + [len(text) + 1 for text, _ in CACHED]).tolist()
     [[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 5, 7], [1, 5, 6], [7, 5], [3, 0, 6, 0, 2, 0]],
     ids=str,
 )
-def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards):
+def test_a_separator_is_a_target_only_after_an_answer(chosen, seq_len, shards):
     edges = STARTS if shards == 3 else [0, len(CACHED_TOKENS)]
     cut = lambda array: Flat([array[a:b] for a, b in itertools.pairwise(edges)])
     tokens, loss_mask = cut(CACHED_TOKENS), cut(CACHED_LEARN)
@@ -100,7 +100,7 @@ def test_a_separator_is_a_target_behind_an_answer_alone(chosen, seq_len, shards)
 
 
 def test_no_separator_is_a_target_where_a_document_is_cut():
-    """Though the token before it is: the answer does not end there."""
+    """Although the token before it is one: the answer does not end there."""
     tokens, loss_mask = Flat([np.array([EOT, 1, 2, 3, 4, EOT, 5])]), Flat([np.ones(7, np.uint8)])
     runs = np.array([[0, 3], [5, 7]])
     window = PackedWindows(tokens, runs, 4, EOT, loss_mask)[0]

@@ -129,7 +129,7 @@ def test_blocks_run_as_printed(page, place, card, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_blocks_name_a_language_and_excuses_a_reason(page):
+def test_blocks_name_a_language_and_skipped_ones_a_reason(page):
     for block in blocks(page):
         assert block.language in LANGUAGES, block.place
         assert not block.excuse or len(block.excuse.split()) > 3, block.place

@@ -1,6 +1,6 @@
 """Real runs, as small as they can be: the trainer's own step, loop, monitor and evaluation.
 
-Only the text and the clock are made up. What a second is decides the test and not the machine, so
+Only the text and the clock are made up. The test decides how long a step takes, not the machine, so
 that a busy one raises no finding.
 """
 
@@ -37,7 +37,7 @@ HEALTHY = run_config(
     log_steps=5,
     eval_steps=30,
 )
-# Another program, as the rate is part of it: the smaller family, and never evaluated.
+# A different program, as the rate is part of it: the smaller family, never evaluated.
 FAR_TOO_HIGH = run_config(
     dataclasses.replace(MODEL, family="mamba"),
     batch=BATCH,
@@ -51,7 +51,7 @@ FAR_TOO_HIGH = run_config(
 
 @functools.cache
 def text() -> np.ndarray:
-    """Some hundred thousand bytes of the standard library, as ids below 128."""
+    """About a hundred thousand bytes of the standard library, as ids below 128."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
     files = [folder / f"{name}.py" for name in ("argparse", "tarfile", "inspect", "typing")]
     data = b"\n".join(file.read_bytes() for file in files)
@@ -76,7 +76,7 @@ def compiled(config: RunConfig):
 
 
 class Clock:
-    """Time that passes when told to."""
+    """Time that advances on command."""
 
     def __init__(self):
         self.now = 0.0
@@ -99,13 +99,13 @@ def train(
     """Trains on a text and returns the folder with what the run recorded.
 
     Args:
-      folder: of the run.
-      config: of the run.
+      folder: the run's folder.
+      config: the run's config.
       ids: the text; None: source code.
       eval_ids: the held-out text; None: the end of ``ids``.
-      step_secs: step → seconds that it takes, beside the reading.
-      read_secs: that a batch takes to read.
-      steps: to take, if no error ends it before.
+      step_secs: step → seconds that it takes, without reading the batch.
+      read_secs: seconds that a batch takes to read.
+      steps: steps to take, unless an error ends the run.
       meddle: step → what to make of the parameters before it.
     """
     ids = text() if ids is None else ids
@@ -144,7 +144,7 @@ def train(
                         if step > 1:
                             shown.evaluation(step, evaluate(eval_step, state["params"], held_out))
             late.drain()
-    except UserError:  # a divergence: the record tells of it
+    except UserError:  # a divergence, which is recorded
         pass
     return folder
 

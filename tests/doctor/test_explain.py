@@ -1,4 +1,4 @@
-"""The command: what it prints, how it ends, and that what it advises exists."""
+"""The command: what it prints, its exit status, and that the flags it suggests exist."""
 
 import dataclasses
 import io
@@ -126,7 +126,7 @@ def test_json(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "made,said",
+    "made,message",
     [
         (lambda folder: folder.rmdir(), "out is not a folder; give the output_dir of a run"),
         (lambda folder: None, "out: metrics.jsonl is missing"),
@@ -137,16 +137,16 @@ def test_json(folder, capsys):
         ),
     ],
 )
-def test_mistakes_are_one_line(made, said, folder, capsys):
+def test_mistakes_are_one_line(made, message, folder, capsys):
     made(folder)
     assert explain.main(["out"]) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
 def test_a_run_without_a_step(folder, capsys):
-    """It ended before the first: that is told."""
+    """It ended before the first step, and the output says so."""
     write(folder, [records()[0], {"step": 0, "ended": "OSError: [Errno 28] No space left"}])
     assert explain.main(["out"]) == 0
     out = capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_colours_are_for_terminals(stream, environment, colours, folder, monkeyp
     assert ("\033" in out.getvalue()) == colours
 
 
-def test_a_reader_that_has_seen_enough(folder):
+def test_a_closed_pipe_ends_it_quietly(folder):
     write(folder, records(PLAIN, NOISY))
     root = mamba_jax.__path__[0] + "/.."
     command = [sys.executable, "-m", "mamba_jax.explain", str(folder)]

@@ -42,17 +42,17 @@ def examine(lines) -> rules.Diagnosis:
     return rules.examine(signals.from_records(FOLDER, lines))
 
 
-def told(diagnosis: rules.Diagnosis) -> dict[str, str]:
+def output(diagnosis: rules.Diagnosis) -> dict[str, str]:
     return {rule: finding.title for rule, finding in diagnosis.findings}
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_healthy_run_raises_no_finding(name):
     diagnosis = examine(records(PLANS[name]))
-    assert told(diagnosis) == {}
+    assert output(diagnosis) == {}
     assert set(diagnosis.clear) | set(diagnosis.unchecked) == set(rules.RULES)
     if PLANS[name].steps >= 1_000 and PLANS[name].evaluations >= 4 and "preset" not in name:
-        assert not diagnosis.unchecked, "silent only for want of data"
+        assert not diagnosis.unchecked, "silent only because of missing data"
 
 
 def test_a_short_run_says_what_it_lacks():
@@ -70,13 +70,13 @@ def test_older_runs_without_some_records(key):
     for line in lines:
         if "run" in line:
             line["run"] = {k: v for k, v in line["run"].items() if k != key}
-    assert told(examine(lines)) == {}
+    assert output(examine(lines)) == {}
 
 
 def test_a_run_that_records_losses_alone():
     lines = [{"step": r["step"], "loss": r["loss"]} for r in records() if "loss" in r]
     diagnosis = examine(lines)
-    assert told(diagnosis) == {}
+    assert output(diagnosis) == {}
     assert {"Δ", "A", "depth gates", "speed", "memory", "clipping"} <= diagnosis.unchecked.keys()
 
 
@@ -85,14 +85,14 @@ def test_a_config_of_another_version():
     lines[0]["run"]["config"]["model"]["of_the_future"] = 1
     run = signals.from_records(FOLDER, lines)
     assert run.config is None
-    assert told(rules.examine(run)) == {}
+    assert output(rules.examine(run)) == {}
 
 
 def test_a_record_that_begins_late():
-    """Where an earlier part is lost, a loss that is low and flat is no sign of anything."""
+    """Where an earlier part is lost, a loss that is low and flat means nothing."""
     late = [line for line in records(Plan(steps=4_000)) if line["step"] > 3_000]
     diagnosis = examine(late)
-    assert told(diagnosis) == {}
+    assert output(diagnosis) == {}
     assert "loss falls" in diagnosis.unchecked
 
 
@@ -100,12 +100,12 @@ def test_steps_recorded_twice_count_as_the_later_record():
     lines = records(Plan(steps=1_000))
     wild = [{"step": step, "loss": 50.0, "gradient_norm": 1e3} for step in range(400, 600)]
     cut = next(i for i, line in enumerate(lines) if line["step"] == 400)
-    assert told(examine(lines[:cut] + wild + lines[cut:])) == {}
-    assert told(examine(lines[:cut] + lines[cut:] + wild)) != {}
+    assert output(examine(lines[:cut] + wild + lines[cut:])) == {}
+    assert output(examine(lines[:cut] + lines[cut:] + wild)) != {}
 
 
 def test_a_resumed_run_is_that_of_its_file(tmp_path):
-    """An error that a run has gone on from is no news, and its lost steps leave no trace."""
+    """An error before the run was resumed is not reported, and its lost steps have no effect."""
     lines = records(Plan(steps=1_000))
     cut = next(i for i, line in enumerate(lines) if line["step"] == 600)
     first = metrics.History(tmp_path, 0)
@@ -122,18 +122,18 @@ def test_a_resumed_run_is_that_of_its_file(tmp_path):
     again.close()
     run = signals.read(tmp_path)
     assert run["loss"].values.tolist() == [r["loss"] for r in lines if "loss" in r]
-    assert told(rules.examine(run)) == {}
+    assert output(rules.examine(run)) == {}
 
 
 def test_a_cut_last_line(tmp_path):
     lines = records(Plan(steps=300))
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / metrics.NAME).write_text(text[:-20])
-    assert told(rules.examine(signals.read(tmp_path))) == {}
+    assert output(rules.examine(signals.read(tmp_path))) == {}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_is_told_and_disturbs_no_other_rule(value):
+def test_nan_is_reported_and_disturbs_no_other_rule(value):
     lines = records(Plan(steps=1_000))
     for line in lines:
         if line["step"] > 990:
@@ -143,7 +143,7 @@ def test_nan_is_told_and_disturbs_no_other_rule(value):
                 elif isinstance(line[key], list):
                     line[key] = [value] * len(line[key])
     diagnosis = examine(lines)
-    assert told(diagnosis) == {"end of the run": "The training diverged"}
+    assert output(diagnosis) == {"end of the run": "The training diverged"}
     (finding,) = (finding for _, finding in diagnosis.findings)
     assert "step 991" in finding.evidence[0]
 

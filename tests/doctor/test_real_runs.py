@@ -1,6 +1,6 @@
 """Rules on real runs: what the trainer itself records when something is wrong.
 
-All share one compiled step, but the one whose learning rate is too high.
+All share one compiled step, except the one whose learning rate is too high.
 """
 
 import jax
@@ -28,7 +28,7 @@ def train(tmp_path, capsys):
 
 
 def with_leaf(name: str, change):
-    """What sets the parameters of one name in all layers."""
+    """Returns a function that sets the parameters of one name in all layers."""
 
     def meddle(params):
         return jax.tree_util.tree_map_with_path(
@@ -70,7 +70,7 @@ def test_a_learning_rate_too_high(train):
 
 
 def test_weights_thrown_off(train):
-    """As by one step too far: the loss jumps, and it takes some steps to come back."""
+    """As after one step that is too large: the loss jumps and takes some steps to recover."""
     random = np.random.default_rng(0)
     throw = with_leaf("embedding", lambda leaf: leaf + random.normal(0, 0.5, leaf.shape))
     (finding,) = train(steps=160, meddle={100: throw}).values()

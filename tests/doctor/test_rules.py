@@ -1,4 +1,4 @@
-"""Each rule: a run made to show it, by several seeds, and one near it that must stay silent."""
+"""Each rule: a run with its fault, under several seeds, and a similar run without a finding."""
 
 import dataclasses
 import math
@@ -166,7 +166,7 @@ SHOWN = [
      "The run logged a warning", Severity.NOTE, ["step 7: TensorBoard"]),
 ]  # fmt: skip
 
-# rule, name of the case, plan, faults: near what the rule is about, and no finding at all
+# rule, name of the case, plan, faults: close to the rule's fault, but without any finding
 SILENT = [
     ("end of the run", "an old error", Plan(resumed=(2_000,)), []),
     ("loss falls", "slow, on its way", PLAIN, [at_level(6.0, steps=2_000.0)]),
@@ -238,7 +238,7 @@ def test_what_is_wrong_is_found(row):
         assert finding.why and finding.remedies
 
 
-# Of a real run, the quick start: a single step of 70 is at 21 nats.
+# From a real run, the quick start: a single step of 70 is at 21 nats.
 QUICK_START = """
 10.98 10.99 10.78 10.43 10.2 10.06 9.67 9.71 9.54 9.32 9.33 9.43 8.99 8.82 8.24 8.22 8.42 8.22 8.41
 7.95 7.31 6.42 6.86 6.79 5.98 5.61 5.0 5.27 5.7 5.56 5.54 4.66 4.49 3.69 3.94 4.21 4.39 4.51 4.57
@@ -261,7 +261,7 @@ def test_the_spike_of_the_quick_start(steps):
 
 @pytest.mark.parametrize("row", SHOWN, ids=case)
 def test_nothing_else_is_found(row):
-    """One fault, one finding: what follows from it is another matter only in these cases."""
+    """One fault, one finding; only in these cases does a fault cause a second one."""
     rule, _, plan, faults, *_ = row
     follows = {
         "loss falls": {"overfitting"},
@@ -273,14 +273,14 @@ def test_nothing_else_is_found(row):
 
 
 @pytest.mark.parametrize("row", SILENT, ids=case)
-def test_what_is_near_it_is_not(row):
+def test_nearly_faulty_runs_raise_no_finding(row):
     _, _, plan, faults = row
     for seed in SEEDS:
         found = findings(dataclasses.replace(plan, seed=seed), *faults)
         assert not found, (seed, {name: finding.evidence for name, finding in found.items()})
 
 
-def test_every_rule_is_shown_and_silent():
+def test_every_rule_has_both_cases():
     assert {row[0] for row in SHOWN} == {row[0] for row in SILENT} == set(rules.RULES)
 
 
@@ -337,7 +337,7 @@ def test_a_rate_that_has_worked_is_preferred():
     assert remedies.rate_flag(peak / 3) in remedies.lower_rate(run, peak / 2).command
 
 
-def test_which_checkpoint_to_go_on_from(tmp_path):
+def test_which_checkpoint_to_resume_from(tmp_path):
     run = signals.from_records(tmp_path / "a b", records(Plan(steps=900, max_steps=1_000)))
     assert remedies.resume(run, "--x=1") == "--x=1", "there is no checkpoint"
     for step in (300, 600, 900):
@@ -362,7 +362,7 @@ def test_which_checkpoint_to_go_on_from(tmp_path):
         (5e-3, "Lower the learning rate", "0.0003"),
     ],
 )
-def test_what_to_do_where_the_loss_is_flat(rate, text, advised):
+def test_the_remedy_for_a_flat_loss(rate, text, advised):
     finding = findings(Plan(learning_rate=rate), NOISY)["loss falls"]
     (remedy,) = (remedy for remedy in finding.remedies if remedy.text.startswith(text))
     assert remedy.command == f"--config.training.learning_rate={advised}"

@@ -1,4 +1,4 @@
-"""Where each rule begins to speak: a run just on this side of its threshold, one just beyond."""
+"""The threshold of each rule: a run just below it and one just above."""
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ def loss_of(shape, noise: float = 0.004) -> Fault:
 
 
 def down_and_up(low: float, rise: float, turn: float = 0.4, noise: float = 0.004):
-    """Falls from ln V to ``low``, and rises by so much at the turn."""
+    """Falls from ln V to ``low``, then rises by this much."""
     return loss_of(lambda x: low + (LN_V - low) * np.exp(-30 * x) + rise * (x > turn), noise)
 
 
 def evaluation(scale: float, rise: float) -> Fault:
-    """The sixth is the best; all after it lie higher by a share."""
+    """The sixth is the best; all after it are higher by a share."""
     return changed(
         eval_loss=lambda v: scale * np.concatenate([v[:6], np.full(len(v) - 6, v[5] * (1 + rise))])
     )
@@ -72,8 +72,8 @@ def grown(a: Arrays, first: float, last: float, name: str = "dt_max") -> None:
 
 SHORT = Plan(steps=900)
 OF_100 = Plan(steps=100, warmup_steps=10, evaluations=2)
-# rule, name, plan, faults that it is silent about, faults that it tells; None: a matter of the
-# plan: (plan of the silent one, plan of the other), with the same faults
+# rule, name, plan, faults without a finding, faults with one; None: the plan decides:
+# (plan without a finding, plan with one), with the same faults
 CASES = [
     ("loss falls", "share", SHORT, [at_level(LN_V * 0.93)], [at_level(LN_V * 0.97)]),
     ("loss falls", "steps", (SHORT, PLAIN), [at_level(UNIGRAM)], None),
@@ -157,10 +157,10 @@ CASES = [
 
 @pytest.mark.parametrize("row", CASES, ids=lambda row: f"{row[0]}: {row[1]}")
 def test_both_sides(row):
-    rule, _, plan, silent, told = row
+    rule, _, plan, silent, loud_faults = row
     quiet, loud = plan if isinstance(plan, tuple) else (plan, plan)
     assert rule not in findings(quiet, *silent)
-    assert rule in findings(loud, *(silent if told is None else told))
+    assert rule in findings(loud, *(silent if loud_faults is None else loud_faults))
 
 
 @pytest.mark.parametrize("wait,title", [(0.75, "Reading data"), (0.85, "The training waits")])
@@ -176,14 +176,14 @@ def test_late_climbs_are_not_blamed_on_a_small_learning_rate(at):
     assert blamed == ("The learning rate is too high" if at < 0.5 else "The loss rises")
 
 
-def test_overfitting_is_not_what_raises_both_losses():
+def test_a_rise_of_both_losses_is_not_overfitting():
     both = down_and_up(5.0, 1.0, turn=0.7)
     assert "overfitting" in findings(PLAIN, down_and_up(5.0, 0), evaluation(1.0, 0.2))
     assert "overfitting" not in findings(PLAIN, both, evaluation(1.0, 0.2))
 
 
-def test_a_record_that_begins_late_knows_no_first_loss():
-    """Its first loss is not that of guessing at random, and may well be exceeded for a while."""
+def test_a_record_that_begins_late_has_no_first_loss():
+    """Its first loss is not that of random guessing, and may be exceeded for a while."""
     bulge = loss_of(lambda x: 6.0 + 2.0 * (0.2 < x < 0.25))
     late = [line for line in records(PLAIN, bulge) if line["step"] > 100 or "run" in line]
     found = dict(rules.examine(signals.from_records(FOLDER, late)).findings)

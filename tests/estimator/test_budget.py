@@ -1,4 +1,4 @@
-"""What a run may use: the driver's figure, ``--vram``, the margin, and what jax is told of it."""
+"""What a run may use: the driver's figure, ``--vram``, the margin, and the limit passed to jax."""
 
 import dataclasses
 import os
@@ -45,7 +45,7 @@ def test_the_total_is_vram_but_never_more_than_the_device_has():
     assert budget(dataclasses.replace(vram, memory_gb=24.0), CARD).bytes == (16_376 - 1024) * MIB
     unknown = Machine("a card", "gpu")
     assert budget(dataclasses.replace(vram, auto=True), unknown).bytes == 11 * GIB
-    # What jax's allocator was given binds where it is less.
+    # The allocator's limit applies where it is lower.
     pooled = dataclasses.replace(CARD, pool_bytes=8 * GIB)
     assert budget(vram, pooled).bytes == 8 * GIB
     assert "3.00 GiB that jax's allocator may not take" in budget(vram, pooled).text()
@@ -64,7 +64,7 @@ def test_a_margin_that_leaves_nothing_is_refused():
     config.vram.update(memory_gb=2.0, safety_margin_mb=2048)
     with pytest.raises(UserError, match=r"safety_margin_mb=2048 leaves nothing of .*=2 \(2048"):
         freeze(config)
-    config.vram.auto = True  # then the device says how much there is
+    config.vram.auto = True  # then the device reports its memory
     assert freeze(config).vram.auto
     config.vram.update(safety_margin_mb=-1)
     with pytest.raises(UserError, match=r"safety_margin_mb=-1 must not be negative"):
@@ -101,7 +101,7 @@ def test_without_a_driver_there_are_no_cards(monkeypatch, tmp_path):
         (VramConfig(auto=True), "16376, 12000", (16_376 - 12_000 - 1_024) / 16_376),
     ],
 )
-def test_jax_is_let_take_what_the_budget_needs(driver, vram, row, expected, monkeypatch):
+def test_jax_may_allocate_what_the_budget_needs(driver, vram, row, expected, monkeypatch):
     driver(row)
     monkeypatch.setenv(budgets.FRACTION, "")  # to be restored
     monkeypatch.delenv(budgets.FRACTION)

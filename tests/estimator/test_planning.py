@@ -1,4 +1,4 @@
-"""The plan keeps what is the user's, fits, and is the fastest that does."""
+"""The plan keeps the user's settings, fits, and is the fastest that does."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_the_formula_is_within_a_tenth_of_the_compiler(case):
     assert estimate_of(case) == pytest.approx(case["compiled_bytes"], rel=0.1)
 
 
-def test_the_formula_is_right_on_the_whole():
+def test_the_formula_is_right_on_average():
     errors = [abs(estimate_of(case) / case["compiled_bytes"] - 1) for case in CASES]
     assert sum(errors) / len(errors) < 0.015  # a buffer left out would show here
 
@@ -128,7 +128,7 @@ def test_several_devices_share_a_microbatch_equally():
         plan(run_of("medium", effective_batch_size=30), machine=machine)
 
 
-def test_what_the_user_set_stays_even_where_it_does_not_fit():
+def test_user_settings_stay_even_if_they_do_not_fit():
     run = with_model(run_of("xxlarge", batch_size=16), remat="none")
     planned = plan(run, machine=RTX)
     assert planned.config.vram.batch_size == 16 and planned.config.model.remat == "none"
@@ -150,13 +150,13 @@ def test_more_memory_is_never_slower():
         assert secs <= before * choose.SAME_SPEED
         before = secs
         policies.add(planned.model.remat)
-    # Of all layouts none is more than a percent faster than the last.
+    # No layout is more than a percent faster than the last.
     (layouts, *_) = choose.candidates(run, machine)
     fastest = min(choose.expected_secs(run, machine, preset, layout) for layout in layouts)
     assert before <= fastest * choose.SAME_SPEED and len(policies) > 1
 
 
-def test_nothing_fits_is_one_line_with_what_would_and_the_knobs():
+def test_if_nothing_fits_one_line_names_what_would_and_the_settings():
     with pytest.raises(UserError) as caught:
         plan(run_of("xxlarge", memory_gb=8.0), machine=RTX)
     message = str(caught.value)
@@ -181,7 +181,7 @@ def test_on_a_cpu_dots_comes_first_and_a_microbatch_is_small():
 
 
 class FakeCompiler:
-    """Needs 1 GiB and ``per_row`` a sequence, more without remat, and more than a line says."""
+    """Needs 1 GiB and ``per_row`` per sequence, more without remat, and more than a linear fit."""
 
     def __init__(self, per_row=GIB // 4, bend=0.0):
         self.per_row, self.bend, self.asked = per_row, bend, []
@@ -208,7 +208,7 @@ def exact_plan(monkeypatch, compiler, run):
     return plan(run, level="exact", machine=RTX)
 
 
-def test_exact_takes_the_fastest_that_the_compiler_says_fits(monkeypatch):
+def test_exact_chooses_the_fastest_that_fits_by_the_compiler(monkeypatch):
     run, compiler = run_of("small", memory_gb=9.5), FakeCompiler()
     planned = exact_plan(monkeypatch, compiler, run)
     compiles = len(set(compiler.asked))

@@ -1,4 +1,4 @@
-"""The kernels compile for cards that are not here, within the memory they promise.
+"""The kernels compile for cards that are not installed, within their stated memory.
 
 The compilers are not part of the environment (see ``scripts/compilers.sh``): what needs them runs
 in a process of its own, and is skipped without them. Lowering needs no compiler.

@@ -139,7 +139,7 @@ def test_mistakes_are_one_line(flags, named, run_dir, capsys):
     assert named in error and "Traceback" not in error
 
 
-def test_where_the_json_goes_is_tried_before_anything_is_read(tmp_path, capsys):
+def test_the_json_path_is_checked_before_anything_is_read(tmp_path, capsys):
     wrong, kept, new = tmp_path / "no" / "r.json", tmp_path / "kept.json", tmp_path / "new.json"
     kept.write_text("mine")
     ask = lambda file: evaluate.main(["--checkpoint=nowhere", "--data=x", f"--json={file}"])
@@ -150,10 +150,10 @@ def test_where_the_json_goes_is_tried_before_anything_is_read(tmp_path, capsys):
     assert kept.read_text() == "mine" and not new.exists()
 
 
-def test_json_has_no_word_for_infinity(tmp_path, capsys):
+def test_infinity_is_null_in_json(tmp_path, capsys):
     metrics = [{"value": math.inf, "ends": (math.nan, 1.5)}, {"n": 3, "text": "Infinity"}]
     evaluate.write(str(tmp_path / "r.json"), {"metrics": metrics})
-    refuse = lambda word: pytest.fail(f"{word} is no JSON")
+    refuse = lambda word: pytest.fail(f"{word} is not JSON")
     read = json.loads((tmp_path / "r.json").read_text(), parse_constant=refuse)
     expected = [{"value": None, "ends": [None, 1.5]}, {"n": 3, "text": "Infinity"}]
     assert read["metrics"] == expected

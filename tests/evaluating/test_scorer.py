@@ -1,4 +1,4 @@
-"""What sequences begin with in common is read once, and nothing else changes."""
+"""A shared prefix is prefilled once, and nothing else changes."""
 
 import dataclasses
 import functools
@@ -40,12 +40,12 @@ def log_probs_of(model, row):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_continuations_of_one_context_score_as_whole_sequences(family):
     model = model_of(family)
-    # Which generation alone heeds.
+    # Only generation uses these.
     skips = {"gate_skip_threshold": 0.9} if family == "hybrid" else {}
     scorer = scorer_of(
         dataclasses.replace(model, config=dataclasses.replace(model.config, **skips))
     )
-    # Out of order, lest order help.
+    # Out of order, so that the result cannot depend on order.
     pairs = [PAIRS[i] for i in np.random.default_rng(0).permutation(len(PAIRS))]
     found = lm_eval_tasks.loglikelihoods(scorer, pairs)
     for (context, answer), (total, is_greedy) in zip(pairs, found, strict=True):
@@ -55,13 +55,13 @@ def test_continuations_of_one_context_score_as_whole_sequences(family):
         # Sums of three float32 logarithms.
         assert total == pytest.approx(log_probs[range(len(targets)), targets].sum(), rel=1e-5)
         assert is_greedy == (log_probs.argmax(-1).tolist() == targets)
-    # The marker and the examples; what the contexts add, without their last token, which is read
-    # with each answer; the answers without their last tokens.
+    # The separator and the examples; what the contexts add, without their last token, which is
+    # processed with each answer; the answers without their last tokens.
     assert scorer.tokens_processed == (1 + 6) + (3 + 3 + 5) + 3 * (1 + 1 + 2)
 
 
-def test_generation_reads_what_prompts_begin_with_once():
-    model = model_of("hybrid", 4)  # says other things after other prompts
+def test_generation_prefills_a_shared_prefix_once():
+    model = model_of("hybrid", 4)  # generates different text after different prompts
     scorer = scorer_of(model)
     rows = [[TOKENIZER.eot_id, *f"{EXAMPLES}{end}".encode()] for end in ("a", "bc", "def")]
     made = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda *_: False)
@@ -71,7 +71,7 @@ def test_generation_reads_what_prompts_begin_with_once():
         assert likeliest[len(row) - 1 : -1].tolist() == tokens and len(tokens) == 5
     assert len(set(map(tuple, made))) == 3
 
-    # The end of text a little likelier than one of these tokens: there the texts end.
+    # The end of text slightly more likely than one of these tokens: there the texts end.
     last = made[0][1]
     kernel = model.params["lm_head"]["kernel"].copy()
     kernel[TOKENIZER.eot_id] = 1.001 * kernel[last]
@@ -82,21 +82,21 @@ def test_generation_reads_what_prompts_begin_with_once():
     assert len(ended[0]) == 1
 
 
-def test_each_task_is_answered_apart_and_in_order():
+def test_each_task_is_answered_separately_and_in_order():
     @dataclasses.dataclass
     class Request:
         task_name: str
         args: tuple
 
-    asked = []
+    requested = []
 
     def answer(arguments):
-        asked.append(arguments)
+        requested.append(arguments)
         return [text.upper() for (text,) in arguments]
 
     requests = [Request(task, (text,)) for task, text in (("x", "a"), ("y", "b"), ("x", "c"))]
     assert lm_eval_tasks.by_task(requests, answer) == ["A", "B", "C"]
-    assert asked == [[("a",), ("c",)], [("b",)]]
+    assert requested == [[("a",), ("c",)], [("b",)]]
 
 
 def test_a_diverged_model_is_named_and_not_measured():
@@ -112,7 +112,7 @@ def test_a_diverged_model_is_named_and_not_measured():
             measure(scorer_of(diverged))
 
 
-def test_a_token_over_the_border_leaves_the_continuation_one():
+def test_a_token_across_the_border_leaves_one_for_the_continuation():
     class Gpt2:
         tokenizer = load_tokenizer("gpt2")
 

@@ -20,7 +20,7 @@ from mamba_jax.models import build
 from .tiny_models import TOKENIZER, model_of
 
 PROMPTS = ["x = ", "", "def f(a, b):"]
-LENGTH = 32  # of all that is read whole: compiled once
+LENGTH = 32  # for whole forward passes: compiled once
 apply = jax.jit(build.apply, static_argnums=1)
 
 
@@ -29,7 +29,7 @@ def scorer_of(*models, batch_size=2):
 
 
 def greedily(models, prompt, n_tokens):
-    """The likeliest tokens under the mean of probabilities, each from a forward of all before."""
+    """The most likely tokens under the mean of probabilities, each from a whole forward pass."""
     row = [TOKENIZER.eot_id, *TOKENIZER.encode(prompt).tolist()]
     made = []
     for _ in range(n_tokens):
@@ -59,10 +59,10 @@ def test_continuations_are_greedy_whatever_shares_their_batch(names):
             max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0,
         )  # fmt: skip
         assert text == [TOKENIZER.decode(made[0])]
-    told = [[] for _ in sequences]
-    two = lambda index, token: told[index].append(token) or len(told[index]) == 2
+    output = [[] for _ in sequences]
+    two = lambda index, token: output[index].append(token) or len(output[index]) == 2
     assert scorer_of(*models).continuations(sequences, 12, two) == [row[:2] for row in made]
-    assert told == [row[:2] for row in made]
+    assert output == [row[:2] for row in made]
 
 
 def test_texts_end_before_the_first_stop():
@@ -79,33 +79,33 @@ class Oracle:
     tokenizer = TOKENIZER
 
     def __init__(self):
-        self.asked = []
+        self.requested = []
 
     def continuations(self, sequences, max_tokens, is_complete):
         made = []
         for index, sequence in enumerate(sequences):
             prompt = TOKENIZER.decode(sequence[1:])
-            self.asked.append(prompt)
+            self.requested.append(prompt)
             expression = prompt.removesuffix(" =")
-            right = len(self.asked) % 2
+            right = len(self.requested) % 2
             made.append(list(f" {eval(expression) + 1 - right}\nmore".encode()))
             assert any(is_complete(index, token) for token in made[-1])
             assert max_tokens >= len(str(eval(expression))) + 1
         return made
 
 
-def test_problems_are_those_for_tests_and_counted_exactly():
+def test_problems_come_from_the_test_split_and_are_counted_exactly():
     scorer = Oracle()
     (metric,), samples = on_problems(scorer, "arithmetic:2", 31, 2)
-    assert len(set(scorer.asked)) == 31 and {*map(split_of, scorer.asked)} == {"test"}
+    assert len(set(scorer.requested)) == 31 and {*map(split_of, scorer.requested)} == {"test"}
     assert metric["value"] == 16 / 31 and metric["of"] == "arithmetic:2"
     assert (metric["low"], metric["high"]) == wilson(16, 31)
-    assert [sample["prompt"] for sample in samples] == scorer.asked[:2]
+    assert [sample["prompt"] for sample in samples] == scorer.requested[:2]
     assert samples[0]["answer"].strip() == samples[0]["target"]
     assert samples[1]["answer"].strip() != samples[1]["target"]
 
 
-def test_wilson_is_where_the_score_test_turns():
+def test_wilson_inverts_the_score_test():
     """At an end of the interval the observed share is 1.96 standard errors of that end away."""
     for successes, trials in ((0, 10), (3, 10), (50, 100), (99, 100), (7, 7)):
         for end in wilson(successes, trials):
@@ -160,7 +160,7 @@ def test_loglikelihoods_are_sums_over_the_continuation():
         logits = apply(model.params, model.config, padded)[0][0, : len(row)]
         log_probs = np.asarray(jax.nn.log_softmax(logits[:, : TOKENIZER.vocab_size]), np.float64)
         of_targets = log_probs[np.arange(len(row) - 1), row[1:]][-n:]
-        # White space at the context's end counts to what follows, as lm_eval's models do it.
+        # White space at the context's end belongs to what follows, as in lm_eval's models.
         assert total == pytest.approx(of_targets.sum(), rel=1e-5)
         assert greedy == bool((log_probs.argmax(-1)[:-1] == row[1:])[-n:].all())
 
@@ -219,7 +219,7 @@ metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_bet
 
 
 @pytest.mark.slow
-def test_task_files_of_ones_own_through_lm_eval(run_dir, tmp_path, monkeypatch, capsys):
+def test_custom_task_files_through_lm_eval(run_dir, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="needs lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     scorer = scorer_of(model_of("mamba"))
@@ -249,7 +249,7 @@ def test_task_files_of_ones_own_through_lm_eval(run_dir, tmp_path, monkeypatch, 
     assert "exact_match" in shown and "bits_per_byte" in shown and "recall:1" in shown
     assert {s["task"] for s in result["samples"]} == {"sums", "choices", "reading", "recall:1"}
 
-    # What lm_eval makes of our likelihoods, by whole forwards.
+    # lm_eval's metric, from our likelihoods by whole forward passes.
     pairs = [("", question) for question in questions]
     of_texts = lm_eval_tasks.loglikelihoods(scorer, pairs)
     n_bytes = sum(map(len, questions))

@@ -12,12 +12,12 @@ from mamba_jax.models import build
 from tests.models import tiny
 
 # Untied: the greedy text of a random tied model is one token again and again. The epsilon is
-# nobody's default, lest it be left out unnoticed.
+# not a default, so that a missing one is noticed.
 UNTIED = dataclasses.replace(tiny.MAMBA, vocab_size=257, tie_embeddings=False, norm_eps=3e-4)
 
 
 def metadata_of(model, **data):
-    """Of a run of this model."""
+    """The metadata of a run of this model."""
     config = RunConfig(name="tiny", model=model, data=DataConfig(data_dir="poems", **data))
     return Metadata(config, 3, 24, "x", metrics={"eval_loss": 1.5})
 

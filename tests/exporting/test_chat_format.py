@@ -31,7 +31,7 @@ CHATS = {
         "system: Be brief.\n\nuser: a <|endoftext|> b\n\nassistant:",
     ),
 }
-# What Ollama's template language cannot do, or is never asked to.
+# What Ollama's template language cannot do, or never has to.
 MORE = {
     "blank content": (
         [("user", " \n"), ("user", "a"), ("assistant", None)],
@@ -75,7 +75,7 @@ def test_the_jinja_template(name):
     assert rendered(messages, answers=False) == text.removesuffix("\n\nassistant:")
 
 
-def test_calls_of_tools_are_lines_of_json():
+def test_tool_calls_are_lines_of_json():
     calls = [
         {"type": "function", "function": {"name": "weather", "arguments": '{"town": "日本"}'}},
         {"name": "time", "arguments": {"zone": "é", "hours": 12}},
@@ -131,14 +131,14 @@ import (
 type Message struct{ Role, Content string }
 
 func main() {
-	var asked struct {
+	var requested struct {
 		Template string
 		Chats    [][]*Message
 	}
-	json.NewDecoder(os.Stdin).Decode(&asked)
-	parsed := template.Must(template.New("").Option("missingkey=zero").Parse(asked.Template))
+	json.NewDecoder(os.Stdin).Decode(&requested)
+	parsed := template.Must(template.New("").Option("missingkey=zero").Parse(requested.Template))
 	texts := []string{}
-	for _, chat := range asked.Chats {
+	for _, chat := range requested.Chats {
 		var text strings.Builder
 		if err := parsed.Execute(&text, map[string]any{"Messages": chat}); err != nil {
 			panic(err)

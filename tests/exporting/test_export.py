@@ -80,7 +80,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "full"), "no space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left"),
@@ -88,9 +88,9 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
         (OSError("1048576 requested and 519008 written"), "stored only part of a file"),
     ],
 )
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, told):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, message):
     with (
-        pytest.raises(UserError, match=f"cannot write .*/model: .*{told}"),
+        pytest.raises(UserError, match=f"cannot write .*/model: .*{message}"),
         new_folder(tmp_path / "model") as folder,
     ):
         (folder / "half").write_text("half")
@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, error, told):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_half_written_never_has_the_final_name(tmp_path):
+def test_a_partial_folder_never_has_the_final_name(tmp_path):
     target = tmp_path / "model"
     with pytest.raises(KeyboardInterrupt), new_folder(target) as folder:
         (folder / "half").write_text("half")
@@ -125,7 +125,7 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
             new_folder(target).__enter__()
         assert [file.name for file in (tmp_path / ".part-model").iterdir()] == ["theirs"]
         other.kill()
-    with new_folder(target) as folder:  # what a killed process left is no hindrance
+    with new_folder(target) as folder:  # the leftovers of a killed process do not matter
         assert not list(folder.iterdir())
         (folder / "ours").write_text("whole")
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == [
@@ -141,7 +141,7 @@ def test_a_missing_library_names_its_extra():
         need("nowhere.at_all", "gguf")
 
 
-def test_the_model_card_tells_what_was_measured_and_no_more():
+def test_the_model_card_states_only_what_was_measured():
     metadata = metadata_of(UNTIED)
     card = model_card(metadata, "bfloat16", "<|endoftext|>", "notes on chats")
     assert "| eval_loss | 1.5 |" in card and "poems; 24 windows" in card and "bfloat16" in card
@@ -192,7 +192,7 @@ def test_the_pipeline_answers_chats(checkpoint_dir, tmp_path, family):
     assert 'stop_sequence="\\n\\nuser:"' in (tmp_path / "model" / "README.md").read_text()
     if family == "hybrid":
         return  # its text here is one token again and again, and stops are no work of the model
-    # A stop ends the answer, as the card tells to do with "\n\nuser:".
+    # A stop ends the answer, as the card advises to do with "\n\nuser:".
     stop = next(character for character in text[1:] if character != "\ufffd")
     stopped = pipe(messages, stop_sequence=stop, **settings)[0]["generated_text"][-1]["content"]
     assert stopped == text[: text.index(stop) + len(stop)]

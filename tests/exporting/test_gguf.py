@@ -83,7 +83,7 @@ def test_the_tensors_in_the_file(dtype, error, tmp_path):
     assert "FROM ./model.gguf" in modelfile and 'stop "<|endoftext|>"' in modelfile
 
 
-def test_q8_0_and_what_verification_takes_for_it(tmp_path):
+def test_q8_0_rounds_as_verification_assumes(tmp_path):
     pytest.importorskip("gguf", reason="needs gguf")
     model = dataclasses.replace(UNTIED, tie_embeddings=True)
     assert run(tmp_path, model, "--dtype", "q8_0") == 0
@@ -115,7 +115,7 @@ def test_other_dtypes_are_refused(capsys):
     assert run("hf", "q8_0") == 2 and "not one of f32, bf16, f16" in capsys.readouterr().err
 
 
-def test_a_token_that_no_merge_makes_is_refused(tmp_path, monkeypatch):
+def test_a_token_without_a_merge_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="needs gguf")
     tokenizer = load_tokenizer("bytes")
     record = tokenizer_files.record(tokenizer, False)
@@ -128,7 +128,7 @@ def test_a_token_that_no_merge_makes_is_refused(tmp_path, monkeypatch):
 
 
 def test_tokenizers(tmp_path):
-    """Those that llama.cpp would read otherwise are refused."""
+    """Those that llama.cpp would read differently are refused."""
     pytest.importorskip("gguf", reason="needs gguf")
 
     def write(tokenizer):
@@ -154,13 +154,13 @@ def test_llama_cpp_gives_the_same_answers(dtype, tied, tmp_path, capsys):
     pytest.importorskip("xllamacpp", reason="needs xllamacpp")
     model = dataclasses.replace(UNTIED, tie_embeddings=tied)
     assert run(tmp_path, model, "--dtype", dtype, "--verify") == 0
-    told = capsys.readouterr().err
-    assert "verified: largest difference" in told
+    printed = capsys.readouterr().err
+    assert "verified: largest difference" in printed
     if dtype == "f32":
-        assert "256 of 256 greedy tokens" in told
+        assert "256 of 256 greedy tokens" in printed
 
 
-def test_llama_cpp_shows_another_chat_format(tmp_path, capsys, monkeypatch):
+def test_verification_detects_another_chat_format_in_llama_cpp(tmp_path, capsys, monkeypatch):
     pytest.importorskip("gguf", reason="needs gguf")
     pytest.importorskip("xllamacpp", reason="needs xllamacpp")
     wrong = chat_format.jinja(begins=True).replace("': '", "':  '")
@@ -172,7 +172,7 @@ def test_llama_cpp_shows_another_chat_format(tmp_path, capsys, monkeypatch):
     )
 
 
-def test_llama_cpp_shows_a_wrong_tensor(tmp_path, capsys, monkeypatch):
+def test_verification_detects_a_wrong_tensor_in_llama_cpp(tmp_path, capsys, monkeypatch):
     pytest.importorskip("gguf", reason="needs gguf")
     pytest.importorskip("xllamacpp", reason="needs xllamacpp")
     right = gguf_file.write

@@ -90,7 +90,7 @@ def test_a_padded_batch_generates_what_its_rows_do(theirs, padded, use_cache, n_
     both = theirs.generate(**padded, **settings, use_cache=use_cache)[:, 19:]
     for row, start in enumerate((0, 11)):
         alone = padded["input_ids"][row : row + 1, start:]
-        # Read anew at every step: no cache takes part, and none is reordered.
+        # Recomputed at every step: no cache is used, and none is reordered.
         truth = theirs.generate(
             alone, attention_mask=torch.ones_like(alone), **settings, use_cache=False
         )
@@ -108,7 +108,7 @@ def test_generate_from_embeddings(theirs, padded, use_cache, n_beams):
 
 
 @pytest.mark.parametrize("place", [slice(0, 8), slice(5, 13), slice(11, 19)])
-def test_padding_changes_nothing_wherever_it_is(theirs, ids, place):
+def test_padding_on_either_side_changes_nothing(theirs, ids, place):
     mask = torch.zeros_like(ids)
     mask[:, place] = 1
     truth = logits_of(theirs, ids[:, place])
@@ -214,7 +214,7 @@ def test_saved_and_loaded_again_it_is_the_same(tmp_path, ids, tied):
     assert is_one is tied
 
 
-def test_more_tokens_leave_the_others_as_they_were(theirs, ids):
+def test_more_tokens_do_not_change_earlier_ones(theirs, ids):
     truth = logits_of(theirs, ids)
     theirs.resize_token_embeddings(300)
     assert theirs.config.vocab_size == 300
@@ -250,7 +250,7 @@ def test_weights_that_accelerate_places(folder, ids, tmp_path, bytes_held):
     assert found.tolist() == wanted.tolist()
 
 
-def test_what_it_cannot_do_is_said(theirs, ids):
+def test_unsupported_arguments_are_errors(theirs, ids):
     mask = torch.ones_like(ids)
     cases = [
         ("output_attentions: this model", lambda: theirs(ids, output_attentions=True)),
@@ -289,7 +289,7 @@ def test_what_it_cannot_do_is_said(theirs, ids):
         theirs(ids)
 
 
-def test_positions_that_are_its_own_are_taken(theirs, padded):
+def test_its_own_position_ids_are_accepted(theirs, padded):
     position = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
     found = logits_of(theirs, **padded, position_ids=position)
     assert torch.equal(found, logits_of(theirs, **padded))

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's and the original's become checkpoints that go on from there."""
+"""Models in Hugging Face's and the original format become checkpoints to train further."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def test_export_then_import_is_the_identity(model, tmp_path):
     assert theirs.eot_id == tokenizer.eot_id
     assert theirs.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert not (path / "chat_template.jinja").exists()  # it is ours, and not kept apart
-    # And back: the very bytes.
+    # And back: the same bytes.
     exported(again, metadata.config.model, arrays.restore_params(path), theirs)
     assert {file.name for file in again.iterdir()} == {file.name for file in source.iterdir()}
     for file in source.iterdir():
@@ -77,7 +77,7 @@ def test_export_then_import_is_the_identity(model, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "a list", "chat_template.jinja"])
-def test_a_chat_template_of_another_format_goes_with_the_import_alone(place, tmp_path, capsys):
+def test_another_chat_template_stays_with_the_imported_checkpoint_only(place, tmp_path, capsys):
     pytest.importorskip("safetensors")
     tokenizer, theirs = json_file(tmp_path, "byte_level"), "<|im_start|>{{ messages[0].content }}"
     model = dataclasses.replace(UNTIED, vocab_size=tokenizer.vocab_size)
@@ -98,7 +98,7 @@ def test_a_chat_template_of_another_format_goes_with_the_import_alone(place, tmp
     config = json.loads((again / "tokenizer_config.json").read_text())
     assert config["chat_template"] == theirs and not config["split_special_tokens"]
     assert "copied here unchanged" in (again / "README.md").read_text()
-    # A run that goes on from it writes no such file: it has seen chats in our format.
+    # A run that resumes from it writes no such file: it has seen chats in our format.
     assert "chat_template.jinja" not in load_saved(out / "step_0", "x").files
     gguf = pytest.importorskip("gguf", reason="needs gguf")
     arguments = ["--checkpoint", str(out), "--format", "gguf", "--out", str(tmp_path / "gguf")]
@@ -108,7 +108,7 @@ def test_a_chat_template_of_another_format_goes_with_the_import_alone(place, tmp
     assert "TEMPLATE {{ .Prompt }}" in (tmp_path / "gguf" / "Modelfile").read_text()
 
 
-def test_training_goes_on_from_it(tmp_path):
+def test_training_continues_from_it(tmp_path):
     folder, out = tmp_path / "original", tmp_path / "checkpoint"
     folder.mkdir()
     shutil.copy(GOLDEN, folder / "pytorch_model.bin")
@@ -119,10 +119,10 @@ def test_training_goes_on_from_it(tmp_path):
     assert import_hf.main([*arguments, "--max_seq_len", "64"]) == 0
     tokenizer.unlink()
 
-    asked = default_config()
-    merge_fields(asked, load_json(str(out / "train.json")))
-    apply_overrides(asked, {"output_dir": str(tmp_path / "new")})
-    config = freeze(asked)
+    requested = default_config()
+    merge_fields(requested, load_json(str(out / "train.json")))
+    apply_overrides(requested, {"output_dir": str(tmp_path / "new")})
+    config = freeze(requested)
     assert config.model.max_seq_len == 64
     assert pathlib.Path(config.data.tokenizer) == out / "step_0"  # not the file that is gone
     start = resume.find_start(config, str(out), print)
@@ -139,7 +139,7 @@ def test_training_goes_on_from_it(tmp_path):
 
 
 def small_word_level(path):
-    """Of 12 ids, with the end-of-text that reading it adds."""
+    """A tokenizer of 12 ids, including the end-of-text that loading it adds."""
     words = {"[UNK]": 0} | {word: i + 1 for i, word in enumerate("abcdefghij")}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
     none = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder"))
@@ -258,7 +258,7 @@ def write_safetensors(file, table):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a model that can be imported."""
+    """The folder of a model that can be imported."""
     pytest.importorskip("safetensors")
     write_safetensors(tmp_path / hf.WEIGHTS, KEPT)
     (tmp_path / "config.json").write_text(json.dumps(hf.model_config(UNTIED, 257, "f32")))
@@ -289,7 +289,7 @@ def test_weights_of_every_floating_type(folder, dtype):
         (with_values(dtype=ml_dtypes.float8_e5m2), "has dtype float8_e5m2, which is not supported"),
     ],
 )
-def test_values_that_are_no_weights_are_refused_by_name(folder, array, words):
+def test_invalid_weights_are_refused_by_name(folder, array, words):
     write_safetensors(folder / hf.WEIGHTS, KEPT | {NAMED: array})
     with pytest.raises(UserError, match=rf"tensor {NAMED}:? .*{words}.*[;:] (give|convert)"):
         reading.read(folder)
@@ -319,7 +319,7 @@ def test_a_tied_head_is_refused_for_its_values(folder, value):
         ("bool", "has dtype bool, which is not a floating-point type"),
     ],
 )
-def test_what_torch_saved_that_are_no_weights(folder, dtype, words):
+def test_torch_files_without_weights_are_refused(folder, dtype, words):
     torch = pytest.importorskip("torch", reason="needs torch")
     table = {name: torch.from_numpy(array) for name, array in KEPT.items()}
     table[NAMED] = torch.zeros(64).to(getattr(torch, dtype))
@@ -343,18 +343,18 @@ PAGE = b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"
         *("model.safetensors.index.json", "model-00002-of-00002.safetensors"),
     ],
 )
-def test_a_pointer_in_the_place_of_a_file_is_named(folder, tmp_path, capsys, name, data, words):
+def test_a_git_lfs_pointer_instead_of_a_file_is_named(folder, tmp_path, capsys, name, data, words):
     if name == "pytorch_model.bin":
         (folder / hf.WEIGHTS).unlink()
     (folder / name).write_bytes(data)
     out = folder / "out"
     assert import_hf.main(["--model", str(folder), "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert re.search(rf"{name} is {words}", said) and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert re.search(rf"{name} is {words}", error) and error.count("\n") == 1
     assert not out.exists()
 
 
-def test_a_pointer_that_is_not_needed_is_no_hindrance(folder):
+def test_a_git_lfs_pointer_that_is_not_needed_is_ignored(folder):
     (folder / "pytorch_model.bin").write_bytes(POINTER)  # beside the same model's safetensors
     assert_same(reading.read(reading.find(str(folder))).params, random_params(UNTIED))
 
@@ -423,16 +423,16 @@ def test_incomplete_folders_are_refused(tmp_path, capsys):
     assert not out.exists() and not list(tmp_path.glob(".part*"))
 
 
-def test_what_a_config_tells_too_much_of_takes_no_time_and_no_memory(tmp_path):
+def test_huge_sizes_in_a_config_take_no_time_and_no_memory(tmp_path):
     table = tensors.to_hf(random_params(UNTIED), UNTIED, 257)
     too_deep = dataclasses.replace(UNTIED, n_layers=10**9)
     with pytest.raises(UserError, match=r"layers\.999999999\.norm\.weight is missing"):
         tensors.from_hf(table, too_deep)
-    with pytest.raises(UserError, match=r"has shape .*; config.json asks for .*1000000032"):
+    with pytest.raises(UserError, match=r"has shape .*; config.json requires .*1000000032"):
         tensors.from_hf(table, dataclasses.replace(UNTIED, d_state=10**9 // 2 + 15))
 
 
-def test_an_import_that_cannot_end_does_not_begin(tmp_path, capsys, monkeypatch):
+def test_an_import_that_cannot_finish_does_not_start(tmp_path, capsys, monkeypatch):
     shutil.copy(GOLDEN, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(ORIGINAL))
     small_word_level(tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""ONNX graphs in onnxruntime against the model in JAX, which reads the same rows token by token."""
+"""ONNX graphs in onnxruntime against the model in JAX, which takes the same rows token by token."""
 
 import ast
 import dataclasses
@@ -44,13 +44,13 @@ BETWEEN = [
     for name, model in tiny.VARIANTS.items()
 ]
 IDS = np.random.default_rng(0).integers(0, 64, (3, 29))
-# Of the largest number. float32 sums in another order; the layers enlarge what rounding leaves (up
-# to 1.2e-5 was seen).
+# Relative to the largest number. float32 sums in another order; the layers enlarge what rounding
+# leaves (up to 1.2e-5 was seen).
 TOLERANCE = 5e-5
 
 
 class Graphs(NamedTuple):
-    """Sessions, by which file."""
+    """Sessions by file name."""
 
     row: onnxruntime.InferenceSession
     step: onnxruntime.InferenceSession
@@ -64,7 +64,7 @@ def load(folder):
 
 
 def ask(session, ids_bt, cache=None):
-    """Returns logits and the cache by name, without the word that begins it."""
+    """Returns logits and the cache by name, without the prefix."""
     past = {f"past.{name}": x for name, x in (cache or {}).items()}
     values = session.run(None, {"input_ids": ids_bt, **past})
     found = dict(zip((one.name for one in session.get_outputs()), values, strict=True))
@@ -73,7 +73,7 @@ def ask(session, ids_bt, cache=None):
 
 @functools.cache
 def params_of(model):
-    """So large that a greedy text does not repeat one token."""
+    """Parameters so large that a greedy text does not repeat one token."""
     enlarge = lambda path, leaf: np.float32(1.5) * leaf + np.float32(path[-1].key == "scale")
     return jax.tree_util.tree_map_with_path(enlarge, random_params(model, seed=1))
 
@@ -164,7 +164,7 @@ def test_both_graphs_give_the_models_logits_and_caches(tmp_path, model):
         assert_same(cache, caches[t])
 
 
-def test_rows_of_unequal_lengths_go_on_in_one_batch_and_from_zeros(exported):
+def test_rows_of_unequal_lengths_continue_in_one_batch_and_from_zeros(exported):
     model, folder, _ = exported
     graphs = load(folder)
     logits_btv, caches = truth(model)
@@ -244,7 +244,7 @@ def test_one_file_holds_each_weight_once(tmp_path, model):
     )
 
 
-def test_what_lies_beside_the_graphs(exported):
+def test_the_other_files_of_the_folder(exported):
     _, folder, _ = exported
     graphs = {onnx_file.ROW, onnx_file.STEP, onnx_file.WEIGHTS}
     others = {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
@@ -256,7 +256,7 @@ def test_what_lies_beside_the_graphs(exported):
     assert all(name in card for name in (*graphs, onnx_file.EXAMPLE))
 
 
-def test_the_example_writes_what_the_model_would(exported):
+def test_the_example_generates_the_models_text(exported):
     model, folder, _ = exported
     source = (folder / onnx_file.EXAMPLE).read_text()
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)]
@@ -286,7 +286,7 @@ def test_the_example_reads_chats_and_keeps_typed_tokens(exported, monkeypatch, c
     real = tokenizers.Tokenizer
 
     class Scripted:
-        """Encodes as the library, shows the ids, and gives every answer one text."""
+        """Encodes as the library does, records the ids, and decodes every answer to one text."""
 
         def __init__(self, path):
             self._real = real.from_file(path)
@@ -311,7 +311,7 @@ def test_the_example_reads_chats_and_keeps_typed_tokens(exported, monkeypatch, c
 
 
 @of_mamba
-def test_verify_tells_the_largest_difference(exported, tmp_path, capsys, monkeypatch):
+def test_verify_reports_the_largest_difference(exported, tmp_path, capsys, monkeypatch):
     _, _, arguments = exported
     monkeypatch.setattr(verify, "PROMPTS", ())  # each length is compiled; one spells the separator
     assert export.main([*arguments, "--out", str(tmp_path / "out"), "--verify"]) == 0

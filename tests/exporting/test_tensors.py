@@ -52,7 +52,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named():
     with pytest.raises(UserError, match=r"backbone\.layers\.7\.extra is not one"):
         tensors.from_hf(table | {"backbone.layers.7.extra": np.zeros(1)}, UNTIED)
     for name in ("backbone.layers.1.mixer.D", "backbone.layers.1.mixer.conv1d.weight"):
-        with pytest.raises(UserError, match=f"{name} has shape .5, 2.; config.json asks for"):
+        with pytest.raises(UserError, match=f"{name} has shape .5, 2.; config.json requires"):
             tensors.from_hf(table | {name: np.zeros((5, 2))}, UNTIED)
     del table["backbone.layers.1.mixer.D"]
     with pytest.raises(UserError, match=r"backbone\.layers\.1\.mixer\.D is missing"):

@@ -1,4 +1,4 @@
-"""Conversations: what the model reads, token by token, and the state it is left in."""
+"""Conversations: the tokens that the model processes, and its state afterwards."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ EOT = TOKENIZER.eot_id
 
 
 class Spelling(Tokenizer):
-    """Bytes, and one token more that goes on beyond a stop."""
+    """Bytes, and one more token that extends beyond a stop."""
 
     def __init__(self):
         pieces = [*(bytes([value]) for value in range(256)), b"", b"r: no"]
@@ -31,7 +31,7 @@ class Spelling(Tokenizer):
 
 @pytest.fixture
 def read(monkeypatch):
-    """What models read from now on: (tokens, logits after them) of every call."""
+    """What models process from now on: (tokens, logits after them) of every call."""
     calls, prefill = [], conversation.prefill
 
     def spy(params, config, piece_bt, cache):
@@ -72,9 +72,7 @@ def tokens_of(calls):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_two_turns_read_each_token_once_and_leave_the_state_of_reading_them_all(
-    family, read, chosen
-):
+def test_two_turns_prefill_each_token_once_and_end_in_the_state_after_all(family, read, chosen):
     speaker = talk(family, seed=1)
     for text in ("How much is 1 + 1?", "é"):
         list(speaker.say(text))
@@ -90,16 +88,16 @@ def test_two_turns_read_each_token_once_and_leave_the_state_of_reading_them_all(
     assert_close(read[-1][1][0], truth, 2e-5)
 
 
-# What the model says, the most it may, what is shown, and what it said before the next turn.
+# What the model writes, the token limit, what is shown, and what is kept before the next turn.
 ENDINGS = {
-    "by speaking for the user": (" Two.\n\nuser:", 99, "Two.", " Two."),
+    "by writing the user's turn": (" Two.\n\nuser:", 99, "Two.", " Two."),
     "by the end of its document": (" Two.\0", 99, "Two.", " Two."),
     "at once": ("\0", 99, "", ""),
-    "by the count": (" Two. An", 5, "Two.", " Two."),
-    "by the count, after the stop": (" Two.\n\nuser:", 12, "Two.", " Two."),
+    "by the token limit": (" Two. An", 5, "Two.", " Two."),
+    "by the token limit, after the stop": (" Two.\n\nuser:", 12, "Two.", " Two."),
     "inside the stop": (" Two.\n\nus\0", 99, "Two.\n\nus", " Two."),
     "inside a character": (" Two\u00e9", 5, "Two", b" Two\xc3"),
-    "by a token that goes on": (" Two.\n\nuse\1", 99, "Two.", " Two."),
+    "by a token that continues": (" Two.\n\nuse\1", 99, "Two.", " Two."),
     "by a stop of one's own": (" Two; 2;", 99, "Two", " Two;"),
     "by one that is part of ours": (" Two\n\tuser", 99, "Two", " Two\n\t"),
 }
@@ -107,19 +105,19 @@ ENDINGS = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_however_an_answer_ends_the_next_turn_begins_as_in_training(ending, read, monkeypatch):
-    says, max_tokens, shown, said = ENDINGS[ending]
-    script = [{0: EOT, 1: EOT + 1}.get(byte, byte) for byte in says.encode()] + [*b" ok", EOT]
+    written, max_tokens, shown, kept = ENDINGS[ending]
+    script = [{0: EOT, 1: EOT + 1}.get(byte, byte) for byte in written.encode()] + [*b" ok", EOT]
     monkeypatch.setattr(conversation, "_choose", lambda *_, **__: script.pop(0))
     speaker = talk(max_tokens=max_tokens, tokenizer=Spelling(), stops=[";", "\n\t"])
     assert "".join(speaker.say("1 + 1?")) == shown
     del script[:-4]
     assert "".join(speaker.say("Sure?")) == "ok"
-    said = said if isinstance(said, bytes) else said.encode()
-    whole = b"user: 1 + 1?\n\nassistant:" + said + b"\n\nuser: Sure?\n\nassistant: ok"
+    kept = kept if isinstance(kept, bytes) else kept.encode()
+    whole = b"user: 1 + 1?\n\nassistant:" + kept + b"\n\nuser: Sure?\n\nassistant: ok"
     assert tokens_of(read) == [EOT, *whole]
 
 
-def test_an_answer_that_is_cut_short_is_kept_as_far_as_it_came(read, monkeypatch):
+def test_an_interrupted_answer_is_kept_up_to_there(read, monkeypatch):
     script = [*b" Two.", *b" ok", EOT]
     monkeypatch.setattr(conversation, "_choose", lambda *_, **__: script.pop(0))
     speaker = talk(system="Be brief.")
@@ -151,7 +149,7 @@ def test_the_first_answer_is_that_of_generate_text_and_reset_brings_it_back():
     assert "".join(speaker.say("hi")) == first
 
 
-def test_an_ensemble_talks_by_the_mean_of_probabilities(read, chosen):
+def test_an_ensemble_answers_by_the_mean_of_probabilities(read, chosen):
     other = Model(params_for("hybrid"), CONFIGS["hybrid"], TOKENIZER)
     list(talk(others=[other], sampling=GREEDY_SAMPLING).say("How much is 1 + 1?"))
     both = np.array([logits[0, : TOKENIZER.vocab_size] for _, logits in read], np.float64)

@@ -136,7 +136,7 @@ def test_an_ensemble_draws_from_the_mean_of_probabilities():
             assert token == jax.random.categorical(jax.random.fold_in(key, step), logits)
 
 
-def test_vocabularies_padded_differently_have_one_mean():
+def test_vocabularies_with_different_padding_are_averaged():
     each = np.random.default_rng(0).normal(size=(2, 3, 9)).astype(np.float32)
     odds = np.exp(each[..., :6].astype(np.float64))
     truth = np.log((odds / odds.sum(-1, keepdims=True)).mean(0))
@@ -275,11 +275,11 @@ def test_every_step_has_randomness_of_its_own():
     tokens = tokens_of("mamba", PROMPTS[:3], 24, sampling=Sampling(), params=zeros)
     drawn = [tokens[row, step : step + 8].tolist() for row in range(3) for step in (0, 8, 16)]
     assert len({tuple(eight) for eight in drawn}) == 9
-    # 72 draws from 257: chance alone repeats about ten; equal keys at any two steps many more.
+    # 72 draws from 257: chance alone repeats about ten, equal keys at any two steps many more.
     assert len(set(tokens.flatten().tolist())) > 50
 
 
-def test_fewer_tokens_are_a_beginning_and_compile_nothing_new():
+def test_fewer_tokens_are_a_prefix_and_compile_nothing_new():
     kinds = {"prompts": ["a", "b", "c"], "settings": SAMPLED}
     long = text_of("hybrid", **kinds, max_tokens=40)
     n_compiled = generate._decode._cache_size()
@@ -300,7 +300,7 @@ def test_how_many_tokens_a_call_makes_changes_nothing(dispatch_tokens):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_watched_and_unwatched_texts_are_equal():
+def test_streamed_and_returned_texts_are_equal():
     assert text_of("hybrid", on_text=lambda index, text: None) == text_of("hybrid")
 
 

@@ -1,4 +1,4 @@
-"""The head rounded to int8: near the exact logits, and only where asked for."""
+"""The head rounded to int8: near the exact logits, and only where requested."""
 
 import dataclasses
 from typing import Any
@@ -55,7 +55,7 @@ def test_logits_are_within_the_rounding_of_the_head(model, tied, n_rows):
 
 
 @pytest.mark.parametrize(("head", "n_padding"), [("exact", 5), ("int8", 4)])
-def test_logits_come_from_the_head_that_was_asked_for(head, n_padding, monkeypatch):
+def test_logits_come_from_the_requested_head(head, n_padding, monkeypatch):
     """By what the head holds when logits are traced: those of the prompt, then of each token."""
     tokenizer = load_tokenizer("bytes")
     # Sizes that no other test has, as what is compiled already is not traced again.

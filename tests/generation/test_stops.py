@@ -22,11 +22,11 @@ few = st.text("ab\n", max_size=12)
 
 
 @given(pieces=st.lists(few, max_size=8), stops=st.lists(st.text("ab\n", max_size=4), max_size=3))
-def test_pieces_say_what_the_whole_says(pieces, stops):
+def test_pieces_give_the_text_of_the_whole(pieces, stops):
     finder = StopFinder(stops)
-    told = "".join(finder.push(piece) for piece in pieces) + finder.flush()
+    output = "".join(finder.push(piece) for piece in pieces) + finder.flush()
     expected, found = before_first_stop("".join(pieces), stops)
-    assert (told, finder.found is not None) == (expected, found)
+    assert (output, finder.found is not None) == (expected, found)
 
 
 def test_nothing_is_held_back_that_cannot_be_a_stop():
@@ -41,7 +41,7 @@ def test_nothing_is_held_back_that_cannot_be_a_stop():
     assert finder.found == "\n\nuser:" and finder.beyond == " no"
 
 
-def test_a_prompt_is_the_beginning_of_what_training_saw():
+def test_a_prompt_is_a_prefix_of_the_training_text():
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "How much is 1 + 1?"}]},

@@ -1,4 +1,4 @@
-"""Stands in for ``mamba_jax.train``: prints a run's lines and ends as the file ``behaviour`` says.
+"""Replaces ``mamba_jax.train``: prints a run's lines and ends as the file ``behaviour`` says.
 
 ``run`` (until SIGTERM: 75), ``quick`` (one step, 0), ``crash``, ``mistake``, ``killed``, ``abort``,
 ``fill`` (a full disk), or several codes as ``75 76+ 0``, of which each start uses up the first

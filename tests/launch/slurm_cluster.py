@@ -1,6 +1,6 @@
 """A SLURM of one node on this machine, from Debian's packages ``slurm-wlm`` and ``munge``.
 
-Everything of it lies in one folder and listens on the loopback interface only.
+All its files are in one folder, and it listens only on the loopback interface.
 """
 
 import os

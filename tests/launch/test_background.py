@@ -1,4 +1,4 @@
-"""Runs in the background: started, watched, stopped, and what is left when they end otherwise."""
+"""Runs in the background: starting, watching and stopping them, and what remains if they die."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A working folder in which training is the fake run; nothing of it outlives the test."""
+    """A working folder in which training is the fake run; no process outlives the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(background, "_training", lambda flags: [*FAKE, *flags])
     monkeypatch.setattr(supervisor, "_PAUSE_SECS", 0.0)
@@ -73,14 +73,14 @@ def ended(behaviour, *flags):
     return read(OUT)
 
 
-def test_start_tells_what_to_do_next_and_only_one_run_has_a_folder(place, capfd):
+def test_start_prints_the_next_commands_and_only_one_run_uses_a_folder(place, capfd):
     assert launch("run") == 0
-    told = capfd.readouterr().out
+    output = capfd.readouterr().out
     pid = read(OUT)["pid"]
     (log,) = pathlib.Path("logs").glob("*.log")
-    assert f"started: pid {pid}, output_dir out\n" in told
-    assert f"log:     {log}\n" in told and f"view_training_log.sh {log}\n" in told
-    assert "train_background.sh --output_dir out --stop" in told
+    assert f"started: pid {pid}, output_dir out\n" in output
+    assert f"log:     {log}\n" in output and f"view_training_log.sh {log}\n" in output
+    assert "train_background.sh --output_dir out --stop" in output
     assert os.getsid(pid) == pid and os.getpgid(pid) == pid  # a session and a group of its own
     wait(lambda: "eval loss" in log.read_text())
 
@@ -91,13 +91,13 @@ def test_start_tells_what_to_do_next_and_only_one_run_has_a_folder(place, capfd)
     )
     assert error.count("\n") == 1 and "--force" in error
     assert background.main(["--status"]) == 0
-    told = capfd.readouterr().out
-    assert "out: running since " in told and f"pid {pid}" in told
-    assert "step 1/10  loss 4.2500" in told and "step 1: eval loss 4.5000" in told
+    output = capfd.readouterr().out
+    assert "out: running since " in output and f"pid {pid}" in output
+    assert "step 1/10  loss 4.2500" in output and "step 1: eval loss 4.5000" in output
     assert (OUT / "exit_code").read_text().strip() == "running"
 
 
-def test_a_background_run_has_the_lock_until_its_end(place, capfd):
+def test_a_background_run_holds_the_lock_until_its_end(place, capfd):
     assert launch("run", "--requeue") == 0
     wait(lambda: starts() == 1)
     with pytest.raises(UserError, match=rf"out is in use by a run on .* \(pid {read(OUT)['pid']}"):
@@ -116,9 +116,9 @@ def test_force_takes_the_folder_and_is_not_handed_to_the_run(place):
     with RunLock.acquire(OUT) as lock:
         assert launch("run") == 2
         assert launch("run", "--force") == 0
+        wait(lambda: starts() == 1)  # by then the lock names the run, not this process
         with pytest.raises(UserError, match="was taken over by"):
             lock.check()
-        wait(lambda: starts() == 1)
         assert "--force" not in pathlib.Path("starts").read_text()
         assert background.main(["--stop"]) == 0
 
@@ -127,8 +127,8 @@ def test_stop_lets_the_run_save_and_reports(place, capfd):
     assert launch("run") == 0
     wait(lambda: "step 1/10" in log_text())
     assert background.main(["--stop"]) == 0
-    told = capfd.readouterr().out
-    assert "out: ended with exit status 75: stopped by a signal and saved" in told
+    output = capfd.readouterr().out
+    assert "out: ended with exit status 75: stopped by a signal and saved" in output
     assert (OUT / "exit_code").read_text().strip() == "75"
     assert "stopped by SIGTERM and saved at step 1" in log_text()
     assert background.main(["--status", "--output_dir=out"]) == 3
@@ -136,7 +136,7 @@ def test_stop_lets_the_run_save_and_reports(place, capfd):
     assert "nothing to stop: no background run is active in out" in capfd.readouterr().err
 
 
-def test_stop_asks_which_of_several(place, capfd):
+def test_stop_needs_a_choice_between_several_runs(place, capfd):
     assert launch("run") == 0 and launch("run", "--output_dir=other") == 0
     wait(lambda: starts() == 2)
     assert background.main(["--stop"]) == 2
@@ -222,17 +222,17 @@ def supervised(behaviour):
     return supervise([*FAKE, "--output_dir=out"]), starts()
 
 
-def test_requeue_gives_up_where_nothing_is_gained(place, capfd):
+def test_requeue_gives_up_without_progress(place, capfd):
     assert supervised("75 75 75 75 75 75 0") == (75, 5)  # the first saves; three more gain nothing
     assert "restarted 3 times without a new checkpoint: giving up" in capfd.readouterr().out
     assert read(OUT)["exit_code"] == 75
 
 
-def test_requeue_goes_on_for_as_long_as_checkpoints_come(place):
+def test_requeue_continues_while_new_checkpoints_appear(place):
     assert supervised("75+ 75+ 76+ 75+ 75+ 76+ 75+ 0") == (0, 8)
 
 
-def test_what_continued_another_folder_goes_on_in_its_own(place):
+def test_a_run_resumed_from_another_folder_restarts_in_its_own(place):
     command = ["train", "--resume", "old/step_5", "--output_dir=out"]
     assert supervisor.resumed(command, OUT) == command  # nothing of its own yet
     (OUT / "step_9").mkdir(parents=True)
@@ -250,7 +250,7 @@ def test_without_requeue_and_after_a_stop_there_is_no_second_start(place):
     assert "saved at step 1" in newest and "starting again" not in newest
 
 
-def test_a_stop_that_comes_at_once_is_not_lost(place):
+def test_an_immediate_stop_is_not_lost(place):
     assert launch("run") == 0
     background.main(["--stop"])
     assert read(OUT)["exit_code"] in (75, 143)  # the supervisor lived to see the end
@@ -263,12 +263,12 @@ def test_a_run_outlives_its_supervisor_and_is_still_found(place, capfd):
     os.kill(facts["pid"], signal.SIGKILL)
     wait(lambda: not pathlib.Path(f"/proc/{facts['pid']}/cwd").exists())
     assert launch("run") == 2  # still one run in the folder
-    assert background.main(["--stop"]) == 1  # saved, but nobody saw its status
+    assert background.main(["--stop"]) == 1  # saved, but its status was not observed
     assert "out: ended without an exit status, its supervisor was killed" in capfd.readouterr().out
     assert "saved at step 1" in log_text()
 
 
-def test_a_record_of_a_dead_run_does_not_hold_its_folder(place):
+def test_the_record_of_a_dead_run_does_not_block_its_folder(place):
     OUT.mkdir()
     (OUT / NAME).write_text(json.dumps({"pid": os.getpid(), "log": "log"}))  # a pid that lives
     assert not is_running(OUT)
@@ -304,7 +304,7 @@ def test_a_closed_terminal_ends_the_shell_but_not_the_run(place):
     assert read(OUT)["exit_code"] == 75
 
 
-def test_a_full_disk_is_told(place, capfd):
+def test_a_full_disk_is_reported(place, capfd):
     OUT.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(OUT)], capture_output=True
@@ -323,7 +323,7 @@ def test_a_full_disk_is_told(place, capfd):
         subprocess.run(["umount", "--lazy", str(OUT)], check=True)
 
 
-def test_the_end_is_written_into_room_that_was_kept(tmp_path):
+def test_the_exit_status_is_written_into_reserved_space(tmp_path):
     record = Record.claim(tmp_path)
     record.begin(log="x")
     before = [(tmp_path / name).stat() for name in (NAME, "exit_code")]
@@ -348,14 +348,14 @@ def test_the_end_is_written_into_room_that_was_kept(tmp_path):
         (["jaxlib raised no Error here", "ValueError: 1", "ValueError: 2"], "ValueError: 2"),
     ],
 )
-def test_the_reason_is_the_programs_last_word_or_the_last_exception(tmp_path, lines, reason):
+def test_the_reason_is_the_programs_last_line_or_the_last_exception(tmp_path, lines, reason):
     log = tmp_path / "log"
     log.write_text("\n".join(lines) + "\n")
     found = exit_status.reason(log)
     assert found.startswith(reason) and bool(found) == bool(reason)
 
 
-def test_the_end_of_a_run_that_lost_its_folder_is_not_the_end_of_the_other(tmp_path):
+def test_the_end_of_a_run_that_lost_its_folder_is_not_recorded_for_the_other(tmp_path):
     first = Record.claim(tmp_path)
     first.begin(pid=1)
     second = Record.claim(tmp_path, force=True)
@@ -387,5 +387,5 @@ def test_help_needs_no_training(capsys):
     with pytest.raises(SystemExit) as end:
         background.main(["--help"])
     assert end.value.code == 0
-    told = capsys.readouterr().out
-    assert all(flag in told for flag in ("--requeue", "--status", "--stop", "--dry_run"))
+    output = capsys.readouterr().out
+    assert all(flag in output for flag in ("--requeue", "--status", "--stop", "--dry_run"))

@@ -1,6 +1,6 @@
 """The Dockerfile and the compose file: what they name exists, and they agree with each other.
 
-They were not built or run: there is no Docker where this was written.
+They are not built or run, which would need Docker.
 """
 
 import json
@@ -34,7 +34,7 @@ def entrypoint():
 
 
 def ignored(path):
-    """Whether .dockerignore keeps a path at the top out; its last word wins."""
+    """Whether .dockerignore excludes a top-level path; its last matching line decides."""
     out = False
     for line in (ROOT / ".dockerignore").read_text().split():
         if line.lstrip("!") in ("*", path):
@@ -51,7 +51,7 @@ def test_what_is_copied_exists_and_is_not_ignored():
     assert ignored(".git") and ignored("checkpoints")
 
 
-def test_it_installs_what_is_tested_and_drops_its_rights():
+def test_it_installs_the_tested_versions_and_runs_without_root():
     (image,) = rest("FROM")
     version = re.fullmatch(r"python:(\d\.\d+)-slim", image)[1]
     assert f'python_version == "{version}"' in (ROOT / "constraints.txt").read_text()
@@ -63,7 +63,7 @@ def test_it_installs_what_is_tested_and_drops_its_rights():
     assert words.index("USER") < words.index("ENTRYPOINT")
 
 
-def test_the_server_takes_its_flags_and_health_is_asked_where_it_listens():
+def test_the_servers_flags_are_valid_and_the_health_check_uses_its_port():
     python, dash_m, module, *flags = entrypoint()
     assert (python, dash_m, module) == ("python", "-m", "mamba_jax.serve")
     arguments = serve.parse(flags)

@@ -41,7 +41,7 @@ def test_the_launcher_runs_from_the_project_and_from_inside_launch(cwd):
     assert done.stderr.startswith('error: unknown flag --sed; did you mean "--seed"?')
 
 
-def test_the_launcher_says_where_there_is_no_python(tmp_path):
+def test_the_launcher_reports_a_missing_python(tmp_path):
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch/train_background.sh", tmp_path / "launch")
     (tmp_path / "bin").mkdir()
@@ -70,9 +70,9 @@ def test_the_skypilot_task_runs_a_command_that_exists():
         assert checked.returncode == 0, checked.stderr
     (command,) = re.findall(r"-m mamba_jax.train (.*)", task["run"])
     words = command.replace("$FLAGS", task["envs"]["FLAGS"]).replace("$SKYPILOT_TASK_ID", "x")
-    asked = train_arguments.read(words.split())
-    assert asked.config.output_dir == "/checkpoints/x" and asked.resume == "auto"
-    assert asked.config.name == "medium"
+    requested = train_arguments.read(words.split())
+    assert requested.config.output_dir == "/checkpoints/x" and requested.resume == "auto"
+    assert requested.config.name == "medium"
 
 
 # --- Cloud TPU ------------------------------------------------------------------------------------
@@ -80,13 +80,13 @@ def test_the_skypilot_task_runs_a_command_that_exists():
 
 @pytest.fixture(autouse=True)
 def no_login(tmp_path, monkeypatch):
-    """Should a real gcloud ever be reached: without an account and a project it makes nothing."""
+    """In case a real gcloud is called: without an account and a project it creates nothing."""
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no_login"))
 
 
 @pytest.fixture
 def gcloud(tmp_path, monkeypatch):
-    """A gcloud that notes its arguments and runs --command in a folder that plays the VM."""
+    """A gcloud that records its arguments and runs --command in a folder that acts as the VM."""
     (tmp_path / "bin").mkdir()
     vm = tmp_path / "vm"
     (vm / "mamba_jax").mkdir(parents=True)
@@ -112,7 +112,7 @@ def tpu(*words, **environment):
     )
 
 
-def test_the_tpu_script_makes_and_deletes_a_vm(gcloud):
+def test_the_tpu_script_creates_and_deletes_a_vm(gcloud):
     assert tpu("create", TPU_NAME="mine", TPU_SPOT="1").returncode == 0
     assert tpu("delete", TPU_NAME="mine").returncode == 0
     assert (gcloud / "calls").read_text().splitlines() == [
@@ -153,11 +153,11 @@ def test_the_tpu_script_copies_the_project(gcloud):
 def test_the_tpu_script_shows_how_it_is_used(gcloud, words, code):
     done = tpu(*words)
     assert done.returncode == code
-    told = done.stdout if code == 0 else done.stderr
-    assert all(f"tpu_vm.sh {action}" in told for action in ("create", "start", "fetch", "delete"))
+    output = done.stdout if code == 0 else done.stderr
+    assert all(f"tpu_vm.sh {action}" in output for action in ("create", "start", "fetch", "delete"))
 
 
-def test_the_tpu_script_says_that_gcloud_is_missing(tmp_path):
+def test_the_tpu_script_reports_a_missing_gcloud(tmp_path):
     for tool in ("bash", "dirname", "env"):  # a machine that has nothing else
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done = tpu("create", PATH=str(tmp_path))

@@ -35,7 +35,7 @@ def text(log):
     return log.read_text() if log.is_file() else ""
 
 
-def test_a_job_saves_goes_to_the_queue_resumes_and_can_be_cancelled(cluster, place):  # noqa: F811
+def test_a_job_saves_requeues_resumes_and_can_be_cancelled(cluster, place):  # noqa: F811
     cluster.environment["JAX_COMPILATION_CACHE_DIR"] = str(place / "compiled")
     (place / "pyproject.toml").touch()
     flags = ("--config=tiny.py", "--output_dir=slurm", "--config.training.max_steps=99999")
@@ -48,8 +48,8 @@ def test_a_job_saves_goes_to_the_queue_resumes_and_can_be_cancelled(cluster, pla
     cluster.call("scancel", "--signal=TERM", job)  # what --signal=TERM@120 does before the limit
     wait(lambda: "continuing from slurm/step_" in text(log))
     wait(lambda: cluster.state(job) == "RUNNING" and text(log).count(" step ") > 40)
-    told = (place / f"slurm-{job}.out").read_text()
-    assert "exit status 75: back to the queue, to resume" in told
+    output = (place / f"slurm-{job}.out").read_text()
+    assert "exit status 75: back to the queue, to resume" in output
     assert len(list((place / "logs").glob("*.log"))) == 1  # the run opened no log of its own
 
     cluster.call("scancel", job)

@@ -1,4 +1,4 @@
-"""The log viewer: in a pipe, on a terminal, without colours, and what it picks."""
+"""The log viewer: in a pipe, on a terminal, without colours, and which log it chooses."""
 
 import os
 import pathlib
@@ -48,14 +48,14 @@ def view(project, *arguments, cwd=".", script="./launch/view_training_log.sh"):
     [(".", "./launch/view_training_log.sh"), ("launch", "./view_training_log.sh")],
 )
 @pytest.mark.parametrize("argument", [[], ["logs/training_*.log"]])
-def test_in_a_pipe_the_newest_log_as_it_is_and_a_summary(project, cwd, script, argument):
+def test_in_a_pipe_it_prints_the_newest_log_and_a_summary(project, cwd, script, argument):
     done = view(project, *argument, cwd=cwd, script=script)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith(LOG) and "\x1b" not in done.stdout
     assert done.stdout.removeprefix(LOG).endswith(f"logs/training_b.log: {SUMMARY}\n")
 
 
-def test_of_several_files_the_newest_and_of_one_that_one(project):
+def test_it_shows_the_newest_of_several_files(project):
     old, new = "logs/training_a.log", "logs/training_b.log"
     assert view(project, old, new).stdout.startswith(LOG)
     assert view(project, new, old).stdout.startswith(LOG)
@@ -82,7 +82,7 @@ def test_mistakes_are_one_line(project, arguments, message):
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-def test_without_any_log_it_says_so(project):
+def test_without_a_log_it_is_an_error(project):
     shutil.rmtree(project / "logs")
     done = view(project)
     assert done.returncode == 2 and "once a run has started" in done.stderr
@@ -145,7 +145,7 @@ def test_on_a_terminal_it_colours_by_severity_and_follows(project, no_colour_wis
 
 
 @pytest.mark.parametrize("wish", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_colour_where_none_is_wanted(project, no_colour_wish, wish):
+def test_colours_can_be_disabled(project, no_colour_wish, wish):
     terminal = Terminal(project, **wish)
     try:
         terminal.until("exit status 1: crashed")

@@ -110,7 +110,7 @@ def test_a_background_run_is_started_watched_stopped_and_resumed(call):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, step + 3))
 
 
-def test_a_mistake_in_the_command_is_told_at_once(call):
+def test_a_mistake_in_the_command_is_reported_at_once(call):
     flags = ("--config=tiny.py", "--output_dir=new", "--data_dir=absent")
     done = call("./launch/train_background.sh", *flags)
     assert done.returncode == 2 and "absent" in done.stderr and not pathlib.Path("new").exists()

@@ -1,8 +1,8 @@
-"""A slow, literal float64 reading of both families: one document, one token at a time, no caches.
+"""A slow, literal float64 form of both families: one document, one token at a time, no caches.
 
 Written from the equations (arXiv 2312.00752; the hybrid's are in ``modules/block.py``), sharing no
-code with the package: whatever the fast path does with chunks, bands, packing and caches must come
-out as here.
+code with the package: whatever the fast path does with chunks, bands, packing and caches must give
+these results.
 """
 
 import numpy as np

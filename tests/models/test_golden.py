@@ -11,7 +11,7 @@ from mamba_jax.config import ModelConfig
 from mamba_jax.models import build
 
 CONFIG = ModelConfig(family="mamba", d_model=40, n_layers=3, vocab_size=61, dtype="float32")
-# float32 rounding over 3 layers; the issue of equality, not of closeness, at logits up to ~5.
+# float32 rounding over 3 layers; logits go up to about 5.
 TOLERANCE = 2e-5
 
 
@@ -23,7 +23,7 @@ def as_params(golden, kind):
     )
     transposed = lambda a: a.T
     e = CONFIG.d_inner
-    beyond = CONFIG.padded_vocab_size - CONFIG.vocab_size  # rows of no id: zeros, gradient too
+    beyond = CONFIG.padded_vocab_size - CONFIG.vocab_size  # rows without an id: zeros, gradient too
     assert beyond == 3
     return {
         "embed": {

@@ -272,7 +272,7 @@ def test_the_policy_dots_does_not_run_the_scan_forward_again(scan):
         layers_backward = [e for e in program.jaxpr.eqns if e.primitive.name == "scan"][-1]
         return count_saveable(layers_backward.params["jaxpr"].jaxpr)
 
-    assert in_backward("full") > 0  # else what follows would say nothing
+    assert in_backward("full") > 0  # otherwise the check below would be vacuous
     assert in_backward("dots") == 0
 
 
@@ -295,8 +295,8 @@ def test_at_the_start_the_recursion_adds_nothing():
     )
 
 
-def test_a_step_that_no_token_needs_is_skipped_when_generating_and_only_then():
-    """NaN in all that a step computes shows whether it ran; gates of e^-30 make it worthless."""
+def test_a_step_with_closed_gates_is_skipped_only_in_generation():
+    """NaN in everything that a step computes shows whether it ran; gates of e^-30 disable it."""
     config = dataclasses.replace(HYBRID, gate_skip_threshold=0.01)
     params = params_of(config)
     gate = params["layers"]["recursion"]["gate"]
@@ -321,7 +321,7 @@ def test_a_step_that_no_token_needs_is_skipped_when_generating_and_only_then():
     assert jnp.isnan(prefill(params, config)[0]).all()
 
 
-def test_gradients_reach_every_parameter_and_gates_are_reported_as_they_are():
+def test_gradients_reach_every_parameter_and_gates_are_reported_correctly():
     params = params_of(HYBRID)
     gradient = jax.jit(jax.grad(lambda p: jnp.square(build.apply(p, HYBRID, TOKENS)[0]).mean()))(
         params

@@ -1,4 +1,4 @@
-"""The programs for GPU and TPU can be made on a machine that has neither."""
+"""The programs for GPU and TPU can be lowered on a machine that has neither."""
 
 import dataclasses
 import re
@@ -79,7 +79,7 @@ def test_the_recursion_adds_its_weights_gradients_in_float32_and_no_others(remat
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_decoding_copies_no_ring(batch_size):
-    """The loop over tokens writes rings in place and reads them as they lie."""
+    """The loop over tokens writes rings in place and reads them without a copy."""
     config = dataclasses.replace(HYBRID, attention_window=96)  # a size that nothing else has
     prepared = jax.eval_shape(
         lambda: build.prepare_for_decoding(build.init(config, jax.random.key(0)), config)

@@ -1,4 +1,4 @@
-"""Tiny models of every variant, with weights off the special points of their initialisation."""
+"""Tiny models of every variant, with weights away from their initialisation's special points."""
 
 import dataclasses
 

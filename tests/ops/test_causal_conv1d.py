@@ -60,7 +60,7 @@ def test_equals_the_definition_within_documents(t):
 def test_the_final_state_holds_the_last_inputs_of_the_document():
     x = jnp.arange(18.0).reshape(2, 9, 1) + 1
     state = causal_conv1d(x, jnp.ones((4, 1)), jnp.zeros(1), position_bt=jnp.asarray(POSITION))[1]
-    # The first row's last document has two tokens: what lies before it is gone.
+    # The first row's last document has two tokens: nothing before it remains.
     np.testing.assert_array_equal(state[..., 0], [[0, 8, 9], [16, 17, 18]])
 
 

@@ -92,7 +92,7 @@ def test_values_and_gradients(n, chunk_tokens, dtype, op):
 
 @both
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
-def test_rows_beyond_the_ids_change_nothing(op, dtype):
+def test_padding_rows_change_nothing(op, dtype):
     """Whatever they hold: their logits would be the largest by far."""
     arguments = make_arguments(61, dtype)
     x_nd, weight_vd, targets_n, row_weights_n = arguments
@@ -114,7 +114,7 @@ def test_rows_beyond_the_ids_change_nothing(op, dtype):
     np.testing.assert_array_equal(gradients[1][V:], 0)
 
 
-def test_the_sum_may_stand_inside_a_larger_loss():
+def test_the_sum_may_be_part_of_a_larger_loss():
     """Its gradients are made before its cotangent is known: here that is −3 · sum²'s 2 · sum."""
     arguments = make_arguments(17)
     x_nd, weight_vd, targets_n, row_weights_n = arguments
@@ -159,7 +159,7 @@ def test_large_logits_stay_finite(op):
 
 
 @both
-def test_rows_beyond_the_ids_lose_against_the_least_of_logits(op):
+def test_padding_rows_get_no_probability_even_at_very_low_logits(op):
     """Two ids share all probability at logits of −10,000 each."""
     weight_vd = jnp.array([[1e2], [1e2], [0.0], [0.0]])
     arguments = jnp.full((3, 1), -1e2), weight_vd, jnp.array([0, 1, 0]), jnp.ones(3)

@@ -18,7 +18,7 @@ def weight_of(shape):
 
 
 def as_float64(matrix):
-    """The matrix that the int8 one stands for, (v, d)."""
+    """The matrix that the int8 one represents, (v, d)."""
     scales = np.asarray(matrix.scales_v, np.float64)
     blocks = np.asarray(matrix.blocks_krd, np.float64)
     rows = blocks.reshape(-1, blocks.shape[-1])
@@ -63,7 +63,7 @@ def test_products_are_those_of_the_matrix_it_holds(shape, n):
 def test_a_row_of_zeros_is_zero_and_a_row_that_is_not_finite_shows():
     weight = weight_of((6, 8)).at[1].set(0.0).at[2, 3].set(jnp.nan).at[4, 5].set(jnp.inf)
     matrix = int8_matmul.quantise(weight)
-    assert matrix.scales_v[1] > 0  # 0/0 as an integer is whatever the device makes of it
+    assert matrix.scales_v[1] > 0  # 0/0 as an integer depends on the device
     logits = int8_matmul.matmul(jnp.ones((2, 8)), matrix)
     assert (logits[:, 1] == 0).all()
     assert jnp.isfinite(logits).all(axis=0).tolist() == [True, True, False, True, False, True]

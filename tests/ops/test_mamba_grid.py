@@ -28,7 +28,7 @@ TOLERANCES = {"float32": (6e-4, 2e-3), "float16": (3e-3, 5e-3), "bfloat16": (3e-
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 MARKS = {128: [], 4096: [pytest.mark.slow]}
 CELLS = [
-    # Compiling takes the time, whatever the length: the lengths between run when asked for.
+    # Compiling takes the time, whatever the length: the lengths between run only on request.
     pytest.param(name, dtype, t, marks=MARKS.get(t, [pytest.mark.exhaustive]))
     for name in IMPLEMENTATIONS
     for dtype in TOLERANCES
@@ -92,7 +92,7 @@ def draw(dtype, t, e, b=2, n=8):
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def run(arguments, dy_bte, implementation):
-    """Returns (y, last state), and the gradients where the last state is not asked for."""
+    """Returns (y, last state), and the gradients where the last state is not requested."""
 
     def scan(arguments):
         return selective_scan(
@@ -151,7 +151,7 @@ def close(actual, expected, rtol, atol, name=""):
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=name)
 
 
-def test_the_adjoint_of_the_loop_is_its_slope():
+def test_the_adjoint_of_the_loop_is_its_derivative():
     """The truth above against differences of its own forward, in a random direction."""
     arguments, dy_bte = draw("float32", 7, 3)
     *_, gradients = loop(**arguments, dy_bte=dy_bte)

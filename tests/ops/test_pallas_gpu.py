@@ -344,7 +344,7 @@ def test_rows_on_four_devices_stay_there(monkeypatch):
 
 
 def test_a_divided_program_is_named_for_what_it_does():
-    """By its text a program is found on the disk again, and the text lacks the kernels."""
+    """Compiled programs are found on disk by their text, which does not include the kernels."""
     mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,))
 
     def names(**options):

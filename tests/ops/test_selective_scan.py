@@ -85,7 +85,7 @@ every = pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
 
 
 def make_arguments(case, seed=0):
-    """Returns what ``selective_scan`` takes, but for the resets and the switches."""
+    """Returns the arguments of ``selective_scan``, without the resets and the switches."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     b, t, e, n = case.b, case.t, case.e, case.n
@@ -423,12 +423,12 @@ def test_auto_is_logged_once_for_each_choice(caplog):
     with caplog.at_level("INFO", "mamba_jax"):
         for _ in range(2):
             selective_scan(**arguments)
-            selective_scan(**arguments, implementation="chunked")  # a name needs no telling
+            selective_scan(**arguments, implementation="chunked")  # a named one is not logged
     said = [record.getMessage() for record in caplog.records if record.name == "mamba_jax"]
     assert said == ["selective scan: sequential (cpu, float32, d_inner 7, d_state 8)"]
 
 
-def test_every_name_is_another_program():
+def test_every_name_is_a_different_program():
     arguments = make_arguments(Case(t=65, e=16))
     programs = set()
     for name in IMPLEMENTATIONS:

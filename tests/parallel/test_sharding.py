@@ -1,4 +1,4 @@
-"""The mesh, the table, and that they change where numbers lie but not what they are."""
+"""The mesh and the table: they change where numbers are stored, but not their values."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def test_a_bad_fsdp_or_batch_is_named_with_its_remedy():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_table_knows_every_parameter_and_divides_every_matrix(variant):
+def test_the_table_has_every_parameter_and_shards_every_matrix(variant):
     params = build.abstract_params(VARIANTS[variant])
     shardings = param_shardings(params, make_mesh(ParallelConfig(fsdp=8)))
     for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
@@ -83,7 +83,7 @@ def test_an_unknown_parameter_is_an_error():
         spec_for("layers/mixer/novelty", (2, 4), 2)
 
 
-def test_the_state_lies_as_the_table_says():
+def test_the_state_is_sharded_as_the_table_states():
     mesh = make_mesh(ParallelConfig(fsdp=4))
     state, abstract = init_state(run_config(), mesh), abstract_state(run_config(), mesh)
     jax.tree.map(lambda a, b: None, state, abstract)  # the same tree

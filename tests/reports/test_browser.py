@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not BROWSER, reason="no Chromium is installed"),
 ]
-# What a reader could do, and what is then to be seen, in one object that the page ends with.
+# What a reader could do and would then see, in one object at the end of the page.
 LOOK = """
 <script>
 const seen = {};
@@ -55,7 +55,7 @@ try {
 parent.postMessage(JSON.stringify(seen), '*');
 </script>
 """
-# A browser's window may not be as narrow as a phone, a frame in it may.
+# A browser's window cannot be as narrow as a phone, but a frame in it can.
 FRAME = """<!doctype html><iframe src="page.html" width="{width}" height="800" frameborder="0">
 </iframe><pre id="seen"></pre>
 <script>
@@ -76,8 +76,8 @@ def look(text, tmp_path, *flags, width=360, doing=""):
         *("--dump-dom", frame.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not said, said
+    logged = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not logged, logged
     (found,) = re.findall(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
     seen = json.loads(html.unescape(found))
     assert "error" not in seen, seen
@@ -130,9 +130,9 @@ def test_a_runs_page(width, tmp_path):
     # What the pointer reads is what was recorded at the step that it names.
     (step,) = map(int, re.findall(r"^step (\d+)", seen["loss"]))
     assert 90 < step < 140
-    (told,) = re.findall(r"training ([\d.]+)", seen["loss"])
+    (shown,) = re.findall(r"training ([\d.]+)", seen["loss"])
     (recorded,) = [r["loss"] for r in run.records if r["step"] == step and "loss" in r]
-    assert float(told) == pytest.approx(recorded, rel=1e-4)
+    assert float(shown) == pytest.approx(recorded, rel=1e-4)
     assert re.findall(r"layer (\d+) ([\d.]+)", seen["layers"]) == [
         (str(k), f"{1 + k / 8:.5g}") for k in range(24)
     ]
@@ -153,7 +153,7 @@ seen.log = [axis('loss'), above()];
 """
 
 
-def test_a_spike_does_not_rule_the_loss_axis(tmp_path):
+def test_a_spike_does_not_set_the_range_of_the_loss_axis(tmp_path):
     """The quick start's own: it falls from 10.9 to 4.6, and one step is at 21 nats."""
     loss = lambda s: 21.05 if s == 40 else 3 + 7.9 * math.exp(-s / 20)
     folder = write(tmp_path / "a", [started(training__max_steps=200), *trained(1, 200, loss)])
@@ -168,7 +168,7 @@ def test_a_spike_does_not_rule_the_loss_axis(tmp_path):
 
 
 def test_a_sweeps_page(tmp_path):
-    """Its axes fit a phone, and no label lies on another one."""
+    """Its axes fit a phone, and labels do not overlap."""
     rows = [
         SweepRow(f"rate={rate},kind={kind}", {"rate": rate, "kind": kind, "n": 10 * n}, "done", "",
             {"eval_loss": 3 + n + rate * 10}, n % 2 == 0)
@@ -243,12 +243,12 @@ def test_a_comparison(tmp_path):
     assert seen["pressed"] == "false" and seen["curves"] == 2  # of three
 
 
-def test_a_page_without_anything(tmp_path):
+def test_an_empty_page(tmp_path):
     seen = look(render(read_run(write(tmp_path / "run", [started()]))), tmp_path)
     assert seen["drawn"] == 0
 
 
-def test_runs_of_nothing_but_one_step_or_no_number(tmp_path):
+def test_runs_with_one_step_or_no_finite_value(tmp_path):
     one = read_run(write(tmp_path / "one", [started(), *trained(1, 1)]))
     assert look(render(one), tmp_path)["drawn"] == 3
     none = trained(1, 3, loss=lambda s: math.nan)

@@ -1,4 +1,4 @@
-"""Thinning: what is drawn of many values holds their extremes and their gaps."""
+"""Thinning: curves of many values keep their extremes and their gaps."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from mamba_jax.reports.charts import curve, smoothing_width, thin, trailing_mean
 
 
 @pytest.mark.parametrize("count", [1, 7, 999, 1000, 1001, 20_011])
-def test_each_point_is_the_mean_least_and_greatest_of_its_steps(count):
+def test_each_point_is_the_mean_minimum_and_maximum_of_its_steps(count):
     draw = random.Random(count)
     steps = sorted(draw.sample(range(3 * count), count))
     values = [draw.gauss(0, 1) for _ in steps]
@@ -38,7 +38,7 @@ def test_a_spike_of_one_step_survives():
     assert points.first[place] <= 123_456 <= points.last[place]
 
 
-def test_values_that_are_no_numbers_are_told_of_and_spoil_none():
+def test_values_that_are_not_finite_are_reported_and_do_not_affect_others():
     nan, inf = math.nan, math.inf
     points = thin([1, 2, 3, 4, 5, 6, 7], [1.0, nan, inf, -inf, 5.0, 6.0, nan], 4)
     assert points.size == 2
@@ -49,7 +49,7 @@ def test_values_that_are_no_numbers_are_told_of_and_spoil_none():
     assert made["y"] == [1, None, 5.5, None] and made["high"] == [1, None, 6, None]
 
 
-def test_nothing_makes_no_point():
+def test_no_values_make_no_points():
     assert curve("loss", thin([], [])) == {
         "name": "loss",
         "look": "line",
@@ -61,7 +61,7 @@ def test_nothing_makes_no_point():
 
 def test_trailing_mean_by_hand():
     values = [1.0, 2.0, math.nan, 6.0, math.inf, 3.0]
-    expected = [1, 1.5, 1.5, 4, 6, 4.5]  # of the last three, without what is no number
+    expected = [1, 1.5, 1.5, 4, 6, 4.5]  # of the last three, without NaN and infinity
     assert trailing_mean(values, 3).tolist() == expected
     assert np.isnan(trailing_mean([math.nan, 1.0], 1)).tolist() == [True, False]
     assert [smoothing_width(n) for n in (1, 79, 80, 400, 8_000, 200_000)] == [1, 1, 2, 10, 200, 200]

@@ -15,7 +15,7 @@ from tests.reports.made_run import Page, evaluated, rate, started, trained, writ
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """Two runs that differ in rate, batch and what came of them; and one that has just begun."""
+    """Two runs that differ in rate, batch and results; and one that has just started."""
     monkeypatch.chdir(tmp_path)
     slow = [
         *(started(output_dir="x/slow"), *trained(1, 40, loss=lambda s: 4.0), rate(40, 1000.0)),
@@ -151,14 +151,14 @@ def test_json_is_the_table(folders, capsys):
     assert new["eval_loss"] is None and new["train_loss"] is None
 
 
-def test_what_is_no_number_is_null_in_json(folders, capsys):
+def test_values_that_are_not_finite_are_null_in_json(folders, capsys):
     write("nan", [started(), evaluated(3, math.nan)])
     assert report.main(["compare", folders[0], "nan", "--json"]) == 0
     text = capsys.readouterr().out
     assert "NaN" not in text and json.loads(text)["runs"][1]["eval_loss"] is None
 
 
-def test_runs_are_named_by_what_tells_their_folders_apart():
+def test_runs_are_named_by_the_part_in_which_their_folders_differ():
     a, b = ("/", "x", "one", "run"), ("/", "x", "two", "run")
     assert names([a, b, ("/", "x", "c")]) == ["one/run", "two/run", "c"]
     assert names([a, a, b]) == ["one/run (1)", "one/run (2)", "two/run"]
@@ -172,7 +172,7 @@ def notes(*changes):
     return " ".join(Comparison([read_run(folder) for folder in folders]).notes())
 
 
-def test_what_cannot_be_compared_is_said(tmp_path, monkeypatch):
+def test_incomparable_losses_are_noted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert notes({}, {"training__learning_rate": 0.5}) == ""
     assert "tokenizers differ" in notes({}, {"data__tokenizer": "bytes"})
@@ -202,7 +202,7 @@ def test_text_of_several_lines_stays_in_its_cell(tmp_path, monkeypatch, capsys):
     assert "<b>bold" not in text and "<b>field" not in text and "&lt;b&gt;field" in text
 
 
-def test_no_name_of_a_folder_can_end_the_script(tmp_path, monkeypatch):
+def test_a_folder_name_cannot_end_the_script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [write(f"{parent}/script>b", [started(), *trained(1, 3)]) for parent in ("<", "y")]
     page = Page(render(Comparison([read_run(folder) for folder in folders])))

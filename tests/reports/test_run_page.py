@@ -1,4 +1,4 @@
-"""The page of a run: what it shows is what was recorded, and it asks no network."""
+"""The page of a run: it shows what was recorded and needs no network."""
 
 import html
 import importlib
@@ -93,7 +93,7 @@ def test_curves_equal_the_records(tmp_path):
     assert "Not recorded" not in page.text
 
 
-def test_the_head_tells_how_the_run_stands(tmp_path):
+def test_the_head_shows_the_state_of_the_run(tmp_path):
     text = page_of(tmp_path, hybrid_records()).text
     for words in (
         "done",
@@ -140,10 +140,10 @@ def test_two_hundred_thousand_steps_make_a_small_page_with_every_spike(tmp_path)
     (place,) = [i for i, high in enumerate(curve["high"]) if high == 14]
     assert curve["from"][place] <= 123_456 <= curve["x"][place]
     assert max(page.chart("depth")["layer 3"]["high"]) == 77
-    assert "A point stands for up to 200 values" in page.text
+    assert "Each point represents up to 200 values" in page.text
 
 
-def test_values_that_are_no_numbers_are_gaps_and_reported(tmp_path):
+def test_values_that_are_not_finite_are_gaps_and_reported(tmp_path):
     records = [started(), *trained(1, 10)]
     records[4]["loss"], records[5]["gradient_norm"] = math.nan, math.inf
     page = page_of(tmp_path, [*records, evaluated(10, math.nan)])
@@ -179,7 +179,7 @@ def test_very_many_skipped_steps_are_thinned(tmp_path):
     assert len(page.data["marks"]["skipped"]) <= 300 and "skipped steps 2,000" in page.text
 
 
-def test_the_config_is_whole_and_marks_what_is_no_default(tmp_path):
+def test_the_config_is_complete_and_marks_changed_fields(tmp_path):
     page = page_of(tmp_path, hybrid_records())
     assert page.rows["model.d_model"] == ["d_model", "512default 768"]
     assert page.rows["model.dropout"] == ["dropout", "0"]
@@ -207,7 +207,7 @@ def test_warnings_alike_are_one_line(tmp_path):
     assert "the disk is full" in text
 
 
-def test_nothing_of_a_run_can_become_markup(tmp_path):
+def test_no_text_of_a_run_becomes_markup(tmp_path):
     records = [
         started(name=EVIL, data__data_dir=EVIL, at=EVIL),
         *trained(1, 3),
@@ -234,7 +234,7 @@ def test_the_newest_sample_comes_first_and_very_many_are_cut(tmp_path):
 
 
 def saved(folder, step, loss=None):
-    """A checkpoint as far as its folder tells of it."""
+    """A checkpoint, as far as its folder describes it."""
     path = folder / ("final" if step == 40 else f"step_{step}")
     path.mkdir(parents=True)
     metrics = {} if loss is None else {"eval_loss": loss}
@@ -295,7 +295,7 @@ def test_checkpoints_of_a_run_that_is_done_or_was_never_evaluated(tmp_path):
     assert "<h2>Checkpoints" not in render(read_run(write(tmp_path / "c", [started()])))
 
 
-def test_an_empty_run_says_so(tmp_path):
+def test_an_empty_run_is_shown_as_empty(tmp_path):
     for records in ([], [started()]):
         page = page_of(tmp_path, records)
         assert page.data is None and "No curves" in page.text
@@ -305,16 +305,16 @@ def test_an_empty_run_says_so(tmp_path):
     assert "Not recorded: Perplexity, held-out text; Bits per byte" in plain.text
 
 
-def test_the_page_asks_no_network(tmp_path):
+def test_the_page_needs_no_network(tmp_path):
     text = render(read_run(write(tmp_path, hybrid_records())))
     page = Page(text)
     assert not any({"src", "href"} & marks.keys() for _, marks in page.tags)
     addresses = set(re.findall(r"https?://[^'\"]+", text))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, not a place
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a namespace, not a request
     assert "@import" not in text and "url(http" not in text and "fetch(" not in text
 
 
-def test_the_command_writes_one_file_and_says_where(tmp_path, capsys):
+def test_the_command_writes_one_file_and_prints_its_path(tmp_path, capsys):
     folder = write(tmp_path / "a", hybrid_records())
     assert report.main(["run", str(folder)]) == 0
     assert "report.html" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Only one process writes a run: who has the lock, when it is free again, who may take it."""
+"""Only one process writes a run: who holds the lock, when it is released, who may take it."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from mamba_jax.runs import lock as run_lock
 from mamba_jax.runs.lock import NAME, Holder, RunLock
 
 HERE = socket.gethostname()
-# Takes the lock, tells what came of it, and keeps it until its input ends.
+# Takes the lock, prints the result, and holds it until its input ends.
 HOLD = """
 import pathlib, sys
 from mamba_jax.errors import UserError
@@ -49,7 +49,7 @@ def first_line(made):
 
 
 def end(made):
-    """Lets it end; returns what it said at last."""
+    """Lets it end; returns its last output."""
     return made.communicate()[0].rstrip()
 
 
@@ -81,7 +81,7 @@ def no_wait(monkeypatch):
 
 @pytest.fixture
 def no_kernel_locks(monkeypatch):
-    """A file system without them, as some network ones are."""
+    """A file system without kernel locks, like some network ones."""
 
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -102,7 +102,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
     RunLock.acquire(tmp_path).release()
 
 
-def test_of_many_that_start_at_once_one_gets_it(tmp_path):
+def test_one_of_many_concurrent_starts_gets_the_lock(tmp_path):
     with contextlib.ExitStack() as stack:
         made = [stack.enter_context(process(tmp_path / "new")) for _ in range(6)]
         told = [first_line(each) for each in made]
@@ -111,7 +111,7 @@ def test_of_many_that_start_at_once_one_gets_it(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_holder_blocks_nobody(tmp_path, number):
+def test_a_killed_holder_does_not_block(tmp_path, number):
     with process(tmp_path) as first:
         assert first_line(first) == "has it"
         first.send_signal(number)
@@ -119,10 +119,10 @@ def test_a_killed_holder_blocks_nobody(tmp_path, number):
     assert (tmp_path / NAME).is_file()
     said = []
     RunLock.acquire(tmp_path, log=said.append).release()
-    assert not said  # nor does anybody wait
+    assert not said  # and nothing waits
 
 
-def test_a_stopped_holder_still_has_it(tmp_path):
+def test_a_stopped_holder_keeps_the_lock(tmp_path):
     with process(tmp_path) as first:
         assert first_line(first) == "has it"
         first.send_signal(signal.SIGSTOP)
@@ -131,7 +131,7 @@ def test_a_stopped_holder_still_has_it(tmp_path):
         assert end(first) == ""
 
 
-def test_force_takes_it_and_the_other_run_learns_of_it(tmp_path):
+def test_force_takes_the_lock_and_the_other_run_notices(tmp_path):
     with process(tmp_path) as first:
         assert first_line(first) == "has it"
         said = []
@@ -141,17 +141,17 @@ def test_force_takes_it_and_the_other_run_learns_of_it(tmp_path):
             told = end(first)
             by = f"a run on {HERE} (pid {os.getpid()}, since"
             assert told.startswith(f"error: output_dir {tmp_path} was taken over by {by}")
-            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end took nothing away
+            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end did not release the lock
 
 
-def test_a_run_learns_that_it_lost_the_folder_even_after_the_other_one_has_ended(tmp_path):
+def test_a_run_notices_the_loss_of_its_folder_even_after_the_other_run_ended(tmp_path):
     with process(tmp_path) as first:
         assert first_line(first) == "has it"
         RunLock.acquire(tmp_path, force=True).release()
         assert "was taken over by" in end(first)
 
 
-def test_force_of_what_is_free_says_nothing(tmp_path):
+def test_force_on_a_free_folder_prints_nothing(tmp_path):
     said = []
     RunLock.acquire(tmp_path, force=True, log=said.append).release()
     assert not said
@@ -166,14 +166,14 @@ def test_force_of_what_is_free_says_nothing(tmp_path):
     ],
     ids=["process id given out again", "reboot", "container"],
 )
-def test_a_record_left_on_this_host_blocks_nobody(tmp_path, fields):
+def test_a_stale_record_on_this_host_does_not_block(tmp_path, fields):
     put_record(tmp_path, **fields)
     said = []
     RunLock.acquire(tmp_path, log=said.append).release()
     assert not said
 
 
-def test_a_living_run_on_a_host_of_the_same_name_is_respected(tmp_path, quick):
+def test_an_active_run_on_a_host_of_the_same_name_is_respected(tmp_path, quick):
     put_record(tmp_path, boot="another", pid=4711)
     with renewed(tmp_path / NAME):
         assert f"in use by a run on {HERE} (pid 4711, since" in refusal(tmp_path)
@@ -201,7 +201,7 @@ def renewed(path):
         thread.join()
 
 
-def test_a_living_run_on_another_host_is_respected(tmp_path, quick):
+def test_an_active_run_on_another_host_is_respected(tmp_path, quick):
     another_host(tmp_path)
     said = []
     with renewed(tmp_path / NAME):
@@ -210,7 +210,7 @@ def test_a_living_run_on_another_host_is_respected(tmp_path, quick):
     assert "node7" in said[0] and "--force" in said[0]
 
 
-def test_a_dead_run_on_another_host_is_found_out(tmp_path, quick):
+def test_a_dead_run_on_another_host_is_detected(tmp_path, quick):
     another_host(tmp_path)
     said = []
     with RunLock.acquire(tmp_path, log=said.append):
@@ -226,7 +226,7 @@ def test_force_does_not_wait_for_another_host(tmp_path, monkeypatch):
         assert len(said) == 1 and "node7 (pid 4711" in said[0]
 
 
-def test_what_another_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+def test_a_folder_that_another_host_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
     """Two hosts watched the file of a dead run; the other one was faster."""
     another_host(tmp_path)
 
@@ -245,7 +245,7 @@ def test_what_another_took_meanwhile_is_left_to_it(tmp_path, monkeypatch):
     os.close(holders[0])
 
 
-def test_looking_who_runs_takes_no_time(tmp_path, no_wait):
+def test_looking_up_the_holder_does_not_wait(tmp_path, no_wait):
     assert not run_lock.is_held(tmp_path)
     with RunLock.acquire(tmp_path):
         assert run_lock.is_held(tmp_path)
@@ -283,8 +283,10 @@ def test_a_child_process_has_the_lock_that_it_inherits(tmp_path):
             with process(tmp_path, **inherits) as child:
                 assert first_line(child) == "has it"
                 assert end(child) == ""
-            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end took nothing away
-        with process(tmp_path / "other", **inherits) as child:  # another folder's is no use there
+            assert f"pid {os.getpid()}" in refusal(tmp_path)  # its end did not release the lock
+        with process(
+            tmp_path / "other", **inherits
+        ) as child:  # another folder's lock does not count there
             assert first_line(child) == "has it"
         with process(tmp_path, env=inherits["env"]) as child:  # nor is a number alone
             assert first_line(child).startswith("error: ")
@@ -301,7 +303,7 @@ def test_a_run_that_outlives_its_supervisor_keeps_the_lock(tmp_path):
     RunLock.acquire(tmp_path).release()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     told = refusal(tmp_path / "file/out")
     assert "cannot write into output_dir" in told and "Not a directory" in told
@@ -316,13 +318,13 @@ def test_folders_that_stay_empty_are_removed_again(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
 
 
-def test_a_lock_file_that_somebody_removed_ends_no_run(tmp_path):
+def test_a_removed_lock_file_does_not_end_the_run(tmp_path):
     with RunLock.acquire(tmp_path) as lock:
         (tmp_path / NAME).unlink()
         lock.check()
 
 
-def test_a_lock_file_that_somebody_removed_and_another_run_made_again_ends_the_first(tmp_path):
+def test_a_lock_file_removed_and_recreated_by_another_run_ends_the_first(tmp_path):
     with RunLock.acquire(tmp_path) as lock:
         (tmp_path / NAME).unlink()
         with process(tmp_path) as second:
@@ -346,7 +348,7 @@ def test_a_helper_of_a_run_does_not_inherit_its_lock(tmp_path):
         )
 
 
-def test_asking_who_has_it_takes_nothing(tmp_path, quick):
+def test_looking_up_the_holder_takes_no_lock(tmp_path, quick):
     said = []
     run_lock.check_free(tmp_path, False, said.append)
     with RunLock.acquire(tmp_path):

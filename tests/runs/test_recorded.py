@@ -1,4 +1,4 @@
-"""What is read of a run's folder, against figures worked out by hand."""
+"""What a run's folder records, against figures made by hand."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_the_rate_is_that_of_the_last_device(tmp_path):
     assert run.tokens_per_sec == 500 and run.device == "2 × H200"
 
 
-def test_tokens_bend_where_a_run_goes_on_with_another_batch(tmp_path):
+def test_tokens_change_slope_where_a_run_resumes_with_another_batch(tmp_path):
     changes = {"vram__effective_batch_size": 16, "vram__batch_size": 16}
     again = started(30, **changes)
     run = read_run(write(tmp_path, [started(), *trained(1, 30), again, *trained(31, 40)]))
@@ -64,11 +64,11 @@ def test_attempts_at_the_same_step_are_one_start(tmp_path):
         ([started(), *trained(1, 40)], "not finished", "stopped or killed"),  # its evaluation lacks
         ([started(), {"step": 9, "ended": "UserError: diverged"}], "failed", "diverged"),
         ([started(), {"step": 9, "ended": "KeyboardInterrupt: "}], "stopped", "KeyboardInterrupt"),
-        # What ended before the run went on is past.
+        # An end before the run resumed no longer counts.
         ([{"step": 9, "ended": "OSError: x"}, started(9), *trained(10, 12)], "not finished", ""),
     ],
 )
-def test_how_a_run_stands(records, state, why, tmp_path):
+def test_the_state_of_a_run(records, state, why, tmp_path):
     run = read_run(write(tmp_path, records))
     assert run.state == state and run.why.startswith(why)
 
@@ -81,7 +81,7 @@ def test_how_a_run_stands(records, state, why, tmp_path):
         (137, "failed", "SIGKILL"),
     ],
 )
-def test_the_launchers_record_tells_how_a_run_ended(code, state, why, tmp_path):
+def test_the_launchers_record_gives_the_exit_status(code, state, why, tmp_path):
     write(tmp_path, [started(), *trained(1, 9)])
     record = Record.claim(tmp_path)
     record.begin(pid=os.getpid())
@@ -100,7 +100,7 @@ def test_a_run_in_the_foreground_is_running(tmp_path):
     assert read_run(tmp_path).state == "failed"
 
 
-def test_without_a_record_of_the_run_its_checkpoint_tells(tmp_path):
+def test_without_a_record_the_checkpoint_gives_the_config(tmp_path):
     write(tmp_path, trained(1, 40))
     for step in (20, 40):
         (tmp_path / f"step_{step}").mkdir()
@@ -123,26 +123,26 @@ def test_without_a_record_of_the_run_its_checkpoint_tells(tmp_path):
     assert run.last_step == 20 and run.state == "not finished" and "missing" in run.why
 
 
-def test_of_an_old_run_without_either_little_is_known(tmp_path):
+def test_an_old_run_without_either_has_few_facts(tmp_path):
     run = read_run(write(tmp_path / "old", trained(1, 5)))
     assert run.name == "old" and not run.config and run.parameters is None
     assert run.tokens_at(5) is None and run.training_secs is None and run.planned_steps is None
 
 
-def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+def test_a_nan_loss_is_never_the_best(tmp_path):
     records = [started(), evaluated(10, math.nan), evaluated(20, 3.0), evaluated(30, 4.0)]
     run = read_run(write(tmp_path, records))
     assert run.best_evaluation is not None and run.best_evaluation["step"] == 20
 
 
-def test_a_line_cut_short_ends_the_reading(tmp_path):
+def test_a_truncated_line_ends_the_file(tmp_path):
     write(tmp_path, [started(), *trained(1, 5)])
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 6, "lo\n' + json.dumps({"step": 7, "loss": 1}) + "\n")
     assert read_run(tmp_path).last_step == 5
 
 
-def test_what_is_no_run_is_refused_with_the_remedy(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused_with_a_remedy(tmp_path):
     run = finished(tmp_path / "a")
     (run / "final").mkdir()
     (tmp_path / "file").touch()

@@ -18,7 +18,7 @@ import time
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
 )
-_SECS = 120  # for anything, a compilation included; only what is broken takes so long
+_SECS = 120  # for anything, a compilation included; only a failure takes this long
 _KEYS = {"Enter": ("Enter", 13, "\r"), "Escape": ("Escape", 27, ""), "Tab": ("Tab", 9, "")}
 _SHIFT = 8
 
@@ -89,7 +89,7 @@ class Browser:
         """Returns the parameters of the events of a kind since the page was opened."""
         return [event["params"] for event in self._events if event.get("method") == method]
 
-    # What a reader does.
+    # What a user does.
 
     def open(self, url, width=1000, height=700, scheme="light"):
         """Opens a page in a window of a size; what happened before is forgotten."""
@@ -163,7 +163,7 @@ class Browser:
         return [
             *[event["exceptionDetails"] for event in self.events("Runtime.exceptionThrown")],
             *[event["args"] for event in self.events("Runtime.consoleAPICalled")],
-            # An answer that is an error is noted as well; what becomes of it is the page's matter.
+            # A response that is an error is logged as well; the page handles it.
             *[entry for entry in logged if entry["source"] != "network"],
         ]
 

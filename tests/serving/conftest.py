@@ -67,7 +67,7 @@ def engine_of(family, **settings):
 
 
 def wait_until_idle(engine):
-    """Waits until an engine's thread waits for requests: what follows an answer is done, too."""
+    """Waits until an engine's thread is idle, so that all work after an answer is done, too."""
     until(lambda: engine._changed._waiters)
 
 

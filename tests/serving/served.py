@@ -1,4 +1,4 @@
-"""A server over the tiny Mamba, and the simplest of clients."""
+"""A server over the tiny Mamba, and a minimal client."""
 
 import contextlib
 import http.client

@@ -63,7 +63,7 @@ def test_generate_takes_what_completions_take(port):
 
 @pytest.mark.parametrize("prompt", ["日本😀x", [0xE6, 0x97], ""])
 def test_offsets_of_sampled_bytes_are_places_in_the_text(prompt, port):
-    """Most bytes of this model are no whole characters."""
+    """Most bytes of this model are not whole characters."""
     body = {"prompt": prompt, "max_tokens": 40, "seed": 5, "logprobs": 0}
     ((_, whole), (_, echoed)) = (
         post(port, "/v1/completions", body | {"echo": echo}) for echo in (False, True)
@@ -130,7 +130,7 @@ def test_a_seed_repeats_and_choices_differ(port):
     assert texts[2][0] == texts[0][1]  # the second choice is drawn with the next seed
 
 
-def test_a_stream_says_what_a_whole_answer_says(port):
+def test_a_stream_equals_the_whole_answer(port):
     body = GREEDY | {"n": 2, "logprobs": 3, "echo": True, "prompt": "aé"}
     _, whole = post(port, "/v1/completions", body)
     chunks = streamed(port, "/v1/completions", body | {"stream_options": {"include_usage": True}})
@@ -335,7 +335,7 @@ def test_errors_name_the_field(path, port):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_and_harms_nobody(case, port):
+def test_bad_input_is_named_and_affects_no_other_request(case, port):
     body, expected, message = BAD[case]
     status, answer = post(port, "/v1/completions", body)
     assert status == expected, answer
@@ -411,7 +411,7 @@ def test_an_empty_prompt_begins_a_document(prompt, port):
 
 
 def test_stops_may_be_any_characters(port):
-    """One of them is the text's own; of another the text has a part alone."""
+    """One of them occurs in the text; of another only a part does."""
     body = {"prompt": "é", "max_tokens": 60, "seed": 1}
     (choice,) = post(port, "/v1/completions", body)[1]["choices"]
     stop = next(char for char in choice["text"][5:] if char > "\x7f")
@@ -465,7 +465,7 @@ PREFLIGHT = {
 }
 
 
-def test_pages_elsewhere_may_ask_only_where_they_are_named(monkeypatch):
+def test_other_origins_may_send_requests_only_if_listed(monkeypatch):
     origins = ["https://a.example", "http://localhost:3000"]
     key = {"Authorization": "Bearer secret"}
     with serving(api_key="secret", max_body_bytes=20_000, cors_origins=origins) as port:
@@ -502,7 +502,7 @@ def test_pages_elsewhere_may_ask_only_where_they_are_named(monkeypatch):
         assert (status, answer["access-control-allow-origin"]) == (400, None)
 
 
-def test_pages_elsewhere_may_not_ask_by_default(port):
+def test_other_origins_may_not_send_requests_by_default(port):
     headers = {"Origin": "https://a.example"}
     assert (
         request(port, "GET", "/v1/models", headers=headers)[1]["access-control-allow-origin"]
@@ -521,7 +521,7 @@ def raw(port, body):
     return connection
 
 
-# Greedily the model goes round in circles here.
+# Greedily the model repeats itself here.
 ENDLESS = {"prompt": "On and on", "max_tokens": 100_000, "temperature": 0}
 
 
@@ -537,7 +537,7 @@ def test_when_a_client_disconnects_its_slot_is_freed(port, stream):
     until(lambda: metric(port, "mamba_jax_generations_decoding") == 0)
 
 
-def test_a_slow_client_keeps_nobody_waiting(port):
+def test_a_slow_client_does_not_delay_others(port):
     """One does not send its body and one never reads its stream; others are served."""
     slow_sender = socket.create_connection(("127.0.0.1", port))
     slow_sender.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")

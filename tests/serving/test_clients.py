@@ -1,4 +1,4 @@
-"""Clients that others wrote: OpenAI's own, LangChain's, and lm_eval's."""
+"""Third-party clients: OpenAI's, LangChain's and lm_eval's."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ class TestOpenAI:
         chunks = client.chat.completions.create(**how, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
-    def test_more_tokens_than_the_server_makes_are_as_many_as_it_makes(self, client):
+    def test_max_tokens_above_the_limit_is_clamped(self, client):
         text = offline("mamba", "def main(")
         how = {"model": "tiny", "prompt": "def main(", "temperature": 0, "stop": text[7:9]}
         for max_tokens in (-1, 10**6):
@@ -68,7 +68,7 @@ class TestOpenAI:
 
 @pytest.fixture
 def how(port):
-    """What LangChain's clients are made with. They send every field that OpenAI has, most of them
+    """The arguments of LangChain's clients. They send every field that OpenAI has, most of them
     as null or as the default."""
     pytest.importorskip("langchain_openai")
     settings = {"model": "tiny", "api_key": "none", "max_retries": 0}

@@ -24,7 +24,7 @@ from .served import post, request, until
 
 ROOT = pathlib.Path(__file__).parents[2]
 GREEDY = {"prompt": "def main(", "max_tokens": 12, "temperature": 0}
-# Greedily this model goes round in circles; a second's work or so.
+# Greedily this model repeats itself; about a second's work.
 LONG = {"prompt": "On and on", "max_tokens": 1_000, "temperature": 0, "stream": True}
 
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def started(folder, *command, cwd=ROOT, **environment):
-    """Starts a server that says where it serves; gives the process, what it says, and the port."""
+    """Starts a server that prints its address; gives the process, its output and the port."""
     said = folder / "said"
     environment = {
         **os.environ,
@@ -149,7 +149,7 @@ def test_uvicorns_own_command(folder):
 
 
 def test_uvicorn_reports_the_error_in_one_line_and_does_not_restart(tmp_path):
-    """With the status by which it does not start its workers again for ever."""
+    """With the status that keeps it from restarting its workers forever."""
     done = subprocess.run(
         [sys.executable, "-m", "uvicorn", "api:app", "--port=0", "--log-level=warning"],
         cwd=ROOT / "launch",

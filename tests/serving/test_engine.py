@@ -45,7 +45,7 @@ def test_answers_are_those_of_offline_generation_whatever_joins_the_batch(family
     engine.close()
 
 
-def test_a_seeded_answer_does_not_depend_on_its_company(engine):
+def test_a_seeded_answer_does_not_depend_on_other_requests(engine):
     sampled = request_of("def ", temperature=1.0, top_k=40, top_p=0.9, seed=7)
     others = [request_of(p, temperature=t, seed=7) for p, t in (("a", 1.5), ("", 0.0), ("b", 0.7))]
     ((alone, _),) = answers(engine, sampled)
@@ -75,7 +75,7 @@ def test_prompts_with_a_common_prefix_continue_from_its_cache_entry():
     results = [answers(engine, request_of(prompt))[0] for prompt in prompts]
     n_shared = len(tokens_of(shared))
     cached = [end.cached_tokens for _, end in results]
-    # The second finds out where they part; the fourth is the first one whole.
+    # The second finds where they diverge; the fourth is the first one as a whole.
     assert cached == [0, 0, n_shared, len(tokens_of(prompts[0]))]
     assert [text for text, _ in results] == [offline("hybrid", prompt) for prompt in prompts]
     assert all(
@@ -144,7 +144,7 @@ def test_logprobs_are_reported_up_to_the_stop(engine):
     assert events[-1].new_tokens > len(told)
 
 
-def test_no_step_is_made_for_tokens_beyond_what_was_asked_for(engine, monkeypatch):
+def test_no_step_is_made_for_tokens_beyond_the_request(engine, monkeypatch):
     step, calls = engines.device.step, []
     monkeypatch.setattr(
         engines.device, "step", lambda *of, **how: (calls.append(1), step(*of, **how))[1]
@@ -209,7 +209,7 @@ def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
     assert answers(engine, request_of("a"))[0][0] == offline("mamba", "a")
 
 
-def test_a_failing_step_ends_those_whose_last_token_was_under_way(monkeypatch):
+def test_a_failing_step_ends_requests_whose_last_token_was_pending(monkeypatch):
     engine = engine_of("mamba")
     step, calls = engines.device.step, []
 
@@ -226,7 +226,7 @@ def test_a_failing_step_ends_those_whose_last_token_was_under_way(monkeypatch):
 
 
 def test_a_cache_entry_that_failed_on_the_device_is_not_found_again(monkeypatch):
-    """As when memory runs out after the call that was to make it has returned."""
+    """As when memory runs out after the call that makes it has returned."""
     engine = engine_of("mamba")
     prefill = engines.device.prefill
 
@@ -272,13 +272,13 @@ def _tokens_offline(model, tokens, max_tokens):
 
 @pytest.mark.parametrize("end", ["length", "stop", "end of text"])
 def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
-    model = model_of("hybrid", 4)  # says other things after other prompts
+    model = model_of("hybrid", 4)  # generates different text after different prompts
     prompt, n_answer = tokens_of("user: What is it?\n\nassistant:").tolist(), 37
     made = _tokens_offline(model, prompt, n_answer)
     more: dict = {"max_tokens": n_answer}
     if end == "stop":  # the text of the first tokens, which comes but once
         more["stops"] = (TOKENIZER.decode(made[:22]),)
-    if end == "end of text":  # a little likelier than the token that is new last
+    if end == "end of text":  # slightly more likely than the token that is new last
         last = max(range(n_answer), key=lambda i: made.index(made[i]))
         kernel = np.array(model.params["lm_head"]["kernel"])
         kernel[TOKENIZER.eot_id] = 1.001 * kernel[made[last]]
@@ -328,7 +328,7 @@ def test_the_end_of_an_answer_is_prefilled_unseen_and_without_the_lock(monkeypat
     assert sum(observer.prefilling) == 0  # the prompt was prefilled within its first round
 
 
-def test_nothing_of_an_answer_is_kept_without_a_prefix_cache(monkeypatch):
+def test_without_a_prefix_cache_nothing_of_an_answer_is_kept(monkeypatch):
     monkeypatch.setattr(engines.device, "extract", None)
     engine = engine_of("mamba", prefix_cache_bytes=0)
     ((text, _),) = answers(engine, request_of("def ", max_tokens=40))

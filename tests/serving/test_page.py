@@ -113,7 +113,7 @@ def test_a_conversation_is_what_the_server_says(page, port):
 
 @pytest.mark.parametrize("how", ["the button", "Escape", "a new chat"])
 def test_stopping_frees_the_slot(page, port, how):
-    """Greedily this model goes round in circles, for all of 100,000 tokens."""
+    """Greedily this model repeats itself for all of 100,000 tokens."""
     cancelled = lambda: (
         request(port, "GET", "/metrics")[2].count(b'"cancelled"')
         and metric(port, 'mamba_jax_generations_total{reason="cancelled"}')
@@ -199,7 +199,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_failures_are_reported(page, case):
-    """A question that nothing came of is in its box again; an answer that began is kept."""
+    """A question without any answer returns to its box; an answer that began is kept."""
     how, pieces, message = WRONG[case]
     _pretend(page, *pieces, **how)
     page.type("Hello?")
@@ -245,7 +245,7 @@ def test_only_the_pages_own_script_runs_and_it_asks_its_own_server_alone(browser
         assert any(directive in text for text in refused), (directive, refused)
 
 
-def test_the_page_asks_for_a_key_and_reports_a_server_that_has_gone(browser):
+def test_the_page_prompts_for_a_key_and_reports_an_unreachable_server(browser):
     unlock = "!document.getElementById('unlock').hidden && document.activeElement.id === 'key'"
     with serving(api_key="sécret") as port:
         browser.open(f"http://127.0.0.1:{port}/")

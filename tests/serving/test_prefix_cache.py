@@ -18,7 +18,7 @@ def state(mark):
 STATE_BYTES = 40
 
 
-def test_the_longest_beginning_is_found_and_where_a_prompt_parts():
+def test_the_longest_prefix_and_the_point_of_divergence_are_found():
     cache = PrefixCache(10_000)
     cache.add(tokens(20, last=20), state(1))
     cache.add(tokens(30, last=0), state(2))
@@ -32,7 +32,7 @@ def test_the_longest_beginning_is_found_and_where_a_prompt_parts():
     assert cache.find(np.array([7, 8], np.int32)) == (None, 0, 0, False)
 
 
-def test_short_beginnings_are_not_worth_it():
+def test_short_prefixes_are_not_cached():
     cache = PrefixCache(10_000)
     cache.add(tokens(15), state(1))
     assert len(cache) == 0
@@ -40,7 +40,7 @@ def test_short_beginnings_are_not_worth_it():
     assert cache.find(tokens(12)) == (None, 0, 0, False)
 
 
-def test_bytes_are_bounded_and_the_least_recently_used_goes():
+def test_bytes_are_bounded_and_the_least_recently_used_is_evicted():
     size = STATE_BYTES + 20 * 4
     cache = PrefixCache(3 * size)
     for last in (101, 102, 103):
@@ -57,13 +57,13 @@ def test_bytes_are_bounded_and_the_least_recently_used_goes():
     assert len(cache) == 3
 
 
-def test_no_room_keeps_nothing():
+def test_a_size_of_zero_caches_nothing():
     cache = PrefixCache(0)
     cache.add(tokens(20), state(1))
     assert (len(cache), cache.bytes) == (0, 0)
 
 
-def test_a_longer_part_of_an_answer_takes_the_place_of_a_shorter():
+def test_a_longer_part_of_an_answer_replaces_a_shorter_one():
     cache = PrefixCache(10_000)
     cache.add(tokens(20), state(1))
     cache.add(tokens(36), state(2), is_answer=True)

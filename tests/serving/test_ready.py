@@ -1,5 +1,5 @@
-"""A server that loads its checkpoint from the disk: what it says until it is ready, and what it
-compiles afterwards, which is nothing."""
+"""A server that loads its checkpoint from the disk: what it reports until it is ready, and that it
+compiles nothing afterwards."""
 
 import dataclasses
 import http.client
@@ -23,7 +23,7 @@ MAX_BATCH = 3
 CHAT = "/v1/chat/completions"
 
 
-# Of shapes that no other test has, so that nothing is compiled yet.
+# With shapes that no other test has, so that nothing is compiled yet.
 CONFIG = dataclasses.replace(CONFIGS["mamba"], d_conv=3)
 
 
@@ -61,7 +61,7 @@ def _ask_everything(port):
 
 
 def _leave(port):
-    """Asks for a stream and goes away."""
+    """Requests a stream and disconnects."""
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = {"prompt": "On and on", "max_tokens": 4_000, "temperature": 0, "stream": True}
     client.request(
@@ -72,7 +72,7 @@ def _leave(port):
     until(lambda: metric(port, "mamba_jax_generations_decoding") == 0)
 
 
-def test_it_says_when_it_is_ready_and_compiles_nothing_afterwards(folder, monkeypatch):
+def test_it_reports_when_it_is_ready_and_compiles_nothing_afterwards(folder, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # which would leave nothing to count
     may_begin, run, said = threading.Event(), WarmUp.run, []
     monkeypatch.setattr(

@@ -29,7 +29,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
 PARSER = RequestParser(TOKENIZER, Limits(400, 99), fills_in=False)
 
 
-def test_a_chat_ends_where_the_model_speaks_for_the_user():
+def test_a_chat_ends_where_the_model_writes_the_users_turn():
     (request,) = PARSER.chat(ChatRequest(**CHAT, stop=["x"]))
     assert request.stops == ("x", "\n\nuser:")
     assert request.max_tokens == 99  # what fits
@@ -125,7 +125,7 @@ def test_a_turn_that_calls_a_tool_needs_no_content():
     assert text.endswith("tool: 3\n\nassistant:")
 
 
-def test_null_is_a_field_left_out():
+def test_null_is_an_omitted_field():
     for kind, translate, body in (
         (GenerateRequest, PARSER.generate, {"prompt": "a", "seed": 3}),
         (CompletionRequest, PARSER.completion, {"seed": 3}),
@@ -138,7 +138,7 @@ def test_null_is_a_field_left_out():
             assert getattr(plain, name) == getattr(given, name), (kind, name)
 
 
-def test_floats_are_whole_numbers_where_whole_numbers_are_wanted():
+def test_whole_floats_are_accepted_as_integers():
     body = {"prompt": "a", "n": 2.0, "top_k": 3.0, "seed": 4.0, "logprobs": 1.0, "best_of": 2.0}
     first, second = PARSER.completion(CompletionRequest(**body))
     assert (first.top_k, first.seed, second.seed, first.logprobs) == (3, 4, 5, 1)
@@ -156,13 +156,13 @@ OFFSETS = {
 @pytest.mark.parametrize("case", OFFSETS)
 @pytest.mark.parametrize("echo", [False, True])
 def test_offsets_of_tokens_are_places_in_the_text(name, case, echo):
-    """Of several tokens that share a character, all begin there."""
+    """Tokens that share a character all begin at it."""
     tokenizer = load_tokenizer(name)
     stops, expected = OFFSETS[case]
     ids = tokenizer.encode(GENERATED).tolist()
     if expected is None:
         expected = "naïve 日本"
-        # One token more: of the next character, which takes several.
+        # One more token: the first of several of the next character.
         ids = ids[: len(tokenizer.encode(expected)) + 1]
     body = {"prompt": PROMPT, "max_tokens": len(ids), "logprobs": 0, "echo": echo, "stop": stops}
     requests = RequestParser(tokenizer, Limits(400, 99), fills_in=False).completion(
@@ -202,7 +202,7 @@ def test_offsets_of_tokens_are_places_in_the_text(name, case, echo):
 
 
 class Spacing(type(TOKENIZER)):
-    """Puts a space before each text, as those made by SentencePiece do."""
+    """Puts a space before each text, as SentencePiece tokenizers do."""
 
     def encode(self, text):
         return super().encode(f" {text}")
@@ -212,7 +212,7 @@ class Spacing(type(TOKENIZER)):
 
 
 @pytest.mark.parametrize("echo", [False, True])
-def test_what_a_tokenizer_puts_before_a_text_has_no_place_in_it(echo):
+def test_a_prefix_added_by_the_tokenizer_is_not_in_the_text(echo):
     tokenizer = Spacing()
     body = {"prompt": "ab", "max_tokens": 2, "logprobs": 0, "echo": echo}
     requests = RequestParser(tokenizer, Limits(400, 99), fills_in=False).completion(
@@ -239,7 +239,7 @@ def test_offsets_with_a_suffix_follow_the_prompt():
     assert filling.completion(CompletionRequest(**body))[0].prompt_chars == 2
 
 
-def test_a_cut_character_at_the_end_is_no_text():
+def test_an_incomplete_character_at_the_end_is_not_text():
     for end in ([], [TOKENIZER.eot_id]):
         events = []
         ids = [*"é日".encode()[:-1], *end]

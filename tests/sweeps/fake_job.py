@@ -1,4 +1,4 @@
-"""Stands in for ``mamba_jax.train`` in a sweep: its loss is a function of the settings.
+"""Replaces ``mamba_jax.train`` in a sweep: its loss is a function of the settings.
 
 eval_loss = (log10(learning_rate) + 3)² + dropout, reached over ten evaluations. A file ``fail`` in
 its folder's parent names a learning rate that fails once; with ``slow`` there it takes its time.

@@ -36,7 +36,7 @@ def test_product_is_every_combination_and_the_last_varies_fastest(h):
     assert list(h.product([])) == [{}]
 
 
-def test_a_name_of_a_product_goes_in_front(h):
+def test_a_name_of_a_product_is_prefixed(h):
     assert list(h.product([h.sweep("trial", range(2))], name="config")) == [
         {"trial": 0},
         {"trial": 1},
@@ -45,11 +45,11 @@ def test_a_name_of_a_product_goes_in_front(h):
     assert list(inner) == [{"model.dropout": 0.1}]
 
 
-def test_zip_goes_in_step_and_ends_with_the_shortest(h):
+def test_zip_advances_together_and_ends_with_the_shortest(h):
     sweep = h.zipit([h.sweep("a", [1, 2, 3]), h.sweep("b", [4, 5])])
     assert list(sweep) == [{"a": 1, "b": 4}, {"a": 2, "b": 5}] and sweep.length == 2
     assert list(h.zipit([h.sweep("a", [1, 2, 3])], length=2)) == [{"a": 1}, {"a": 2}]
-    # As flax projects write it: fixed values as long as what they go with.
+    # As Flax projects write it: fixed values as long as those that they are zipped with.
     both = h.zipit([h.sweep("a", [1, 2]), h.fixed("b", 0, length=2)])
     assert list(both) == [{"a": 1, "b": 0}, {"a": 2, "b": 0}]
 
@@ -67,7 +67,7 @@ def test_samples_are_the_same_each_time_and_differ_by_field_and_seed(h):
     assert drawn != first(Hyper(seed=1).uniform("x", Interval(2, 3)), 5)
 
 
-def test_uniform_and_loguniform_spread_as_they_say(h):
+def test_uniform_and_loguniform_have_their_distributions(h):
     n = 4000
     flat = sorted(row["x"] for row in first(h.uniform("x", h.interval(-1.0, 3.0)), n))
     logs = sorted(
@@ -108,7 +108,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_told(h, case):
+def test_mistakes_are_reported(h, case):
     make, message = MISTAKES[case]
     with pytest.raises(UserError) as error:
         make(h)
@@ -119,7 +119,7 @@ def test_mistakes_are_told(h, case):
 
 
 class Asked:
-    """Answers with the middle, or what it is told, and notes the questions."""
+    """Answers with the middle, or with given values, and records the questions."""
 
     def __init__(self, **answers):
         self.answers = answers
@@ -134,7 +134,7 @@ class Asked:
         return self.answers.get(name, 0)
 
 
-def test_a_search_asks_for_what_varies_and_for_nothing_else(h):
+def test_a_search_queries_only_what_varies(h):
     sweep = h.product(
         [
             h.sweep("a", ["x", "y", "z"]),
@@ -161,7 +161,7 @@ def test_a_search_asks_for_what_varies_and_for_nothing_else(h):
     }
 
 
-def test_a_search_takes_one_way_of_a_chain_and_asks_only_there(h):
+def test_a_search_queries_only_the_chosen_branch_of_a_chain(h):
     sweep = h.chainit(
         [h.uniform("a", h.interval(0, 1)), h.zipit([h.sweep("a", [5, 6]), h.fixed("b", 1, 2)])]
     )
@@ -170,7 +170,7 @@ def test_a_search_takes_one_way_of_a_chain_and_asks_only_there(h):
     assert set(asked.questions) == {"chain", "a (2)", "a + b"} - {"a (2)"}
 
 
-def test_two_questions_never_share_a_name(h):
+def test_two_parameters_never_share_a_name(h):
     chain = lambda values: h.chainit([h.sweep("a", values), h.sweep("a", values + values)])
     sweep = h.chainit([chain([1, 2]), chain([3, 4, 5])])
     names = []
@@ -187,7 +187,7 @@ def test_two_questions_never_share_a_name(h):
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "configs/sweeps").glob("*.py")), ids=lambda p: p.stem
 )
-def test_the_sweep_files_that_come_along(file):
+def test_the_included_sweep_files(file):
     sweep = load(str(file), Hyper())
     assert sweep.length and len(list(sweep)) == sweep.length
 
@@ -208,7 +208,7 @@ def test_the_ensemble_of_the_guide():
         ("def get_hyper(h): return h.sweep('a', [])", "has no values"),
     ],
 )
-def test_broken_files_are_told(tmp_path, text, message):
+def test_broken_files_are_reported(tmp_path, text, message):
     (tmp_path / "near.py").write_text("")
     file = tmp_path / ("neer.py" if text is None else "file.py")
     if text is not None:

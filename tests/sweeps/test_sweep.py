@@ -1,4 +1,4 @@
-"""The sweep command: its queue, what it skips and tries again, its table, page and search."""
+"""The sweep command: its queue, what it skips and retries, its table, page and search."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def starts():
 # --- the queue ------------------------------------------------------------------------------------
 
 
-def test_every_setting_runs_once_and_the_best_comes_first(place, capsys):
+def test_every_setting_runs_once_and_the_best_is_listed_first(place, capsys):
     assert run() == 0
     told = capsys.readouterr().out.splitlines()
     (head,) = [i for i, line in enumerate(told) if line.lstrip().startswith("learning_rate  eval")]
@@ -87,7 +87,7 @@ def test_every_setting_runs_once_and_the_best_comes_first(place, capsys):
     assert read(OUT / "learning_rate=0.01")["exit_code"] == 0
 
 
-def test_a_second_call_skips_what_is_done_and_tries_again_what_failed(place, capsys):
+def test_a_second_call_skips_finished_runs_and_retries_failed_ones(place, capsys):
     OUT.mkdir()
     (OUT / "fail").write_text("0.01")
     assert run() == 1
@@ -134,7 +134,7 @@ def test_each_slot_has_a_gpu_of_its_own(place, monkeypatch, capsys):
     assert "--slots=3 exceeds the 2 GPUs: each slot needs one" in capsys.readouterr().err
 
 
-def test_gpus_are_those_of_the_driver_where_nobody_chose(tmp_path, monkeypatch):
+def test_gpus_are_those_of_the_driver_by_default(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -176,7 +176,7 @@ def start_process(*flags):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_stopped_sweep_lets_its_jobs_save_and_the_next_call_goes_on(place, number):
+def test_a_stopped_sweep_lets_its_jobs_save_and_the_next_call_resumes(place, number):
     process = start_process()
     process.send_signal(number)
     told, _ = process.communicate(timeout=60)
@@ -211,7 +211,7 @@ def test_a_second_ctrl_c_ends_the_jobs_at_once(place):
 
 
 @pytest.mark.parametrize("search", [[], ["--search=optuna", "--trials=2"]])
-def test_a_second_call_beside_a_living_sweep_is_refused(place, capsys, search):
+def test_a_second_call_beside_an_active_sweep_is_refused(place, capsys, search):
     if search:
         pytest.importorskip("optuna")
     process = start_process(*search)
@@ -227,7 +227,7 @@ def test_a_second_call_beside_a_living_sweep_is_refused(place, capsys, search):
     assert set(states().values()) == {"done"}
     if search:
         assert [trial.state.name for trial in study().trials] == ["COMPLETE"] * 2
-    assert run(*search) == 0  # nobody has the lock any more
+    assert run(*search) == 0  # the lock is free
 
 
 def test_jobs_that_outlived_a_killed_sweep_are_not_started_twice(place, capsys):
@@ -283,7 +283,7 @@ def test_names_of_folders(settings, name):
     assert made == name or jobs.job_name({key: "z" for key in settings}) != made
 
 
-def test_numbers_that_look_alike_have_folders_of_their_own():
+def test_numbers_that_look_alike_have_separate_folders():
     assert jobs.job_name({"a": 0.12345}) != jobs.job_name({"a": 0.12346})
 
 
@@ -296,10 +296,10 @@ def test_numbers_that_look_alike_have_folders_of_their_own():
         (["--config.training.max_step=5"], 'did you mean "training.max_steps"?'),
         (["--slot=2"], "unknown flag --slot"),
         (["--slots=0"], "--slots=0 must be at least 1"),
-        (["--output_dir=x"], "--output_dir has no use in a sweep"),
-        (["--resume", "auto"], "--resume has no use in a sweep"),
-        (["--trials=3"], "--trials=3 has no use without --search"),
-        (["--slurm", "partition=x"], "--slurm partition=x has no use without --executor=slurm"),
+        (["--output_dir=x"], "--output_dir has no effect in a sweep"),
+        (["--resume", "auto"], "--resume has no effect in a sweep"),
+        (["--trials=3"], "--trials=3 has no effect without --search"),
+        (["--slurm", "partition=x"], "--slurm partition=x has no effect without --executor=slurm"),
         (["--sweep=rate.py"], 'sweep file rate.py does not exist; did you mean "rates.py"?'),
     ],
 )
@@ -394,7 +394,7 @@ def test_every_run_is_linked_to_its_page(place):
     assert 'href="a%22b%23c%3Fd/"' in sweep_page.render([odd], "eval_loss", "x")
 
 
-def test_a_metric_that_is_no_number_ranks_last_and_has_no_line(place):
+def test_a_nan_metric_ranks_last_and_has_no_line(place):
     for name, loss in (("a", math.nan), ("b", 2.0), ("c", math.inf), ("d", 1.0), ("e", math.nan)):
         record = Record.claim(OUT / name)
         record.begin(settings={"x": name})
@@ -410,7 +410,7 @@ def test_a_metric_that_is_no_number_ranks_last_and_has_no_line(place):
     assert "nan" not in "".join(re.findall(r'points="[^"]*"', text))
 
 
-def test_the_page_needs_no_network_and_says_what_came_out():
+def test_the_page_needs_no_network_and_shows_the_results():
     rows = [
         row("one", loss=1.0, rate=1e-3, kind="<b>"),
         row("two", loss=2.0, rate=1e-2, kind="x"),
@@ -457,7 +457,7 @@ def study():
     )
 
 
-def test_a_search_finds_what_a_grid_would_and_goes_on_with_the_next_call(space):
+def test_a_search_finds_the_best_of_a_grid_and_resumes_with_the_next_call(space):
     search = ["--search=optuna", "--slots=4"]
     for trials in (4, 12, 24):
         assert run(*search, f"--trials={trials}") == 0
@@ -468,7 +468,7 @@ def test_a_search_finds_what_a_grid_would_and_goes_on_with_the_next_call(space):
     assert len(set(starts())) == 24  # each call proposes anew
 
 
-def test_a_failed_trial_is_tried_again_and_a_stopped_one_goes_on(space):
+def test_a_failed_trial_is_retried_and_a_stopped_one_resumes(space):
     import optuna
 
     assert run("--search=optuna", "--trials=2") == 0
@@ -485,7 +485,7 @@ def test_a_failed_trial_is_tried_again_and_a_stopped_one_goes_on(space):
     assert trials[-1].state.name == "COMPLETE" and len(trials) == 5
 
 
-def test_poor_trials_are_cut_short(space):
+def test_poor_trials_are_pruned(space):
     OUT.mkdir()
     (OUT / "slow").touch()
     (space / "rates.py").write_text(
@@ -521,7 +521,7 @@ def test_each_evaluation_is_reported_once(space, recwarn):
 
 
 def test_a_job_that_outlived_a_killed_search_keeps_its_trial(space):
-    """Another call leaves it out; its trial is not failed, and a later call has its result."""
+    """Another call skips it; its trial does not fail, and a later call has its result."""
     process = start_process("--search=optuna", "--trials=2")
     process.kill()
     process.wait()
@@ -538,7 +538,7 @@ def test_a_job_that_outlived_a_killed_search_keeps_its_trial(space):
     assert set(states()) == living and set(starts()) == living
 
 
-def test_a_trial_that_other_tools_have_ended_disturbs_nothing(space, monkeypatch):
+def test_a_trial_ended_by_another_tool_disturbs_nothing(space, monkeypatch):
     import optuna
 
     from mamba_jax.sweeps.search import OptunaSearch
@@ -584,7 +584,7 @@ def test_a_damaged_study_is_one_line_and_starts_nothing(space, capsys, how):
     assert starts() == before
 
 
-def test_a_study_that_breaks_meanwhile_is_one_line_and_its_jobs_save(space, capsys, monkeypatch):
+def test_a_study_that_fails_midway_is_one_line_and_its_jobs_save(space, capsys, monkeypatch):
     import optuna
 
     from mamba_jax.sweeps.search import OptunaSearch
@@ -618,7 +618,7 @@ def test_slurm_needs_its_extra(place, monkeypatch, capsys):
     assert "needs submitit: pip install -e '.[sweep]'" in capsys.readouterr().err
 
 
-def test_a_job_on_a_node_waits_for_the_save_before_it_asks_for_the_queue(tmp_path):
+def test_a_job_on_a_node_waits_for_the_save_before_it_requeues(tmp_path):
     pytest.importorskip("submitit")
     script = "import time, pathlib; time.sleep(1); pathlib.Path('saved').touch()"
     task = executors.TrainingTask([sys.executable, "-c", script], str(tmp_path / "log"))
@@ -629,7 +629,7 @@ def test_a_job_on_a_node_waits_for_the_save_before_it_asks_for_the_queue(tmp_pat
     assert again.function._command == task._command and again.function._process is None
 
 
-def test_records_of_jobs_are_not_taken_for_free(tmp_path):
+def test_records_of_jobs_are_not_considered_free(tmp_path):
     record = Record.claim(tmp_path)
     assert jobs.state(tmp_path) == "running"
     record.begin(settings={})

@@ -54,12 +54,12 @@ def losses(step, count=3):
 
 
 def test_the_microbatch_is_halved_until_it_fits_and_the_run_is_the_same(small_device):
-    mesh, said = one_device(), []
+    mesh, logged = one_device(), []
     whole, params_of_whole = losses(make_train_step(CONFIG, mesh, EOT))
     quarters = run_config(batch=8, microbatch=2)
     small, params_of_small = losses(make_train_step(quarters, mesh, EOT))
     small_device(lose_state=False)
-    step = ElasticStep(CONFIG, mesh, EOT, said.append)
+    step = ElasticStep(CONFIG, mesh, EOT, logged.append)
     found, params = losses(step)
     assert step.config.vram.batch_size == 2 and step.config.vram.accumulation_steps == 4
     assert found == small  # it is that program, on the state and the batch that failed
@@ -71,10 +71,12 @@ def test_the_microbatch_is_halved_until_it_fits_and_the_run_is_the_same(small_de
         params,
         params_of_whole,
     )
-    assert len(said) == 2 and "with 2 × 4 (before 4 × 2; the effective batch stays 8)" in said[1]
+    assert (
+        len(logged) == 2 and "with 2 × 4 (before 4 × 2; the effective batch stays 8)" in logged[1]
+    )
 
 
-def test_a_state_that_is_lost_is_told_with_the_smaller_microbatch(small_device):
+def test_a_lost_state_is_reported_with_the_smaller_microbatch(small_device):
     small_device(lose_state=True)
     step = ElasticStep(CONFIG, one_device(), EOT, lambda _: None)
     with pytest.raises(OutOfMemory) as caught:
@@ -83,7 +85,7 @@ def test_a_state_that_is_lost_is_told_with_the_smaller_microbatch(small_device):
     assert caught.value.config.vram.effective_batch_size == 8
 
 
-def test_an_error_that_comes_late_is_told_too():
+def test_a_late_error_is_reported_too():
     step = ElasticStep(CONFIG, one_device(), EOT, lambda _: None)
     with pytest.raises(OutOfMemory) as caught, step.guard():
         raise jax.errors.JaxRuntimeError(FULL)
@@ -116,20 +118,20 @@ def test_the_smallest_microbatch_cannot_be_halved():
         smaller(run_config(batch=8, microbatch=4), devices=4)
 
 
-def test_what_cannot_fit_is_found_before_the_state_is_given_up(monkeypatch):
-    mesh, said = one_device(), []
+def test_what_cannot_fit_is_detected_before_the_state_is_donated(monkeypatch):
+    mesh, logged = one_device(), []
     half = make_train_step(run_config(batch=8, microbatch=4), mesh, EOT)
     state = init_state(CONFIG, mesh)
     analysis = half.lower(state, windows(8)).compile().memory_analysis()
     monkeypatch.setattr(elastic, "free_bytes", lambda _: analysis.temp_size_in_bytes + 1000)
-    step = ElasticStep(CONFIG, mesh, EOT, said.append)
+    step = ElasticStep(CONFIG, mesh, EOT, logged.append)
     state, _ = step(state, windows(8))
-    assert step.config.vram.batch_size == 4 and len(said) == 1
+    assert step.config.vram.batch_size == 4 and len(logged) == 1
     assert int(state["step"]) == 1
     monkeypatch.setattr(elastic, "free_bytes", lambda _: 10)
     smallest = run_config(batch=2, microbatch=1)
     with pytest.raises(UserError, match="smallest"):
-        ElasticStep(smallest, mesh, EOT, said.append)(state, windows(2))
+        ElasticStep(smallest, mesh, EOT, logged.append)(state, windows(2))
     assert not state["step"].is_deleted()
 
 

@@ -13,7 +13,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_and_the_step_goes_on(number, capfd):
+def test_a_signal_is_recorded_and_the_step_continues(number, capfd):
     with Interrupts() as interrupts:
         interrupts.defer()
         assert not interrupts.received
@@ -31,7 +31,7 @@ def test_before_the_first_step_it_ends_the_wait(number):
             pytest.fail("caught as an Exception")
 
 
-def test_the_handlers_of_before_return():
+def test_the_previous_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with Interrupts():
         assert all(
@@ -47,7 +47,7 @@ def test_the_handlers_of_before_return():
         (["SIGINT", "SIGINT"], 130),
         (["SIGTERM", "SIGINT"], 130),
         (["SIGINT", "SIGTERM"], 75),
-        (["SIGTERM", "SIGTERM", "SIGUSR1"], 75),  # schedulers repeat themselves
+        (["SIGTERM", "SIGTERM", "SIGUSR1"], 75),  # schedulers repeat their signals
     ],
 )
 def test_only_a_second_ctrl_c_ends_at_once(sent, status):

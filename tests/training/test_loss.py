@@ -1,4 +1,4 @@
-"""A long document over several windows: the state is carried, and the loss is the whole one's."""
+"""A long document over several windows: the state is carried, and the loss is the same."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from .tiny_run import (
 def test_two_windows_with_carried_state_equal_one_long_window(model):
     config, mesh = run_config(model), one_device()
     params = build.init(model, jax.random.key(0))
-    # Token 7 of each row starts a document or goes on with one; so does the cut, at token 9.
+    # Token 7 of each row starts or continues a document; so does the cut, at token 9.
     long = jnp.asarray(windows(batch=4, tokens=18))
     run = jax.jit(lambda w, cache=None: token_nll(params, config, mesh, w, EOT, None, cache))
     whole, _, _ = run(long)

@@ -32,8 +32,8 @@ def hidden_windows():
     return whole, np.where(mask, whole, ~whole), mask[:, 1:].astype(np.float32)
 
 
-def test_loss_and_gradients_are_those_of_the_unmasked_targets_alone():
-    """Against the nll of every token of the plain windows, weighed outside; 1e-5: float32 sums."""
+def test_loss_and_gradients_are_those_of_the_unmasked_targets():
+    """Against the nll of every token of the plain windows, weighted outside; 1e-5: float32 sums."""
     mesh, (whole, hidden, loss_mask_bt) = one_device(), hidden_windows()
     params = init_state(PLAIN, mesh)["params"]
 
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_the_unmasked_targets_alone():
     )
 
 
-def test_evaluation_counts_tokens_and_bytes_of_the_unmasked_targets_alone():
+def test_evaluation_counts_tokens_and_bytes_of_the_unmasked_targets():
     mesh, (whole, hidden, loss_mask_bt) = one_device(), hidden_windows()
     params = init_state(PLAIN, mesh)["params"]
     token_bytes = np.arange(MAMBA.vocab_size, dtype=np.int32)
@@ -70,7 +70,7 @@ def test_evaluation_counts_tokens_and_bytes_of_the_unmasked_targets_alone():
 
 
 def test_plain_concatenation_does_not_reset_at_documents():
-    """Only the tokens after a marker inside a window may differ, and they do."""
+    """Only the tokens after a separator inside a window may differ, and they do."""
     mesh, whole = one_device(), jnp.asarray(windows())
     params = init_state(PLAIN, mesh)["params"]
     concat = dataclasses.replace(PLAIN, data=DataConfig(window="concat"))

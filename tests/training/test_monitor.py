@@ -113,7 +113,7 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
     assert evaluation["eval_loss"] == 2.0 and evaluation["dt_mean"] == [0.01, 0.02]
     (warning,) = (record["warning"] for record in records if "warning" in record)
     assert "step 3: gradient norm 2" in warning
-    # Of the first layer all gates of step k lie in decile k: a third of them is nearly closed.
+    # In the first layer all gates of step k are in decile k: a third of them is nearly closed.
     gates = [record for record in records if "depth_mean" in record]
     assert [record["step"] for record in gates] == [2, 4]
     assert gates[0]["depth_mean"] == [1.5, 2.5] and gates[0]["gates_open"] == [0.0, 0.1]
@@ -134,7 +134,7 @@ def test_the_rate_counts_training_alone(config, monkeypatch):
             take_step(shown, step)
         now[0] = 205.0  # the next step is under way …
         with shown.paused():
-            now[0] = 500.0  # … when an evaluation comes between
+            now[0] = 500.0  # … when an evaluation intervenes
         now[0] = 502.0
         take_step(shown, 4)
         assert shown._rate == 400.0  # 2000 tokens in 2 + 1 + 2 seconds
@@ -162,7 +162,7 @@ def test_waiting_for_data_is_recorded_as_a_share_of_the_training_time(config, mo
     assert waits == pytest.approx([3 / 4, (3 + 7) / (4 + 8), (1 + 1) / (2 + 2)])
 
 
-def test_a_full_disk_silences_a_log_with_one_warning(config, capsys):
+def test_a_full_disk_disables_a_log_with_one_warning(config, capsys):
     with Monitor(config) as shown:
         shown.open()
         shown.start(0, None)
@@ -230,7 +230,7 @@ def test_the_curve_is_drawn_whatever_was_recorded(tmp_path):
         picture.unlink()
 
 
-def test_a_spike_does_not_rule_the_curves_axis():
+def test_a_spike_does_not_set_the_range_of_the_curves_axis():
     """The quick start's own: it falls from 10.9 to 4.6, and one step is at 21 nats."""
     losses = 3 + 7.9 * np.exp(-np.arange(200) / 20)
     assert history.usual_top(losses, [4.4]) is None

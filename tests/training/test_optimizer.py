@@ -1,4 +1,4 @@
-"""AdamW against the algorithm written out in float64, and who decays."""
+"""AdamW against the algorithm written out in float64, and which parameters decay."""
 
 import jax
 import jax.numpy as jnp

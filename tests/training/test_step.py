@@ -46,7 +46,7 @@ def _start(model, seed):
 
 
 def start_of(config):
-    """A state of step 0, fresh to be donated: on the device and nobody else's."""
+    """A state of step 0, fresh to be donated: on the device and not shared."""
     return on_device(_start(dataclasses.replace(config.model, dropout=0.0), config.seed))
 
 
@@ -101,7 +101,7 @@ def test_a_step_is_adamw_on_the_mean_loss_over_documents():
     np.testing.assert_allclose(metrics["learning_rate"], BASE.training.learning_rate / 3, rtol=1e-6)
     assert bool(metrics["finite"]) and not bool(metrics["skipped"])
     norms = jax.tree.map(np.linalg.norm, to_host(gradients))
-    # Gradients of the packed and of the separate reading: rounding of the scan, relative.
+    # Gradients of packed and of separate documents: rounding of the scan, relative.
     assert_close(metrics["tensor_norms"], norms, 1e-4)
     whole = math.sqrt(sum(float(norm) ** 2 for norm in jax.tree.leaves(norms)))
     np.testing.assert_allclose(metrics["gradient_norm"], whole, rtol=1e-5)
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_a_number_changes_nothing():
     assert_untouched(state, to_host(after))
 
 
-def test_a_spike_is_skipped_and_the_next_step_goes_on():
+def test_a_spike_is_skipped_and_the_next_step_is_taken():
     state, metrics = states(BASE, 1)
     w = windows(8, seed=1)
     norm = float(train_step(BASE)(on_device(state), w)[1]["gradient_norm"])
@@ -279,7 +279,7 @@ def test_evaluation_sums_nats_targets_and_bytes_by_weight():
 
 
 @pytest.mark.parametrize("family", ["mamba", pytest.param("hybrid", marks=pytest.mark.slow)])
-def test_a_fixed_batch_is_learnt_by_heart(family):
+def test_a_fixed_batch_can_be_memorised(family):
     model = dataclasses.replace(
         MAMBA,
         family=family,

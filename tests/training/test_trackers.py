@@ -1,4 +1,4 @@
-"""Where a run's measures go besides ``metrics.jsonl``: read back from there by others' readers."""
+"""Where a run's measures go besides ``metrics.jsonl``, read back with the trackers' own readers."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def config(tmp_path) -> RunConfig:
 
 
 def tell(config: RunConfig, end: BaseException | None = None) -> None:
-    """Tells a monitor of a run of four steps, which ``end`` ends."""
+    """Reports a run of four steps to a monitor; ``end`` ends it."""
     ignored = contextlib.suppress(type(end)) if end else contextlib.nullcontext()
     with ignored, Monitor(config) as shown:
         shown.open()
@@ -97,30 +97,30 @@ def test_tensorboard_has_every_field_of_the_config_as_hyperparameter(board, conf
     assert end.status == api_pb2.STATUS_SUCCESS
 
 
-def test_without_tensorboardx_a_run_goes_on(config, monkeypatch, capsys):
+def test_without_tensorboardx_a_run_continues(config, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "mamba_jax.training.tensorboard", raising=False)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     tell(config)
-    told = capsys.readouterr()
-    assert [line for line in told.err.splitlines() if "warning" in line] == [
+    output = capsys.readouterr()
+    assert [line for line in output.err.splitlines() if "warning" in line] == [
         "warning: import of tensorboardX halted; None in sys.modules; training continues without "
         "TensorBoard (pip install tensorboardX)"
     ]
-    assert "eval loss 2.0000" in told.out and "tensorboard --logdir" not in told.out
+    assert "eval loss 2.0000" in output.out and "tensorboard --logdir" not in output.out
 
 
-# --- trackers that are asked for ------------------------------------------------------------------
+# --- trackers that are requested ------------------------------------------------------------------
 
 
 class Fake:
-    """Notes what it is told; fails at what it is asked to."""
+    """Records its calls, and fails in those that are named."""
 
     def __init__(self, fails_at=""):
-        self.told, self._fails_at = [], fails_at
+        self.calls, self._fails_at = [], fails_at
 
     def __getattr__(self, what):
         def note(*values):
-            self.told.append((what, *values))
+            self.calls.append((what, *values))
             if what == self._fails_at:
                 raise ConnectionError("the server\nwent away")
 
@@ -133,31 +133,31 @@ def with_tracker(monkeypatch, config, tracker):
 
 
 @pytest.mark.parametrize("end", [None, RuntimeError("no more")])
-def test_a_tracker_is_told_what_the_record_says(config, monkeypatch, end):
+def test_a_tracker_gets_what_is_recorded(config, monkeypatch, end):
     fake = Fake()
     tell(with_tracker(monkeypatch, config, fake), end)
-    assert fake.told[0][0] == "hyperparameters"
-    assert fake.told[0][1]["training.learning_rate"] == 0.003
+    assert fake.calls[0][0] == "hyperparameters"
+    assert fake.calls[0][1]["training.learning_rate"] == 0.003
     scalars = {
-        (tag, step): value for what, *values in fake.told if what == "scalars"
+        (tag, step): value for what, *values in fake.calls if what == "scalars"
         for step, points in [values] for tag, value in points.items()
     }  # fmt: skip
     assert scalars.items() >= MEASURES.items()
-    assert ("text", 4, "sample", SAMPLE) in fake.told
-    assert fake.told[-1] == ("close", end is None)
+    assert ("text", 4, "sample", SAMPLE) in fake.calls
+    assert fake.calls[-1] == ("close", end is None)
 
 
-def test_a_tracker_that_fails_is_told_no_more_and_stops_nothing(config, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_dropped_and_stops_nothing(config, monkeypatch, capsys):
     fake = Fake("scalars")
     tell(with_tracker(monkeypatch, config, fake))
-    assert [what for what, *_ in fake.told] == ["hyperparameters", "scalars"]
-    told = capsys.readouterr()
-    (warning,) = (line for line in told.err.splitlines() if "warning" in line)
+    assert [what for what, *_ in fake.calls] == ["hyperparameters", "scalars"]
+    output = capsys.readouterr()
+    (warning,) = (line for line in output.err.splitlines() if "warning" in line)
     assert warning.startswith("warning: wandb cannot be written (the server")
-    assert "eval loss 2.0000" in told.out
+    assert "eval loss 2.0000" in output.out
 
 
-def test_a_tracker_that_cannot_start_is_left_out(config, monkeypatch, capsys):
+def test_a_tracker_that_cannot_start_is_dropped(config, monkeypatch, capsys):
     def refuse(_):
         raise PermissionError("no key\nlog in first")
 
@@ -198,7 +198,7 @@ def test_mlflow_takes_any_number_of_parameters(monkeypatch):
 
 
 @pytest.mark.parametrize(("end", "status"), [(None, "FINISHED"), (RuntimeError("x"), "FAILED")])
-def test_mlflow_has_what_the_run_told(config, tmp_path, monkeypatch, end, status):
+def test_mlflow_has_what_the_run_reported(config, tmp_path, monkeypatch, end, status):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
@@ -238,7 +238,7 @@ def log_records(data: bytes):
 
 
 @pytest.mark.parametrize(("end", "status"), [(None, 0), (RuntimeError("x"), 1)])
-def test_wandb_has_what_the_run_told(config, tmp_path, monkeypatch, end, status):
+def test_wandb_has_what_the_run_reported(config, tmp_path, monkeypatch, end, status):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 

@@ -2,7 +2,7 @@
 
 A shard is a folder with ``tokens.bin`` (uint16 if the vocabulary fits, else uint32), ``index.npz``
 (its documents), ``meta.json`` (its parts, sizes and hashes; the second line is the hash of the
-first), and, if some token is no target under ``data.loss_on="answer"``, the loss mask
+first), and, if some token is not a target under ``data.loss_on="answer"``, the loss mask
 ``learn.bin`` (uint8, one byte per token). A document is stored as ``<separator> tokens``.
 Shapes: t tokens of a shard, d its documents.
 """
@@ -41,7 +41,7 @@ class Entry:
     Attributes:
       first, count: its documents in the shard.
       summary: the result of reading it.
-      name: of the part when it was tokenised.
+      name: the part's name when it was tokenised.
     """
 
     first: int
@@ -191,7 +191,7 @@ class Builder:
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._eot = self._dtype.type(tokenizer.eot_id).tobytes()
         self._tokens = open(self._aside / "tokens.bin", "wb")  # noqa: SIM115  # closed by __exit__
-        self._loss_mask_file: Any = None  # opened at the first token that is no target
+        self._loss_mask_file: Any = None  # opened at the first token that is not a target
         self._parts: dict[str, tuple[int, int, dict[str, Any], str]] = {}
         self._starts: list[int] = []
         self._ends: list[int] = []
@@ -217,7 +217,7 @@ class Builder:
 
         Args:
           part: to read.
-          key: of its content.
+          key: the key of its content.
           progress: called with the number of UTF-8 bytes of each finished piece.
 
         Raises:
@@ -237,7 +237,7 @@ class Builder:
                 self._starts.append(self._position)
                 self._bytes.append(0)
                 self._write(self._eot, 1, True)
-            assert digest is not None, f"{part.name}: its first piece begins no document"
+            assert digest is not None, f"{part.name}: its first piece does not begin a document"
             encoded = piece.text.encode("utf-8", "surrogatepass")
             digest.update(encoded)
             lines.update(piece.text)

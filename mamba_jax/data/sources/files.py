@@ -19,7 +19,7 @@ from mamba_jax.data.sources.readers import EXTENSIONS, VERSION, is_readable, pie
 from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.errors import UserError
 
-# What version control, package managers, editors and other tools keep beside what people write.
+# Folders that version control, package managers, editors and other tools create.
 _SKIPPED_FOLDERS = (
     *(".git", ".hg", ".svn", ".bzr"),
     *(".venv", "node_modules", "site-packages", ".tox", ".nox", ".eggs"),
@@ -182,7 +182,7 @@ def find_files(
         elif not accepts(path):
             summary.other_extensions[shown("".join(split_extension(path)))] += 1
         elif real_path in real_paths:
-            summary.skip("another link to a file already taken", path)
+            summary.skip("another link to a file already listed", path)
         else:
             real_paths.add(real_path)
             files.append(path)

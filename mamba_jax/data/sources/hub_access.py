@@ -79,10 +79,10 @@ def _explained(name: str, error: Exception) -> str:
     if "GatedRepoError" in kinds or "gated dataset" in str(error):
         return (
             f"dataset {name} is gated: accept its terms on https://huggingface.co/datasets/{name}, "
-            "then log in on this machine by `hf auth login` (or set HF_TOKEN)"
+            "then log in on this machine with `hf auth login` (or set HF_TOKEN)"
         )
     if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "DefunctDatasetError"}:
-        remedy = moved(name) or "check its id; if it is private, log in by `hf auth login`"
+        remedy = moved(name) or "check its id; if it is private, log in with `hf auth login`"
         return f"the Hugging Face Hub has no dataset {name}, or it is private; {remedy}"
     if kinds & {
         "ConnectionError",
@@ -102,7 +102,7 @@ def _different_columns(name: str, error: Any) -> str:
             ", ".join(columns)
             for columns in (error.requested_column_names, error.table_column_names)
         )
-        return f"{what} ({expected}; then {found}): load a part of it by --dataset_config"
+        return f"{what} ({expected}; then {found}): load a part of it with --dataset_config"
     kinds = {}  # columns → the first file that has them
     for path in sorted(pathlib.Path(name).rglob("*")):
         with contextlib.suppress(OSError, ValueError, ImportError, csv.Error):
@@ -183,7 +183,7 @@ def tokenizer_file(name: str, file: str, beside: str) -> pathlib.Path:
     except errors.GatedRepoError as error:
         raise UserError(
             f"{what} is gated: accept its terms on https://huggingface.co/{name}, then log in on "
-            "this machine by `hf auth login` (or set HF_TOKEN)"
+            "this machine with `hf auth login` (or set HF_TOKEN)"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(

@@ -69,7 +69,7 @@ def _builder(
             ) from error
     if _USUAL_CONFIG not in choices:
         raise UserError(
-            f"dataset {name} has several configurations; choose one by --dataset_config: "
+            f"dataset {name} has several configurations; choose one with --dataset_config: "
             + ", ".join(choices)
         )
     log(f"dataset {name} has configurations {', '.join(choices)}: using {_USUAL_CONFIG}")
@@ -93,7 +93,7 @@ def choose_split(name: str, split: str, known: Sequence[str], log: Callable[[str
         if not alike:
             raise UserError(
                 f'dataset {name} has no split "{base}"{did_you_mean(base, known)} '
-                f"(choices: {', '.join(known)}); give one by --dataset_split"
+                f"(choices: {', '.join(known)}); give one with --dataset_split"
             )
         log(f"dataset {name} has no split train: using {alike[0]} (of {', '.join(known)})")
         chosen.append(part.replace(base, alike[0], 1))
@@ -145,10 +145,10 @@ def pieces_of_batches(
     """Yields the documents of rows.
 
     Args:
-      batches: of the columns.
+      batches: batches of the columns.
       columns: to read.
       named: whether the user named them, in the order of the text; otherwise a row is a record.
-      origin: of the rows, for messages.
+      origin: where the rows come from, for messages.
       row: number of the first row.
       summary: counts what was left out.
     """

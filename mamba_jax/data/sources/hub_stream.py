@@ -125,7 +125,7 @@ class Stream:
         named: bool,
     ):
         """Args:
-        name: of the dataset.
+        name: the dataset's name.
         record: what earlier runs saw.
         rows: (first, end) of the rows to use; None for the end of the split.
         connect: opens the dataset, an IterableDataset of the columns.

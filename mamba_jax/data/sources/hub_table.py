@@ -36,7 +36,7 @@ class RowsPart:
 
     Attributes:
       name: for messages.
-      origin: of the split they belong to.
+      origin: the split that they belong to, for messages.
       identity: hash of the split's content; changes whenever a row may have changed.
       table: datasets.Dataset of the columns alone.
       columns: to read.

@@ -21,7 +21,7 @@ from mamba_jax.data.summary import DataSummary, shown
 from mamba_jax.data.text_cuts import cut_text
 from mamba_jax.errors import UserError
 
-# Raise it whenever the same file would give other pieces.
+# Increase it whenever the same file would give different pieces.
 VERSION = f"4 {TEMPLATE}"
 _TEXT, _JSON = (".txt", ".py", ".md"), (".json", ".jsonl")
 EXTENSIONS = (*_TEXT, *_JSON, ".parquet")

@@ -1,9 +1,9 @@
 """From a record to a document: one recogniser for files and datasets.
 
 A record is a JSON value, a row of parquet, or a row of a dataset. It becomes *segments* ``(text,
-is_target)``: joined they are the text; ``is_target`` is False where ``data.loss_on="answer"`` takes
-no loss. Each segment after the first begins with the white space before it, so that the tokens of
-the segments are, as a rule, the tokens of the whole text.
+is_target)``: joined they are the text; ``is_target`` is False where ``data.loss_on="answer"``
+computes no loss. Each segment after the first begins with the white space before it, so that the
+tokens of the segments are, as a rule, the tokens of the whole text.
 
 The recogniser tries these forms in this order. The order of a record's keys has no effect. If a
 form gives no text, the next form is tried:
@@ -38,7 +38,7 @@ from mamba_jax.data.sources.chats import (
 from mamba_jax.data.sources.values import is_metadata, leaves, value_text
 from mamba_jax.data.text_cuts import well_formed
 
-# Raise it whenever the same record would give other segments.
+# Increase it whenever the same record would give different segments.
 TEMPLATE = 3
 
 _TEXT_KEYS = ("text", "content")

@@ -10,7 +10,7 @@ from mamba_jax.data.sources.readers import VERSION, pieces_of_document
 from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tasks import parse, problems
 
-# Raise it whenever a task would make other problems.
+# Increase it whenever a task would make different problems.
 _FORMAT = 1
 _PART_PROBLEMS = 5_000
 _TYPICAL_BYTES = 60  # of a problem

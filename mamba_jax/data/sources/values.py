@@ -99,7 +99,7 @@ def leaves(value: Any, *, numbers: bool) -> Iterator[str]:
     """Yields the texts in a value in order, without metadata and blank texts.
 
     Args:
-      value: of any kind.
+      value: any value.
       numbers: whether values other than strings count, in lists; in objects only strings do.
 
     Raises:

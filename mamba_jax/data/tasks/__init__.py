@@ -32,12 +32,12 @@ def problems(
     yielded.
 
     Args:
-      name: of a task in ``TASKS``.
+      name: a task in ``TASKS``.
       difficulty: 1 up to the task's ``HARDEST``; its module says what it means.
       split: one of ``SPLITS``.
       seed: 0 or more.
       count: how many at most.
-      stream: of several with the same seed; they may share problems.
+      stream: tells apart streams with the same seed; they may share problems.
 
     Raises:
       UserError: if there is no such task or difficulty.
@@ -48,7 +48,7 @@ def problems(
 
 
 def parse(spec: str) -> list[tuple[str, int]]:
-    """Returns (task, difficulty) of each that a text such as "recall:4,arithmetic:1-3" names.
+    """Returns the pairs (task, difficulty) that a text such as "recall:4,arithmetic:1-3" names.
 
     Raises:
       UserError: on an unknown task or a difficulty that it does not have.

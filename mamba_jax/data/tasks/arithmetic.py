@@ -10,7 +10,7 @@ _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def make(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
-    """Returns an expression over 0 … 20 with so many operators, fully bracketed, and its value."""
+    """Returns a fully bracketed expression over 0 … 20 with that many operators, and its value."""
     text, value = _expression(rng, difficulty)
     return f"{text} =", str(value)
 

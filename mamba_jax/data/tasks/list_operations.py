@@ -26,7 +26,7 @@ _OPERATIONS = {"MAX": max, "MIN": min, "MED": _median, "SM": _sum_modulo}
 
 
 def make(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
-    """Returns a list nested exactly so deep, and the digit that it comes to."""
+    """Returns a list nested exactly ``difficulty`` deep, and its value, a digit."""
     text, value = _list(rng, difficulty)
     return f"{text} =", str(value)
 
@@ -40,7 +40,7 @@ def _list(rng: np.random.Generator, depth: int) -> tuple[str, int]:
     deepest = int(rng.integers(count))
     arguments = []
     for number in range(count):
-        # Only one is nested to the full depth, so that the length grows with it and no faster.
+        # Only one is nested to the full depth, so that the length grows linearly with it.
         below = depth - 1 if number == deepest else int(depth > 1 and rng.random() < _SHARE_NESTED)
         arguments.append(_list(rng, below))
     texts, values = zip(*arguments, strict=True)

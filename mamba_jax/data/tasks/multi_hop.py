@@ -1,7 +1,7 @@
 """Multi-hop lookup: ``ba>ko ze>mi ko>ra mi>fu ; ba 2 =``; the difficulty is the number of hops.
 
-The facts are two chains of equal length, shuffled, so that neither how often a name occurs nor
-where tells the answer.
+The facts are two chains of equal length, shuffled, so that neither a name's frequency nor its
+position gives the answer away.
 """
 
 import itertools
@@ -14,7 +14,7 @@ HARDEST = 40
 
 
 def make(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
-    """Returns facts, a start and the number of hops; and where they lead."""
+    """Returns the prompt (facts, a start, the number of hops) and where the hops lead."""
     names = choose_names(rng, 2 * (difficulty + 1))
     chains = names[: difficulty + 1], names[difficulty + 1 :]
     facts = [f"{here}>{there}" for chain in chains for here, there in itertools.pairwise(chain)]

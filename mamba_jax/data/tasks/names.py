@@ -1,4 +1,4 @@
-"""Short names for things, of two letters each."""
+"""Two-letter names for things."""
 
 import numpy as np
 

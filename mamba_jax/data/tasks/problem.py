@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 SPLITS = ("train", "test")
-_TEST_SHARE = 10  # one problem in so many is for tests
-_MOST_DRAWS = 2_000  # in vain before a split counts as used up; a test takes ten for each
+_TEST_SHARE = 10  # one problem in this many is for tests
+_MOST_DRAWS = 2_000  # failed draws before a split counts as used up; a test problem takes ten draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
     answer: str
 
     def is_solved_by(self, text: str) -> bool:
-        """Says whether the first line of ``text`` is the answer, up to white space around it."""
+        """Returns whether the first line of ``text`` is the answer, up to white space around it."""
         lines = text.strip().splitlines()
         return bool(lines) and lines[0].strip() == self.answer
 
@@ -58,11 +58,11 @@ def draw(
 ) -> Iterator[Problem]:
     """Yields distinct problems of one split, the same ones for the same arguments.
 
-    Where the split has fewer than ``count``, it ends when new ones hardly come any more.
+    If the split has fewer than ``count``, it stops when new ones become rare.
 
     Args:
-      name: of the task.
-      task: what makes them.
+      name: the task's name.
+      task: the module that makes them.
       difficulty: 1 to ``task.HARDEST``.
       split: one of ``SPLITS``.
       words: seeds of the randomness.

@@ -12,7 +12,7 @@ HARDEST = 100
 
 
 def make(rng: np.random.Generator, difficulty: int) -> tuple[str, str]:
-    """Returns pairs of a key and a digit, and keys; and the digits of these, in their order."""
+    """Returns the prompt (pairs of key and digit, then keys) and those keys' digits, in order."""
     keys = choose_names(rng, difficulty)
     values = rng.integers(0, 10, difficulty).tolist()
     pairs = " ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))

@@ -23,8 +23,8 @@ def add(record: dict[str, Any], name: str, token: int) -> dict[str, Any] | None:
     Llama 3 and Qwen.
 
     Args:
-      record: of a ``tokenizer.json``, without an opening.
-      name: of the separator.
+      record: the content of a ``tokenizer.json``, without an opening.
+      name: the separator's name.
       token: its id.
     """
     stages = _stages(record)
@@ -36,7 +36,7 @@ def add(record: dict[str, Any], name: str, token: int) -> dict[str, Any] | None:
     before = [split | {"pattern": {"Regex": pattern}}, byte_level]
     return record | {
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
-        # A word that is a token is that token, whatever the merges make of it.
+        # A word that is a token is that token, whatever the merges would give.
         "model": record["model"] | {"vocab": vocabulary | {name: token}, "ignore_merges": True},
     }
 

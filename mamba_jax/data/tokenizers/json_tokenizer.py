@@ -41,13 +41,13 @@ _PROBES = (
     "\n\tother white space\u00a0\r\n\u2003\n",
     "``quotes'' … – \u201cothers\u201d ﬁ ½ ① Ａ e\u0301 \u1e9b\u0323",
 )
-# Around each added token: some take the white space beside them away.
+# Around each added token: some strip the white space beside them.
 _ADDED_PROBES = ("a {} b", "a  {}\n\nb", "a{}b", "\t{}\t")
 _SHOWN_CHARACTERS = 12  # of a text that changes, on each side of the change
 
 
 class _Json(Tokenizer):
-    """Encodes by the library; pieces come from the vocabulary and the decoder."""
+    """Encodes with the library; pieces come from the vocabulary and the decoder."""
 
     def __init__(self, name: str, encoding: Any, source: bytes, end: str | None, remark: str = ""):
         """
@@ -71,7 +71,7 @@ class _Json(Tokenizer):
         record = json.loads(encoding.to_str())
         named = {word["content"]: word["id"] for word in record["added_tokens"] if word["special"]}
         special = {*named.values(), eot_id}
-        # The unknown token stands for what the vocabulary lacks: it is no control token.
+        # The unknown token stands for what the vocabulary lacks: it is not a control token.
         model = record["model"]
         unknown = model.get("unk_id", encoding.token_to_id(model.get("unk_token") or ""))
         self._forbidden = np.array(sorted(special - ({unknown} - {eot_id})))
@@ -133,7 +133,7 @@ class _Json(Tokenizer):
         return _ContextEncoder(self)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """As the base, without what the tokenizer itself put before the text."""
+        """Like the base class, but without what the tokenizer itself put before the text."""
         text = super().decode(ids)
         return text.removeprefix(self._prefix)
 
@@ -338,7 +338,7 @@ def _pieces(encoding: Any, record: dict[str, Any], special: set[int]) -> list[by
             unsure.append(token)
         else:
             pieces[token] = piece
-    # After another token, since a decoder may treat the first one of a text in a way of its own.
+    # After another token, since a decoder may treat the first token of a text specially.
     first = next((token for token in sorted(unsure) if encoding.decode([token]).strip()), None)
     before = [] if first is None else [first]
     prefix = encoding.decode(before)

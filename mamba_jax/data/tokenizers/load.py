@@ -64,7 +64,7 @@ def load_saved(folder: pathlib.Path, name: str) -> Tokenizer:
     """Returns a checkpoint's tokenizer: from the file in its folder, else by its name.
 
     Args:
-      folder: of the checkpoint.
+      folder: the checkpoint's folder.
       name: ``data.tokenizer`` of its run.
 
     Raises:

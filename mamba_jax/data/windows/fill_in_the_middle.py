@@ -35,7 +35,7 @@ class FillInTheMiddle:
 
         Args:
           window: int32 (t,), as ``windows`` gives it.
-          seed: of the run.
+          seed: the run's seed.
           sample: the window's number in the training: other cuts in each epoch.
         """
         rng = np.random.default_rng((seed, sample))

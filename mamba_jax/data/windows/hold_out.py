@@ -43,7 +43,7 @@ class Division:
     be held out.
 
     Attributes:
-      units: that were divided.
+      units: the units that were divided.
       overlap: what the sides share.
       is_eval_u: bool, what is held out.
       by_place: (train, held out), int64 (r, 2), of a text too small to be split by content.
@@ -69,12 +69,12 @@ def hold_out(
     """Divides documents.
 
     Args:
-      tokens, documents: of the corpus, of at least two windows.
-      tokenizer: that made the tokens.
-      seed: of the choice.
-      fraction: of the tokens to hold out, 0 to 1.
-      window_tokens: of one window, the target after its last input included; at least one window is
-        held out.
+      tokens, documents: the corpus, of at least two windows.
+      tokenizer: the tokenizer that made the tokens.
+      seed: random seed of the choice.
+      fraction: share of the tokens to hold out, 0 to 1.
+      window_tokens: tokens of one window, the target after its last input included; at least one
+        window is held out.
     """
     total = documents.token_count
     divider = _Divider(tokens, documents, tokenizer)

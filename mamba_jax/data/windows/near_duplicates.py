@@ -7,10 +7,12 @@ import numpy as np
 from mamba_jax.data.cache.store import DocumentIndex, Flat
 from mamba_jax.errors import need
 
-_SIMILARITY = 0.8  # Jaccard similarity of the shingles from which on a document counts as a copy
+_SIMILARITY = (
+    0.8  # a document whose shingles have at least this Jaccard similarity counts as a copy
+)
 _SHINGLE_TOKENS = 5
 _PERMUTATIONS = 128
-_AT_A_TIME = 20_000  # shingles: each takes 1 kB for a moment
+_AT_A_TIME = 20_000  # shingles: each takes 1 kB temporarily
 
 
 def first_of_similar(tokens: Flat, documents: DocumentIndex) -> np.ndarray:

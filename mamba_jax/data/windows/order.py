@@ -24,7 +24,7 @@ class SampleOrder:
         """Args:
         lengths: windows of each source; may be 0 where the weight always is.
         phases: (first sample, weight of each source), the first at 0, rising.
-        seed: of the orders, 0 or more.
+        seed: random seed of the orders, 0 or more.
         """
         # A source without windows has weight 0 and is never used.
         self._orders = [_Epochs(length, _seed_of(seed, k)) for k, length in enumerate(lengths)]
@@ -54,9 +54,9 @@ class _Epochs:
         from grain.experimental import index_shuffle  # takes a second: not before it is needed
 
         self._permuted, self._length = index_shuffle, length
-        # What grain's ``.seed(s).shuffle()`` makes of a seed. An epoch's is its number beyond: with
-        # s itself epoch 1 would be that of seed s + 1 at epoch 0, and runs with neighbouring seeds
-        # would see the same orders.
+        # Derived from the seed as grain's ``.seed(s).shuffle()`` does; each epoch adds its number.
+        # Added to s itself, epoch 1 of seed s would equal epoch 0 of seed s + 1, and runs with
+        # neighbouring seeds would see the same orders.
         self._seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
 
     def __getitem__(self, number: int) -> int:
@@ -104,8 +104,8 @@ def _added(one: Sequence[int], other: Sequence[int]) -> list[int]:
 
 
 def _seed_of(seed: int, source: int) -> int:
-    """Returns the seed itself for the first source, for others one far from any neighbour's: two
-    sources of one length would be shuffled alike."""
+    """Returns the seed itself for the first source, for others one far from any neighbour's:
+    two sources of equal length would otherwise be shuffled alike."""
     if not source:
         return seed
     words = np.random.SeedSequence([seed, source]).generate_state(2, np.uint32)

@@ -19,10 +19,10 @@ from mamba_jax.data.windows.near_duplicates import first_of_similar
 from mamba_jax.data.windows.repetition import Overlap
 from mamba_jax.data.windows.split import runs
 
-# Raise it whenever the same documents would be split in another way: earlier runs then no longer
+# Increase it whenever the same documents would be split in another way: earlier runs then no longer
 # resume. A split that only some corpora get has ``Division.rule`` in its fingerprint instead.
 _FORMAT = 2
-# Raise it whenever a cached plan would differ or has other fields.
+# Increase it whenever a cached plan would differ or has other fields.
 _KEPT_FORMAT = 3
 
 
@@ -31,9 +31,9 @@ class SplitSettings:
     """What decides, besides the documents, which text is held out.
 
     Attributes:
-      seed: of the choice.
-      fraction: of the tokens.
-      window_tokens: of one window, its last target included.
+      seed: random seed of the choice.
+      fraction: share of the tokens.
+      window_tokens: tokens of one window, its last target included.
       deduplicate: "exact" keeps the first of equal documents; "near" also the first of similar
         ones; "none" keeps all.
       document_windows: whether a run is one document, or a part of one.
@@ -54,12 +54,12 @@ class CorpusPlan:
       shards: names of the shards; the runs are positions in their tokens.
       fingerprint: hash of documents, tokenizer and settings: equal ones give equal windows,
         whatever the layout of the cache.
-      origins: of the sources.
+      origins: the names of the sources.
       train: int64 (r, 2) of each source, runs.
       eval: int64 (r, 2), runs of all.
       by_place: whether there was too little text to split it by content.
       overlap: what the sides share; None if there is too little text for two windows.
-      summary: of what was read.
+      summary: what was read and skipped.
     """
 
     shards: tuple[str, ...]
@@ -82,8 +82,8 @@ def load_or_make(
     """Returns the plan of parts that are in the store; None if one of their shards is damaged.
 
     Args:
-      store: that holds the parts.
-      tokenizer: of the store.
+      store: the store that holds the parts.
+      tokenizer: the store's tokenizer.
       taken: (key, name) of the parts of each source, in order.
       settings: how to split.
       found: for each source, what the search for its files skipped.

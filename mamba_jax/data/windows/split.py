@@ -119,9 +119,9 @@ def split_units(
 
     Args:
       units: from ``cut_into_units``.
-      seed: of the choice.
-      fraction: of the tokens to hold out, 0 to 1.
-      window_tokens: of one window, the target after its last input included.
+      seed: random seed of the choice.
+      fraction: share of the tokens to hold out, 0 to 1.
+      window_tokens: tokens of one window, the target after its last input included.
       own_tokens_u: float (u,), the tokens of each unit that count; None: all of them.
       is_free_u: bool (u,), which units can be held out; None: all.
 

@@ -1,9 +1,9 @@
 """Random access to the windows of tokens in runs of the token cache.
 
-A token that is no target is written as ``~token``, which is negative, so that one array holds both
-tokens and loss mask. The first token of a window is never a target. A separator is a target if the
-token before it is one and ends its document: after a prompt without an answer nothing is trained
-on, not even stopping.
+A token that is not a target is written as ``~token``, which is negative, so that one array holds
+both tokens and loss mask. The first token of a window is never a target. A separator is a target if
+the token before it is one and ends its document: after a prompt without an answer nothing is
+trained on, not even stopping.
 """
 
 import bisect
@@ -29,7 +29,7 @@ class Windows(Protocol):
 
 
 class _Cache:
-    """The tokens of the cache; one that is no target is given as ``~token``."""
+    """The tokens of the cache; one that is not a target is given as ``~token``."""
 
     def __init__(self, tokens: Flat, loss_mask: Flat | None, eot_id: int):
         self._tokens, self._loss_mask, self._eot_id = tokens, loss_mask, eot_id
@@ -75,10 +75,10 @@ class PackedWindows:
         loss_mask: Flat | None = None,
     ):
         """Args:
-        tokens: of the cache.
+        tokens: the tokens of the cache.
         runs: int64 (r, 2), see ``split``; the first token of each reads as ``eot_id``.
         seq_len: inputs, and targets, of one window.
-        loss_mask: 0 where a token of the cache is no target; None: all are.
+        loss_mask: 0 where a token of the cache is not a target; None: all are.
         """
         self.seq_len = seq_len
         self.stream_tokens = stream_tokens(runs)
@@ -108,7 +108,7 @@ class PackedWindows:
             count = min(run_end - run_start - skip, len(out) - filled)
             first = run_start + skip
             self._cache.copy(first, first + count, out[filled : filled + count])
-            if skip == 0:  # the first run has no document before it, and its start is no target
+            if skip == 0:  # the first run has no document before it, and its start is not a target
                 out[filled] = self._cache.separator(self._runs[run - 1][1]) if run else self._eot_id
             filled += count
             run += 1

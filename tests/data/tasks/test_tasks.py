@@ -1,4 +1,4 @@
-"""Each task's answers against an evaluation written apart, and the laws of its split."""
+"""Each task's answers against an independent evaluation, and the laws of its split."""
 
 import itertools
 import re
@@ -33,7 +33,7 @@ def arithmetic(problem):
 
 
 def list_operations(problem):
-    """By a stack of tokens, as the paper's own data can be read."""
+    """By a stack of tokens, which can also read the paper's own data."""
     stack, depth, deepest = [[]], 0, 0
     for word in question(problem).split():
         if word.startswith("["):
@@ -70,16 +70,18 @@ def multi_hop(problem):
 
 
 def recall(problem):
-    pairs, _, asked = question(problem).partition(" ; ")
+    pairs, _, requested = question(problem).partition(" ; ")
     words = pairs.split()
     known = (
         dict(itertools.batched(words, 2))
         if hasattr(itertools, "batched")
         else dict(zip(words[::2], words[1::2], strict=True))
     )
-    assert len(known) == problem.difficulty and len(asked.split()) == -(-problem.difficulty // 2)
-    assert len(set(asked.split())) == len(asked.split())
-    return " ".join(known[key] for key in asked.split())
+    assert len(known) == problem.difficulty and len(requested.split()) == -(
+        -problem.difficulty // 2
+    )
+    assert len(set(requested.split())) == len(requested.split())
+    return " ".join(known[key] for key in requested.split())
 
 
 def state_tracking(problem):
@@ -173,14 +175,14 @@ def test_the_check_is_exact():
     )
 
 
-def test_of_an_easy_task_as_many_come_as_there_are():
+def test_an_easy_task_gives_all_its_problems():
     """One operator: 21 · 21 · 3 expressions, on one side or the other."""
     sides = {s: [p.prompt for p in problems("arithmetic", 1, s, 0, 9_999)] for s in SPLITS}
     assert len(set(sides["train"])) == len(sides["train"])
     assert 0.99 * 1_323 <= sum(map(len, sides.values())) <= 1_323
-    asked = list(open_tasks("arithmetic:1-2,recall:1", 10_000).parts())  # the default's count
+    requested = list(open_tasks("arithmetic:1-2,recall:1", 10_000).parts())  # the default's count
     rows = DataSummary("")
-    found = [piece.text for part in asked for piece in part.pieces(rows) if piece.begins]
+    found = [piece.text for part in requested for piece in part.pieces(rows) if piece.begins]
     assert rows.rows == len(found) > 10_000
 
 
@@ -225,7 +227,7 @@ def documents(windows):
         yield text, bytes(window[(window >= 0) & (window < 256)].tolist()).decode()
 
 
-def test_a_corpus_learns_the_answers_alone(corpus_of):
+def test_only_answers_are_trained_on(corpus_of):
     corpus = corpus_of(tasks="arithmetic:1-2,recall:3", task_examples=80, loss_on="answer")
     found = [*documents(corpus.train), *documents(corpus.eval)]
     assert len(found) == 240
