@@ -3,13 +3,29 @@
 ``TEST_PLATFORM=cuda pytest -m gpu`` runs the tests marked gpu, which are skipped on a CPU.
 """
 
+import atexit
 import gc
+import importlib.metadata
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Half of the suite is compilation. What one process compiles, the others and the commands that
+# tests start load; the first process makes the folder, and workers inherit the variable.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# XLA's newer code generator for CPUs takes twice as long, and jax 0.11 has no other. It is tested
+# there, and in the commands that tests start with XLA_FLAGS empty.
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = flags.strip()
 
 import jax
 import pytest

@@ -1,6 +1,6 @@
 """Generated files and trees: none ends in a traceback, and tokens decode back to the text.
 
-The profile of every run is small; ``-m slow`` runs thousands.
+The profile of every run is small; ``-m exhaustive`` runs thousands.
 """
 
 import gzip
@@ -181,7 +181,7 @@ def test_trees(tree):
     check_tree(tree)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @THOROUGH
 @given(st.lists(entries, max_size=5))
 def test_thousands_of_trees(tree):
