@@ -6,6 +6,7 @@ import re
 import signal
 
 PREEMPTED, PEER_LOST = 75, 76  # saved: the same command with --resume auto continues
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports Ctrl-C
 _TAIL_BYTES = 1 << 16
 _TIME = r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)?\s*"
 _REPORTED = re.compile(_TIME + r"(error: .*)$")  # the program's own message
@@ -16,7 +17,7 @@ _MEANINGS = {
     2: "could not continue",
     PREEMPTED: "stopped by a signal and saved",
     PEER_LOST: "another process of the run was lost",
-    130: "stopped at once by Ctrl-C",
+    INTERRUPTED: "stopped at once by Ctrl-C",
 }
 
 

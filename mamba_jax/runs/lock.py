@@ -78,8 +78,12 @@ class Holder:
             pass
         return True
 
+    @property
+    def where(self) -> str:
+        return f"on {self.host} (pid {self.pid}, since {self.since})"
+
     def __str__(self) -> str:
-        return f"a run on {self.host} (pid {self.pid}, since {self.since})"
+        return f"a run {self.where}"
 
 
 class RunLock:
@@ -251,7 +255,7 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
                     f"have been killed: watching it for {_WATCH_SECS:g} s (--force skips this)"
                 )
                 if _is_renewed(path):
-                    raise _in_use(output_dir, _holder(path) or holder)
+                    raise _in_use(output_dir, read_holder(path.parent) or holder)
                 if not is_at(path, descriptor):  # released, or taken by another that watched
                     os.close(descriptor)
                     continue
@@ -282,7 +286,7 @@ def _judge(path: pathlib.Path, descriptor: int, kind: int) -> tuple[Holder | Non
       or None, which only time can tell.
     """
     locked = try_lock(descriptor, kind)
-    holder = _holder(path)
+    holder = read_holder(path.parent)
     if locked is False:
         return holder, True
     if holder is None:
@@ -357,10 +361,10 @@ def is_at(path: pathlib.Path, descriptor: int) -> bool:
         return False
 
 
-def _holder(path: pathlib.Path) -> Holder | None:
-    """Reads the record; None where there is none."""
+def read_holder(output_dir: pathlib.Path) -> Holder | None:
+    """Reads the record, which may be of a dead process; None where there is none."""
     try:
-        return _parsed(path.read_bytes())
+        return _parsed((output_dir / NAME).read_bytes())
     except OSError:
         return None
 
