@@ -203,8 +203,7 @@ def stop(output_dir: pathlib.Path) -> int:
         while is_running(output_dir):
             time.sleep(0.1)
     except KeyboardInterrupt:
-        print(f"the run is still saving; log: {facts['log']}")
-        return 130
+        raise KeyboardInterrupt(f"the run is still saving; log: {facts['log']}") from None
     print("\n".join(_status_lines(output_dir, recorded.read_status(output_dir))))
     return 0 if read(output_dir).get("exit_code") in (0, exit_status.PREEMPTED) else 1
 

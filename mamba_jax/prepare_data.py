@@ -121,8 +121,7 @@ def main(argv: list[str]) -> int:
         else:
             run(arguments.config)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("interrupted; run the same command again to resume") from None
     return 0
 
 

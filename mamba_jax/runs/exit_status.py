@@ -5,8 +5,10 @@ import pathlib
 import re
 import signal
 
-PREEMPTED, PEER_LOST = 75, 76  # saved: the same command with --resume auto continues
-INTERRUPTED = 130  # 128 + SIGINT, as a shell reports Ctrl-C
+from mamba_jax.errors import INTERRUPTED
+
+# Saved; the same command with --resume auto resumes. 75 is EX_TEMPFAIL.
+PREEMPTED, PEER_LOST = 75, 76
 _TAIL_BYTES = 1 << 16
 _TIME = r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)?\s*"
 _REPORTED = re.compile(_TIME + r"(error: .*)$")  # the program's own message

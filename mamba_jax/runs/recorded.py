@@ -19,14 +19,14 @@ from mamba_jax.checkpoints.folder import Metadata, list_checkpoints, read_metada
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.config.schema import Value, flatten
 from mamba_jax.costs.parameters import parameter_count
-from mamba_jax.errors import UserError
+from mamba_jax.errors import INTERRUPTED, UserError
 from mamba_jax.runs import background, exit_status, lock, metrics
 
 DONE, RUNNING, FAILED, STOPPED, PRUNED, NEW, UNKNOWN = (
     *("done", "running", "failed", "stopped", "pruned", "new", "not finished"),
 )
 _STOPPED_BY = ("KeyboardInterrupt", "StoppedEarly", "SystemExit")  # a user or the system asked
-_STOPPED_CODES = (exit_status.PREEMPTED, exit_status.PEER_LOST, exit_status.INTERRUPTED)
+_STOPPED_CODES = (exit_status.PREEMPTED, exit_status.PEER_LOST, INTERRUPTED)
 
 
 @dataclasses.dataclass(frozen=True)
