@@ -8,9 +8,8 @@ from mamba_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerateRequest,
-    Limits,
-    RequestParser,
 )
+from mamba_jax.serving.request_parser import Limits, RequestParser
 from mamba_jax.serving.responses import ResponseBuilder
 from mamba_jax.serving.sequence import (
     End,
