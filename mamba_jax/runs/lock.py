@@ -15,19 +15,17 @@ child process, which a supervisor has to do.
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import json
 import os
 import pathlib
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
 
 from mamba_jax.errors import UserError
+from mamba_jax.runs.holder import Holder
 
 NAME = "run.lock"
 _INHERITED = "MAMBA_JAX_RUN_LOCK"  # variable: the descriptor that a parent process passes on
@@ -35,55 +33,6 @@ _BEAT_SECS = 10.0  # between renewals of the modification time
 _WATCH_SECS = 60.0  # without a renewal: the holder is dead
 _TRIES = 5  # a reader that checks the lock holds it for an instant
 _NO_KERNEL_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # Linux; equal in all containers of a host
-
-
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """The process that a record names."""
-
-    host: str
-    pid: int
-    boot: str  # id of the host's boot; "": unknown on this system
-    process_start: str  # of the process, in the system's own count; "": unknown on this system
-    since: str  # local time, for people
-
-    @classmethod
-    def this_process(cls) -> "Holder":
-        pid = os.getpid()
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(socket.gethostname(), pid, _read_text(_BOOT), _process_start(pid), since)
-
-    @property
-    def is_on_this_host(self) -> bool:
-        """Whether it runs in this boot of this host. Containers on many hosts share their names."""
-        boot = _read_text(_BOOT)
-        return self.boot == boot if self.boot and boot else self.host == socket.gethostname()
-
-    def was_ended_by_a_reboot(self, renewed: float) -> bool:
-        """Whether this host has booted since the record was last renewed, in seconds since 1970."""
-        same_name = self.host == socket.gethostname() and bool(_read_text(_BOOT))
-        return same_name and renewed < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process exists; it must be on this host."""
-        if self.process_start != _process_start(self.pid):
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # another user's
-            pass
-        return True
-
-    @property
-    def where(self) -> str:
-        return f"on {self.host} (pid {self.pid}, since {self.since})"
-
-    def __str__(self) -> str:
-        return f"a run {self.where}"
 
 
 class RunLock:
@@ -163,7 +112,7 @@ class RunLock:
             if record != self._record:
                 raise UserError(
                     f"output_dir {self.output_dir} was taken over by "
-                    f"{_parsed(record) or 'another run'}; this run saves nothing more; choose "
+                    f"{Holder.parse(record) or 'another run'}; this run saves nothing more; choose "
                     "another --output_dir to train beside it"
                 )
 
@@ -364,15 +313,8 @@ def is_at(path: pathlib.Path, descriptor: int) -> bool:
 def read_holder(output_dir: pathlib.Path) -> Holder | None:
     """Reads the record, which may be of a dead process; None where there is none."""
     try:
-        return _parsed((output_dir / NAME).read_bytes())
+        return Holder.parse((output_dir / NAME).read_bytes())
     except OSError:
-        return None
-
-
-def _parsed(record: bytes) -> Holder | None:
-    try:
-        return Holder(**json.loads(record))
-    except (ValueError, TypeError):
         return None
 
 
@@ -381,7 +323,7 @@ def _read(descriptor: int) -> bytes:
 
 
 def _write(descriptor: int) -> None:
-    record = json.dumps(vars(Holder.this_process())).encode() + b"\n"
+    record = Holder.this_process().record()
     os.pwrite(descriptor, record, 0)  # over the old one, whose space a full disk cannot take away
     os.ftruncate(descriptor, len(record))
 
@@ -392,16 +334,3 @@ def _in_use(output_dir: pathlib.Path, holder: Holder | None) -> UserError:
         "another --output_dir, or take the folder over with --force: the other run then ends at "
         "its next save, and until then each run can damage the other's checkpoints and metrics"
     )
-
-
-def _process_start(pid: int) -> str:
-    """Returns when a process started, in ticks since the boot (field 22 of Linux's stat)."""
-    fields = _read_text(pathlib.Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
-
-
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
