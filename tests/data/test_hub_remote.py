@@ -229,7 +229,7 @@ def tokens_of(store: Store, taken) -> list[list[int]]:
 
 
 def test_tokenising_a_stream_goes_on_after_a_kill(remote, small_parts, monkeypatch):
-    monkeypatch.setattr(data_store, "_SHARD_BYTES", 5_000)  # sealed every two or three parts
+    monkeypatch.setattr(data_store, "SHARD_BYTES", 5_000)  # sealed every two or three parts
     serve(remote, "org/name")
     open_store = lambda: Store(pathlib.Path("cache"), load_tokenizer("bytes"), [].append)
     store = open_store()
