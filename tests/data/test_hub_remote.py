@@ -18,7 +18,7 @@ from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.fake_hub import FakeHub
-from tests.data.reading import texts_of
+from tests.support.reading import texts_of
 
 ROWS_PER_FILE = (150, 220, 90, 200, 110, 90)
 TEXTS = [f"Row {i} says {i * i}." for i in range(sum(ROWS_PER_FILE))]

@@ -8,8 +8,9 @@ import pytest
 
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import tensors
-from tests.exporting.made import UNTIED, random_params
-from tests.models import test_golden, tiny
+from tests.models import test_golden
+from tests.support import tiny
+from tests.support.made import UNTIED, random_params
 
 golden = test_golden.golden
 

@@ -14,7 +14,7 @@ from mamba_jax.runs import exit_status
 from mamba_jax.runs.background import Record
 from mamba_jax.runs.lock import RunLock
 from mamba_jax.runs.recorded import read_run, read_status
-from tests.reports.made_run import config, evaluated, rate, started, trained, write
+from tests.support.made_run import config, evaluated, rate, started, trained, write
 
 STEP_TOKENS = 8 * 100  # of made_run's config
 

@@ -15,8 +15,8 @@ from mamba_jax.serving import prefilling, slots
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.observer import Observer
 from mamba_jax.serving.sequence import End, Failed, GenerationRequest, PromptLogprobs, Text
+from tests.support.tiny_models import TOKENIZER, model_of
 
-from ..evaluating.tiny_models import TOKENIZER, model_of
 from .conftest import (
     Listener,
     answers,
