@@ -17,7 +17,7 @@ from mamba_jax.checkpoints import resume
 from mamba_jax.cli import train_arguments
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, command
-from mamba_jax.runs import exit_status, log_file
+from mamba_jax.runs import exit_status, log_file, recorded
 from mamba_jax.runs import lock as run_lock
 from mamba_jax.runs.background import Record, is_running, read
 from mamba_jax.runs.lock import RunLock
@@ -159,29 +159,35 @@ def _supervise(
 
 
 def status(folders: Sequence[pathlib.Path]) -> int:
-    """Prints the state of each folder's newest run; returns 0 if one is active, else 3."""
+    """Prints the state of each folder's newest run; returns 0 if one is active, else 3.
+
+    That includes a run in the foreground, and one of a sweep.
+    """
     if not folders:
         print("no run has been started here")
-    for folder in folders:
-        print("\n".join(_status_lines(folder)))
-    return 0 if any(map(is_running, folders)) else _NOT_RUNNING
+    stati = {folder: recorded.read_status(folder) for folder in folders}
+    for folder, now in stati.items():
+        print("\n".join(_status_lines(folder, now)))
+    is_active = any(now.state == recorded.RUNNING for now in stati.values())
+    return 0 if is_active else _NOT_RUNNING
 
 
-def _status_lines(output_dir: pathlib.Path) -> list[str]:
+def _status_lines(output_dir: pathlib.Path, now: recorded.Status) -> list[str]:
     facts = read(output_dir)
-    if not facts:
-        return [f"{output_dir}: no background run"]
-    log = pathlib.Path(facts["log"])
-    if is_running(output_dir):
-        lines = [f"{output_dir}: running since {facts['started']}, pid {facts['pid']}"]
-    elif "exit_code" in facts:
-        lines = [f"{output_dir}: ended with exit status {facts['exit_code']}: {facts['why']}"]
+    if now.state == recorded.RUNNING:
+        line = f"running {now.why}"
+    elif now.exit_code is not None:
+        why = facts.get("why") or exit_status.meaning(now.exit_code)
+        line = f"ended with exit status {now.exit_code}: {why}"
     else:
-        reason = exit_status.reason(log)
-        killed = "ended without an exit status, its supervisor was killed"
-        lines = [f"{output_dir}: {killed}{reason and ': '}{reason}"]
-    last = [exit_status.last(log, r" step \d+/\d+  "), exit_status.last(log, r" step \d+: eval ")]
-    return lines + [f"  {line}" for line in last if line] + [f"  log: {log}"]
+        line = f"{now.state}: {now.why}" if now.why else now.state
+    lines = [f"{output_dir}: {line}"]
+    if "log" in facts:
+        log = pathlib.Path(facts["log"])
+        kinds = (r" step \d+/\d+  ", r" step \d+: eval ")
+        last = (exit_status.last(log, kind) for kind in kinds)
+        lines += [*(f"  {line}" for line in last if line), f"  log: {log}"]
+    return lines
 
 
 def stop(output_dir: pathlib.Path) -> int:
@@ -197,9 +203,8 @@ def stop(output_dir: pathlib.Path) -> int:
         while is_running(output_dir):
             time.sleep(0.1)
     except KeyboardInterrupt:
-        print(f"the run is still saving; log: {facts['log']}")
-        return 130
-    print("\n".join(_status_lines(output_dir)))
+        raise KeyboardInterrupt(f"the run is still saving; log: {facts['log']}") from None
+    print("\n".join(_status_lines(output_dir, recorded.read_status(output_dir))))
     return 0 if read(output_dir).get("exit_code") in (0, exit_status.PREEMPTED) else 1
 
 
@@ -240,6 +245,12 @@ def _only_running(folders: Sequence[pathlib.Path], scripts: str) -> pathlib.Path
     running = [folder for folder in folders if is_running(folder)]
     if not running:
         which = f" in {folders[0]}" if len(folders) == 1 else ""
+        for folder in folders:
+            if run_lock.is_held(folder) and (holder := run_lock.read_holder(folder)):
+                raise UserError(
+                    f"the run in {folder}, {holder.where}, is not a background run; stop it with "
+                    "Ctrl-C in its terminal"
+                )
         raise UserError(f"nothing to stop: no background run is active{which} (see --status)")
     if len(running) > 1:
         raise UserError(

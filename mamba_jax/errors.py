@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from mamba_jax.paths import expand_arguments
 
+INTERRUPTED = 130  # exit status: 128 + SIGINT, as a shell reports Ctrl-C
+
 
 class UserError(Exception):
     """A mistake of the user or a fault of their machine.
@@ -57,8 +59,9 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
     """Wraps a command's ``main(argv) -> exit status``.
 
     In its ``argv`` the home folder replaces ``~``. An error that the user can fix is printed as one
-    line and ends with status 2; a Ctrl-C that the command does not handle itself with one line and
-    130. If the reader of the output, such as ``head``, exits, the command ends without a message.
+    line and ends with status 2; a Ctrl-C with one line, the message of the ``KeyboardInterrupt`` if
+    it has one, and 130. If the reader of the output, such as ``head``, exits, the command ends
+    without a message.
     """
 
     @functools.wraps(main)
@@ -77,9 +80,9 @@ def command(main: Callable[[list[str]], int]) -> Callable[..., int]:
                 raise
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as error:
+            print(str(error) or "interrupted", file=sys.stderr)
+            return INTERRUPTED
         finally:
             try:
                 sys.stdout.flush()

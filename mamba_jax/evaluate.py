@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mamba_jax.cli.flags import add_models
 from mamba_jax.cli.terminal import print_table
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
@@ -40,18 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="mamba-jax evaluate",
         description="Measure a trained model, or several as an ensemble, on text and on tasks.",
     )
-    models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="a step_N or final folder, or a run's output_dir: its newest intact checkpoint",
-    )
-    models.add_argument(
-        "--ensemble",
-        nargs="+",
-        metavar="DIR",
-        help="several checkpoints with the same tokenizer: measure the mean of their probabilities",
-    )
+    add_models(parser, "measure the mean of their probabilities")
     parser.add_argument(
         "--data",
         metavar="PATH|ID",

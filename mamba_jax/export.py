@@ -7,6 +7,7 @@ import argparse
 import pathlib
 import sys
 
+from mamba_jax.cli.flags import add_checkpoint
 from mamba_jax.errors import UserError, command
 
 _DTYPES = {  # format → dtypes of the weights
@@ -29,12 +30,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mamba-jax export", description="Export a trained model to another engine."
     )
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a step_N or final folder, or a run's output_dir: its newest intact checkpoint",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--format",
         required=True,

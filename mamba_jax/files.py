@@ -3,13 +3,18 @@
 import contextlib
 import os
 import pathlib
+import re
 import secrets
+
+_PART = re.compile(r"\.part-[0-9a-f]{16}")
+_ABANDONED_SECS = 3600  # a living writer renames its file within seconds
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a temporary file and renames it, so no reader and no kill finds half of the content.
 
     A link remains; the file that it names is replaced. Devices and pipes are written directly.
+    Temporary files that killed writers left in the folder are removed.
 
     Raises:
       OSError: with ``path`` as its file name; the previous content is untouched then.
@@ -23,6 +28,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     aside = target.with_name(f".part-{secrets.token_hex(8)}")
     try:
         with aside.open("xb") as file:
+            _remove_abandoned(target.parent, os.fstat(file.fileno()).st_mtime)
             if target.exists():
                 os.chmod(aside, target.stat().st_mode & 0o777)
             file.write(data)
@@ -34,6 +40,19 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # it still exists only after an error
             aside.unlink()
+
+
+def _remove_abandoned(folder: pathlib.Path, now: float) -> None:
+    """Removes old temporary files.
+
+    Args:
+      folder: to clean.
+      now: by the clock of its file system, which may differ from this machine's.
+    """
+    with contextlib.suppress(OSError):  # another writer removed it, or this one has no right to
+        for aside in folder.glob(".part-*"):
+            if _PART.fullmatch(aside.name) and now - aside.lstat().st_mtime > _ABANDONED_SECS:
+                aside.unlink()  # fails on a folder
 
 
 def fsync(path: str | os.PathLike[str]) -> None:

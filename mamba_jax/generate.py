@@ -15,6 +15,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from mamba_jax.cli.flags import add_models
 from mamba_jax.errors import UserError, command
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def main(argv: list[str]) -> int:
     try:
         run(arguments, prompts)
     except KeyboardInterrupt:
-        print(flush=True)
-        return 130
+        print(flush=True)  # ends the line of the text so far
+        raise
     return 0
 
 
@@ -44,19 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="mamba-jax generate",
         description="Continue prompts with a trained model.",
     )
-    models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="a step_N or final folder, or a run's output_dir: its newest intact checkpoint",
-    )
-    models.add_argument(
-        "--ensemble",
-        nargs="+",
-        metavar="DIR",
-        help="several checkpoints with the same tokenizer: tokens are chosen by the mean of their "
-        "probabilities",
-    )
+    add_models(parser, "tokens are chosen by the mean of their probabilities")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help='the text to continue; "" starts a document')
     source.add_argument(

@@ -8,7 +8,7 @@ import argparse
 import itertools
 import sys
 
-from mamba_jax.cli import train_arguments
+from mamba_jax.cli import train_arguments, train_flags
 from mamba_jax.cli.terminal import has_colours
 from mamba_jax.config import RunConfig
 from mamba_jax.errors import UserError, command
@@ -67,8 +67,8 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _parser() -> train_arguments.Parser:
-    parser = train_arguments.Parser(
+def _parser() -> train_flags.Parser:
+    parser = train_flags.Parser(
         prog="mamba_jax.prepare_data",
         usage="%(prog)s [flags]",
         description="Tokenises a corpus before training and reports statistics. After an "
@@ -91,7 +91,7 @@ def _parser() -> train_arguments.Parser:
         "of documents and the text that is not trained on; in colour on a terminal unless NO_COLOR "
         "is set",
     )
-    train_arguments.add_data_flags(parser)
+    train_flags.add_data_flags(parser)
     return parser
 
 
@@ -121,8 +121,7 @@ def main(argv: list[str]) -> int:
         else:
             run(arguments.config)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt("interrupted; run the same command again to resume") from None
     return 0
 
 

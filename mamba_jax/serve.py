@@ -12,6 +12,7 @@ import socket
 import sys
 from typing import Any
 
+from mamba_jax.cli.flags import add_checkpoint
 from mamba_jax.errors import UserError, command, need
 from mamba_jax.serving.settings import Settings
 
@@ -55,12 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds where to listen, and all of ``serving.settings.Settings``."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a step_N or final folder, or a run's output_dir for its newest intact checkpoint",
-    )
+    add_checkpoint(parser)
     for name, type_, default, about in (
         ("--host", str, "127.0.0.1", "address to listen on; 0.0.0.0: all networks"),
         ("--port", int, 8000, "port to listen on; 0: any free one"),
@@ -169,8 +165,6 @@ def run(arguments: argparse.Namespace) -> int:
         host, port = listening.getsockname()[:2]
         log(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it")
         server.run(sockets=[listening])
-    except KeyboardInterrupt:
-        return 130
     finally:
         app.state.engine.close()  # if a signal arrived before uvicorn handled signals
     return 0

@@ -24,6 +24,7 @@ from mamba_jax.runs import lock
 from mamba_jax.runs import metrics as history
 from mamba_jax.runs.exit_status import PREEMPTED
 from mamba_jax.runs.lock import RunLock
+from mamba_jax.runs.recorded import DONE, PRUNED, read_status
 from mamba_jax.sweeps import jobs, sweep_page
 from mamba_jax.sweeps.executors import Executor, Local, Slurm, gpus
 from mamba_jax.sweeps.hyper import Hyper, JobSettings, Sweep, load
@@ -92,7 +93,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--trials={own.trials} has no effect without --search")
         listed = _jobs(sweep, make, own.sweep)
         if own.dry_run:
-            print("\n".join(f"{job.folder.name}: {jobs.state(job.folder)}" for job in listed))
+            for job in listed:
+                print(f"{job.folder.name}: {read_status(job.folder).state}")
             return 0
     elif own.dry_run:
         raise UserError("--dry_run cannot list a search: each run depends on earlier results")
@@ -105,7 +107,7 @@ def main(argv: list[str]) -> int:
     if not complete:
         _say("stopped; run the same command again to resume the sweep")
         return PREEMPTED
-    return 0 if all(row.state in (jobs.DONE, jobs.PRUNED) for row in rows) else 1
+    return 0 if all(row.state in (DONE, PRUNED) for row in rows) else 1
 
 
 def _run(
@@ -143,14 +145,12 @@ def _lock(out: pathlib.Path) -> RunLock:
     try:
         return RunLock.acquire(out, log=_say)
     except UserError as error:
-        try:
-            holder = json.loads((out / lock.NAME).read_text())
-            who = f"a sweep on {holder['host']} (pid {holder['pid']}, since {holder['since']})"
-        except (OSError, ValueError, KeyError, TypeError):
+        holder = lock.read_holder(out)
+        if holder is None:
             raise error from None
         raise UserError(
-            f"--out={out} is in use by {who}; wait until it ends, stop it with Ctrl-C, or choose "
-            "another --out"
+            f"--out={out} is in use by a sweep {holder.where}; wait until it ends, stop it with "
+            "Ctrl-C, or choose another --out"
         ) from None
 
 
@@ -258,7 +258,7 @@ def _report(rows: Sequence[jobs.SweepRow], out: pathlib.Path, metric: str) -> No
     header = ["", *(name.rpartition(".")[2] for name in names), *columns, "state"]
     table = [
         [
-            str(place) if row.state == jobs.DONE else "–",
+            str(place) if row.state == DONE else "–",
             *(number(row.settings.get(name, "")) for name in names),
             *(number(row.measures.get(column, "")) for column in columns),
             row.state,

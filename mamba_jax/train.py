@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
             list_files(arguments.config.data, print)
             return 0
     from mamba_jax.estimator import plan_run
-    from mamba_jax.training.interrupts import EXIT_PREEMPTED, StoppedEarly
+    from mamba_jax.runs.exit_status import PREEMPTED
+    from mamba_jax.training.interrupts import StoppedEarly
     from mamba_jax.training.run import run
 
     try:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
         )
     except StoppedEarly as signal:
         print(f"stopped by {signal} before the first step: nothing to save", file=sys.stderr)
-        return EXIT_PREEMPTED
+        return PREEMPTED
 
 
 def train(config: ConfigDict | RunConfig, *, resume: str = "", force: bool = False) -> pathlib.Path:

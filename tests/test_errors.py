@@ -26,6 +26,7 @@ sys.exit(main())
         ("return 3", 3, ""),
         ("raise UserError('x=1; give another x')", 2, "error: x=1; give another x\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("raise KeyboardInterrupt('stopped; resume it')", 130, "stopped; resume it\n"),
         ("sys.exit(4)", 4, ""),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -86,6 +87,18 @@ def test_a_kill_before_the_rename_keeps_the_previous_content(tmp_path):
     )
     subprocess.run([sys.executable, "-c", program, file])
     assert file.read_text() == "before"
+    # The next writer leaves the temporary file alone while its writer may be alive, then removes
+    # it; what merely has a similar name is not ours.
+    (left,) = tmp_path.glob(".part-*")
+    others = [tmp_path / ".part-book", tmp_path / f"x{left.name}", tmp_path / f"{left.name[:-1]}g"]
+    for other in others:
+        other.write_text("mine")
+    for minutes, remains in ((50, True), (70, False)):
+        for path in (left, *others):
+            os.utime(path, (time.time() - 60 * minutes,) * 2)
+        write_atomic(file, "after")
+        assert left.exists() == remains and file.read_text() == "after"
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, *(o.name for o in others)}
 
 
 def test_links_modes_and_pipes_are_kept(tmp_path):

@@ -14,11 +14,10 @@ from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.generation import generate_text
-
-from .evaluating.tiny_models import CONFIGS
-from .exporting.made import random_params
-from .models import naive
-from .training.tiny_run import quick_compiles  # noqa: F401
+from tests.support import naive
+from tests.support.made import random_params
+from tests.support.tiny_models import CONFIGS
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 SETTINGS = {"max_tokens": 9, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}
 

@@ -23,6 +23,7 @@ from mamba_jax.config.fields import describe, fields
 from mamba_jax.config.schema import RunConfig, to_dict
 from mamba_jax.errors import UserError, did_you_mean
 
+T = typing.TypeVar("T")
 _TYPES = {field.name: field.type for field in fields(RunConfig)}  # dotted name → type
 
 
@@ -32,29 +33,52 @@ def load_config(path: str) -> ConfigDict:
     Raises:
       UserError: if the file is missing, does not run, or has no ``get_config``.
     """
-    file = _existing_file(path)
-    if file.suffix != ".py":
+    if _existing_file(path).suffix != ".py":
         raise UserError(
             f"config file {path} is neither a .py file with a get_config() function nor .json"
         )
+    return call_in_file("config file", path, "get_config", ConfigDict, "a ConfigDict")
+
+
+def call_in_file(
+    kind: str, path: str, function: str, returned: type[T], returned_text: str, **arguments: Any
+) -> T:
+    """Runs a user's Python file and returns what a function of it returns.
+
+    Args:
+      kind: of file, for messages.
+      path: of the file.
+      function: its name.
+      returned: the type that it must return.
+      returned_text: the same in words, for messages.
+      **arguments: of the function, passed by position; their names are for messages.
+
+    Raises:
+      UserError: if the file is missing, does not run, or the function is missing, fails or returns
+        something else.
+    """
+    file = _existing_file(path, kind)
+    signature = f"{function}({', '.join(arguments)})"
+    if file.suffix != ".py":
+        raise UserError(f"{kind} {path} is not a .py file with a {signature} function")
     try:
-        spec = importlib.util.spec_from_file_location(f"mamba_jax_config_{file.stem}", file)
+        spec = importlib.util.spec_from_file_location(f"mamba_jax_user_{file.stem}", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = module.get_config()
+        result = getattr(module, function)(*arguments.values())
     except UserError as error:
-        raise UserError(f"config file {path}: {error}") from error
-    except Exception as error:  # a config file is a program: it can raise anything
+        raise UserError(f"{kind} {path}: {error}") from error
+    except Exception as error:  # the file is a program: it can raise anything
         raise UserError(
-            f"config file {path} failed: {type(error).__name__}: {error}; "
-            "it must define get_config() and return a ConfigDict"
+            f"{kind} {path} failed: {type(error).__name__}: {error}; "
+            f"it must define {signature} and return {returned_text}"
         ) from error
-    if not isinstance(config, ConfigDict):
+    if not isinstance(result, returned):
         raise UserError(
-            f"config file {path}: get_config() must return a ConfigDict, not {config!r}"
+            f"{kind} {path}: {signature} must return {returned_text}, not {result!r:.200}"
         )
-    return config
+    return result
 
 
 def load_json(path: str) -> dict[str, Any]:
@@ -99,11 +123,11 @@ def _only(names: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _existing_file(path: str) -> pathlib.Path:
+def _existing_file(path: str, kind: str = "config file") -> pathlib.Path:
     file = pathlib.Path(path)
     if not file.is_file():
         beside = (other.name for other in file.parent.glob("*") if other.suffix in (".py", ".json"))
-        raise UserError(f"config file {path} does not exist{did_you_mean(file.name, beside)}")
+        raise UserError(f"{kind} {path} does not exist{did_you_mean(file.name, beside)}")
     return file
 
 

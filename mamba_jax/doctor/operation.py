@@ -7,6 +7,7 @@ import numpy as np
 from mamba_jax.doctor import remedies
 from mamba_jax.doctor.finding import Finding, Remedy, Severity, Unchecked, Verdict, too_few
 from mamba_jax.doctor.signals import RunSignals, median
+from mamba_jax.runs.recorded import FAILED, STOPPED
 
 # A machine's speed varies; a slowdown worth reporting lasts and is larger than this.
 SLOWER = 0.25
@@ -23,21 +24,24 @@ _EXPECTED = re.compile(r"\bis a spike\b|^out of memory")  # other rules report t
 
 def ended(run: RunSignals) -> Verdict:
     """An error ended the run, or a value was not finite."""
+    state, error = run.status.state, run.status.error
     if run.not_finite:
         name, step = min(run.not_finite.items(), key=lambda item: item[1])
         evidence = [f"{name.replace('_', ' ')} is NaN or infinite at step {step:,}"]
-        if run.ended:
-            evidence.append(f"ended at step {run.ended[0]:,}: {run.ended[1]}")
+        if error:
+            evidence.append(f"ended at step {error.step:,}: {error}")
         return _diverged(run, tuple(evidence))
-    if run.ended is None:
+    if state not in (FAILED, STOPPED):
         return None
-    step, text = run.ended
-    kind, _, message = text.partition(": ")
-    evidence = (f"after step {step:,}: {message or kind}",)
+    text = run.status.why
+    if error:
+        evidence = (f"after step {error.step:,}: {error.message or error.kind}",)
+    else:
+        evidence = (f"after step {run.last_step:,}: {text}",)
     if "training diverged" in text:
         return _diverged(run, evidence)
     then_resume = Remedy("Then resume from the newest checkpoint", remedies.resume(run))
-    if kind in ("KeyboardInterrupt", "StoppedEarly", "SystemExit"):
+    if state == STOPPED:
         return Finding(
             Severity.NOTE,
             "The run was stopped",
@@ -62,10 +66,10 @@ def ended(run: RunSignals) -> Verdict:
         )
     return Finding(
         Severity.CRITICAL,
-        f"{'An error' if kind == 'UserError' else kind} ended the run",
+        f"{'An error' if error is None or error.kind == 'UserError' else error.kind} ended the run",
         evidence,
         "The message says what is wrong."
-        if kind == "UserError"
+        if error is None or error.kind == "UserError"
         else "The trainer does not expect this error; the log has the details.",
         (Remedy("Fix what the message names"), then_resume),
     )

@@ -6,7 +6,7 @@ Legend: n records, l layers.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from mamba_jax.config import RunConfig, from_dict
 from mamba_jax.errors import UserError
 from mamba_jax.runs import metrics, recorded
+from mamba_jax.runs.recorded import Run, Status
 
 SCALARS = ("loss", "learning_rate", "gradient_norm", "eval_loss")
 BY_LAYER = ("dt_mean", "dt_max", "A_min", "A_max", "depth_mean", "gates_closed", "gates_open")
@@ -64,7 +65,7 @@ EMPTY = Curve(np.zeros(0, np.int64), np.zeros(0))
 
 @dataclasses.dataclass(frozen=True)
 class RunSignals:
-    """What a run recorded.
+    """The curves of a ``recorded.Run``, and the facts that the rules use besides.
 
     Attributes:
       folder: its output_dir.
@@ -79,7 +80,7 @@ class RunSignals:
         earlier steps are not comparable.
       device_kind: the last device that it trained on, as JAX names it; "": not recorded.
       warnings: (step, text) of each.
-      ended: (step, text) of the error that ended the run; None: none is recorded.
+      status: how it stands or ended.
     """
 
     folder: pathlib.Path
@@ -92,7 +93,7 @@ class RunSignals:
     layout_step: int = 0
     device_kind: str = ""
     warnings: tuple[tuple[int, str], ...] = ()
-    ended: tuple[int, str] | None = None
+    status: Status = recorded.NO_RUN
 
     def __getitem__(self, name: str) -> Curve:
         """Returns the curve of that name."""
@@ -133,17 +134,19 @@ def read(folder: pathlib.Path) -> RunSignals:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the output_dir of a run")
-    records = metrics.read(folder / metrics.NAME)
-    if not records:
-        state = "is empty or damaged" if (folder / metrics.NAME).is_file() else "is missing"
+    file = folder / metrics.NAME
+    run = recorded.read_run(folder) if file.is_file() else None
+    if run is None or not run.records:
+        state = "is empty or damaged" if run else "is missing"
         raise UserError(
             f"{folder}: {metrics.NAME} {state}; give the output_dir of a run that has started"
         )
-    return from_records(folder, records)
+    return of_run(run)
 
 
-def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> RunSignals:
-    """Builds a run from what ``metrics.read`` returns."""
+def of_run(run: Run) -> RunSignals:
+    """Returns the signals of a run."""
+    records = run.records
     series = {name: metrics.series(records, name) for name in SCALARS + RATES}
     series |= {name: metrics.layer_series(records, name) for name in BY_LAYER}
     curves, not_finite = {}, {}
@@ -153,20 +156,18 @@ def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> RunSign
             curves[name] = curve
         if broken is not None:
             not_finite[name] = broken
-    starts = [i for i, r in enumerate(records) if isinstance(r.get("run"), dict)]
-    about = records[starts[-1]]["run"] if starts else {}
     return RunSignals(
-        folder=folder,
-        config=_config(about),
-        parameters=int(about.get("parameters", 0)),
-        unigram_nll=about.get("unigram_nll"),
+        folder=run.folder,
+        config=_config(run.about),
+        parameters=run.parameters or 0,
+        unigram_nll=run.unigram_nll,
         curves=curves,
         not_finite=not_finite,
         skipped=np.unique([r["step"] for r in records if r.get("skipped")]).astype(np.int64),
         layout_step=_layout_step(records),
         device_kind=next((r["device_kind"] for r in records[::-1] if "device_kind" in r), ""),
         warnings=tuple((r["step"], str(r["warning"])) for r in records if "warning" in r),
-        ended=recorded.last_end(records),
+        status=run.status,
     )
 
 
@@ -183,7 +184,7 @@ def _curve(steps: Sequence[int], values: Sequence[Any]) -> tuple[Curve, int | No
     return Curve(steps_n, values_n)[finite_n], broken
 
 
-def _config(about: dict[str, Any]) -> RunConfig | None:
+def _config(about: Mapping[str, Any]) -> RunConfig | None:
     try:
         return from_dict(about["config"])
     except (KeyError, UserError):

@@ -57,7 +57,7 @@ def _head(run: RunSignals, page: TextPage) -> list[str]:
     progress = f"step {run.last_step:,}"
     if run.config is not None:
         progress += f" of {run.config.training.max_steps:,}"
-    latest = [progress]
+    latest = [run.status.state, progress]
     for key, text in (
         ("loss", "loss {:.3f}"),
         ("eval_loss", "evaluation {:.3f}"),
@@ -140,6 +140,7 @@ def to_json(run: RunSignals, diagnosis: Diagnosis) -> dict[str, Any]:
     return {
         "run": str(run.folder),
         "name": run.config.name if run.config is not None else None,
+        "state": run.status.state,
         "step": run.last_step,
         "max_steps": max_steps,
         "findings": [

@@ -5,7 +5,10 @@ import pathlib
 import re
 import signal
 
-PREEMPTED, PEER_LOST = 75, 76  # saved: the same command with --resume auto continues
+from mamba_jax.errors import INTERRUPTED
+
+# Saved; the same command with --resume auto resumes. 75 is EX_TEMPFAIL.
+PREEMPTED, PEER_LOST = 75, 76
 _TAIL_BYTES = 1 << 16
 _TIME = r"^(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)?\s*"
 _REPORTED = re.compile(_TIME + r"(error: .*)$")  # the program's own message
@@ -16,7 +19,7 @@ _MEANINGS = {
     2: "could not continue",
     PREEMPTED: "stopped by a signal and saved",
     PEER_LOST: "another process of the run was lost",
-    130: "stopped at once by Ctrl-C",
+    INTERRUPTED: "stopped at once by Ctrl-C",
 }
 
 

@@ -15,19 +15,17 @@ child process, which a supervisor has to do.
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import json
 import os
 import pathlib
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
 
 from mamba_jax.errors import UserError
+from mamba_jax.runs.holder import Holder
 
 NAME = "run.lock"
 _INHERITED = "MAMBA_JAX_RUN_LOCK"  # variable: the descriptor that a parent process passes on
@@ -35,51 +33,6 @@ _BEAT_SECS = 10.0  # between renewals of the modification time
 _WATCH_SECS = 60.0  # without a renewal: the holder is dead
 _TRIES = 5  # a reader that checks the lock holds it for an instant
 _NO_KERNEL_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # Linux; equal in all containers of a host
-
-
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """The process that a record names."""
-
-    host: str
-    pid: int
-    boot: str  # id of the host's boot; "": unknown on this system
-    process_start: str  # of the process, in the system's own count; "": unknown on this system
-    since: str  # local time, for people
-
-    @classmethod
-    def this_process(cls) -> "Holder":
-        pid = os.getpid()
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        return cls(socket.gethostname(), pid, _read_text(_BOOT), _process_start(pid), since)
-
-    @property
-    def is_on_this_host(self) -> bool:
-        """Whether it runs in this boot of this host. Containers on many hosts share their names."""
-        boot = _read_text(_BOOT)
-        return self.boot == boot if self.boot and boot else self.host == socket.gethostname()
-
-    def was_ended_by_a_reboot(self, renewed: float) -> bool:
-        """Whether this host has booted since the record was last renewed, in seconds since 1970."""
-        same_name = self.host == socket.gethostname() and bool(_read_text(_BOOT))
-        return same_name and renewed < time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether the process exists; it must be on this host."""
-        if self.process_start != _process_start(self.pid):
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # another user's
-            pass
-        return True
-
-    def __str__(self) -> str:
-        return f"a run on {self.host} (pid {self.pid}, since {self.since})"
 
 
 class RunLock:
@@ -159,7 +112,7 @@ class RunLock:
             if record != self._record:
                 raise UserError(
                     f"output_dir {self.output_dir} was taken over by "
-                    f"{_parsed(record) or 'another run'}; this run saves nothing more; choose "
+                    f"{Holder.parse(record) or 'another run'}; this run saves nothing more; choose "
                     "another --output_dir to train beside it"
                 )
 
@@ -251,7 +204,7 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
                     f"have been killed: watching it for {_WATCH_SECS:g} s (--force skips this)"
                 )
                 if _is_renewed(path):
-                    raise _in_use(output_dir, _holder(path) or holder)
+                    raise _in_use(output_dir, read_holder(path.parent) or holder)
                 if not is_at(path, descriptor):  # released, or taken by another that watched
                     os.close(descriptor)
                     continue
@@ -282,7 +235,7 @@ def _judge(path: pathlib.Path, descriptor: int, kind: int) -> tuple[Holder | Non
       or None, which only time can tell.
     """
     locked = try_lock(descriptor, kind)
-    holder = _holder(path)
+    holder = read_holder(path.parent)
     if locked is False:
         return holder, True
     if holder is None:
@@ -357,18 +310,11 @@ def is_at(path: pathlib.Path, descriptor: int) -> bool:
         return False
 
 
-def _holder(path: pathlib.Path) -> Holder | None:
-    """Reads the record; None where there is none."""
+def read_holder(output_dir: pathlib.Path) -> Holder | None:
+    """Reads the record, which may be of a dead process; None where there is none."""
     try:
-        return _parsed(path.read_bytes())
+        return Holder.parse((output_dir / NAME).read_bytes())
     except OSError:
-        return None
-
-
-def _parsed(record: bytes) -> Holder | None:
-    try:
-        return Holder(**json.loads(record))
-    except (ValueError, TypeError):
         return None
 
 
@@ -377,7 +323,7 @@ def _read(descriptor: int) -> bytes:
 
 
 def _write(descriptor: int) -> None:
-    record = json.dumps(vars(Holder.this_process())).encode() + b"\n"
+    record = Holder.this_process().record()
     os.pwrite(descriptor, record, 0)  # over the old one, whose space a full disk cannot take away
     os.ftruncate(descriptor, len(record))
 
@@ -388,16 +334,3 @@ def _in_use(output_dir: pathlib.Path, holder: Holder | None) -> UserError:
         "another --output_dir, or take the folder over with --force: the other run then ends at "
         "its next save, and until then each run can damage the other's checkpoints and metrics"
     )
-
-
-def _process_start(pid: int) -> str:
-    """Returns when a process started, in ticks since the boot (field 22 of Linux's stat)."""
-    fields = _read_text(pathlib.Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
-    return fields[19] if len(fields) > 19 else ""
-
-
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -1,4 +1,4 @@
-"""A run as its folder shows it, and the one answer to how it stands or ended.
+"""A run as its folder shows it, and the one answer to how it stands or ended: ``Status``.
 
 Sources: ``metrics.jsonl``, else the config of the newest checkpoint; ``run.lock`` and
 ``background.json`` for a run that is active or whose process was killed.
@@ -19,12 +19,39 @@ from mamba_jax.checkpoints.folder import Metadata, list_checkpoints, read_metada
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.config.schema import Value, flatten
 from mamba_jax.costs.parameters import parameter_count
-from mamba_jax.errors import UserError
+from mamba_jax.errors import INTERRUPTED, UserError
 from mamba_jax.runs import background, exit_status, lock, metrics
 
-DONE, RUNNING, FAILED, STOPPED, NEW, UNKNOWN = (
-    *("done", "running", "failed", "stopped", "new", "not finished"),
+DONE, RUNNING, FAILED, STOPPED, PRUNED, NEW, UNKNOWN = (
+    *("done", "running", "failed", "stopped", "pruned", "new", "not finished"),
 )
+_STOPPED_BY = ("KeyboardInterrupt", "StoppedEarly", "SystemExit")  # a user or the system asked
+_STOPPED_CODES = (exit_status.PREEMPTED, exit_status.PEER_LOST, INTERRUPTED)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunError:
+    """The exception that ended a run."""
+
+    step: int
+    kind: str  # its class
+    message: str  # "": it has none
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.kind, self.message)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """How a run stands or ended."""
+
+    state: str  # DONE …
+    why: str = ""  # "": the state needs no reason; of a running one: where it runs
+    error: RunError | None = None  # that ended it, if it recorded one
+    exit_code: int | None = None  # None: nobody waited for it
+
+
+NO_RUN = Status(NEW)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +79,21 @@ class Run:
     folder: pathlib.Path
     records: list[dict[str, Any]]
     starts: list[RunStart]  # at least one
+    about: Mapping[str, Any]  # what the newest start recorded of the run; empty: nothing
     parameters: int | None
     unigram_nll: float | None  # loss by the corpus's token frequencies alone, nats per token
     device: str  # "": not recorded
     saved_step: int  # of the newest checkpoint; 0: none is known
     checkpoints: list[tuple[int, pathlib.Path]]  # (step, folder), newest first
-    state: str
-    why: str  # the reason for the state; "": it needs none
+    status: Status = NO_RUN
+
+    @property
+    def state(self) -> str:
+        return self.status.state
+
+    @property
+    def why(self) -> str:
+        return self.status.why
 
     @property
     def config(self) -> Mapping[str, Value]:
@@ -169,11 +204,22 @@ def read_run(folder: pathlib.Path) -> Run:
     Raises:
       UserError: if it is none.
     """
-    file = folder / metrics.NAME
-    checkpoints = list_checkpoints(folder)
-    if not (file.is_file() or checkpoints or background.read(folder)):
+    if not _is_run(folder):
         raise UserError(f"{folder} is not a run's folder: it {_lack(folder)}")
-    records = [r for r in metrics.read(file) if type(r["step"]) is int]
+    return from_records(folder, metrics.read(folder / metrics.NAME))
+
+
+def read_status(folder: pathlib.Path) -> Status:
+    """Returns how the run in a folder stands or ended; NEW where there is none."""
+    if _is_run(folder):
+        return read_run(folder).status
+    return _running(folder) or NO_RUN
+
+
+def from_records(folder: pathlib.Path, records: list[dict[str, Any]]) -> Run:
+    """Makes a run of what ``metrics.read`` returns, and of the rest of its folder."""
+    checkpoints = list_checkpoints(folder)
+    records = [r for r in records if type(r["step"]) is int]
     started = [r for r in records if isinstance(r.get("run"), dict)]
     saved = _newest_metadata(checkpoints)
     saved_config = flat_config(saved.laid_out) if saved else {}
@@ -200,68 +246,77 @@ def read_run(folder: pathlib.Path) -> Run:
         folder,
         records,
         starts,
+        about,
         parameters,
         unigram_nll,
         device,
         saved_step,
         checkpoints,
-        NEW,
-        "",
     )
-    state, why = _state(run)
-    return dataclasses.replace(run, state=state, why=why)
+    return dataclasses.replace(run, status=_status(run))
 
 
 def _device(record: dict[str, Any]) -> tuple[Any, Any]:
     return record.get("device_kind"), record.get("device_count")
 
 
-def is_running(folder: pathlib.Path) -> bool:
-    """Says whether a run is active in a folder, in the background or the foreground."""
-    return background.is_running(folder) or lock.is_held(folder)
-
-
-def exit_state(facts: Mapping[str, Any]) -> str:
-    """Returns how a background run ended: DONE, STOPPED or FAILED.
-
-    Args:
-      facts: its record, as ``background.read`` returns it. Without an exit code the supervisor was
-        killed.
-    """
-    code = facts.get("exit_code")
-    if code in (None, exit_status.PREEMPTED, exit_status.PEER_LOST):
-        return STOPPED
-    return FAILED if code else DONE
-
-
-def last_end(records: list[dict[str, Any]]) -> tuple[int, str] | None:
-    """Returns step and text of the error that ended a run; None: no error has since it started."""
-    start = max((i for i, r in enumerate(records) if isinstance(r.get("run"), dict)), default=0)
-    ended = [(r["step"], str(r["ended"])) for r in records[start:] if "ended" in r]
-    return ended[-1] if ended else None
-
-
-def _state(run: Run) -> tuple[str, str]:
-    """Returns how the run stands, and why."""
-    if is_running(run.folder):
-        return RUNNING, ""
-    if end := last_end(run.records):
-        _, text = end
-        by_hand = text.startswith(("KeyboardInterrupt", "StoppedEarly"))
-        return STOPPED if by_hand else FAILED, text.removeprefix("UserError: ").strip(": ")
+def _status(run: Run) -> Status:
+    if running := _running(run.folder):
+        return running
+    facts = background.read(run.folder)
+    if facts.get("ended", "~") < run.starts[-1].started:  # it describes an earlier attempt
+        facts = {}
+    code, why = facts.get("exit_code"), str(facts.get("why", ""))
+    error = _last_error(run.records)
+    if facts.get("pruned"):
+        return Status(PRUNED, why, error, code)
+    if code == 0:
+        return Status(DONE, exit_code=0)
+    if code is not None or error:
+        by_request = code in _STOPPED_CODES or (error is not None and error.kind in _STOPPED_BY)
+        if error:
+            why = str(error).removeprefix("UserError: ")
+        elif code is not None and not why:
+            why = exit_status.meaning(code)
+        return Status(STOPPED if by_request else FAILED, why, error, code)
     evaluated = {r["step"] for r in run.evaluations}
     if run.planned_steps is not None and run.planned_steps <= run.last_step in evaluated:
-        return DONE, ""
-    facts = background.read(run.folder)
-    if isinstance(code := facts.get("exit_code"), int) and code != 0:
-        why = f"{exit_status.meaning(code)}. {facts.get('why', '')}".strip(". ")
-        return exit_state(facts), why
+        return Status(DONE)
+    if facts:
+        reason = exit_status.reason(pathlib.Path(facts.get("log", "")))
+        killed = "killed before its exit status was recorded"
+        return Status(STOPPED, f"{killed}: {reason}" if reason else killed)
     if not run.records and run.saved_step:
         done = run.planned_steps is not None and run.planned_steps <= run.saved_step
-        return DONE if done else UNKNOWN, f"{metrics.NAME} is empty or missing"
+        return Status(DONE if done else UNKNOWN, f"{metrics.NAME} is empty or missing")
     if not any("loss" in r for r in run.records):
-        return NEW, "no step is recorded yet"
-    return UNKNOWN, "stopped or killed"
+        return Status(NEW, "no step is recorded yet")
+    return Status(UNKNOWN, "stopped or killed")
+
+
+def _running(folder: pathlib.Path) -> Status | None:
+    """Returns the status of a run that is active, in the background or the foreground."""
+    if lock.is_held(folder):
+        holder = lock.read_holder(folder)
+        return Status(RUNNING, holder.where if holder else "")
+    if background.is_running(folder):  # and has not taken the lock yet
+        return Status(RUNNING)
+    return None
+
+
+def _last_error(records: list[dict[str, Any]]) -> RunError | None:
+    """Returns the error that ended a run; None: no error has since it started."""
+    start = max((i for i, r in enumerate(records) if isinstance(r.get("run"), dict)), default=0)
+    for record in reversed(records[start:]):
+        if "ended" in record:
+            kind, _, message = str(record["ended"]).partition(": ")
+            return RunError(record["step"], kind, message)
+    return None
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    named = (folder / metrics.NAME).is_file() or background.read(folder)
+    return bool(named or list_checkpoints(folder))
 
 
 def _lack(folder: pathlib.Path) -> str:

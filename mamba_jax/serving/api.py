@@ -23,9 +23,9 @@ from mamba_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerateRequest,
-    RequestParser,
     shown,
 )
+from mamba_jax.serving.request_parser import RequestParser
 from mamba_jax.serving.responses import GenerateResponseBuilder, ResponseBuilder, error
 from mamba_jax.serving.sequence import End, Event, Failed, GenerationRequest
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mamba_jax.data.tokenizers.base import StreamDecoder, Tokenizer
 from mamba_jax.generation.stops import StopFinder
-from mamba_jax.serving.slots import Slots
+from mamba_jax.serving.slots import Logprobs, Slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,14 @@ class TokenLogprob:
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
     start: int = 0
+
+    @classmethod
+    def of(cls, logprobs: Logprobs, slot: int, token: int, n_top: int) -> "TokenLogprob":
+        """Takes a token's ``n_top`` likeliest out of ``slots.Logprobs`` on the host."""
+        ids = logprobs.top_ids_bm[slot, :n_top].tolist()
+        values = logprobs.top_bm[slot, :n_top].tolist()
+        top = zip(ids, values, strict=True)
+        return cls(token, float(logprobs.chosen_b[slot]), tuple(top))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mamba_jax.parallel.compile_cache import cache_compilations
 from mamba_jax.serving.api import make_app
 from mamba_jax.serving.engine import Engine
 from mamba_jax.serving.metrics import Metrics
-from mamba_jax.serving.protocol import Limits, RequestParser
+from mamba_jax.serving.request_parser import Limits, RequestParser
 from mamba_jax.serving.settings import Settings
 
 

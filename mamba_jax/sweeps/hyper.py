@@ -21,13 +21,12 @@ import collections
 import dataclasses
 import itertools
 import math
-import pathlib
 import random
-import runpy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from mamba_jax.errors import UserError, did_you_mean
+from mamba_jax.config.files import call_in_file
+from mamba_jax.errors import UserError
 
 JobSettings = dict[str, Any]
 
@@ -258,22 +257,5 @@ def load(file: str, hyper: Hyper) -> Sweep:
     Raises:
       UserError: if the file is missing, fails, or returns no sweep.
     """
-    path = pathlib.Path(file)
-    if not path.is_file():
-        near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.py")))
-        raise UserError(f"sweep file {file} does not exist{near}")
-    try:
-        made = runpy.run_path(file)["get_hyper"](hyper)
-    except UserError as error:
-        raise UserError(f"sweep file {file}: {error}") from error
-    except Exception as error:  # a sweep file is a program, which may raise anything
-        raise UserError(
-            f"sweep file {file} is broken: {type(error).__name__}: {error}; it must define "
-            "get_hyper(h)"
-        ) from error
-    if not isinstance(made, Sweep):
-        raise UserError(
-            f"sweep file {file}: get_hyper(h) must return the result of h.sweep, h.product, "
-            f"h.zipit or h.chainit, not {made!r}"
-        )
-    return made
+    kind, result = "sweep file", "the result of h.sweep, h.product, h.zipit or h.chainit"
+    return call_in_file(kind, file, "get_hyper", Sweep, result, h=hyper)

@@ -14,13 +14,20 @@ from mamba_jax.checkpoints.folder import list_checkpoints, read_metadata
 from mamba_jax.config import RunConfig, to_dict
 from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
-from mamba_jax.runs import metrics, recorded
-from mamba_jax.runs.background import read
-from mamba_jax.runs.recorded import DONE, FAILED, NEW, RUNNING, STOPPED
+from mamba_jax.runs import background, metrics
+from mamba_jax.runs.recorded import (
+    DONE,
+    FAILED,
+    NEW,
+    PRUNED,
+    RUNNING,
+    STOPPED,
+    UNKNOWN,
+    read_status,
+)
 from mamba_jax.sweeps.hyper import JobSettings
 
 METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")  # lower is better
-PRUNED = "pruned"  # a state besides those of ``runs.recorded``
 PAGE = "report.html"  # as ``report run`` names it
 _FLAGS = (
     "model_size",
@@ -116,16 +123,6 @@ def _fitted(value: Any, default: Any) -> Any:
     return round(value) if whole and isinstance(value, float) else value
 
 
-def state(folder: pathlib.Path) -> str:
-    """Returns how the newest run of a job ended, or that it is running or new."""
-    facts = read(folder)
-    if recorded.is_running(folder):
-        return RUNNING
-    if not facts:
-        return NEW
-    return PRUNED if facts.get("pruned") else recorded.exit_state(facts)
-
-
 def measures(folder: pathlib.Path) -> dict[str, float]:
     """Returns the latest metrics of a run: its last evaluation, training loss, speed and step."""
     records = metrics.read(folder / metrics.NAME)
@@ -151,15 +148,13 @@ def read_rows(out: pathlib.Path, metric: str) -> list[SweepRow]:
     """Returns every job ever started in a sweep's folder: best first, unfinished last."""
     found = []
     for folder in sorted(out.iterdir()) if out.is_dir() else ():
-        facts = read(folder)
-        if "settings" in facts:
-            why = facts.get("why", "")
-            has_page = (folder / PAGE).is_file()
-            now = state(folder)
+        settings = background.read(folder).get("settings")
+        if settings is not None:
+            now, has_page = read_status(folder), (folder / PAGE).is_file()
             found.append(
-                SweepRow(folder.name, facts["settings"], now, why, measures(folder), has_page)
+                SweepRow(folder.name, settings, now.state, now.why, measures(folder), has_page)
             )
-    order = [DONE, PRUNED, RUNNING, STOPPED, FAILED]
+    order = [DONE, PRUNED, RUNNING, STOPPED, UNKNOWN, NEW, FAILED]
     return sorted(found, key=lambda row: (order.index(row.state), _rank(row.measures.get(metric))))
 
 

@@ -8,8 +8,9 @@ from typing import Protocol
 from mamba_jax.errors import UserError
 from mamba_jax.runs import exit_status
 from mamba_jax.runs.background import Record
+from mamba_jax.runs.recorded import DONE, FAILED, read_status
 from mamba_jax.sweeps.executors import Executor, JobHandle
-from mamba_jax.sweeps.jobs import DONE, FAILED, Job, state
+from mamba_jax.sweeps.jobs import Job
 
 _POLL_SECS = 0.2
 
@@ -34,7 +35,7 @@ class JobList:
     """Provides the jobs of a list that are not done yet."""
 
     def __init__(self, jobs: Iterable[Job]):
-        self._jobs: Iterator[Job] = (job for job in jobs if state(job.folder) != DONE)
+        self._jobs: Iterator[Job] = (job for job in jobs if read_status(job.folder).state != DONE)
 
     def next(self) -> Job | None:
         return next(self._jobs, None)
@@ -97,7 +98,7 @@ class JobQueue:
         return bool(self._running)
 
     def _start(self, job: Job, slot: int) -> None:
-        before = state(job.folder)
+        before = read_status(job.folder).state
         try:
             record = Record.claim(job.folder)
         except UserError as error:

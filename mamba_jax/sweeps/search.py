@@ -14,8 +14,9 @@ from typing import Any
 
 from mamba_jax.errors import UserError, first_line
 from mamba_jax.runs import exit_status, metrics
+from mamba_jax.runs.recorded import DONE, read_status
 from mamba_jax.sweeps.hyper import JobSettings, Sweep
-from mamba_jax.sweeps.jobs import DONE, Job, evaluations, measures, state
+from mamba_jax.sweeps.jobs import Job, evaluations, measures
 
 _STUDY = "sweep"
 _SETTINGS = "settings"  # attribute of a trial: the settings of its job
@@ -111,7 +112,7 @@ class OptunaSearch:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                 continue  # proposed again while it is running
             self._trials[job.folder] = trial
-            if state(job.folder) != DONE:
+            if read_status(job.folder).state != DONE:
                 return job
             self.ended(job, 0, pruned=False)  # proposed again: the result exists
         return None

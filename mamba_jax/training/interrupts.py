@@ -4,8 +4,8 @@ import os
 import signal
 from types import FrameType, TracebackType
 
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: stopped by a signal and saved; the same command resumes
-_EXIT_AT_ONCE = 130  # 128 + SIGINT, as a shell reports Ctrl-C
+from mamba_jax.errors import INTERRUPTED
+
 # Schedulers announce the end with SIGTERM, SLURM's --signal commonly with USR1 or USR2.
 _SIGNALS = tuple(
     getattr(signal, name)
@@ -55,7 +55,7 @@ class Interrupts:
         if self.received:
             if number == signal.SIGINT:
                 os.write(2, b"\nstopped at once; nothing more was saved\n")
-                os._exit(_EXIT_AT_ONCE)  # a writer thread or XLA would delay a normal exit
+                os._exit(INTERRUPTED)  # a writer thread or XLA would delay a normal exit
             return  # schedulers repeat their signals
         self.received = signal.Signals(number).name
         if not self._deferred:

@@ -6,8 +6,8 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import tqdm
@@ -19,6 +19,7 @@ from mamba_jax.runs import log_file
 from mamba_jax.runs.metrics import History
 from mamba_jax.training.evaluation import Evaluation
 from mamba_jax.training.hardware import Hardware, device_memory_bytes
+from mamba_jax.training.stopwatch import Stopwatch
 from mamba_jax.training.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 _MIB = 1024**2
 _LOG, _TENSORBOARD, _HISTORY = "the log file", "TensorBoard", "metrics.jsonl"
-
-T = TypeVar("T")
 
 
 class Monitor:
@@ -51,10 +50,8 @@ class Monitor:
         self._silenced: set[str] = set()
         self._bar: tqdm.tqdm | None = None
         self._interval: collections.Counter[str] = collections.Counter()
-        self._secs = 0.0  # of training in the interval
-        self._data_secs = 0.0  # the part of it spent waiting for a batch
-        self._clock: float | None = None
-        self._pauses = 0
+        self._stopwatch = Stopwatch()
+        self.paused, self.waiting = self._stopwatch.paused, self._stopwatch.waiting
         self._rate = 0.0  # tokens per second in the last timed interval
         self._secs_per_step = 0.0  # there
         self._hardware: Hardware | None = None
@@ -183,36 +180,6 @@ class Monitor:
         if self._bar is not None:
             self._bar.close()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes what is not training (an evaluation, a save) from the rate of tokens.
-
-        The end of the first pause starts the clock, so that compilation is excluded as well. Among
-        nested pauses only the outermost counts.
-        """
-        self._stop_clock()
-        self._pauses += 1
-        try:
-            yield
-        finally:
-            self._pauses -= 1
-        if not self._pauses:
-            self._clock = time.perf_counter()
-
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._secs += time.perf_counter() - self._clock
-            self._clock = None
-
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields the batches and measures how long the training waits for each."""
-        before = time.perf_counter()
-        for batch in batches:
-            if self._clock is not None:
-                self._data_secs += time.perf_counter() - before
-            yield batch
-            before = time.perf_counter()
-
     def step(
         self,
         step: int,
@@ -243,9 +210,7 @@ class Monitor:
         self.record(step=step, **record)
         if skipped:
             self.warn(f"step {step}: gradient norm {gradient_norm:.3g} is a spike; step skipped")
-        if self._clock is not None:
-            self._stop_clock()
-            self._clock = time.perf_counter()
+        if self._stopwatch.step():
             self._interval.update(tokens=tokens, timed=1)
         self._interval.update(loss=loss, steps=1)  # type: ignore[call-overload]
         if self._bar is not None:
@@ -258,10 +223,10 @@ class Monitor:
         interval, self._interval = self._interval, collections.Counter()
         measures: dict[str, float] = {}
         hardware, memory_bytes, data_wait = self._hardware, device_memory_bytes(), 0.0
-        if self._secs > 0 and interval["timed"]:
-            data_wait = min(1.0, self._data_secs / self._secs)
-            self._rate = interval["tokens"] / self._secs
-            self._secs_per_step = self._secs / interval["timed"]
+        if (secs := self._stopwatch.secs) > 0 and interval["timed"]:
+            data_wait = min(1.0, self._stopwatch.data_secs / secs)
+            self._rate = interval["tokens"] / secs
+            self._secs_per_step = secs / interval["timed"]
             if hardware is not None:
                 measures = hardware.measures(self._rate)
                 self.record(
@@ -272,7 +237,7 @@ class Monitor:
                     memory_bytes=memory_bytes,
                     data_wait=data_wait,
                 )
-        self._secs = self._data_secs = 0.0
+        self._stopwatch.restart()
         mean_loss = interval["loss"] / interval["steps"]
         last = self._config.training.max_steps
         left = _duration((last - step) * self._secs_per_step) if self._rate else "–"

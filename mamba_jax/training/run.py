@@ -16,10 +16,11 @@ from mamba_jax.config import RunConfig
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.files import write_atomic
 from mamba_jax.runs import metrics
+from mamba_jax.runs.exit_status import PREEMPTED
 from mamba_jax.runs.lock import RunLock
 from mamba_jax.training import loop, summary
 from mamba_jax.training.elastic import OutOfMemory
-from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
+from mamba_jax.training.interrupts import Interrupts
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.profile import Profile
 from mamba_jax.training.set_up import Complete, PlanRun, Setup, set_up
@@ -130,7 +131,7 @@ def conclude(outcome: Outcome, monitor: Monitor) -> int:
             f"stopped by {outcome.interrupted_by} and saved at step {outcome.step}; "
             f"the same command{add} resumes from there"
         )
-        return EXIT_PREEMPTED
+        return PREEMPTED
     assert outcome.evaluation is not None  # a run that was not interrupted ends with one
     output_dir = pathlib.Path(config.output_dir)
     records = metrics.read(output_dir / metrics.NAME)

@@ -18,10 +18,9 @@ from mamba_jax.data.tokenizers import json_tokenizer
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.generation import generate_text
 from mamba_jax.generation.chat import STOP
-
-from ..data.small_tokenizers import byte_level
-from ..models.tiny import MAMBA, params_of
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.small_tokenizers import byte_level
+from tests.support.tiny import MAMBA, params_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 CONFIG = RunConfig(
     name="tiny",

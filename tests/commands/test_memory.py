@@ -15,8 +15,7 @@ from mamba_jax.config.presets import SIZES
 from mamba_jax.runs import metrics
 from mamba_jax.training import elastic
 from mamba_jax.training.step import make_train_step
-
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def test_a_run_finds_what_was_prepared(capsys, monkeypatch):
     def refuse(*_args):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(store.Store, "_build", refuse)
+    monkeypatch.setattr(store, "build_shards", refuse)
     config = DataConfig(data_dir="texts", tokenizer="bytes", cache_dir="cache")
     assert len(prepare(config, seq_len=64, seed=0, log=print).train) > 10
 
@@ -130,7 +130,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.Store, "_build", interrupt)
+    monkeypatch.setattr(store, "build_shards", interrupt)
     assert prepare_data.main(FLAGS) == 130
     assert capsys.readouterr().err == "interrupted; run the same command again to resume\n"
 
@@ -138,7 +138,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
 def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     code = """
 import concurrent.futures, multiprocessing, os, time
-from mamba_jax.data.cache.store import _begin_worker
+from mamba_jax.data.cache.workers import _begin_worker
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(1, context, initializer=_begin_worker)

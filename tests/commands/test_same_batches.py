@@ -49,9 +49,9 @@ TRAIN = """
 PREPARE = """
     import sys, time
     from mamba_jax import prepare_data
-    from mamba_jax.data.cache import store
+    from mamba_jax.data.cache import workers
     from mamba_jax.data.tokenizers import load
-    store._SHARD_PARTS, encode, count = 7, load._Bytes.encode, 0
+    workers.SHARD_PARTS, encode, count = 7, load._Bytes.encode, 0
     def slow(self, text):
         global count
         count += 1

@@ -12,8 +12,7 @@ from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.errors import UserError
 from mamba_jax.modules.mamba import resolve_scan
-
-from ..models.tiny import MAMBA, params_of
+from tests.support.tiny import MAMBA, params_of
 
 QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 REFUSED = 'error: model.scan="pallas_{0}" cannot be used: the pallas_{0} scan runs on a {1}, '

@@ -27,8 +27,7 @@ from mamba_jax.parallel.mesh import make_mesh
 from mamba_jax.runs import metrics
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.state import abstract_state
-
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 CONFIG = """
 from mamba_jax.config import default_config

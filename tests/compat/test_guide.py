@@ -27,8 +27,8 @@ from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.runs import metrics
 from tests.compat.blocks import GUIDE, Block, blocks, calls
-from tests.data.reading import texts_of
-from tests.training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.reading import texts_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 SHELL = [block for block in blocks() if block.language == "bash"]

@@ -14,8 +14,7 @@ from mamba_jax import generate, report, train
 from mamba_jax.checkpoints.folder import read_metadata
 from mamba_jax.runs import metrics
 from mamba_jax.runs.recorded import read_run
-
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 OLD = pathlib.Path(__file__).with_name("run_0")
 WORDS = (

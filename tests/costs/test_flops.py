@@ -17,8 +17,7 @@ from mamba_jax.modules import layout
 from mamba_jax.ops.selective_scan import reference
 from mamba_jax.parallel.mesh import make_mesh
 from mamba_jax.training.loss import loss_sums
-
-from ..models.tiny import HYBRID, MAMBA, VARIANTS
+from tests.support.tiny import HYBRID, MAMBA, VARIANTS
 
 B, T = 4, 32
 ABLATIONS = VARIANTS | {

@@ -19,7 +19,7 @@ from mamba_jax.data.sources import files as sources
 from mamba_jax.data.sources.records import CHAT_NOT_UNDERSTOOD, LOOSE
 from mamba_jax.errors import UserError
 from tests.data.conftest import words
-from tests.data.reading import read_folder
+from tests.support.reading import read_folder
 
 LINES = (
     "binary or gz named .txt, NULs",

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
-from tests.data.reading import read_folder
 from tests.data.test_readers import zst
+from tests.support.reading import read_folder
 
 ROUTINE = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 THOROUGH = settings(ROUTINE, max_examples=2_500)

@@ -15,7 +15,7 @@ from mamba_jax.data.sources import hub_access, hub_table
 from mamba_jax.data.sources.hub import open_dataset
 from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
-from tests.data.reading import documents_of, texts_of
+from tests.support.reading import documents_of, texts_of
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"It is {i}.", "id": i} for i in range(40)]
 

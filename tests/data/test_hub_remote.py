@@ -18,7 +18,7 @@ from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from tests.data.fake_hub import FakeHub
-from tests.data.reading import texts_of
+from tests.support.reading import texts_of
 
 ROWS_PER_FILE = (150, 220, 90, 200, 110, 90)
 TEXTS = [f"Row {i} says {i * i}." for i in range(sum(ROWS_PER_FILE))]
@@ -229,7 +229,7 @@ def tokens_of(store: Store, taken) -> list[list[int]]:
 
 
 def test_tokenising_a_stream_resumes_after_a_kill(remote, small_parts, monkeypatch):
-    monkeypatch.setattr(data_store, "_SHARD_BYTES", 5_000)  # sealed every two or three parts
+    monkeypatch.setattr(data_store, "SHARD_BYTES", 5_000)  # sealed every two or three parts
     serve(remote, "org/name")
     open_store = lambda: Store(pathlib.Path("cache"), load_tokenizer("bytes"), [].append)
     store = open_store()

@@ -17,8 +17,8 @@ from mamba_jax.data.tokenizers import json_tokenizer
 from mamba_jax.data.tokenizers.base import StreamDecoder
 from mamba_jax.data.tokenizers.load import load_saved, load_tokenizer
 from mamba_jax.errors import UserError
+from tests.support.small_tokenizers import EXACT, KINDS
 
-from .small_tokenizers import EXACT, KINDS
 from .test_tokenizer import TEXTS
 
 SPECIAL = ["<|endoftext|>", "<|pad|>", "</s>", "<s>", "[SEP]", "[CLS]"]

@@ -20,7 +20,7 @@ from mamba_jax.data.sources.records import document_of
 from mamba_jax.data.summary import DataSummary
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
-from tests.data.reading import documents_of, read, texts_of
+from tests.support.reading import documents_of, read, texts_of
 
 
 def zst(data: bytes) -> bytes:

@@ -29,7 +29,7 @@ from mamba_jax.data.sources.records import (
 )
 from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
-from tests.data.reading import documents_of
+from tests.support.reading import documents_of
 
 CASES = pathlib.Path(__file__).parent / "cases"
 BROKEN_LINE = "broken JSON line"

@@ -9,7 +9,7 @@ import pytest
 from mamba_jax.data.cache import shards
 from mamba_jax.data.sources.files import open_source
 from mamba_jax.errors import UserError
-from tests.data.reading import read_folder as read
+from tests.support.reading import read_folder as read
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from mamba_jax.data.cache import shards, store
+from mamba_jax.data.cache import shards, store, workers
 from mamba_jax.data.document import Piece
 from mamba_jax.data.sources import files as sources
 from mamba_jax.data.tokenizers.load import load_tokenizer
@@ -39,7 +39,7 @@ def encoded(monkeypatch):
 @pytest.fixture
 def small_shards(monkeypatch):
     """Seven files of ``many_files`` to a shard."""
-    monkeypatch.setattr(store, "_SHARD_PARTS", 7)
+    monkeypatch.setattr(workers, "SHARD_PARTS", 7)
 
 
 def shard_folders(tmp_path, cache="cache"):
@@ -127,7 +127,7 @@ def test_shards_and_their_number_do_not_change_the_corpus(
 ):
     many = make(many_files)
     assert len(shard_folders(tmp_path)) == 9
-    monkeypatch.setattr(store, "_SHARD_PARTS", 1_000)
+    monkeypatch.setattr(workers, "SHARD_PARTS", 1_000)
     one = make(many_files, cache_dir=str(tmp_path / "one"))
     assert len(shard_folders(tmp_path, "one")) == 1
     assert many.fingerprint == one.fingerprint
@@ -333,10 +333,10 @@ def program(folder, cache_dir, patch):
     code = f"""
 import os, time
 from mamba_jax.config import DataConfig
-from mamba_jax.data.cache import store
+from mamba_jax.data.cache import workers
 from mamba_jax.data.tokenizers import load
 from mamba_jax.data.pipeline import prepare
-store._SHARD_PARTS = 7
+workers.SHARD_PARTS = 7
 {patch}
 config = DataConfig(data_dir={str(folder)!r}, tokenizer="bytes", cache_dir={str(cache_dir)!r},
     tokenise_workers=1)

@@ -24,8 +24,7 @@ from mamba_jax.data.tokenizers import tiktoken_encodings
 from mamba_jax.data.tokenizers.base import StreamDecoder
 from mamba_jax.data.tokenizers.load import load_saved, load_tokenizer
 from mamba_jax.errors import UserError
-
-from .characters import text_and_owners
+from tests.support.characters import text_and_owners
 
 TEXTS = [
     "",

@@ -19,8 +19,8 @@ import pytest
 
 from mamba_jax import train
 from mamba_jax.cli import main
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
-from ..training.tiny_run import quick_compiles  # noqa: F401
 from .pages import PAGES, ROOT, anchors, blocks, links
 
 RUN = [page for page in PAGES if any(block.language != "text" for block in blocks(page))]

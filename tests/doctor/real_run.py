@@ -23,7 +23,7 @@ from mamba_jax.training.evaluation import evaluate
 from mamba_jax.training.hardware import Hardware
 from mamba_jax.training.state import init_state
 from mamba_jax.training.step import make_eval_step, make_train_step
-from tests.training.tiny_run import EOT, HYBRID, one_device, run_config
+from tests.support.tiny_run import EOT, HYBRID, one_device, run_config
 
 STEPS, TOKENS, BATCH = 300, 24, 8
 MODEL = dataclasses.replace(HYBRID, vocab_size=128, max_seq_len=TOKENS)

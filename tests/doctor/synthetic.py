@@ -17,12 +17,15 @@ A fault is a function that changes the arrays of a healthy run.
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from mamba_jax.config import ModelConfig, RunConfig, TrainingConfig, VramConfig, to_dict
+from mamba_jax.doctor import signals
+from mamba_jax.runs import recorded
 
 LAYERS, VOCABULARY, FLOOR, UNIGRAM = 4, 50_257, 2.8, 7.4
 Arrays = dict[str, Any]
@@ -115,11 +118,14 @@ def records(plan: Plan = Plan(), *faults: Fault) -> list[dict[str, Any]]:
     for fault in faults:
         fault(a)
     about = {"config": to_dict(plan.config), "parameters": 60_000_000, "unigram_nll": UNIGRAM}
-    starts = {step: {"step": step, "run": {"started": "now", **about}} for step in plan.resumed}
+    starts = {
+        step: {"step": step, "run": {"started": "2026-01-02 03:04:05", **about}}
+        for step in plan.resumed
+    }
     at_interval = {int(step): i for i, step in enumerate(a["interval"])}
     at_evaluation = {int(step): i for i, step in enumerate(a["evaluated"])}
     warnings = dict(a["warnings"])
-    lines = [{"step": 0, "run": {"started": "now", **about}}]
+    lines = [{"step": 0, "run": {"started": "2026-01-02 03:04:05", **about}}]
     for n, step in enumerate(a["step"].tolist()):
         values = {key: float(a[key][n]) for key in ("loss", "learning_rate", "gradient_norm")}
         lines.append({"step": step, **values})
@@ -145,6 +151,10 @@ def records(plan: Plan = Plan(), *faults: Fault) -> list[dict[str, Any]]:
     if a["ended"]:
         lines.append({"step": plan.steps, "ended": a["ended"]})
     return lines
+
+
+def from_records(folder: pathlib.Path, lines: list[dict[str, Any]]) -> signals.RunSignals:
+    return signals.of_run(recorded.from_records(folder, lines))
 
 
 def changed(**changes: Callable[[np.ndarray], Any]) -> Fault:

@@ -14,10 +14,11 @@ import mamba_jax
 from mamba_jax import explain
 from mamba_jax.cli import train_arguments
 from mamba_jax.cli.main import COMMANDS
-from mamba_jax.doctor import rules, signals, text
-from mamba_jax.runs import metrics
+from mamba_jax.doctor import rules, text
+from mamba_jax.runs import exit_status, metrics
+from mamba_jax.runs.background import Record
 
-from .synthetic import Plan, changed, records
+from .synthetic import Plan, changed, from_records, records
 from .test_rules import NOISY, PLAIN, SHOWN, case, ended_by, layer, warn
 
 ESCAPE = re.compile(r"\033\[[\d;]*m")
@@ -39,7 +40,7 @@ def test_a_healthy_run(folder, capsys):
     write(folder, records())
     assert explain.main(["out"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("synthetic  (out)\nstep 2,000 of 2,000 · loss ")
+    assert out.startswith("synthetic  (out)\ndone · step 2,000 of 2,000 · loss ")
     assert "No problems found.\nChecked, no problem found: end of the run, loss falls" in out
     assert "Too little" not in out and "new run" not in out
 
@@ -72,7 +73,7 @@ def test_a_finding(folder, capsys):
 @pytest.mark.parametrize("row", SHOWN, ids=case)
 def test_lines_fit_the_terminal(row, width, tmp_path):
     _, _, plan, faults, *_ = row
-    run = signals.from_records(tmp_path, records(plan, *faults))
+    run = from_records(tmp_path, records(plan, *faults))
     run = dataclasses.replace(run, folder=tmp_path.relative_to(tmp_path))
     page = text.render(run, rules.examine(run), text.TextPage(width, colours=True))
     longest = max(page.splitlines(), key=lambda line: len(ESCAPE.sub("", line)))
@@ -89,7 +90,7 @@ def test_what_is_advised_exists(row, command, tmp_path, monkeypatch):
     _, _, plan, faults, *_ = row
     monkeypatch.chdir(tmp_path)
     plan = dataclasses.replace(plan, max_steps=2 * plan.steps)
-    run = signals.from_records(tmp_path, records(plan, *faults))
+    run = from_records(tmp_path, records(plan, *faults))
     if command:  # there is a checkpoint to resume from
         for step in (1_000, 2_000):
             (tmp_path / f"step_{step}").mkdir()
@@ -151,6 +152,28 @@ def test_a_run_without_a_step(folder, capsys):
     assert explain.main(["out"]) == 0
     out = capsys.readouterr().out
     assert "OSError ended the run" in out and "No space left" in out
+
+
+@pytest.mark.parametrize(
+    ("code", "title", "evidence"),
+    [
+        (75, "The run was stopped", "after step 900: stopped by a signal and saved"),
+        (137, "An error ended the run", "after step 900: killed by SIGKILL"),
+    ],
+)
+def test_an_end_that_only_the_exit_code_tells(code, title, evidence, folder, capsys):
+    write(folder, records(Plan(steps=900, max_steps=1_000)))
+    record = Record.claim(folder)
+    record.begin(log="log")
+    assert explain.main(["out"]) == 0
+    assert "(out)\nrunning · step 900" in (out := capsys.readouterr().out) and title not in out
+    record.end(code, exit_status.meaning(code))
+    record.release()
+    assert explain.main(["out", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (found,) = [f for f in result["findings"] if f["rule"] == "end of the run"]
+    assert found["title"] == title and found["evidence"][0].startswith(evidence)
+    assert result["state"] == {75: "stopped", 137: "failed"}[code]
 
 
 class Terminal(io.StringIO):

@@ -10,7 +10,7 @@ import pytest
 from mamba_jax.doctor import rules, signals
 from mamba_jax.runs import metrics
 
-from .synthetic import Plan, records
+from .synthetic import Plan, from_records, records
 
 FOLDER = pathlib.Path("run")
 LONG = 200_000
@@ -39,7 +39,7 @@ PLANS = {
 
 
 def examine(lines) -> rules.Diagnosis:
-    return rules.examine(signals.from_records(FOLDER, lines))
+    return rules.examine(from_records(FOLDER, lines))
 
 
 def output(diagnosis: rules.Diagnosis) -> dict[str, str]:
@@ -83,7 +83,7 @@ def test_a_run_that_records_losses_alone():
 def test_a_config_of_another_version():
     lines = records()
     lines[0]["run"]["config"]["model"]["of_the_future"] = 1
-    run = signals.from_records(FOLDER, lines)
+    run = from_records(FOLDER, lines)
     assert run.config is None
     assert output(rules.examine(run)) == {}
 

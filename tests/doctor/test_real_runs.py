@@ -10,7 +10,7 @@ import pytest
 
 from mamba_jax.doctor import rules, signals
 from mamba_jax.doctor.finding import Finding
-from tests.training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 from . import real_run
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mamba_jax.doctor import remedies, rules, signals
+from mamba_jax.doctor import remedies, rules
 from mamba_jax.doctor.finding import Finding, Severity
 
-from .synthetic import UNIGRAM, VOCABULARY, Arrays, Fault, Plan, changed, records
+from .synthetic import UNIGRAM, VOCABULARY, Arrays, Fault, Plan, changed, from_records, records
 
 FOLDER = pathlib.Path("run")
 SEEDS = (0, 1, 2)
@@ -19,7 +19,7 @@ LN_V = math.log(VOCABULARY)
 
 
 def findings(plan: Plan, *faults: Fault) -> dict[str, Finding]:
-    return dict(rules.examine(signals.from_records(FOLDER, records(plan, *faults))).findings)
+    return dict(rules.examine(from_records(FOLDER, records(plan, *faults))).findings)
 
 
 def from_on(share: float, change: Callable[[np.ndarray], np.ndarray]) -> Callable:
@@ -251,12 +251,12 @@ QUICK_START = """
 def test_the_spike_of_the_quick_start(steps):
     losses = [float(word) for word in QUICK_START.split()][:steps]
     lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
-    examined = rules.examine(signals.from_records(FOLDER, lines))
+    examined = rules.examine(from_records(FOLDER, lines))
     (finding,) = [finding for rule, finding in examined.findings if rule == "loss spikes"]
     assert finding.severity == Severity.WARNING
     assert "step 40" in finding.evidence[0] and "21.050 at step 40" in finding.evidence[1]
     lines[39]["loss"] = 4.5
-    assert not rules.examine(signals.from_records(FOLDER, lines)).findings
+    assert not rules.examine(from_records(FOLDER, lines)).findings
 
 
 @pytest.mark.parametrize("row", SHOWN, ids=case)
@@ -296,7 +296,7 @@ def test_another_device_has_another_speed():
     for line in lines:
         if "device_kind" in line and line["step"] > 1_200:
             line["device_kind"] = "Tesla T4"
-    run = signals.from_records(FOLDER, lines)
+    run = from_records(FOLDER, lines)
     assert run.layout_step == 1_209
     assert run["tokens_per_sec"].after(run.layout_step).steps[0] == 1_210
     assert "speed" not in dict(rules.examine(run).findings)
@@ -305,15 +305,15 @@ def test_another_device_has_another_speed():
 def test_another_layout_has_another_speed():
     lines = records(Plan(resumed=(1_200,)), changed(tokens_per_sec=from_on(0.6, lambda v: v / 3)))
     starts = [line for line in lines if "run" in line]
-    assert "speed" in dict(rules.examine(signals.from_records(FOLDER, lines)).findings)
+    assert "speed" in dict(rules.examine(from_records(FOLDER, lines)).findings)
     config = starts[1]["run"]["config"]
     changed_model = config["model"] | {"max_seq_len": 8192}
     starts[1]["run"] = starts[1]["run"] | {"config": config | {"model": changed_model}}
-    assert "speed" not in dict(rules.examine(signals.from_records(FOLDER, lines)).findings)
+    assert "speed" not in dict(rules.examine(from_records(FOLDER, lines)).findings)
 
 
 def test_the_worst_comes_first():
-    run = signals.from_records(
+    run = from_records(
         FOLDER, records(Plan(), warn(3, "x"), changed(dt_max=layer(0, 200.0)), NOISY)
     )
     found = [finding.severity for _, finding in rules.examine(run).findings]
@@ -330,7 +330,7 @@ def test_a_rate_is_rounded_down_to_one_digit(rate, text):
 
 
 def test_a_rate_that_has_worked_is_preferred():
-    run = signals.from_records(FOLDER, records(Plan(steps=100)))
+    run = from_records(FOLDER, records(Plan(steps=100)))
     peak = run.peak_rate
     assert remedies.rate_flag(peak / 3) in remedies.lower_rate(run).command
     assert remedies.rate_flag(peak / 9) in remedies.lower_rate(run, peak / 9).command
@@ -338,7 +338,7 @@ def test_a_rate_that_has_worked_is_preferred():
 
 
 def test_which_checkpoint_to_resume_from(tmp_path):
-    run = signals.from_records(tmp_path / "a b", records(Plan(steps=900, max_steps=1_000)))
+    run = from_records(tmp_path / "a b", records(Plan(steps=900, max_steps=1_000)))
     assert remedies.resume(run, "--x=1") == "--x=1", "there is no checkpoint"
     for step in (300, 600, 900):
         (run.folder / f"step_{step}").mkdir(parents=True)
@@ -348,7 +348,7 @@ def test_which_checkpoint_to_resume_from(tmp_path):
     assert remedies.resume(run, "--x=1") == f"{start} '{run.folder}' --x=1"
     assert remedies.resume(run, before=700) == f"{start} '{run.folder}/step_600'"
     assert remedies.resume(run, "--x=1", before=200) == "--x=1"
-    complete = signals.from_records(run.folder, records(Plan(steps=900)))
+    complete = from_records(run.folder, records(Plan(steps=900)))
     assert remedies.resume(complete, "--x=1") == "--x=1", "a complete run is not resumed"
     assert remedies.resume(complete, before=700) == f"{start} '{run.folder}/step_600'"
 
@@ -370,5 +370,5 @@ def test_the_remedy_for_a_flat_loss(rate, text, advised):
 
 @pytest.mark.parametrize("now,then", [(0.0, 5), (8.0, 5), (5.0, 2.5), (3.0, 2)])
 def test_skipping_more_spikes_than_so_far(now, then):
-    run = signals.from_records(FOLDER, records(Plan(steps=60, training={"skip_spikes": now})))
+    run = from_records(FOLDER, records(Plan(steps=60, training={"skip_spikes": now})))
     assert remedies.skip_spikes(run).command == f"--config.training.skip_spikes={then:g}"

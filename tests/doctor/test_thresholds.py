@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mamba_jax.doctor import rules, signals
+from mamba_jax.doctor import rules
 
-from .synthetic import Arrays, Fault, Plan, changed, records
+from .synthetic import Arrays, Fault, Plan, changed, from_records, records
 from .test_rules import FOLDER, LN_V, UNIGRAM, at_level, bump, findings, from_on, layer, ramp, skip
 
 PLAIN = Plan()
@@ -186,6 +186,6 @@ def test_a_record_that_begins_late_has_no_first_loss():
     """Its first loss is not that of random guessing, and may be exceeded for a while."""
     bulge = loss_of(lambda x: 6.0 + 2.0 * (0.2 < x < 0.25))
     late = [line for line in records(PLAIN, bulge) if line["step"] > 100 or "run" in line]
-    found = dict(rules.examine(signals.from_records(FOLDER, late)).findings)
+    found = dict(rules.examine(from_records(FOLDER, late)).findings)
     assert "learning rate" not in found
     assert "learning rate" in findings(PLAIN, bulge)

@@ -19,7 +19,7 @@ from mamba_jax.estimator.breakdown import memory_breakdown
 from mamba_jax.estimator.budget import GIB, Machine, of_device
 from mamba_jax.models import build
 from tests.estimator.test_targets import needs_compilers
-from tests.models.tiny import VARIANTS
+from tests.support.tiny import VARIANTS
 
 V = 50_257
 RTX = of_device(device_named("RTX 4080"))

@@ -4,7 +4,6 @@ The compilers are not part of the environment (see ``scripts/compilers.sh``): wh
 in a process of its own, and is skipped without them. Lowering needs no compiler.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -22,6 +21,7 @@ from mamba_jax.costs.devices import DEVICES
 from mamba_jax.errors import UserError
 from mamba_jax.estimator.targets import LIMITS, cuda_target, tpu_target
 from mamba_jax.ops.selective_scan import pallas_gpu
+from tests.support.lowering import as_on_a_gpu
 
 ROOT = pathlib.Path(mamba_jax.__file__).parents[1]
 COMPILERS = ROOT / ".compilers"
@@ -89,19 +89,6 @@ def test_an_unknown_target_or_a_missing_compiler_is_one_line():
     with pytest.raises(UserError, match=r"scripts/compilers\.sh.*PYTHONPATH=\.compilers"):
         cuda_target("9.0")
     assert {device.cuda.capability for device in DEVICES if device.cuda} == LIMITS.keys()
-
-
-@contextlib.contextmanager
-def as_on_a_gpu():
-    """Newer versions of jax ask which card a kernel is for when they lower it."""
-    if jax.__version_info__ < (0, 11):
-        yield
-        return
-    from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        yield
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,8 @@ import pytest
 
 from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
-
-from ..training.tiny_run import quick_compiles  # noqa: F401
-from .tiny_models import CONFIGS, model_of
+from tests.support.tiny_models import CONFIGS, model_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from mamba_jax.errors import UserError
 from mamba_jax.evaluating import perplexity
 from mamba_jax.evaluating.scorer import Scorer, mean_probability
 from mamba_jax.models import build
-
-from .tiny_models import CONFIGS, TOKENIZER, model_of
+from tests.support.tiny_models import CONFIGS, TOKENIZER, model_of
 
 TEXTS = ["x = 1\n" * 9, "é", "def f(a, b):", "a b c d e f g h i j k"]
 SEQUENCES = [np.r_[TOKENIZER.eot_id, TOKENIZER.encode(text)].astype(np.int32) for text in TEXTS]

@@ -12,8 +12,7 @@ from mamba_jax.errors import UserError
 from mamba_jax.evaluating import lm_eval_tasks
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 from mamba_jax.models import build
-
-from .tiny_models import CONFIGS, TOKENIZER, model_of
+from tests.support.tiny_models import CONFIGS, TOKENIZER, model_of
 
 apply = jax.jit(build.apply, static_argnums=1)
 EXAMPLES = "1+1=2;"

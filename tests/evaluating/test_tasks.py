@@ -16,8 +16,7 @@ from mamba_jax.evaluating.scorer import Scorer
 from mamba_jax.evaluating.tasks import on_problems, wilson
 from mamba_jax.generation import generate_text
 from mamba_jax.models import build
-
-from .tiny_models import TOKENIZER, model_of
+from tests.support.tiny_models import TOKENIZER, model_of
 
 PROMPTS = ["x = ", "", "def f(a, b):"]
 LENGTH = 32  # for whole forward passes: compiled once

@@ -20,9 +20,9 @@ from mamba_jax.exporting import hf, tensors
 from mamba_jax.exporting.card import model_card
 from mamba_jax.exporting.folder import new_folder
 from mamba_jax.generation.chat import prompt_of
-from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
-from tests.models import tiny
-from tests.training.tiny_run import quick_compiles  # noqa: F401
+from tests.support import tiny
+from tests.support.made import UNTIED, metadata_of, random_params, write_checkpoint
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parents[2]
 HF_FILES = {

@@ -9,9 +9,9 @@ from mamba_jax import export
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import chat_format, gguf_file, tensors, tokenizer_files
-from tests.exporting.made import UNTIED, metadata_of, random_params, write_checkpoint
 from tests.exporting.test_tokenizer_files import json_file, other_encoding
-from tests.models import tiny
+from tests.support import tiny
+from tests.support.made import UNTIED, metadata_of, random_params, write_checkpoint
 
 
 def run(folder, model, *more):

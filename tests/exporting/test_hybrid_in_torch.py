@@ -9,8 +9,8 @@ import pytest
 
 from mamba_jax import export
 from mamba_jax.exporting import hf
-from tests.exporting.made import random_params, write_checkpoint
-from tests.models import tiny
+from tests.support import tiny
+from tests.support.made import random_params, write_checkpoint
 
 torch = pytest.importorskip("torch", reason="needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")

@@ -23,11 +23,11 @@ from mamba_jax.errors import UserError
 from mamba_jax.exporting import hf, reading, tensors, torch_file
 from mamba_jax.parallel.mesh import make_mesh
 from mamba_jax.training.state import abstract_state
-from tests.exporting.made import UNTIED, metadata_of, random_params
 from tests.exporting.test_tensors import assert_same
 from tests.exporting.test_tokenizer_files import json_file
-from tests.models import tiny
-from tests.training.tiny_run import quick_compiles  # noqa: F401
+from tests.support import tiny
+from tests.support.made import UNTIED, metadata_of, random_params
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "original.bin"
 ORIGINAL = {

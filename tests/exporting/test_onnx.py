@@ -21,9 +21,9 @@ from mamba_jax import export
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.exporting import onnx_file, onnx_graph, onnx_model, tensors, verify
 from mamba_jax.models import build
-from tests.exporting.made import UNTIED, random_params, write_checkpoint
-from tests.models import tiny
-from tests.training.tiny_run import quick_compiles  # noqa: F401
+from tests.support import tiny
+from tests.support.made import UNTIED, random_params, write_checkpoint
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 onnx = pytest.importorskip("onnx", reason="needs onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")

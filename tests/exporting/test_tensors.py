@@ -8,10 +8,9 @@ import pytest
 
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import tensors
-from tests.exporting.made import UNTIED, random_params
-from tests.models import test_golden, tiny
-
-golden = test_golden.golden
+from tests.support import tiny
+from tests.support.golden import CONFIG, as_params, golden_file  # noqa: F401
+from tests.support.made import UNTIED, random_params
 
 
 def assert_same(ours, theirs):
@@ -36,9 +35,9 @@ def test_there_and_back_is_the_identity(tied):
 def test_the_tensors_of_transformers_itself(golden):
     prefix = "weight/"
     theirs = {n.removeprefix(prefix): golden[n] for n in golden.files if n.startswith(prefix)}
-    params = tensors.from_hf(theirs, test_golden.CONFIG)
-    assert_same(params, test_golden.as_params(golden, "weight"))
-    assert_same(tensors.to_hf(params, test_golden.CONFIG, 61), theirs)
+    params = tensors.from_hf(theirs, CONFIG)
+    assert_same(params, as_params(golden, "weight"))
+    assert_same(tensors.to_hf(params, CONFIG, 61), theirs)
 
 
 def test_padding_stays_here_and_all_arrays_are_contiguous():

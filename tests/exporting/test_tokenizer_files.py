@@ -10,7 +10,7 @@ from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import tokenizer_files
 from mamba_jax.generation.chat import prompt_of
-from tests.data import small_tokenizers
+from tests.support import small_tokenizers
 
 TEXTS = ("Hello world's\n\n  end  ", "naïve 東京 🙂\tx = 12345", "", " ", "'LL 100,000\r\n\n")
 

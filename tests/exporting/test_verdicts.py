@@ -5,7 +5,7 @@ import pytest
 
 from mamba_jax.errors import UserError
 from mamba_jax.exporting import tensors, verify
-from tests.exporting.made import UNTIED, random_params
+from tests.support.made import UNTIED, random_params
 
 
 @pytest.fixture

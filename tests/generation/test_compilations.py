@@ -9,11 +9,10 @@ from mamba_jax.evaluating import lm_eval_tasks
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 from mamba_jax.generation import Conversation, Sampling, generate_text
 from mamba_jax.generation.load import find
-
-from ..compilations import programs
-from ..evaluating.tiny_models import CONFIGS, TOKENIZER, model_of
-from ..exporting.made import write_checkpoint
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.compilations import programs
+from tests.support.made import write_checkpoint
+from tests.support.tiny_models import CONFIGS, TOKENIZER, model_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 SETTINGS = {"max_tokens": 20, "temperature": 0.7, "top_k": 4, "top_p": 0.9, "seed": 1}
 

@@ -9,9 +9,9 @@ from mamba_jax.generation import Sampling, conversation, generate_text
 from mamba_jax.generation.chat import STOP, prompt_of
 from mamba_jax.generation.conversation import Conversation, exact_chunks
 from mamba_jax.generation.ensemble import Model
+from tests.support.tiny import assert_close
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
-from ..models.tiny import assert_close
-from ..training.tiny_run import quick_compiles  # noqa: F401
 from .test_generate import CONFIGS, GREEDY_SAMPLING, TOKENIZER, params_for, whole_logits
 
 SAMPLING = Sampling(temperature=1.0, top_k=0, top_p=0.95)

@@ -14,9 +14,8 @@ from mamba_jax.errors import UserError
 from mamba_jax.generation import Sampling, generate, generate_text
 from mamba_jax.generation.ensemble import Model, mean_logits
 from mamba_jax.models import build
-
-from ..models.tiny import HYBRID, MAMBA, assert_close, params_of
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny import HYBRID, MAMBA, assert_close, params_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 TOKENIZER = load_tokenizer("bytes")
 # Seven ids more than the tokenizer has, as a padded vocabulary would have. Untied, because a random

@@ -11,9 +11,8 @@ from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.errors import UserError
 from mamba_jax.generation import check_settings, generate_text
 from mamba_jax.models import build
-
-from ..models.tiny import HYBRID, MAMBA, TOKENS, params_of
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny import HYBRID, MAMBA, TOKENS, params_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 SETTINGS: dict[str, Any] = {
     "max_tokens": 4,

@@ -15,7 +15,7 @@ from mamba_jax.config import ModelConfig
 from mamba_jax.ops.selective_scan import choose, selective_scan
 from mamba_jax.training.state import init_state
 from mamba_jax.training.step import make_train_step
-from tests.training.tiny_run import EOT, one_device, run_config, windows
+from tests.support.tiny_run import EOT, one_device, run_config, windows
 
 pytestmark = [
     pytest.mark.gpu,

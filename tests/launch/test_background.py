@@ -91,9 +91,9 @@ def test_start_prints_the_next_commands_and_only_one_run_uses_a_folder(place, ca
     )
     assert error.count("\n") == 1 and "--force" in error
     assert background.main(["--status"]) == 0
-    output = capfd.readouterr().out
-    assert "out: running since " in output and f"pid {pid}" in output
-    assert "step 1/10  loss 4.2500" in output and "step 1: eval loss 4.5000" in output
+    told = capfd.readouterr().out
+    assert f"out: running on {socket.gethostname()} (pid {pid}, since " in told
+    assert "step 1/10  loss 4.2500" in told and "step 1: eval loss 4.5000" in told
     assert (OUT / "exit_code").read_text().strip() == "running"
 
 
@@ -134,6 +134,23 @@ def test_stop_lets_the_run_save_and_reports(place, capfd):
     assert background.main(["--status", "--output_dir=out"]) == 3
     assert background.main(["--stop", "--output_dir", "out"]) == 2
     assert "nothing to stop: no background run is active in out" in capfd.readouterr().err
+
+
+def test_a_run_in_the_foreground_is_shown_but_not_stopped(place, capfd):
+    """Whether or not an earlier run of that folder was in the background."""
+    for earlier in (None, {"log": "log", "exit_code": 75, "why": "stopped"}):
+        OUT.mkdir(exist_ok=True)
+        if earlier:
+            (OUT / NAME).write_text(json.dumps(earlier))
+        where = f"on {socket.gethostname()} (pid {os.getpid()}, since "
+        with RunLock.acquire(OUT):
+            assert background.main(["--status", "--output_dir=out"]) == 0
+            assert f"out: running {where}" in capfd.readouterr().out
+            assert background.main(["--stop", "--output_dir=out"]) == 2
+            error = capfd.readouterr().err
+            assert f"the run in out, {where}" in error and error.count("\n") == 1
+        assert background.main(["--status", "--output_dir=out"]) == 3
+        assert "running" not in capfd.readouterr().out
 
 
 def test_stop_needs_a_choice_between_several_runs(place, capfd):
@@ -263,8 +280,8 @@ def test_a_run_outlives_its_supervisor_and_is_still_found(place, capfd):
     os.kill(facts["pid"], signal.SIGKILL)
     wait(lambda: not pathlib.Path(f"/proc/{facts['pid']}/cwd").exists())
     assert launch("run") == 2  # still one run in the folder
-    assert background.main(["--stop"]) == 1  # saved, but its status was not observed
-    assert "out: ended without an exit status, its supervisor was killed" in capfd.readouterr().out
+    assert background.main(["--stop"]) == 1  # saved, but nobody saw its status
+    assert "out: stopped: killed before its exit status was recorded" in capfd.readouterr().out
     assert "saved at step 1" in log_text()
 
 

@@ -14,10 +14,9 @@ from mamba_jax.models import build
 from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.norm import rms_normalise
 from mamba_jax.ops.selective_scan import SAVEABLE, selective_scan
-
-from ..training.tiny_run import quick_compiles  # noqa: F401
-from . import naive
-from .tiny import HYBRID, MAMBA, TOKENS, VARIANTS, assert_close, params_of
+from tests.support import naive
+from tests.support.tiny import HYBRID, MAMBA, TOKENS, VARIANTS, assert_close, params_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 # float32 rounding of a few hundred additions per layer in another order; values up to ~10.
 ROUNDING = 3e-5

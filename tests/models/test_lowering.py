@@ -9,9 +9,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from mamba_jax.models import build
-
-from ..estimator.test_targets import as_on_a_gpu
-from .tiny import HYBRID, MAMBA, TOKENS
+from tests.support.lowering import as_on_a_gpu
+from tests.support.tiny import HYBRID, MAMBA, TOKENS
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mamba_jax.ops.windowed_attention import ring_attention, windowed_attention
-from tests.training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 
 def dense(q_bthp, k_bjhp, v_bjhp, low_bt, high_bt):

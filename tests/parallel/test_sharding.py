@@ -16,8 +16,8 @@ from mamba_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
 from mamba_jax.parallel.rules import param_shardings, spec_for
 from mamba_jax.training.state import abstract_state, init_state
 from mamba_jax.training.step import make_eval_step, make_train_step
-from tests.models.tiny import VARIANTS
-from tests.training.tiny_run import (
+from tests.support.tiny import VARIANTS
+from tests.support.tiny_run import (
     EOT,
     HYBRID,
     MAMBA,

@@ -15,7 +15,7 @@ from mamba_jax.reports.run_page import render
 from mamba_jax.runs.recorded import read_run
 from mamba_jax.sweeps import sweep_page
 from mamba_jax.sweeps.jobs import SweepRow
-from tests.reports.made_run import evaluated, rate, started, trained, write
+from tests.support.made_run import evaluated, rate, started, trained, write
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""

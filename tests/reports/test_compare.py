@@ -10,7 +10,7 @@ import pytest
 from mamba_jax import report
 from mamba_jax.reports.compare import Comparison, names, render
 from mamba_jax.runs.recorded import read_run
-from tests.reports.made_run import Page, evaluated, rate, started, trained, write
+from tests.support.made_run import Page, evaluated, rate, started, trained, write
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from mamba_jax.config import from_dict
 from mamba_jax.reports.run_page import render
 from mamba_jax.runs.background import Record
 from mamba_jax.runs.recorded import read_run
-from tests.reports.made_run import Page, config, evaluated, rate, started, trained, write
+from tests.support.made_run import Page, config, evaluated, rate, started, trained, write
 
 EVIL = '</script></pre><script>alert("x")</script><img src=x onerror=alert(1)> &amp; é'
 

@@ -241,7 +241,7 @@ def test_a_folder_that_another_host_took_meanwhile_is_left_to_it(tmp_path, monke
     holders = []
     monkeypatch.setattr(run_lock, "_is_renewed", watch)
     assert "(pid 1," in refusal(tmp_path)
-    assert run_lock._holder(tmp_path / NAME).pid == 1
+    assert run_lock.read_holder(tmp_path).pid == 1
     os.close(holders[0])
 
 

@@ -3,16 +3,18 @@
 import json
 import math
 import os
+import socket
 
 import pytest
 
 from mamba_jax.checkpoints.folder import Metadata, write_metadata
 from mamba_jax.config import from_dict
 from mamba_jax.errors import UserError
+from mamba_jax.runs import exit_status
 from mamba_jax.runs.background import Record
 from mamba_jax.runs.lock import RunLock
-from mamba_jax.runs.recorded import read_run
-from tests.reports.made_run import config, evaluated, rate, started, trained, write
+from mamba_jax.runs.recorded import read_run, read_status
+from tests.support.made_run import config, evaluated, rate, started, trained, write
 
 STEP_TOKENS = 8 * 100  # of made_run's config
 
@@ -78,25 +80,58 @@ def test_the_state_of_a_run(records, state, why, tmp_path):
     [
         (75, "stopped", "stopped by a signal and saved"),
         (76, "stopped", "another process of the run was lost"),
+        (130, "stopped", "Ctrl-C"),
         (137, "failed", "SIGKILL"),
+        (0, "done", ""),
+        (None, "stopped", "killed before"),
     ],
 )
 def test_the_launchers_record_gives_the_exit_status(code, state, why, tmp_path):
     write(tmp_path, [started(), *trained(1, 9)])
     record = Record.claim(tmp_path)
-    record.begin(pid=os.getpid())
+    record.begin(pid=os.getpid(), log=str(tmp_path / "log"))
     assert read_run(tmp_path).state == "running"
-    record.end(code, "the log's last word")
+    if code is not None:
+        record.end(code, exit_status.meaning(code))
+    record.release()
+    status = read_run(tmp_path).status
+    assert (status.state, status.exit_code) == (state, code) and why in status.why
+    assert read_status(tmp_path) == status
+    # A later attempt in the foreground: the record is of the one before.
+    start = started(9, at="2999-01-01 00:00:00")
+    write(tmp_path, [started(), *trained(1, 9), start, *trained(10, 12)])
+    assert read_run(tmp_path).state == ("stopped" if code is None else "not finished")
+
+
+def test_the_error_explains_the_exit_code(tmp_path):
+    write(tmp_path, [started(), {"step": 9, "ended": "OSError: no space"}])
+    record = Record.claim(tmp_path)
+    record.begin(pid=os.getpid())
+    record.end(76, "another process of the run was lost")
     record.release()
     run = read_run(tmp_path)
-    assert run.state == state and why in run.why and "the log's last word" in run.why
+    assert (run.state, run.why) == ("stopped", "OSError: no space")
+
+
+def test_a_pruned_job_of_a_sweep(tmp_path):
+    record = Record.claim(tmp_path)
+    record.begin(settings={})
+    record.add(pruned=True)
+    record.end(75, "pruned: other runs were better")
+    record.release()
+    assert read_status(tmp_path).state == "pruned"
+
+
+def test_an_empty_folder_has_no_run(tmp_path):
+    assert read_status(tmp_path).state == read_status(tmp_path / "nowhere").state == "new"
 
 
 def test_a_run_in_the_foreground_is_running(tmp_path):
     write(tmp_path, [started(), {"step": 9, "ended": "OSError: of an earlier attempt"}])
     with RunLock.acquire(tmp_path):
         run = read_run(tmp_path)
-        assert (run.state, run.why) == ("running", "")
+        assert run.state == "running" and run.status.error is None
+        assert run.why.startswith(f"on {socket.gethostname()} (pid {os.getpid()}, since ")
     assert read_run(tmp_path).state == "failed"
 
 

@@ -8,9 +8,9 @@ import pytest
 from mamba_jax.generation import generate_text
 from mamba_jax.serving import engine as engines
 from mamba_jax.serving.sequence import End, Failed, GenerationRequest, Text
+from tests.support.tiny_models import TOKENIZER, model_of
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
-from ..evaluating.tiny_models import TOKENIZER, model_of
-from ..training.tiny_run import quick_compiles  # noqa: F401
 from .served import until
 
 

@@ -12,9 +12,8 @@ import uvicorn
 from mamba_jax.serving.api import make_app
 from mamba_jax.serving.engine import Engine
 from mamba_jax.serving.metrics import Metrics
-from mamba_jax.serving.protocol import Limits, RequestParser
-
-from ..evaluating.tiny_models import TOKENIZER, model_of
+from mamba_jax.serving.request_parser import Limits, RequestParser
+from tests.support.tiny_models import TOKENIZER, model_of
 
 _LIMITS = Limits(prompt_tokens=400, max_tokens=100_000)
 

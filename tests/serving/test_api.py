@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mamba_jax.models import build
+from tests.support.characters import text_and_owners
+from tests.support.tiny_models import TOKENIZER, model_of
 
-from ..data.characters import text_and_owners
-from ..evaluating.tiny_models import TOKENIZER, model_of
 from .conftest import offline, tokens_of
 from .served import metric, post, request, serving, until
 

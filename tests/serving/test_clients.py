@@ -8,8 +8,8 @@ import pytest
 from mamba_jax.evaluating import lm_eval_tasks
 from mamba_jax.evaluating.scorer import Scorer
 from mamba_jax.exporting import tokenizer_files
+from tests.support.tiny_models import TOKENIZER, model_of
 
-from ..evaluating.tiny_models import TOKENIZER, model_of
 from .conftest import offline
 from .test_api import CHAT_TEXT, serving
 

@@ -17,8 +17,8 @@ from uvicorn.config import STARTUP_FAILURE
 from mamba_jax import serve
 from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
+from tests.support.tiny_models import model_of
 
-from ..evaluating.tiny_models import model_of
 from .conftest import offline
 from .served import post, request, until
 

@@ -11,11 +11,12 @@ import pytest
 from mamba_jax.generation import Sampling, generate
 from mamba_jax.models import build
 from mamba_jax.serving import engine as engines
+from mamba_jax.serving import prefilling, slots
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.observer import Observer
 from mamba_jax.serving.sequence import End, Failed, GenerationRequest, PromptLogprobs, Text
+from tests.support.tiny_models import TOKENIZER, model_of
 
-from ..evaluating.tiny_models import TOKENIZER, model_of
 from .conftest import (
     Listener,
     answers,
@@ -59,7 +60,7 @@ def test_a_long_prompt_does_not_stall_the_others(engine):
     listener = Listener(2)
     n_chunks = 12
     (other,) = engine.submit([request_of("to be or not", max_tokens=200)], listener)
-    long = request_of("z" * (n_chunks * engines.PREFILL_BUDGET_TOKENS - 1), max_tokens=1)
+    long = request_of("z" * (n_chunks * prefilling.BUDGET_TOKENS - 1), max_tokens=1)
     n_before = []
     engine.submit([long], lambda _, event: (n_before.append(other.n_new), listener(1, event)))
     assert all(isinstance(events[-1], End) for events in listener.wait())
@@ -89,7 +90,7 @@ def test_choices_of_one_prompt_prefill_it_once():
     request = request_of("A prompt that several answers are wanted to. " * 12)
     results = answers(engine, request, request, request)
     n_prompt = len(request.tokens)
-    assert n_prompt > 2 * engines.PREFILL_BUDGET_TOKENS
+    assert n_prompt > 2 * prefilling.BUDGET_TOKENS
     assert sorted(end.cached_tokens for _, end in results) == [0, n_prompt, n_prompt]
     assert len({text for text, _ in results}) == 1
     engine.close()
@@ -145,10 +146,8 @@ def test_logprobs_are_reported_up_to_the_stop(engine):
 
 
 def test_no_step_is_made_for_tokens_beyond_the_request(engine, monkeypatch):
-    step, calls = engines.device.step, []
-    monkeypatch.setattr(
-        engines.device, "step", lambda *of, **how: (calls.append(1), step(*of, **how))[1]
-    )
+    step, calls = slots.step, []
+    monkeypatch.setattr(slots, "step", lambda *of, **how: (calls.append(1), step(*of, **how))[1])
     ((_, end),) = answers(engine, request_of("to be or not", max_tokens=3))
     assert (end.reason, len(calls)) == ("length", 3)
 
@@ -203,7 +202,7 @@ def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engines.device, part, fail)
+        patch.setattr(slots, part, fail)
         ((_, end),) = answers(engine, request_of(f"a new prompt that {part}s"))
         assert end == Failed("error", "the step failed: RESOURCE_EXHAUSTED: out of memory")
     assert answers(engine, request_of("a"))[0][0] == offline("mamba", "a")
@@ -211,7 +210,7 @@ def test_a_failing_step_fails_its_requests_alone(part, engine, monkeypatch):
 
 def test_a_failing_step_ends_requests_whose_last_token_was_pending(monkeypatch):
     engine = engine_of("mamba")
-    step, calls = engines.device.step, []
+    step, calls = slots.step, []
 
     def second_fails(*arguments, **how):
         calls.append(len(arguments))
@@ -219,7 +218,7 @@ def test_a_failing_step_ends_requests_whose_last_token_was_pending(monkeypatch):
             raise RuntimeError("out of memory")
         return step(*arguments, **how)
 
-    monkeypatch.setattr(engines.device, "step", second_fails)
+    monkeypatch.setattr(slots, "step", second_fails)
     results = answers(engine, request_of("a", max_tokens=1), request_of("b", max_tokens=9))
     assert [end for _, end in results] == [Failed("error", "the step failed: out of memory")] * 2
     engine.close()
@@ -228,7 +227,7 @@ def test_a_failing_step_ends_requests_whose_last_token_was_pending(monkeypatch):
 def test_a_cache_entry_that_failed_on_the_device_is_not_found_again(monkeypatch):
     """As when memory runs out after the call that makes it has returned."""
     engine = engine_of("mamba")
-    prefill = engines.device.prefill
+    prefill = slots.prefill
 
     def broken(*arguments, **how):
         state, x_btd = prefill(*arguments, **how)
@@ -237,7 +236,7 @@ def test_a_cache_entry_that_failed_on_the_device_is_not_found_again(monkeypatch)
 
     request = request_of("A prompt worth caching.")
     with monkeypatch.context() as patch:
-        patch.setattr(engines.device, "prefill", broken)
+        patch.setattr(slots, "prefill", broken)
         ((_, end),) = answers(engine, request)
         assert end.reason == "error"
     ((text, end),) = answers(engine, request)
@@ -291,7 +290,8 @@ def test_the_next_turn_continues_from_the_state_behind_the_answer(end):
     assert event.new_tokens == n_answer if end == "length" else event.new_tokens < n_answer
     made = made[: event.new_tokens - (end == "end of text")]
     wait_until_idle(engine)
-    assert len(engine._prefixes) <= 3  # the prompt, the newest of the answer, all of the answer
+    # The prompt, the newest of the answer, all of the answer.
+    assert len(engine._prefilling.prefixes) <= 3
     turn = [*prompt, *made, *TOKENIZER.encode("\n\nuser: And now?\n\nassistant:").tolist()]
     next_request = GenerationRequest(np.array(turn, np.int32), 12)
     next_shown, event = _tokens_shown(engine, next_request)
@@ -316,9 +316,11 @@ def test_the_end_of_an_answer_is_prefilled_unseen_and_without_the_lock(monkeypat
 
     observer = Listening()
     engine = engine_of("mamba", observer=observer)
-    find, locked = engine._prefixes.find, []
+    find, locked = engine._prefilling.prefixes.find, []
     monkeypatch.setattr(
-        engine._prefixes, "find", lambda t: (locked.append(engine._changed._is_owned()), find(t))[1]
+        engine._prefilling.prefixes,
+        "find",
+        lambda t: (locked.append(engine._changed._is_owned()), find(t))[1],
     )
     stop = offline("mamba", "a prompt worth keeping", 21)[-3:]
     answers(engine, request_of("a prompt worth keeping", max_tokens=40, stops=(stop,)))
@@ -328,10 +330,10 @@ def test_the_end_of_an_answer_is_prefilled_unseen_and_without_the_lock(monkeypat
     assert sum(observer.prefilling) == 0  # the prompt was prefilled within its first round
 
 
-def test_without_a_prefix_cache_nothing_of_an_answer_is_kept(monkeypatch):
-    monkeypatch.setattr(engines.device, "extract", None)
+def test_nothing_of_an_answer_is_kept_without_a_prefix_cache(monkeypatch):
+    monkeypatch.setattr(slots, "extract", None)
     engine = engine_of("mamba", prefix_cache_bytes=0)
     ((text, _),) = answers(engine, request_of("def ", max_tokens=40))
     assert text == offline("mamba", "def ", 40)
-    assert (len(engine._prefixes), len(engine._tails)) == (0, 0)
+    assert (len(engine._prefilling.prefixes), len(engine._prefilling.tails)) == (0, 0)
     engine.close()

@@ -12,11 +12,11 @@ from mamba_jax.checkpoints.arrays import CheckpointWriter
 from mamba_jax.serving.server import open_app
 from mamba_jax.serving.settings import Settings
 from mamba_jax.serving.warm_up import WarmUp
+from tests.support.compilations import compilations
+from tests.support.made import metadata_of, random_params
+from tests.support.tiny_models import CONFIGS
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
-from ..compilations import compilations
-from ..evaluating.tiny_models import CONFIGS
-from ..exporting.made import metadata_of, random_params
-from ..training.tiny_run import quick_compiles  # noqa: F401
 from .served import metric, post, request, running, until
 
 MAX_BATCH = 3

@@ -8,9 +8,8 @@ from mamba_jax.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerateRequest,
-    Limits,
-    RequestParser,
 )
+from mamba_jax.serving.request_parser import Limits, RequestParser
 from mamba_jax.serving.responses import ResponseBuilder
 from mamba_jax.serving.sequence import (
     End,
@@ -20,9 +19,9 @@ from mamba_jax.serving.sequence import (
     Text,
     TokenLogprob,
 )
+from tests.support.characters import text_and_owners
+from tests.support.tiny_models import TOKENIZER
 
-from ..data.characters import text_and_owners
-from ..evaluating.tiny_models import TOKENIZER
 from .conftest import tokens_of
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0}

@@ -198,12 +198,18 @@ def test_the_ensemble_of_the_guide():
     ]  # fmt: skip
 
 
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "rates.json").write_text("{}")
+    with pytest.raises(UserError, match=r"rates.json is not a .py file with a get_hyper\(h\)"):
+        load(str(tmp_path / "rates.json"), Hyper())
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, 'does not exist; did you mean "near.py"?'),
-        ("def get_hyper(h: pass", "is broken: SyntaxError"),
-        ("x = 1", "is broken: KeyError: 'get_hyper'; it must define get_hyper(h)"),
+        ("def get_hyper(h: pass", "failed: SyntaxError"),
+        ("x = 1", "has no attribute 'get_hyper'; it must define get_hyper(h)"),
         ("def get_hyper(h): return [1]", "must return the result of h.sweep"),
         ("def get_hyper(h): return h.sweep('a', [])", "has no values"),
     ],

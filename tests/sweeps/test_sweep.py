@@ -19,6 +19,7 @@ import pytest
 from mamba_jax import sweep
 from mamba_jax.config import RunConfig
 from mamba_jax.runs.background import Record, is_running, read
+from mamba_jax.runs.recorded import read_status
 from mamba_jax.sweeps import executors, jobs, sweep_page
 
 FAKE = (sys.executable, "-u", str(pathlib.Path(__file__).with_name("fake_job.py")))
@@ -631,8 +632,8 @@ def test_a_job_on_a_node_waits_for_the_save_before_it_requeues(tmp_path):
 
 def test_records_of_jobs_are_not_considered_free(tmp_path):
     record = Record.claim(tmp_path)
-    assert jobs.state(tmp_path) == "running"
+    assert read_status(tmp_path).state == "running"
     record.begin(settings={})
     record.end(75, "")
     record.release()
-    assert jobs.state(tmp_path) == "stopped"
+    assert read_status(tmp_path).state == "stopped"

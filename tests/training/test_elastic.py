@@ -11,7 +11,7 @@ from mamba_jax.training import elastic
 from mamba_jax.training.elastic import ElasticStep, OutOfMemory, smaller
 from mamba_jax.training.state import init_state
 from mamba_jax.training.step import make_train_step
-from tests.training.tiny_run import (
+from tests.support.tiny_run import (
     EOT,
     one_device,
     quick_compiles,  # noqa: F401

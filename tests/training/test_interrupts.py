@@ -53,12 +53,13 @@ def test_the_previous_handlers_are_restored():
 def test_only_a_second_ctrl_c_ends_at_once(sent, status):
     script = f"""
         import signal, sys
-        from mamba_jax.training.interrupts import EXIT_PREEMPTED, Interrupts
+        from mamba_jax.runs.exit_status import PREEMPTED
+        from mamba_jax.training.interrupts import Interrupts
         with Interrupts() as interrupts:
             interrupts.defer()
             for name in {sent!r}:
                 signal.raise_signal(signal.Signals[name])
-            sys.exit(EXIT_PREEMPTED)
+            sys.exit(PREEMPTED)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True)
     assert done.returncode == status

@@ -7,8 +7,7 @@ import pytest
 
 from mamba_jax.models import build
 from mamba_jax.training.loss import token_nll
-
-from .tiny_run import (
+from tests.support.tiny_run import (
     EOT,
     HYBRID,
     MAMBA,

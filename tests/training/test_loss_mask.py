@@ -10,7 +10,7 @@ from mamba_jax.config import DataConfig
 from mamba_jax.training.loss import loss_sums, token_nll
 from mamba_jax.training.state import init_state
 from mamba_jax.training.step import make_eval_step
-from tests.training.tiny_run import (
+from tests.support.tiny_run import (
     EOT,
     MAMBA,
     one_device,

@@ -23,8 +23,7 @@ from mamba_jax.training.evaluation import Evaluation, evaluate
 from mamba_jax.training.hardware import find_hardware
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.summary import Summary
-
-from .tiny_run import HYBRID, one_device
+from tests.support.tiny_run import HYBRID, one_device
 
 
 @pytest.fixture

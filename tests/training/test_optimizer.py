@@ -9,7 +9,7 @@ import pytest
 from mamba_jax.config import TrainingConfig
 from mamba_jax.models import build
 from mamba_jax.training.optimizer import decay_mask, make_optimizer
-from tests.models.tiny import VARIANTS
+from tests.support.tiny import VARIANTS
 
 CONFIG = TrainingConfig(gradient_clip=1.0, beta1=0.9, beta2=0.95, adam_eps=1e-8, weight_decay=0.1)
 RATES = (3e-3, 1e-2, 2e-3, 5e-3, 1e-3)

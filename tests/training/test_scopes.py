@@ -8,7 +8,7 @@ import pytest
 
 from mamba_jax.training.state import abstract_state
 from mamba_jax.training.step import make_train_step
-from tests.training.tiny_run import (
+from tests.support.tiny_run import (
     EOT,
     HYBRID,
     MAMBA,

@@ -16,8 +16,8 @@ from mamba_jax.training.loss import loss_sums
 from mamba_jax.training.optimizer import make_optimizer
 from mamba_jax.training.state import init_state
 from mamba_jax.training.step import NORM_MEAN_DECAY, culprits, make_eval_step, make_train_step
-from tests.models.tiny import assert_close
-from tests.training.tiny_run import (
+from tests.support.tiny import assert_close
+from tests.support.tiny_run import (
     EOT,
     HYBRID,
     MAMBA,

@@ -8,18 +8,14 @@ killed build loses only the shard it was writing.
 """
 
 import bisect
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
 import mmap
-import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -34,14 +30,13 @@ from mamba_jax.data.cache.shards import (
     remove_abandoned,
     remove_damaged,
 )
+from mamba_jax.data.cache.workers import SHARD_BYTES, build_shards
 from mamba_jax.data.document import CorpusPart
 from mamba_jax.data.tokenizers.base import Tokenizer
-from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.files import write_atomic
 
 # Raise it whenever the same parts would give other files, or the files another meaning.
 _FORMAT = 2
-_SHARD_BYTES, _SHARD_PARTS = 64_000_000, 4_000  # of text: a kill loses at most so much a process
 _CHECKED_BLOCKS = 64  # of 1 MiB, over all shards of a corpus
 _SETTLED_SECS = 2.0  # a file changed less long ago may change again and keep its time
 
@@ -204,13 +199,14 @@ class Store:
                     self._begin(part.name)
                     builder = stack.enter_context(Builder(self._shard_root, self._tokenizer))
                 builder.add(part, key, lambda _: None)
-                if builder.text_bytes >= _SHARD_BYTES:
+                if builder.text_bytes >= SHARD_BYTES:
                     builder.seal()
                     builder = None
             if builder is not None:
                 builder.seal()
         if waiting:
-            self._build(list(waiting.items()), workers)
+            self._begin(f"{sum(part.size_bytes for part in waiting.values()) / 1e6:,.2f} MB")
+            build_shards(self._shard_root, self._tokenizer, list(waiting.items()), workers)
         self._look()
         self._write_files()
         return taken
@@ -219,44 +215,6 @@ class Store:
         self._shard_root.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self._shard_root)
         self._log(f"tokenising {what} into {self.root} (only once)")
-
-    def _build(self, waiting: list[tuple[str, CorpusPart]], workers: int) -> None:
-        from tqdm import tqdm
-
-        sizes = [part.size_bytes for _, part in waiting]
-        total = sum(sizes)
-        self._begin(f"{total / 1e6:,.2f} MB")
-        groups: list[list[tuple[str, CorpusPart]]] = [[]]
-        filled = 0
-        for item, size in zip(waiting, sizes, strict=True):
-            if groups[-1] and (filled + size > _SHARD_BYTES or len(groups[-1]) >= _SHARD_PARTS):
-                groups.append([])
-                filled = 0
-            groups[-1].append(item)
-            filled += size
-        workers = min(workers or os.cpu_count() or 1, len(groups))
-        # disable=None: no bar where standard error is not a terminal.
-        bar = tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None)
-        with bar:
-            if workers == 1:
-                for group in groups:
-                    _build_shard(self._shard_root, self._tokenizer, group, bar.update)
-                return
-            # Not forked: this process may have threads by now. Each loads the tokenizer itself.
-            context = multiprocessing.get_context("spawn")
-            name = self._tokenizer.name
-            with concurrent.futures.ProcessPoolExecutor(
-                workers, context, initializer=_begin_worker
-            ) as pool:
-                jobs = [
-                    pool.submit(_build_in_worker, self._shard_root, name, group) for group in groups
-                ]
-                try:
-                    for job in concurrent.futures.as_completed(jobs):
-                        bar.update(job.result())
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
 
     def _key(self, part: CorpusPart) -> str:
         stat = part.stat
@@ -357,38 +315,6 @@ class Store:
             return None
         whole = lambda name: np.broadcast_to(np.uint8(1), self._shards[name].token_count)
         return Flat([whole(name) if mask is None else mask for name, mask in masks.items()])
-
-
-def _build_shard(
-    root: pathlib.Path,
-    tokenizer: Tokenizer,
-    group: Sequence[tuple[str, CorpusPart]],
-    progress: Callable[[int], Any],
-) -> int:
-    with Builder(root, tokenizer) as builder:
-        for key, part in group:
-            builder.add(part, key, progress)
-        builder.seal()
-        return builder.text_bytes
-
-
-def _begin_worker() -> None:
-    """Leaves Ctrl-C to the parent process, and exits with it even if it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _build_in_worker(
-    root: pathlib.Path, tokenizer: str, group: list[tuple[str, CorpusPart]]
-) -> int:
-    return _build_shard(root, load_tokenizer(tokenizer), group, lambda _: None)
 
 
 def _read_files(root: pathlib.Path) -> dict[str, list[Any]]:

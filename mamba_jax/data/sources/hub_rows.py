@@ -1,5 +1,6 @@
 """Common parts of datasets on disk and streamed ones: split, columns, documents from rows."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -128,40 +129,51 @@ def choose_columns(
     return read
 
 
-def part_key(identity: str, columns: Sequence[str], named: bool, start: int, stop: int) -> str:
-    """Returns the hash of the content of rows and of how they are read."""
-    words = ["rows", VERSION, identity, *columns, named, str(start), str(stop)]
-    return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
+@dataclasses.dataclass(frozen=True)
+class RowSource:
+    """Where rows come from, and how their text is read.
 
-
-def pieces_of_batches(
-    batches: Iterator[dict[str, list]],
-    columns: Sequence[str],
-    named: bool,
-    origin: str,
-    row: int,
-    summary: DataSummary,
-) -> Iterator[Piece]:
-    """Yields the documents of rows.
-
-    Args:
-      batches: batches of the columns.
+    Attributes:
+      origin: of the rows, for messages.
+      identity: hash of the split's content; changes whenever a row may have changed.
       columns: to read.
       named: whether the user named them, in the order of the text; otherwise a row is a record.
-      origin: where the rows come from, for messages.
-      row: number of the first row.
-      summary: counts what was left out.
     """
-    rows = (
-        dict(zip(columns, values, strict=True))
-        for batch in batches
-        for values in zip(*(batch[column] for column in columns), strict=True)
-    )
-    for number, record in enumerate(rows if named else gathered(rows), row):
-        document = document_of_columns(record, columns) if named else document_of(record)
-        where = f"{origin} row {number}"
-        if note(document, where, summary):
-            summary.rows += 1
-            yield from pieces_of_document(document.segments)
-        elif not document.skip:
-            summary.skip("row without text", where)
+
+    origin: str
+    identity: str
+    columns: tuple[str, ...]
+    named: bool
+
+    def part_name(self, start: int, stop: int) -> str:
+        return f"{self.origin}, rows {start:,} to {stop:,}"
+
+    def part_key(self, start: int, stop: int) -> str:
+        """Returns the hash of the content of rows and of how they are read."""
+        words = ["rows", VERSION, self.identity, *self.columns, self.named, str(start), str(stop)]
+        return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
+
+    def pieces(
+        self, batches: Iterator[dict[str, list]], row: int, summary: DataSummary
+    ) -> Iterator[Piece]:
+        """Yields the documents of rows.
+
+        Args:
+          batches: of the columns.
+          row: number of the first row.
+          summary: counts what was skipped.
+        """
+        columns, named = self.columns, self.named
+        rows = (
+            dict(zip(columns, values, strict=True))
+            for batch in batches
+            for values in zip(*(batch[column] for column in columns), strict=True)
+        )
+        for number, record in enumerate(rows if named else gathered(rows), row):
+            document = document_of_columns(record, columns) if named else document_of(record)
+            where = f"{self.origin} row {number}"
+            if note(document, where, summary):
+                summary.rows += 1
+                yield from pieces_of_document(document.segments)
+            elif not document.skip:
+                summary.skip("row without text", where)

@@ -31,13 +31,12 @@ from mamba_jax.data.sources.hub_access import (
 from mamba_jax.data.sources.hub_rows import (
     PART_ROWS,
     ROWS_AT_A_TIME,
+    RowSource,
     choose_columns,
     choose_split,
     load_library,
     named_columns,
     open_builder,
-    part_key,
-    pieces_of_batches,
 )
 from mamba_jax.data.sources.readers import VERSION
 from mamba_jax.data.summary import DataSummary
@@ -132,8 +131,8 @@ class Stream:
         named: whether the user named the columns, in the order of the text.
         """
         self.origin = f"dataset {name}, split {record.split}"
+        self.rows = RowSource(self.origin, record.identity, record.columns, named)
         self.record = record
-        self.named = named
         self._name = name
         self._start, self._stop = rows
         self._connect = connect
@@ -213,18 +212,14 @@ class StreamPart:
 
     @property
     def name(self) -> str:
-        return f"{self.stream.origin}, rows {self.start:,} to {self.stop:,}"
+        return self.stream.rows.part_name(self.start, self.stop)
 
     def key(self) -> str:
-        record, named = self.stream.record, self.stream.named
-        return part_key(record.identity, record.columns, named, self.start, self.stop)
+        return self.stream.rows.part_key(self.start, self.stop)
 
     def pieces(self, summary: DataSummary) -> Iterator[Piece]:
-        stream = self.stream
-        batches = stream.batches(self.start, self.stop)
-        return pieces_of_batches(
-            *(batches, stream.record.columns, stream.named, stream.origin, self.start, summary)
-        )
+        batches = self.stream.batches(self.start, self.stop)
+        return self.stream.rows.pieces(batches, self.start, summary)
 
 
 def open_stream(config: DataConfig, log: Callable[[str], None]) -> Stream:

