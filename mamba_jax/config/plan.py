@@ -96,6 +96,11 @@ def parse(text: str) -> tuple[str, ...]:
     return (*groups[0][0], *(item or ()))
 
 
+def numbers(kind: str, text: str) -> tuple[int, ...]:
+    """Returns the numbers, from 0, of the layers of a kind in the plan of this text."""
+    return tuple(layer for layer, other in enumerate(parse(text)) if other == kind)
+
+
 @functools.lru_cache(maxsize=256)
 def schedule(kinds: tuple[str, ...]) -> tuple[Run | Loop, ...]:
     """Returns how to run a plan: runs of equal layers, at most once a loop over some.

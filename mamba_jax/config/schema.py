@@ -30,8 +30,9 @@ class ModelConfig:
     n_layers: Annotated[int, POSITIVE, "Number of layers."] = 12
     plan: Annotated[
         str,
-        "Hybrid: the kind of each layer: M Mamba, A Mamba with an attention read, H hybrid; *n "
-        "repeats a layer or a group, as in (M,M,H,M,M)*2; default: all of the family's kind.",
+        "Hybrid: the kind of each layer: M Mamba, A Mamba with an attention read, H hybrid; a "
+        "number after * repeats a layer or a group, as in (M,M,H,M,M)*2; default: all of the "
+        "family's kind.",
     ] = ""
     d_state: Annotated[int, POSITIVE, "State size of each channel of the scan."] = 16
     d_conv: Annotated[int, POSITIVE, "Width of the causal convolution, in tokens."] = 4
@@ -122,10 +123,27 @@ class ModelConfig:
         return {"mamba": "M", "hybrid": "H"}[self.family]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether every layer is a Mamba layer, as in all other software."""
+        return set(self.kinds) == {"M"} if self.plan else self.family == "mamba"
+
+    @property
     def attends(self) -> bool:
         """Whether any layer reads attention."""
-        plain = set(self.kinds) == {"M"} if self.plan else self.family == "mamba"
-        return not plain and bool(self.attention_scales)
+        return not self.is_plain and bool(self.attention_scales)
+
+    @property
+    def gated_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with depth gates."""
+        return tuple(
+            layer for layer, kind in enumerate(self.kinds) if kind == "H" and self.recursion_depth
+        )
+
+    @property
+    def layer_counts(self) -> list[tuple["ModelConfig", int]]:
+        """The structure of each kind of layer, and the number of its layers."""
+        kinds = self.kinds
+        return [(self.of_kind(kind), kinds.count(kind)) for kind in "HAM" if kind in kinds]
 
     def of_kind(self, kind: str) -> "ModelConfig":
         """Returns the structure of the layers of one kind, as of a model without others."""

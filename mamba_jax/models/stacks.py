@@ -50,7 +50,8 @@ def places(kinds: Sequence[str]) -> list[tuple[str, int]]:
 def unstack(layers: Tree, kinds: Sequence[str]) -> tuple[Tree, ...]:
     """Returns each layer's own tree, in the order of the plan."""
     stacks = by_kind(layers, kinds)
-    return tuple(jax.tree.map(lambda leaf: leaf[i], stacks[kind]) for kind, i in places(kinds))
+    cut = lambda stack, i: jax.tree.map(lambda leaf: leaf[i], stack)
+    return tuple(cut(stacks[kind], i) for kind, i in places(kinds))
 
 
 def in_order(stacks: Mapping[str, jax.Array], kinds: Sequence[str]) -> jax.Array:
