@@ -37,7 +37,7 @@ ORIGINAL = {
 }
 
 
-PLANNED = hf.model_config(tiny.VARIANTS["plan A,M,H"], 64, "f32")
+PLANNED = hf.model_config(tiny.VARIANTS["plan A,M,H,M"], 64, "f32")
 
 
 def exported(folder, model, params, tokenizer):
@@ -53,7 +53,7 @@ def same_structure(ours, theirs):
 
 @pytest.mark.parametrize(
     "model",
-    [tiny.MAMBA, UNTIED, tiny.HYBRID, tiny.VARIANTS["plan A,M,H"]],
+    [tiny.MAMBA, UNTIED, tiny.HYBRID, tiny.VARIANTS["plan A,M,H,M"]],
     ids=["tied", "untied", "hybrid", "plan"],
 )
 def test_export_then_import_is_the_identity(model, tmp_path):

@@ -36,7 +36,10 @@ def jitted_apply(config):
     )
 
 
-@pytest.mark.parametrize("name", VARIANTS | PLANS)
+MIXED = [plan for plan in PLANS if "," in plan]
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *MIXED])
 def test_logits_equal_the_naive_reading(name):
     config = (VARIANTS | PLANS)[name]
     params = params_of(config)
@@ -131,8 +134,13 @@ def test_prefill_and_decoding_equal_the_whole_forward(name):
         assert_close(cache, whole_cache, ROUNDING)
 
 
-@every_variant
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in VARIANTS),
+        *((name, "bfloat16") for name in ("mamba", "hybrid", "plan A,M,H,M")),
+    ],
+)
 def test_prepared_parameters_decode_the_same(name, dtype):
     """Layers apart and factors cast beforehand: the same products of the same numbers."""
     config = dataclasses.replace(VARIANTS[name], dtype=dtype)
@@ -149,8 +157,8 @@ def test_prepared_parameters_decode_the_same(name, dtype):
         # neighbour, 2^-8 away, and the states carry that on.
         assert_close(prepared_logits, logits, ROUNDING if dtype == "float32" else 0.05)
     assert_close(
-        jax.tree.map(lambda *leaf: jnp.stack(leaf), *apart["layers"]),
-        cache["layers"],
+        apart["layers"],
+        build.unstack_cache(cache, config)["layers"],
         ROUNDING if dtype == "float32" else 0.05,
     )
 
@@ -242,7 +250,7 @@ def test_a_left_padded_row_equals_the_row_alone(config):
         assert_close(logits, expected, ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["mamba", "hybrid", "plan A,M,H"])
+@pytest.mark.parametrize("name", ["mamba", "hybrid", "plan A,M,H,M"])
 def test_rematerialisation_changes_nothing(name):
     config = VARIANTS[name]
     params = params_of(config)
@@ -319,9 +327,8 @@ def test_a_mixed_plan_has_a_stack_per_kind_and_a_cache_where_it_is_needed(plan):
         assert any("keys" in name for name in cache[kind]) == (kind != "M")
 
 
-@pytest.mark.parametrize("observing", [False, True])
-def test_what_is_reported_is_in_the_order_of_the_plan(observing):
-    config = PLANS["A,(M,M,H)*2,A"]
+def test_what_is_reported_is_in_the_order_of_the_plan():
+    config = dataclasses.replace(HYBRID, plan="A,(M,H)*2,A", n_layers=6)
     params, kinds = params_of(config), config.kinds
     # Each layer shows which it is, by its own A and its own gates.
     for kind, stack in params["layers"].items():
@@ -331,12 +338,11 @@ def test_what_is_reported_is_in_the_order_of_the_plan(observing):
             gate = stack["recursion"]["gate"]
             gate["kernel"] = jnp.zeros_like(gate["kernel"])
             gate["bias"] = jnp.zeros_like(gate["bias"]) + numbers[:, None]
-    _, aux, _ = build.forward(params, config, TOKENS, observing=observing)
-    gates = 1 / (1 + np.exp(-np.array([3.0, 6.0])))
-    assert config.gated_layers == (3, 6)
-    np.testing.assert_allclose(aux["depth_mean"], 2 * gates, rtol=1e-5)
-    if observing:
-        np.testing.assert_allclose(aux["A_min"], -np.exp(np.arange(8.0)), rtol=1e-5)
+    observe = lambda params: build.forward(params, config, TOKENS, observing=True)[1]
+    aux = jax.jit(observe)(params)
+    assert config.gated_layers == (2, 4)
+    np.testing.assert_allclose(aux["depth_mean"], 2 / (1 + np.exp([-2.0, -4.0])), rtol=1e-5)
+    np.testing.assert_allclose(aux["A_min"], -np.exp(np.arange(6.0)), rtol=1e-5)
 
 
 def test_a_program_does_not_grow_with_the_repetitions_of_its_plan():
