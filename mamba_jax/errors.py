@@ -23,8 +23,13 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """Returns ``; did you mean "x"?`` for the candidate nearest to ``name``, else ``""``."""
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    """Returns ``; did you mean "x"?`` for the candidate nearest to ``name``, else ``""``.
+
+    Those that begin with the name come first.
+    """
+    known = list(candidates)
+    nearest = lambda among: difflib.get_close_matches(name, among, n=1, cutoff=0.5)
+    near = nearest([one for one in known if one.startswith(name)]) or nearest(known)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 

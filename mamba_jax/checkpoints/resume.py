@@ -22,7 +22,10 @@ from mamba_jax.errors import UserError
 
 AUTO = "auto"
 # Fields that change how parameters are used or were initialised, not what they mean.
-_FREE_MODEL_FIELDS = ("dtype", "remat", "scan", "dropout", "gate_bias", "fusion_gain")
+_FREE_MODEL_FIELDS = (
+    *("dtype", "remat", "scan", "dropout"),
+    *("gate_bias", "fusion_gain", "embedding_std"),
+)
 # Groups and fields of the config that do not affect training.
 _SILENT_FIELDS = ("name", "output_dir", "log_dir", "tensorboard_dir", "sample_prompt")
 

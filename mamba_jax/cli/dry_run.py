@@ -70,6 +70,7 @@ def _model(config: RunConfig) -> list[str]:
     if model.family == "hybrid":
         scales = " ".join(map(str, model.attention_scales)) or "none"
         structure += f", recursion depth {model.recursion_depth}, attention scales {scales}"
+        structure += f", plan {model.plan}" if model.plan else ""
     return [
         f"{_name_of(presets.SIZES, size_fields, model)}: {structure}",
         f"{count.total:,} parameters, {count.non_embedding:,} without embeddings "

@@ -12,6 +12,7 @@ DEFAULT_SIZE, DEFAULT_PRESET = "medium", "default"
 DEFAULTS = RunConfig()
 _SCHEMA = {field.name: field for field in fields(RunConfig)}
 FIELDS = {  # flag → the field that it sets
+    "--plan": "model.plan",
     "--vram_auto": "vram.auto",
     "--vram": "vram.memory_gb",
     "--vram_safety_margin": "vram.safety_margin_mb",
@@ -84,6 +85,7 @@ def make_parser() -> Parser:
         nargs=0,
         help="print every field of the config and exit",
     )
+    _add_field_flag(model, "--plan", "PLAN")
     _add_field_flag(model, "--seed", "N")
     add_data_flags(parser)
     memory = parser.add_argument_group("memory")

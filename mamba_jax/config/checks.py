@@ -133,7 +133,26 @@ def check_choice(name: str, value: Any) -> None:
         )
 
 
+def _check_plan(model: ModelConfig) -> None:
+    if not model.plan:
+        return
+    kinds, shown = model.kinds, f'model.plan="{model.plan}"'
+    if len(kinds) != model.n_layers:
+        raise UserError(
+            f"{shown} has {len(kinds)} layers, model.n_layers={model.n_layers}; give "
+            f"--config.model.n_layers={len(kinds)}, or another plan"
+        )
+    if model.family == "mamba" and set(kinds) != {"M"}:
+        raise UserError(f'{shown} needs model.family="hybrid"; "mamba" has only layers M')
+    if "A" in kinds and not model.attention_scales:
+        raise UserError(
+            f"{shown} has layers that read attention (A), but model.attention_scales=(); give "
+            "scales, or write M for A"
+        )
+
+
 def _check_model(model: ModelConfig) -> None:
+    _check_plan(model)
     if model.family == "mamba":
         return
     if model.attention_scales:

@@ -166,7 +166,7 @@ def freeze(config: ConfigDict) -> RunConfig:
     """
     run = from_dict(config.to_dict())
     checks.check(run)
-    return run
+    return dataclasses.replace(run, model=run.model.normalised())
 
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:

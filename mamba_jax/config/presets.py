@@ -103,6 +103,7 @@ def size_fields(name: str) -> dict[str, Any]:
             "family": size.family,
             "d_model": size.d_model,
             "n_layers": size.n_layers,
+            "plan": "",
             # A plain Mamba keeps the default: it has no recursion, whatever the number.
             "recursion_depth": size.depth or ModelConfig.recursion_depth,
         }

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from mamba_jax.config import plan as plans
 from mamba_jax.config.fields import FRACTION, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, SHARE
 
 Value = bool | int | float | str  # a field of a flattened config
@@ -27,6 +28,12 @@ class ModelConfig:
     ] = "mamba"
     d_model: Annotated[int, POSITIVE, "Width of the residual stream."] = 768
     n_layers: Annotated[int, POSITIVE, "Number of layers."] = 12
+    plan: Annotated[
+        str,
+        "Hybrid: the kind of each layer: M Mamba, A Mamba with an attention read, H hybrid; a "
+        "number after * repeats a layer or a group, as in (M,M,H,M,M)*2; default: all of the "
+        "family's kind.",
+    ] = ""
     d_state: Annotated[int, POSITIVE, "State size of each channel of the scan."] = 16
     d_conv: Annotated[int, POSITIVE, "Width of the causal convolution, in tokens."] = 4
     expand_factor: Annotated[int, POSITIVE, "Channels of the mixer, in units of d_model."] = 2
@@ -39,6 +46,11 @@ class ModelConfig:
     ] = 2048
     dropout: Annotated[float, FRACTION, "Share of activations dropped in training."] = 0.0
     tie_embeddings: Annotated[bool, "Use the embedding as the head's matrix."] = True
+    embedding_std: Annotated[
+        float,
+        NOT_NEGATIVE,
+        "Standard deviation of the initial embedding; 0: d_model**-0.5.",
+    ] = 0.02
     norm_eps: Annotated[float, POSITIVE, "Added to the mean square in RMSNorm."] = 1e-5
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
@@ -85,8 +97,9 @@ class ModelConfig:
     ] = (1, 2, 4)
     attention_window: Annotated[
         int,
-        POSITIVE,
-        "Hybrid: pooled positions that a query attends to at each scale.",
+        NOT_NEGATIVE,
+        "Hybrid: pooled positions that a query attends to at each scale; 0: max_seq_len of them, "
+        "which is all of a training window (generation keeps as many).",
     ] = 256
     attention_head_size: Annotated[
         int,
@@ -94,11 +107,67 @@ class ModelConfig:
         "Hybrid: size of an attention head; 0: 64 where it divides d_model, otherwise 32, 16 …",
     ] = 0
     fusion: Annotated[
-        Literal["residual_norm", "norm", "sum"],
+        Literal["residual_norm", "residual_zero", "norm", "sum"],
         "Hybrid: how mixer and recursion are combined; norm: no residual around it, sum: no "
-        "projection.",
+        "projection, residual_zero: the sum and a projection that starts at zero, without a norm.",
     ] = "residual_norm"
     fusion_gain: Annotated[float, "Hybrid: initial gain of the fusion's norm."] = 0.3
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, one of ``plan.KINDS``."""
+        return plans.parse(self.plan) or (self._family_kind,) * self.n_layers
+
+    @property
+    def _family_kind(self) -> str:
+        return {"mamba": "M", "hybrid": "H"}[self.family]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer is a Mamba layer, as in all other software."""
+        return set(self.kinds) == {"M"} if self.plan else self.family == "mamba"
+
+    @property
+    def attends(self) -> bool:
+        """Whether any layer reads attention."""
+        return not self.is_plain and bool(self.attention_scales)
+
+    @property
+    def gated_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with depth gates."""
+        return tuple(
+            layer for layer, kind in enumerate(self.kinds) if kind == "H" and self.recursion_depth
+        )
+
+    @property
+    def layer_counts(self) -> list[tuple["ModelConfig", int]]:
+        """The structure of each kind of layer, and the number of its layers."""
+        kinds = self.kinds
+        return [(self.of_kind(kind), kinds.count(kind)) for kind in "HAM" if kind in kinds]
+
+    def of_kind(self, kind: str) -> "ModelConfig":
+        """Returns the structure of the layers of one kind, as of a model without others."""
+        fields: dict[str, dict[str, Any]] = {
+            "M": {"family": "mamba"},
+            "A": {"family": "hybrid", "recursion_depth": 0, "fusion": "sum"},
+            "H": {"family": "hybrid"},
+        }
+        return dataclasses.replace(self, plan="", **fields[kind])
+
+    def normalised(self) -> "ModelConfig":
+        """Returns the same model with its plan's one spelling, "" for the family's own kind."""
+        if not self.plan:
+            return self
+        own = set(self.kinds) == {self._family_kind}
+        return dataclasses.replace(self, plan="" if own else plans.text(self.kinds))
+
+    @property
+    def resolved_attention_window(self) -> int:
+        return self.attention_window or self.max_seq_len
+
+    @property
+    def resolved_embedding_std(self) -> float:
+        return self.embedding_std or self.d_model**-0.5
 
     @property
     def padded_vocab_size(self) -> int:

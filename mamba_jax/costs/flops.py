@@ -88,11 +88,16 @@ def parts(config: ModelConfig, setting: Setting) -> list[Part]:
     Returns:
       Amounts per token. The parts that a config does not have are absent.
     """
-    layer = [_norm(config, setting), *_mixer(config, setting)]
-    if config.family == "hybrid":
-        layer += _hybrid(config, setting)
-    layers = [_remade(part, config, setting) * config.n_layers for part in layer]
-    return [_embed(config, setting), *layers, *_head(config, setting), _optimizer(config, setting)]
+    layers: dict[str, Part] = {}
+    for own, count in config.layer_counts:
+        layer = [_norm(own, setting), *_mixer(own, setting)]
+        if own.family == "hybrid":
+            layer += _hybrid(own, setting)
+        for part in layer:
+            made = _remade(part, own, setting) * count
+            layers[part.name] = layers[part.name] + made if part.name in layers else made
+    ends = [*_head(config, setting), _optimizer(config, setting)]
+    return [_embed(config, setting), *layers.values(), *ends]
 
 
 def _operation(
@@ -154,6 +159,8 @@ def _unneeded_macs(config: ModelConfig) -> dict[str, int]:
     recomputed all the same, as its steps are one loop.
     """
     hybrid = config.family == "hybrid"
+    if hybrid and config.fusion == "residual_zero":
+        return {"fusion": 2 * config.d_model**2}
     if hybrid and config.fusion != "sum":
         return {}
     if hybrid and config.attention_scales:
@@ -322,7 +329,7 @@ def _scores(config: ModelConfig, setting: Setting, scale: int) -> Part:
     The backward recomputes the scores and their softmax, as every form of linear memory does.
     """
     d, h, a = config.d_model, config.n_heads, setting.dtype_bytes
-    keys = mean_keys(setting.seq_len, config.attention_window, scale)
+    keys = mean_keys(setting.seq_len, config.resolved_attention_window, scale)
     part = _operation(
         f"scores, scale {scale}",
         setting,
@@ -340,13 +347,14 @@ def _fusion(config: ModelConfig, setting: Setting) -> Part:
     d, a = config.d_model, setting.dtype_bytes
     if config.fusion == "sum":
         return _operation("fusion", setting, elementwise=d, reads=8 * d, writes=4 * d)
+    norm = config.fusion != "residual_zero"
     return _operation(
         "fusion",
         setting,
         macs=2 * d * d,
-        weights=2 * d * d + d,
-        elementwise=4 * d + 2 * d,  # norm; s - h and the addition
-        special=1,
+        weights=2 * d * d + d * norm,
+        elementwise=(4 * d if norm else d) + 2 * d,  # norm or another addition; s - h, addition
+        special=int(norm),
         reads=8 * d + 2 * a * d + (4 + a) * d,  # m and r, both as one, h and the product
         writes=2 * a * d + a * d + 4 * d,
     )

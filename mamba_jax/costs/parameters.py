@@ -16,13 +16,14 @@ class ParameterCount:
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Counts the parameters of ``models.build.init``; ``config.vocab_size`` must be set."""
     table = config.padded_vocab_size * config.d_model
-    rest = config.n_layers * layer_parameters(config) + config.d_model  # the final norm
+    layers = sum(count * layer_parameters(layer) for layer, count in config.layer_counts)
+    rest = layers + config.d_model  # the final norm
     tables = table if config.tie_embeddings else 2 * table
     return ParameterCount(rest + tables, rest)
 
 
 def layer_parameters(config: ModelConfig) -> int:
-    """Counts the parameters of one layer.
+    """Counts the parameters of one layer; ``config`` is of its kind alone.
 
     Legend: d d_model, e d_inner, n d_state, r dt_rank, k conv width.
     """
@@ -40,5 +41,7 @@ def layer_parameters(config: ModelConfig) -> int:
         mixture = len(config.attention_scales) * config.n_heads
         count += d + 3 * d * d + 2 * config.head_size + mixture + d * d
     if config.fusion != "sum":
-        count += 2 * d * d + d
+        count += 2 * d * d
+    if config.fusion in ("residual_norm", "norm"):
+        count += d
     return count

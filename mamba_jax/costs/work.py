@@ -46,6 +46,14 @@ class Part:
     backward: Work  # of the gradient alone
     recomputed: Work = Work()  # what the backward recomputes of the forward
 
+    def __add__(self, other: "Part") -> "Part":
+        return Part(
+            self.name,
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.recomputed + other.recomputed,
+        )
+
     def __mul__(self, times: Amount) -> "Part":
         works = (self.forward * times, self.backward * times, self.recomputed * times)
         return Part(self.name, *works)

@@ -186,7 +186,9 @@ def _curve(steps: Sequence[int], values: Sequence[Any]) -> tuple[Curve, int | No
 
 def _config(about: Mapping[str, Any]) -> RunConfig | None:
     try:
-        return from_dict(about["config"])
+        config = from_dict(about["config"])
+        assert config.model.kinds  # raises where the plan is of another version
+        return config
     except (KeyError, UserError):
         return None
 

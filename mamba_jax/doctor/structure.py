@@ -93,9 +93,7 @@ def decay_rates(run: RunSignals) -> Verdict:
 
 def gates(run: RunSignals) -> Verdict:
     """Depth gates that are closed, or open, for every token."""
-    if run.config is not None and (
-        run.config.model.family != "hybrid" or not run.config.model.recursion_depth
-    ):
+    if run.config is not None and not run.config.model.gated_layers:
         return None  # there are none
     depth = run["depth_mean"].after(run.warm_step)
     if len(depth) < GATE_RECORDS:
@@ -117,6 +115,9 @@ def gates(run: RunSignals) -> Verdict:
     stuck = int((shut_l | open_l).sum())
     if not stuck:
         return None
+    numbers, n_layers = np.arange(len(depth_l)), len(depth_l)
+    if run.config is not None and len(run.config.model.gated_layers) == n_layers:
+        numbers, n_layers = np.array(run.config.model.gated_layers), run.config.model.n_layers
     evidence, why = [], ""
     of = f" of {deepest}" if np.isfinite(deepest) else ""
     for stuck_l, state, share in (
@@ -126,7 +127,7 @@ def gates(run: RunSignals) -> Verdict:
         if stuck_l.any():
             layers = np.flatnonzero(stuck_l)
             evidence.append(
-                f"{state}: {_layers(layers)} of {len(depth_l)}; mean depth "
+                f"{state}: {_layers(numbers[layers])} of {n_layers}; mean depth "
                 f"{depth_l[layers].mean():.3g}{of}, {share[layers].mean():.0%} of the gates "
                 f"(medians over {recent.span})"
             )

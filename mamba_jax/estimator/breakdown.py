@@ -46,7 +46,7 @@ def memory_breakdown(model: ModelConfig, setting: Setting, *, chunk_tokens: int)
     rows = -(-setting.batch_size // setting.devices)
     tokens = rows * setting.seq_len
     count = parameter_count(model).total
-    layers = model.n_layers * layer_parameters(model)
+    layers = sum(n * layer_parameters(layer) for layer, n in model.layer_counts)
     d, v, a = model.d_model, model.padded_vocab_size, setting.dtype_bytes
 
     sums = _F * count // setting.fsdp if setting.accumulation_steps > 1 else 0
@@ -57,14 +57,14 @@ def memory_breakdown(model: ModelConfig, setting: Setting, *, chunk_tokens: int)
     is_whole = chunk == tokens
     head = 0 if is_whole else _F * v * d
     waiting = a * chunk * v if is_whole else 0
-    kept = tokens * (model.n_layers * kept_bytes(model, setting) + _masks(model, setting))
+    kept = tokens * (kept_bytes(model, setting) + _masks(model, setting))
     if setting.remat == "none" and a < _F:
         kept += a * layers  # the weights in the matmul dtype, for the backward
 
     logits = (_F + a) * chunk * v  # and their gradients
     loss = 2 * _F * d * tokens + a * v * d + logits
     workspace = waiting + _scratch(model, rows, setting.seq_len)
-    workspace += tokens * _workspace(model, setting)
+    workspace += tokens * max(_workspace(layer, setting) for layer, _ in model.layer_counts)
     parts = {
         "weights": _F * count // setting.fsdp + gathered,
         "optimizer": 2 * _F * count // setting.fsdp,
@@ -85,7 +85,12 @@ def _starts(model: ModelConfig) -> float:
 
 
 def kept_bytes(model: ModelConfig, setting: Setting) -> float:
-    """Bytes that a layer keeps of each token from forward to backward."""
+    """Bytes that the layers keep of each token from forward to backward."""
+    return sum(count * _kept_bytes(layer, setting) for layer, count in model.layer_counts)
+
+
+def _kept_bytes(model: ModelConfig, setting: Setting) -> float:
+    """Bytes that a layer, the only kind of ``model``, keeps of each token."""
     d, e, a = model.d_model, model.d_inner, setting.dtype_bytes
     selected = a * (model.resolved_dt_rank + 2 * model.d_state)  # Δ's rank, B and C
     if setting.remat == "full":
@@ -110,7 +115,7 @@ def _masks(model: ModelConfig, setting: Setting) -> int:
 def _kept_dots_hybrid(model: ModelConfig, a: int) -> float:
     """Results of the hybrid's products: up, down; queries and outputs; keys, values; fusion."""
     d, hidden, steps = model.d_model, model.recursion_expand * model.d_model, model.recursion_depth
-    kept = a * d + (a * d if model.fusion != "sum" else 0)
+    kept = a * d + (a * d if model.fusion in ("residual_norm", "norm") else 0)
     kept += steps * (a * hidden + a * d)
     if model.attention_scales:
         kept += _reads(model) * (_F * d + a * d) + 2 * _F * d
@@ -149,7 +154,7 @@ def _read(model: ModelConfig, a: int) -> float:
 
 
 def _workspace(model: ModelConfig, setting: Setting) -> float:
-    """Bytes for each token in the backward of a layer."""
+    """Bytes for each token in the backward of a layer, the only kind of ``model``."""
     d, e, a = model.d_model, model.d_inner, setting.dtype_bytes
     partial = 2 * _F * model.d_state * e / _BLOCK_CHANNELS  # dB and dC, by programs of the scan
     # The gradient of the stream; x, z, y and their gradients; Δ and its gradient.
@@ -176,10 +181,10 @@ def _workspace(model: ModelConfig, setting: Setting) -> float:
 
 def _bands(model: ModelConfig, seq_len: int) -> list[int]:
     """The keys of each scale that scores are made with for a query, masked ones among them."""
-    chunk = min(model.attention_window, seq_len)
+    window = model.resolved_attention_window
+    chunk = min(window, seq_len)
     return [
-        min(model.attention_window + -(-chunk // scale), -(-seq_len // scale))
-        for scale in model.attention_scales
+        min(window + -(-chunk // scale), -(-seq_len // scale)) for scale in model.attention_scales
     ]
 
 

@@ -125,7 +125,7 @@ def expected_secs(config: RunConfig, machine: Machine, preset: Device, layout: S
     secs = floor_secs((part.hardware for part in parts(model, setting)), peaks)
     if layout.remat == "none":
         dots = dataclasses.replace(setting, remat="dots")
-        more_bytes = model.n_layers * (kept_bytes(model, setting) - kept_bytes(model, dots))
+        more_bytes = kept_bytes(model, setting) - kept_bytes(model, dots)
         secs += 2 * more_bytes / peaks.bytes_per_sec
     return secs
 

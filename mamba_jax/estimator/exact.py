@@ -24,7 +24,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _PLUGIN = "jax_plugins.xla_cuda12"
 # What the program of a step is made of.
 _CODE = (
-    *("models/build.py", "models/language_model.py", "modules", "ops", "parallel"),
+    *("config/plan.py", "models", "modules", "ops", "parallel"),
     *(f"training/{name}.py" for name in ("accumulate", "loss", "optimizer", "state", "step")),
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")

@@ -20,7 +20,8 @@ def model_card(
     config, model = metadata.config, metadata.config.model
     measured = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata.metrics.items())]
     table = ["| metric | value |", "|---|---|", *measured]
-    runs_code = model.family == "hybrid" and library == "transformers"
+    runs_code = not model.is_plain and library == "transformers"
+    plan = f" (plan {model.plan})" if model.plan else ""
     custom = ["tags: [mamba, custom_code]"] if runs_code else ["tags: [mamba]"]
     return "\n".join(
         [
@@ -32,7 +33,7 @@ def model_card(
             f"# {config.name}",
             "",
             f"A {_FAMILIES[model.family]} language model trained with mamba_jax: {model.n_layers} "
-            f"layers, d_model {model.d_model}, d_state {model.d_state}; weights in {dtype}.",
+            f"layers{plan}, d_model {model.d_model}, d_state {model.d_state}; weights in {dtype}.",
             "",
             "## Data",
             f"{_data(metadata)}; {metadata.samples_seen} windows of {model.max_seq_len} tokens "

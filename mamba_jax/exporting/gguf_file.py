@@ -47,7 +47,7 @@ def check(config: ModelConfig) -> None:
     Raises:
       UserError: with the reason and the alternatives.
     """
-    if config.family != "mamba":
+    if not config.is_plain:
         raise UserError(
             "a hybrid cannot be exported to GGUF: llama.cpp has no architecture with depth gates "
             "and pooled attention; use --format hf for transformers, or mamba-jax generate"

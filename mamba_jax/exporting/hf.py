@@ -89,7 +89,7 @@ def write_companions(
     )
     card = model_card(metadata, DTYPES[dtype], name, notes)
     (folder / "README.md").write_text(card, "utf-8")
-    if metadata.config.model.family == "hybrid":
+    if not metadata.config.model.is_plain:
         source = importlib.resources.files("mamba_jax.exporting").joinpath("assets", MODELING)
         (folder / MODELING).write_bytes(source.read_bytes())
 
@@ -126,7 +126,7 @@ def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "dtype": DTYPES[dtype],
     }
-    if config.family == "mamba":
+    if config.is_plain:
         return {"architectures": ["MambaForCausalLM"], "model_type": "mamba", **shared}
     module = MODELING.removesuffix(".py")
     return {
@@ -140,5 +140,7 @@ def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:
         **shared,
         **{name: getattr(config, name) for name in HYBRID_FIELDS},
         "attention_scales": list(config.attention_scales),
+        "attention_window": config.resolved_attention_window,
         "attention_head_size": config.head_size,
+        "layer_pattern": "".join(config.kinds),
     }

@@ -123,7 +123,7 @@ class RowAttention(Attention):
 
     def __init__(self, g: Graph, config: ModelConfig, ids: str):
         super().__init__(g, config)
-        window = config.attention_window
+        window = config.resolved_attention_window
         self._length = g("Shape", ids, start=1, end=2)
         t = g("Squeeze", self._length)
         chunk = g("Min", t, np.int64(window))
@@ -210,7 +210,7 @@ class TokenAttention(Attention):
 
     def __init__(self, g: Graph, config: ModelConfig, length: str):
         super().__init__(g, config)
-        slot_w = np.arange(config.attention_window)
+        slot_w = np.arange(config.resolved_attention_window)
         self._done: dict[int, str] = {}  # (b, 1, 1) bool, the token completes a block
         self._slots: dict[int, str] = {}  # (b, h, 3) row, head and slot of that block in its ring
         batch = g("Shape", length)

@@ -131,5 +131,7 @@ def fusion(g: Graph, config: ModelConfig, layer: str, h: str, m: str, r: str) ->
         return g("Add", h, r)
     both = g("Concat", m, r, axis=2)
     fused = g("MatMul", both, g.factor(f"{layer}fusion.proj.weight"))
+    if config.fusion == "residual_zero":
+        return g("Sum", h, r, fused)
     fused = norm(g, fused, f"{layer}fusion.norm.weight", config.norm_eps)
     return g("Add", h, fused) if config.fusion == "residual_norm" else fused

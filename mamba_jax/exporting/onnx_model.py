@@ -1,6 +1,6 @@
 """The two graphs of a model: a whole row, and one token after what is cached.
 
-Legend: b batch, t time, v ids, l layers; see ``models.build.init_cache`` for a cache's axes.
+Legend: b batch, t time, v ids, l layers; see ``models.build.cache_arrays`` for a cache's axes.
 """
 
 from collections.abc import Mapping
@@ -12,30 +12,16 @@ from mamba_jax.exporting.onnx_attention import RowAttention, TokenAttention
 from mamba_jax.exporting.onnx_graph import Graph
 from mamba_jax.exporting.onnx_layers import at, fusion, mixer, norm, recursion
 from mamba_jax.exporting.tensors import EMBEDDING, HEAD, NORM
+from mamba_jax.models import build
 
 BATCH, LENGTH = "batch", "sequence"  # the free axes
-
-
-def cache_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns name → shape without the batch axis of what a layer leaves behind; all float32."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "conv_state": (config.d_conv - 1, config.d_inner),
-        "ssm_state": (config.d_inner, config.d_state),
-    }
-    for scale in config.attention_scales if config.family == "hybrid" else ():
-        heads, size = config.n_heads, config.head_size
-        for name in ("keys", "values"):
-            shapes[f"{name}_{scale}"] = (heads, config.attention_window, size)
-        if scale > 1:
-            shapes[f"partial_{scale}"] = (2, heads, size)
-    return shapes
 
 
 def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: bool) -> Graph:
     """Makes a graph: ``input_ids`` int64 in, ``logits`` float32 (b, t, v) and a cache out.
 
-    The cache is ``present.i.NAME`` for layer i and each name of ``cache_shapes``, and, if there is
-    attention, ``present.length`` (b) int64, the tokens read.
+    The cache is ``present.i.NAME`` for layer i and each of its ``models.build.cache_arrays``, all
+    float32, and, if there is attention, ``present.length`` (b) int64, the tokens read.
 
     Args:
       table: what ``tensors.to_hf`` gave.
@@ -49,20 +35,20 @@ def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: boo
     g = Graph(table)
     length = 1 if one_token else LENGTH
     ids = g.input("input_ids", np.int64, BATCH, length)
-    shapes = cache_shapes(config)
-    attends = config.family == "hybrid" and bool(config.attention_scales)
     attention, present_length = None, None
     batch = g("Shape", ids, start=0, end=1)
-    if attends and one_token:
+    if config.attends and one_token:
         past_length = g.input("past.length", np.int64, BATCH)
         attention = TokenAttention(g, config, past_length)
         present_length = g("Add", past_length, np.int64(1))
-    elif attends:
+    elif config.attends:
         attention = RowAttention(g, config, ids)
         present_length = g("Expand", g("Shape", ids, start=1, end=2), batch)
 
     x = g("Gather", g.weight(EMBEDDING), ids)
-    for i in range(config.n_layers):
+    for i, kind in enumerate(config.kinds):
+        own = config.of_kind(kind)
+        shapes = {name: shape for name, (shape, _) in build.cache_arrays(own).items()}
         if one_token:
             past = {
                 name: g.input(f"past.{i}.{name}", np.float32, BATCH, *shape)
@@ -73,7 +59,9 @@ def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: boo
                 name: g("Expand", np.float32(0), g("Concat", batch, at(*shapes[name]), axis=0))
                 for name in ("conv_state", "ssm_state")
             }
-        x, present = _layer(g, config, f"backbone.layers.{i}.", x, past, attention, one_token)
+        x, present = _layer(
+            g, own, f"backbone.layers.{i}.", x, past, attention if own.attends else None, one_token
+        )
         for name, shape in shapes.items():
             g.output(f"present.{i}.{name}", present[name], np.float32, BATCH, *shape)
     if present_length is not None:
@@ -101,7 +89,7 @@ def _layer(
     attention: RowAttention | TokenAttention | None,
     one_token: bool,
 ) -> tuple[str, dict[str, str]]:
-    """One layer of either family: see ``modules.block``."""
+    """One layer, the only kind of ``config``: see ``modules.block``."""
     m, present = mixer(g, config, layer, x, past, one_token)
     h = s = g("Add", x, m)
     if config.family == "mamba":

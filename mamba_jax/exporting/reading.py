@@ -130,7 +130,9 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
             fields = _hugging_face(record)
         elif record.get("model_type") == hf.HYBRID_TYPE:
             hybrid = {name: record[name] for name in hf.HYBRID_FIELDS}
-            fields = _hugging_face(record) | hybrid | {"family": "hybrid"}
+            pattern = record.get("layer_pattern", "")
+            plan = ",".join(pattern) if isinstance(pattern, str) else pattern
+            fields = _hugging_face(record) | hybrid | {"family": "hybrid", "plan": plan}
         elif "d_model" in record and "n_layer" in record:
             fields = _original(record)
         else:
@@ -145,7 +147,7 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
             raise UserError(f"config.json: {name}={value} is too large for a model; correct it")
     run = from_dict({"model": fields | {"vocab_size": n_ids}})  # checks the types
     checks.check(run)
-    return run.model
+    return run.model.normalised()
 
 
 def _refuse_quantized(record: Mapping[str, Any]) -> None:

@@ -7,21 +7,21 @@ Legend: v vocabulary, d d_model, e d_inner, n d_state, r dt_rank, k conv width o
 h heads, p head size, s scales, l layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.errors import UserError
-from mamba_jax.models import build
+from mamba_jax.models import build, stacks
 
 
 class Pair(NamedTuple):
     """One tensor of a layer in both formats; our arrays have no layer axis here."""
 
     theirs: str  # after "backbone.layers.{i}."
-    ours: tuple[str, ...]  # path under params["layers"]
+    ours: tuple[str, ...]  # path in a stack
     out: Callable[[np.ndarray], np.ndarray]
     back: Callable[[np.ndarray], np.ndarray]  # up to a reshape
 
@@ -76,10 +76,13 @@ def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[st
     }
     if not config.tie_embeddings:
         tensors[HEAD] = np.asarray(params["lm_head"]["kernel"])[:n_ids]
-    for pair in _pairs(params["layers"]):
-        stacked = np.asarray(_leaf(params["layers"], pair.ours))
-        for i in range(config.n_layers):
-            tensors[f"backbone.layers.{i}.{pair.theirs}"] = pair.out(stacked[i])
+    layers = stacks.by_kind(params["layers"], config.kinds)
+    for kind, stack in layers.items():
+        numbers = [i for i, other in enumerate(config.kinds) if other == kind]
+        for pair in _pairs(stack):
+            stacked = np.asarray(_leaf(stack, pair.ours))
+            for i, array in zip(numbers, stacked, strict=True):
+                tensors[f"backbone.layers.{i}.{pair.theirs}"] = pair.out(array)
     # safetensors writes wrong values, silently, from arrays that are not C-contiguous.
     return {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
 
@@ -93,32 +96,25 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     last = f"backbone.layers.{config.n_layers - 1}.{LAYER[0].theirs}"
     if last not in tensors:  # before names of perhaps 10⁹ layers are made
         raise UserError(f"tensor {last} is missing; download the model again")
-    abstract = build.abstract_params(config)
-    pairs = _pairs(abstract["layers"])
+    kinds = config.kinds
+    abstract = stacks.by_kind(build.abstract_params(config)["layers"], kinds)
     names = {EMBEDDING, NORM} | (set() if config.tie_embeddings else {HEAD})
     names |= {
-        f"backbone.layers.{i}.{pair.theirs}" for i in range(config.n_layers) for pair in pairs
+        f"backbone.layers.{i}.{pair.theirs}"
+        for i, kind in enumerate(kinds)
+        for pair in _pairs(abstract[kind])
     }
     odd = sorted(names.symmetric_difference(tensors))
     if odd:
         what = "missing" if odd[0] in names else "not one of this architecture's"
         raise UserError(f"tensor {odd[0]} is {what}")
-    layers: dict[str, Any] = {}
-    for pair in pairs:
-        own_shape = _leaf(abstract["layers"], pair.ours).shape[1:]
-        shape = pair.out(np.broadcast_to(np.float32(0), own_shape)).shape  # takes no memory
-        each = []
-        for i in range(config.n_layers):
-            name = f"backbone.layers.{i}.{pair.theirs}"
-            each.append(pair.back(_checked(name, tensors[name], shape)).reshape(own_shape))
-        *groups, last = pair.ours
-        node = layers
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = np.stack(each).astype(np.float32)
+    made = {
+        kind: _stack(stack, tensors, [i for i, other in enumerate(kinds) if other == kind])
+        for kind, stack in abstract.items()
+    }
     params: dict[str, Any] = {
         "embed": {"embedding": _padded(EMBEDDING, tensors, config)},
-        "layers": layers,
+        "layers": stacks.joined(made, kinds),
         "norm_f": {
             "scale": np.asarray(_checked(NORM, tensors[NORM], (config.d_model,)), np.float32)
         },
@@ -128,6 +124,26 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     return params
 
 
+def _stack(
+    abstract: Mapping[str, Any], tensors: Mapping[str, np.ndarray], numbers: Sequence[int]
+) -> dict[str, Any]:
+    """Returns the stack of the layers of these numbers, all of one kind."""
+    stack: dict[str, Any] = {}
+    for pair in _pairs(abstract):
+        own_shape = _leaf(abstract, pair.ours).shape[1:]
+        shape = pair.out(np.broadcast_to(np.float32(0), own_shape)).shape  # takes no memory
+        each = []
+        for i in numbers:
+            name = f"backbone.layers.{i}.{pair.theirs}"
+            each.append(pair.back(_checked(name, tensors[name], shape)).reshape(own_shape))
+        *groups, last = pair.ours
+        node = stack
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = np.stack(each).astype(np.float32)
+    return stack
+
+
 def _padded(name: str, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> np.ndarray:
     """Adds the rows that no id has."""
     table_vd = _checked(name, tensors[name], (config.vocab_size, config.d_model))
@@ -135,8 +151,8 @@ def _padded(name: str, tensors: Mapping[str, np.ndarray], config: ModelConfig) -
     return np.pad(np.asarray(table_vd, np.float32), ((0, rows), (0, 0)))
 
 
-def _pairs(layers: Mapping[str, Any]) -> list[Pair]:
-    return [pair for pair in LAYER if pair.ours[0] in layers]
+def _pairs(stack: Mapping[str, Any]) -> list[Pair]:
+    return [pair for pair in LAYER if pair.ours[0] in stack and pair.ours[1] in stack[pair.ours[0]]]
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:

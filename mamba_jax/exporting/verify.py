@@ -191,7 +191,7 @@ def check_hf(
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # the folder must be enough
     torch, transformers = need("torch", "bench"), need("transformers", "bench")
-    trust = {"trust_remote_code": config.family == "hybrid"}  # the program that we wrote there
+    trust = {"trust_remote_code": not config.is_plain}  # the program that we wrote there
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trust)
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust)
     rounded = {k: hf.round_to(v, dtype).astype(np.float32) for k, v in tensors.items()}

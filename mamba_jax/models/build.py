@@ -1,8 +1,8 @@
 """The models as pure functions of a plain nested dict of arrays: the seam between NNX and JAX.
 
 Every other part of the system sees a model only through this file, and does not know which family
-it holds. Parameters are float32; those under ``layers`` carry a leading layer axis and are scanned,
-so that compile time does not grow with depth.
+it holds. Parameters are float32; those under ``layers`` are as ``models.stacks`` says, and are
+scanned, so that compile time does not grow with depth.
 
 Legend: b batch, t time, d d_model, v vocabulary, l layers.
 """
@@ -17,6 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mamba_jax.config import ModelConfig
+from mamba_jax.config.plan import schedule
+from mamba_jax.models import stacks
 from mamba_jax.models.language_model import BLOCKS, LanguageModel, matmul_dtype
 from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.block import Layout
@@ -66,13 +68,13 @@ def forward(
 
     Returns:
       x_btd: float32, after the final norm.
-      aux: empty for Mamba. For the hybrid, float32 by layer: ``gate_mean`` (l, k),
-        ``gate_histogram`` (l, k, 10), share of tokens per gate decile, and ``depth_mean`` (l,),
-        mean sum of the gates. If observing, (l,): ``dt_mean`` and ``dt_max`` of Δ over tokens and
-        channels, ``A_min`` and ``A_max``.
+      aux: float32 by layer, in the order of the plan. Of the layers that have gates:
+        ``gate_mean`` (l, k), ``gate_histogram`` (l, k, 10), share of tokens per gate decile, and
+        ``depth_mean`` (l,), mean sum of the gates. If observing, of all layers, (l,): ``dt_mean``
+        and ``dt_max`` of Δ over tokens and channels, ``A_min`` and ``A_max``.
       final_cache: the cache after the last token, of fixed size whatever the length.
     """
-    cache = initial_cache
+    cache, kinds = initial_cache, config.kinds
     if not generating:
         config = dataclasses.replace(config, gate_skip_threshold=0.0)
     where = layouts.documents(
@@ -81,14 +83,16 @@ def forward(
         None if cache is None else cache["segment"],
         None if cache is None else cache["length"],
     )
-    scales = config.attention_scales if config.family == "hybrid" else ()
+    scales = config.attention_scales if config.attends else ()
     layout = Layout(where, tuple(layouts.blocks(where, scale) for scale in scales))
     dtype = matmul_dtype(config)
-    layer_keys = None if dropout_key is None else jax.random.split(dropout_key, config.n_layers)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, config.n_layers)
 
-    def layer(x_btd: jax.Array, per_layer: tuple[Params, Any, Any]) -> tuple[jax.Array, Any]:
+    def layer(
+        kind: str, x_btd: jax.Array, per_layer: tuple[Params, Any, Any]
+    ) -> tuple[jax.Array, Any]:
         layer_params, layer_cache, key = per_layer
-        block = _bind_block(config, dtype, layer_params)
+        block = _bind_block(config.of_kind(kind), dtype, layer_params)
         observed = block.observe(x_btd, layout) if observing else {}
         x_btd, report, layer_cache = block(x_btd, layout, layer_cache, key)
         return x_btd, (report | observed, layer_cache)
@@ -98,14 +102,27 @@ def forward(
     caches = None if cache is None else cache["layers"]
     if isinstance(params["layers"], tuple):  # as prepare_for_decoding makes them
         layer_caches = []
-        for layer_params, layer_cache in zip(params["layers"], caches or (), strict=True):
-            x_btd, (_, layer_cache) = layer(x_btd, (layer_params, layer_cache, None))
+        for kind, *own in zip(kinds, params["layers"], caches or (), strict=True):
+            x_btd, (_, layer_cache) = layer(kind, x_btd, (*own, None))
             layer_caches.append(layer_cache)
         aux, layer_caches = {}, tuple(layer_caches)
     else:
-        x_btd, (aux, layer_caches) = jax.lax.scan(
-            _remat(layer, config), x_btd, (params["layers"], caches, layer_keys)
+        caches_of, keys_of = stacks.by_kind(caches, kinds), stacks.sorted_by_kind(keys, kinds)
+        x_btd, made = stacks.run(
+            lambda kind, looped: _remat(functools.partial(layer, kind), config, looped),
+            x_btd,
+            {
+                kind: (stack, caches_of[kind], keys_of[kind])
+                for kind, stack in stacks.by_kind(params["layers"], kinds).items()
+            },
+            schedule(kinds),
         )
+        reports = {kind: report for kind, (report, _) in made.items()}
+        aux = {
+            name: stacks.in_order({k: r[name] for k, r in reports.items() if name in r}, kinds)
+            for name in sorted({name for report in reports.values() for name in report})
+        }
+        layer_caches = stacks.joined({kind: own for kind, (_, own) in made.items()}, kinds)
     with jax.named_scope("norm_f"):
         x_btd = rms_normalise(x_btd, config.norm_eps) * params["norm_f"]["scale"]
     final_cache = {
@@ -169,25 +186,39 @@ def apply(
 def init_cache(config: ModelConfig, batch_size: int) -> Cache:
     """Makes the cache of empty rows.
 
-    Leaves under ``layers`` have axes (l, b, …); ``segment`` and ``length``, the id and number of
-    tokens of the row's current document, (b,).
+    Leaves under ``layers``, stacked as the parameters are, have axes (l, b, …); ``segment`` and
+    ``length``, the id and number of tokens of the row's current document, (b,).
     """
-    dtype = matmul_dtype(config)
-    zeros = lambda *shape, dtype=dtype: jnp.zeros((config.n_layers, batch_size, *shape), dtype)
+    kinds = config.kinds
     layers = {
-        "conv_state": zeros(config.d_conv - 1, config.d_inner),
-        "ssm_state": zeros(config.d_inner, config.d_state, dtype=jnp.float32),
+        kind: {
+            name: jnp.zeros((kinds.count(kind), batch_size, *shape), dtype)
+            for name, (shape, dtype) in cache_arrays(config.of_kind(kind)).items()
+        }
+        for kind in sorted(set(kinds))
     }
-    if config.family == "hybrid":
-        heads = (config.n_heads, config.head_size)
-        for scale in config.attention_scales:
-            for of in ("keys", "values"):
-                ring = config.n_heads, config.attention_window, config.head_size
-                layers[f"{of}_{scale}"] = zeros(*ring)
-            if scale > 1:
-                layers[f"partial_{scale}"] = zeros(2, *heads, dtype=jnp.float32)
     counts = {name: jnp.zeros(batch_size, jnp.int32) for name in ("segment", "length")}
-    return {"layers": layers, **counts}
+    return {"layers": stacks.joined(layers, kinds), **counts}
+
+
+def cache_arrays(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
+    """Returns name → shape without the batch axis, dtype, of what a layer leaves behind.
+
+    Args:
+      config: of the layer's kind alone (``ModelConfig.of_kind``).
+    """
+    dtype, float32 = matmul_dtype(config), jnp.dtype("float32")
+    arrays = {
+        "conv_state": ((config.d_conv - 1, config.d_inner), dtype),
+        "ssm_state": ((config.d_inner, config.d_state), float32),
+    }
+    heads, size = config.n_heads, config.head_size
+    for scale in config.attention_scales if config.attends else ():
+        for of in ("keys", "values"):
+            arrays[f"{of}_{scale}"] = ((heads, config.resolved_attention_window, size), dtype)
+        if scale > 1:
+            arrays[f"partial_{scale}"] = ((2, heads, size), float32)
+    return arrays
 
 
 def prefill(
@@ -257,7 +288,7 @@ def prepare_for_decoding(params: Params, config: ModelConfig, *, int8_head: bool
         return leaf.astype(dtype) if is_factor else leaf
 
     layers = jax.tree_util.tree_map_with_path(narrow, params["layers"])
-    prepared = params | {"layers": _unstack(layers, config)}
+    prepared = params | {"layers": stacks.unstack(layers, config.kinds)}
     if int8_head:
         return prepared | {"lm_head": {"int8": int8_matmul.quantise(head_weight(params, config))}}
     head = {"kernel": head_weight(params, config).astype(dtype)}
@@ -267,20 +298,12 @@ def prepare_for_decoding(params: Params, config: ModelConfig, *, int8_head: bool
 
 def unstack_cache(cache: Cache, config: ModelConfig) -> Cache:
     """Lays a cache of ``init_cache`` or stacked parameters out for prepared ones."""
-    return cache | {"layers": _unstack(cache["layers"], config)}
-
-
-def _unstack(tree: Any, config: ModelConfig) -> tuple[Any, ...]:
-    """Cuts the leading layer axis into a tuple."""
-    leaves, structure = jax.tree.flatten(tree)
-    return tuple(
-        jax.tree.unflatten(structure, [leaf[i] for leaf in leaves]) for i in range(config.n_layers)
-    )
+    return cache | {"layers": stacks.unstack(cache["layers"], config.kinds)}
 
 
 @functools.lru_cache(maxsize=64)
 def _block_template(config: ModelConfig, dtype: jnp.dtype) -> tuple[Any, Any]:
-    """Returns one layer's graph definition and abstract state."""
+    """Returns the graph definition and abstract state of a layer of ``config``'s only kind."""
     block = nnx.eval_shape(lambda: BLOCKS[config.family](config, dtype, rngs=nnx.Rngs(0)))
     return nnx.split(block)
 
@@ -293,8 +316,8 @@ def _bind_block(config: ModelConfig, dtype: jnp.dtype, layer_params: Params) -> 
     return nnx.merge(graph, state)
 
 
-def _remat(layer: Any, config: ModelConfig) -> Any:
-    """Applies the rematerialisation policy to a layer of the scan."""
+def _remat(layer: Any, config: ModelConfig, looped: bool) -> Any:
+    """Applies the rematerialisation policy to a layer."""
     policy = config.remat
     if policy == "auto":
         # On CPU "dots" is a tenth faster than "none", and takes a third of its memory: writing
@@ -310,4 +333,4 @@ def _remat(layer: Any, config: ModelConfig) -> Any:
         "full": policies.nothing_saveable,
     }[policy]
     # Inside a scan the loop itself keeps XLA from merging the two passes.
-    return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
+    return jax.checkpoint(layer, policy=saveable, prevent_cse=not looped)

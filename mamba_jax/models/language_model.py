@@ -1,5 +1,7 @@
 """The modules of a whole language model; only ``models.build`` uses them."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,14 +12,13 @@ from mamba_jax.modules.block import HybridBlock, MambaBlock
 from mamba_jax.modules.norm import RMSNorm
 
 BLOCKS = {"mamba": MambaBlock, "hybrid": HybridBlock}
-EMBEDDING_STD = 0.02  # the reference implementation's
 
 
 class Embedding(nnx.Module):
     """The token table (v, d); with tied embeddings it is the head's matrix too."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_table(config, EMBEDDING_STD, rngs))
+        self.embedding = nnx.Param(_table(config, config.resolved_embedding_std, rngs))
 
 
 class Head(nnx.Module):
@@ -35,17 +36,33 @@ def _table(config: ModelConfig, std: float, rngs: nnx.Rngs) -> jax.Array:
     return jnp.pad(drawn_vd, ((0, config.padded_vocab_size - config.vocab_size), (0, 0)))
 
 
+class Stacks(nnx.Module):
+    """The stacks of a model with layers of several kinds, each under the name of its kind."""
+
+    def __init__(self, stacks: Mapping[str, nnx.Module]):
+        for kind, stack in stacks.items():
+            setattr(self, kind, stack)
+
+
 class LanguageModel(nnx.Module):
-    """Embedding, stacked layers (their parameters carry a leading layer axis), norm, head."""
+    """Embedding, layers as ``models.stacks`` says, norm, head."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=config.n_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def make_layers(rngs: nnx.Rngs) -> MambaBlock:
-            return BLOCKS[config.family](config, dtype, rngs=rngs)
+        kinds = config.kinds
+
+        def make_stack(kind: str) -> nnx.Module:
+            own = config.of_kind(kind)
+
+            @nnx.split_rngs(splits=kinds.count(kind))
+            @nnx.vmap(in_axes=0, out_axes=0)
+            def make_layers(rngs: nnx.Rngs) -> MambaBlock:
+                return BLOCKS[own.family](own, dtype, rngs=rngs)
+
+            return make_layers(rngs)
 
         self.embed = Embedding(config, rngs=rngs)
-        self.layers = make_layers(rngs)
+        made = {kind: make_stack(kind) for kind in sorted(set(kinds))}
+        self.layers = Stacks(made) if len(made) > 1 else made[kinds[0]]
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = Head(config, rngs=rngs)

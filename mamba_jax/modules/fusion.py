@@ -1,4 +1,4 @@
-"""Fuses what the mixer and the recursion found: concat, projection, norm.
+"""Fuses what the mixer and the recursion found: concat, projection, and mostly a norm.
 
 Legend: b batch, t time, d d_model.
 """
@@ -6,6 +6,7 @@ Legend: b batch, t time, d d_model.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx import initializers
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.modules.mamba import uniform_fan_in
@@ -14,14 +15,18 @@ from mamba_jax.ops.dot_by_rows import dot_by_rows
 
 
 class Fusion(nnx.Module):
-    """``h + gain · rms(W [m ; r])``, or without ``h +`` when ``config.fusion`` is "norm".
+    """By ``config.fusion``, of the stream h, the mixer's part m and the recursion's r:
 
-    "norm" cuts the residual path, so that deep models train worse; it is kept for comparison.
+    * "residual_norm": ``h + gain · rms(W [m ; r])``;
+    * "residual_zero": ``h + r + W [m ; r]``, W from zero: at the start it is their sum;
+    * "norm": ``rms(W [m ; r])``, which cuts the residual path, so that deep models train worse; it
+      is kept for comparison.
     """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         d = config.d_model
-        self.residual = config.fusion == "residual_norm"
+        self.form = config.fusion
+        from_zero = self.form == "residual_zero"
         self.dtype = dtype
         self.proj = nnx.Linear(
             2 * d,
@@ -29,14 +34,18 @@ class Fusion(nnx.Module):
             use_bias=False,
             dtype=dtype,
             dot_general=dot_by_rows,
-            kernel_init=uniform_fan_in(2 * d),
+            kernel_init=initializers.zeros if from_zero else uniform_fan_in(2 * d),
             rngs=rngs,
         )
-        self.norm = RMSNorm(d, config.norm_eps, init=config.fusion_gain if self.residual else 1.0)
+        gain = config.fusion_gain if self.form == "residual_norm" else 1.0
+        self.norm = None if from_zero else RMSNorm(d, config.norm_eps, init=gain)
 
     @jax.named_scope("fusion")
     def __call__(self, h_btd: jax.Array, m_btd: jax.Array, r_btd: jax.Array) -> jax.Array:
         """Combines float32 (b, t, d): h the stream, m the mixer's part, r the recursion's."""
         both = jnp.concatenate([m_btd, r_btd], axis=-1).astype(self.dtype)
-        fused_btd = self.norm(self.proj(both))
-        return h_btd + fused_btd if self.residual else fused_btd
+        fused_btd = self.proj(both)
+        if self.norm is None:
+            return h_btd + r_btd + fused_btd.astype(jnp.float32)
+        fused_btd = self.norm(fused_btd)
+        return h_btd + fused_btd if self.form == "residual_norm" else fused_btd

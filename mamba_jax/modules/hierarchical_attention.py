@@ -59,7 +59,7 @@ class HierarchicalAttention(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         d, h, p = config.d_model, config.n_heads, config.head_size
         self.scales = config.attention_scales
-        self.window = config.attention_window
+        self.window = config.resolved_attention_window
         self.dtype = dtype
         self.norm = RMSNorm(d, config.norm_eps)
         self.qkv = nnx.LinearGeneral(

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from mamba_jax.config import RunConfig
+from mamba_jax.config import RunConfig, plan
+from mamba_jax.errors import UserError
 from mamba_jax.pages.document import duration, number, paragraph, size
 from mamba_jax.reports import figures
 from mamba_jax.reports.charts import (
@@ -136,17 +137,27 @@ def _layer_charts(run: Run) -> list[dict[str, Any]]:
     made = []
     for recorded, key, title, unit, note in _LAYER_CURVES:
         steps, layers = metrics.layer_series(run.records, recorded)
+        gated = _gated_layers(run)
+        numbers = gated if len(gated) == len(layers) else range(len(layers))
         curves = [
             curve(
-                f"layer {place}",
+                f"layer {number}",
                 thin(steps, values, MOST_LAYER_POINTS),
                 share=place / max(1, len(layers) - 1),
             )
-            for place, values in enumerate(layers)
+            for place, (number, values) in enumerate(zip(numbers, layers, strict=True))
         ]
         if curves:
             made.append(chart(key, title, curves, unit=unit, note=note, by_layer=True))
     return made
+
+
+def _gated_layers(run: Run) -> tuple[int, ...]:
+    """Returns the numbers of the layers whose gates are recorded; (): of all, or not known."""
+    try:
+        return plan.numbers("H", str(run.config.get("model.plan", "")))
+    except UserError:  # of another version
+        return ()
 
 
 def _skip_marks(run: Run) -> list[list[int]]:

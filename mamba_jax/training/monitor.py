@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
@@ -261,11 +261,13 @@ class Monitor:
         if aux:
             gates = _gates(aux)
             self.record(step=step, **gates)
-            scalars |= _by_layer({"depth": gates["depth_mean"]})
+            gated = self._config.model.gated_layers
+            scalars |= _by_layer({"depth": gates["depth_mean"]}, gated)
         self._forward("scalars", step, scalars)
         board = self._tensorboard
         if board is not None:
-            self.attempt(_TENSORBOARD, lambda: _add_gates(board, step, aux))
+            gated = self._config.model.gated_layers
+            self.attempt(_TENSORBOARD, lambda: _add_gates(board, step, aux, gated))
         self.flush()
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
@@ -274,7 +276,8 @@ class Monitor:
         scalars = {
             name.replace("eval_", "eval/"): value for name, value in evaluation.measures().items()
         }
-        self._forward("scalars", step, scalars | _by_layer(evaluation.layers))
+        layers = range(self._config.model.n_layers)
+        self._forward("scalars", step, scalars | _by_layer(evaluation.layers, layers))
         self.say(
             f"step {step}: eval loss {evaluation.loss:.4f}, perplexity "
             f"{evaluation.perplexity:.2f}, {evaluation.bits_per_byte:.4f} bits per byte"
@@ -333,9 +336,11 @@ class Monitor:
             self.warn(f"{what} cannot be written ({error}); training continues without it")
 
 
-def _add_gates(board: "TensorBoard", step: int, aux: Mapping[str, np.ndarray]) -> None:
+def _add_gates(
+    board: "TensorBoard", step: int, aux: Mapping[str, np.ndarray], layers: Sequence[int]
+) -> None:
     """Adds the distribution of the depth gates of each layer, over tokens and recursion steps."""
-    for layer, shares_kh in enumerate(aux["gate_histogram"] if aux else ()):
+    for layer, shares_kh in zip(layers, aux["gate_histogram"] if aux else (), strict=False):
         edges = np.linspace(0.0, 1.0, shares_kh.shape[-1] + 1).tolist()
         board.histogram(step, f"gate/layer_{layer:02d}", edges, shares_kh.mean(axis=0).tolist())
 
@@ -351,12 +356,12 @@ def _gates(aux: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
     return {name: [float(f"{v:.4g}") for v in values] for name, values in gates_l.items()}
 
 
-def _by_layer(measures: Mapping[str, list[float]]) -> dict[str, float]:
-    """Returns a curve's name → value for each layer."""
+def _by_layer(measures: Mapping[str, list[float]], layers: Sequence[int]) -> dict[str, float]:
+    """Returns a curve's name → value for each layer, by the layers' numbers."""
     return {
         f"{name}/layer_{layer:02d}": value
         for name, values in measures.items()
-        for layer, value in enumerate(values)
+        for layer, value in zip(layers, values, strict=True)
     }
 
 

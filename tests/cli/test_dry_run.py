@@ -60,6 +60,14 @@ def test_it_prints_the_whole_plan_and_writes_nothing(call, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_it_prints_the_layers_of_a_plan(call):
+    layers = ("--config.model.family=hybrid", "--config.model.n_layers=6", "--plan=M,M,H,M,M,H")
+    status, printed, error = call(*layers)
+    assert status == 0 and not error
+    assert "custom: hybrid, 16 wide, 6 layers, recursion depth 3" in printed
+    assert "plan (M*2,H)*2" in printed
+
+
 def test_it_prints_what_resuming_would_do(call):
     put_checkpoint("out/step_2", 2)
     status, printed, _ = call(

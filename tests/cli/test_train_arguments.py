@@ -201,6 +201,8 @@ def test_amounts_of_memory(text, gigabytes):
 
 
 BAD = {
+    "--plan=M*2,X": 'model.plan="M*2,X", position 5: "X" is not a kind of layer; use M (Mamba',
+    "--plan=M*2,A": 'model.plan="M*2,A" has 3 layers, model.n_layers=12; give --config.model.n_la',
     "--vram=banana": "--vram=banana is not an amount of memory; give GB such as 16gb",
     "--vram=-4": "--vram=-4 is not an amount of memory",
     "--vram=0": "--vram=0 is not an amount of memory",

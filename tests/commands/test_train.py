@@ -116,24 +116,28 @@ def interrupt_at(monkeypatch, step: int, number: signal.Signals) -> None:
 # --- resume = uninterrupted -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["mamba", "hybrid"])
-def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys, family):
-    whole, parts, moved = (place / f"{family}-{name}" for name in ("whole", "parts", "moved"))
-    family_flag = f"--config.model.family={family}"
-    assert call(family_flag, f"--output_dir={whole}") == 0
+PLAN = ("--config.model.family=hybrid", "--plan=M,H", "--config.model.n_layers=2")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"), [("mamba", ()), ("plan", PLAN)], ids=lambda value: value[0] if value else ""
+)
+def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys, name, flags):
+    whole, parts, moved = (place / f"{name}-{part}" for part in ("whole", "parts", "moved"))
+    assert call(*flags, f"--output_dir={whole}") == 0
     printed = capsys.readouterr().out
     assert "unigram loss" in printed and f"generate --checkpoint {whole / 'final'}" in printed
 
     with monkeypatch.context() as patch:
         # Metrics come one step late: while those of step 2 are read, step 3 is under way.
         interrupt_at(patch, 2, signal.SIGTERM)
-        assert call(family_flag, f"--output_dir={parts}", "--resume=auto") == 75
+        assert call(*flags, f"--output_dir={parts}", "--resume=auto") == 75
     assert read_metadata(parts / "step_3").samples_seen == 48
-    assert call(family_flag, f"--output_dir={parts}", "--resume=auto") == 0
+    assert call(*flags, f"--output_dir={parts}", "--resume=auto") == 0
     assert_same_run(whole, parts)
 
     # From an earlier checkpoint into another folder, as if the rest had never happened.
-    assert call(family_flag, f"--output_dir={moved}", f"--resume={whole / 'step_2'}") == 0
+    assert call(*flags, f"--output_dir={moved}", f"--resume={whole / 'step_2'}") == 0
     assert_same_run(whole, moved)
 
 

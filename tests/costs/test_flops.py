@@ -26,6 +26,7 @@ ABLATIONS = VARIANTS | {
         HYBRID, fusion="sum", recursion_reads_attention=False
     ),
     "sum, no attention": dataclasses.replace(HYBRID, fusion="sum", attention_scales=()),
+    "sum, one kind, A": dataclasses.replace(HYBRID, plan="A*2"),
     "three steps of width 3": dataclasses.replace(HYBRID, recursion_depth=3, recursion_expand=3),
     "other mixer": dataclasses.replace(
         MAMBA, d_state=8, dt_rank=5, expand_factor=3, d_conv=3, n_layers=3

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mamba_jax.config import ModelConfig, RunConfig, TrainingConfig, VramConfig, to_dict
+from mamba_jax.config.plan import parse
 from mamba_jax.doctor import signals
 from mamba_jax.runs import recorded
 
@@ -39,6 +40,7 @@ class Plan:
     steps: int = 2_000
     seed: int = 0
     family: str = "hybrid"
+    layers: str = ""  # the model's plan, of LAYERS hybrid layers among others
     learning_rate: float = 3e-4
     warmup_steps: int = 200
     max_steps: int = 0  # 0: as many as steps
@@ -52,7 +54,12 @@ class Plan:
     def config(self) -> RunConfig:
         return RunConfig(
             name="synthetic",
-            model=ModelConfig(family=self.family, n_layers=LAYERS, vocab_size=VOCABULARY),
+            model=ModelConfig(
+                family=self.family,
+                n_layers=len(parse(self.layers)) or LAYERS,
+                plan=self.layers,
+                vocab_size=VOCABULARY,
+            ),
             training=TrainingConfig(
                 learning_rate=self.learning_rate,
                 warmup_steps=self.warmup_steps,

@@ -19,7 +19,7 @@ from mamba_jax.estimator.breakdown import memory_breakdown
 from mamba_jax.estimator.budget import GIB, Machine, of_device
 from mamba_jax.models import build
 from tests.estimator.test_targets import needs_compilers
-from tests.support.tiny import VARIANTS
+from tests.support.tiny import PLANS, VARIANTS
 
 V = 50_257
 RTX = of_device(device_named("RTX 4080"))
@@ -39,9 +39,10 @@ def with_model(run, **fields):
 # --- the formula ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS | PLANS)
 def test_the_count_of_parameters_is_that_of_the_arrays(name):
-    model, tree = VARIANTS[name], build.abstract_params(VARIANTS[name])
+    model = (VARIANTS | PLANS)[name]
+    tree = build.abstract_params(model)
     sizes = lambda tree: sum(leaf.size for leaf in jax_leaves(tree))
     count = parameter_count(model)
     assert count.total == sizes(tree)
@@ -86,6 +87,24 @@ def test_the_formula_is_within_a_tenth_of_the_compiler(case):
 def test_the_formula_is_right_on_average():
     errors = [abs(estimate_of(case) / case["compiled_bytes"] - 1) for case in CASES]
     assert sum(errors) / len(errors) < 0.015  # a buffer left out would show here
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_plans_activations_are_those_of_its_layers(remat):
+    whole = with_model(run_of("hybrid-small-mini"), remat=remat)  # nine layers
+    whole = dataclasses.replace(whole, vram=dataclasses.replace(whole.vram, batch_size=8))
+
+    def activations(plan):
+        setting = setting_of(whole, devices=1, on_cpu=False)
+        model = dataclasses.replace(whole.model, plan=plan)
+        return memory_breakdown(model, setting, chunk_tokens=1024).parts["activations"]
+
+    if remat == "none":  # apart from what is the same for all layers
+        whole = with_model(whole, d_conv=1, dtype="float32")
+    mixed, plain, hybrid = map(activations, ("(M,M,H)*3", "M*9", ""))
+    masks = whole.model.d_inner * 8 * whole.model.max_seq_len if remat == "none" else 0
+    assert 3 * (mixed - masks) == pytest.approx(2 * (plain - masks) + hybrid - masks, abs=3)
+    assert plain < mixed < hybrid or remat == "full"
 
 
 def test_the_state_is_divided_over_fsdp_devices():

@@ -102,6 +102,10 @@ def test_q8_0_rounds_as_verification_assumes(tmp_path):
 def test_what_llama_cpp_cannot_run_is_refused(tmp_path, capsys):
     assert run(tmp_path, dataclasses.replace(tiny.HYBRID, vocab_size=257)) == 2
     assert "depth gates and pooled attention; use --format hf" in capsys.readouterr().err
+    planned = dataclasses.replace(tiny.HYBRID, n_layers=3)
+    with pytest.raises(UserError, match="a hybrid cannot be exported to GGUF"):
+        gguf_file.check(dataclasses.replace(planned, plan="M,A,M"))
+    gguf_file.check(dataclasses.replace(planned, plan="M*3"))
     with pytest.raises(UserError, match="expand_factor=3 cannot be exported to GGUF"):
         gguf_file.check(dataclasses.replace(UNTIED, expand_factor=3))
     assert not (tmp_path / "out").exists()

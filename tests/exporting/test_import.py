@@ -37,6 +37,9 @@ ORIGINAL = {
 }
 
 
+PLANNED = hf.model_config(tiny.VARIANTS["plan A,M,H,M"], 64, "f32")
+
+
 def exported(folder, model, params, tokenizer):
     folder.mkdir()
     hf.write_weights(folder / hf.WEIGHTS, tensors.to_hf(params, model, model.vocab_size), "f32")
@@ -49,7 +52,9 @@ def same_structure(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "model", [tiny.MAMBA, UNTIED, tiny.HYBRID], ids=["tied", "untied", "hybrid"]
+    "model",
+    [tiny.MAMBA, UNTIED, tiny.HYBRID, tiny.VARIANTS["plan A,M,H,M"]],
+    ids=["tied", "untied", "hybrid", "plan"],
 )
 def test_export_then_import_is_the_identity(model, tmp_path):
     pytest.importorskip("safetensors")
@@ -211,6 +216,9 @@ def test_damaged_files_are_refused(tmp_path):
         (ORIGINAL | {"ssm_cfg": 3}, "ssm_cfg=3 is not an object"),
         (ORIGINAL | {"ssm_cfg": {"d_state": 10**30}}, "d_state=1000.* is too large"),
         (ORIGINAL | {"n_layer": 0}, r"n_layers=0 must be greater"),
+        (PLANNED | {"layer_pattern": "MXH"}, r'plan="M,X,H", position 3: "X" is not a kind'),
+        (PLANNED | {"layer_pattern": "MH"}, r'plan="M,H" has 2 layers, model.n_layers=3'),
+        (PLANNED | {"layer_pattern": ["M"] * 3}, r"model.plan=.* is not text"),
     ],
 )
 def test_other_structures_are_refused(record, words):

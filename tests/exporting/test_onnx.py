@@ -38,6 +38,15 @@ VARIANTS = FAMILIES | {
     "no recursion": dataclasses.replace(
         HYBRID, recursion_depth=0, attention_scales=(3, 1), fusion="norm", tie_embeddings=True
     ),
+    "plan": dataclasses.replace(
+        HYBRID,
+        plan="A,M,H",
+        n_layers=3,
+        attention_scales=(1, 2),
+        attention_window=0,
+        max_seq_len=12,
+        fusion="residual_zero",
+    ),
 }
 BETWEEN = [
     pytest.param(model, id=name, marks=pytest.mark.exhaustive)
@@ -96,11 +105,11 @@ def truth(model):
         logits_bv, cache = step_of(model)(params, jnp.asarray(IDS[:, t], jnp.int32), cache)
         logits.append(logits_bv)
         named = {
-            f"{i}.{name}": np.asarray(stacked[i])
-            for name, stacked in cache["layers"].items()
-            for i in range(model.n_layers)
+            f"{i}.{name}": np.asarray(array)
+            for i, layer in enumerate(build.unstack_cache(cache, model)["layers"])
+            for name, array in layer.items()
         }
-        has_length = model.family == "hybrid" and model.attention_scales
+        has_length = model.attends
         caches.append(named | ({"length": np.int64(cache["length"])} if has_length else {}))
     return np.stack(logits, axis=1), caches
 

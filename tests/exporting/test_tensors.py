@@ -18,9 +18,9 @@ def assert_same(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("variant", tiny.VARIANTS | tiny.PLANS)
 def test_hybrids_there_and_back(variant):
-    config = tiny.VARIANTS[variant]
+    config = (tiny.VARIANTS | tiny.PLANS)[variant]
     params = random_params(config)
     assert_same(tensors.from_hf(tensors.to_hf(params, config, 64), config), params)
 

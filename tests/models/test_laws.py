@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from mamba_jax.config import ModelConfig
 from mamba_jax.models import build
 from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.norm import rms_normalise
 from mamba_jax.ops.selective_scan import SAVEABLE, selective_scan
 from tests.support import naive
-from tests.support.tiny import HYBRID, MAMBA, TOKENS, VARIANTS, assert_close, params_of
+from tests.support.tiny import HYBRID, MAMBA, PLANS, TOKENS, VARIANTS, assert_close, params_of
 from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 # float32 rounding of a few hundred additions per layer in another order; values up to ~10.
 ROUNDING = 3e-5
+GLOBAL_LOOP = "plan (M,M,H)*2, global attention"
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 both_families = pytest.mark.parametrize("config", [MAMBA, HYBRID], ids=["mamba", "hybrid"])
 
@@ -33,9 +35,12 @@ def jitted_apply(config):
     )
 
 
-@every_variant
+MIXED = [plan for plan in PLANS if "," in plan]
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *MIXED])
 def test_logits_equal_the_naive_reading(name):
-    config = VARIANTS[name]
+    config = (VARIANTS | PLANS)[name]
     params = params_of(config)
     logits, _, _ = jitted_apply(config)(params, TOKENS)
     for row in range(2):
@@ -128,8 +133,13 @@ def test_prefill_and_decoding_equal_the_whole_forward(name):
         assert_close(cache, whole_cache, ROUNDING)
 
 
-@every_variant
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in VARIANTS),
+        *((name, "bfloat16") for name in ("mamba", "hybrid", "plan A,M,H,M")),
+    ],
+)
 def test_prepared_parameters_decode_the_same(name, dtype):
     """Layers apart and factors cast beforehand: the same products of the same numbers."""
     config = dataclasses.replace(VARIANTS[name], dtype=dtype)
@@ -146,8 +156,8 @@ def test_prepared_parameters_decode_the_same(name, dtype):
         # neighbour, 2^-8 away, and the states carry that on.
         assert_close(prepared_logits, logits, ROUNDING if dtype == "float32" else 0.05)
     assert_close(
-        jax.tree.map(lambda *leaf: jnp.stack(leaf), *apart["layers"]),
-        cache["layers"],
+        apart["layers"],
+        build.unstack_cache(cache, config)["layers"],
         ROUNDING if dtype == "float32" else 0.05,
     )
 
@@ -180,7 +190,9 @@ def test_a_document_that_starts_while_decoding_sees_nothing_before_it():
         assert_close(logits, expected, ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["mamba", "hybrid", "hybrid, attention after recursion"])
+@pytest.mark.parametrize(
+    "name", ["mamba", "hybrid", "hybrid, attention after recursion", GLOBAL_LOOP]
+)
 def test_pieces_of_a_row_equal_the_row(name):
     """A forward cut anywhere (ragged pieces, documents crossing cuts): values and gradients.
 
@@ -237,8 +249,9 @@ def test_a_left_padded_row_equals_the_row_alone(config):
         assert_close(logits, expected, ROUNDING)
 
 
-@both_families
-def test_rematerialisation_changes_nothing(config):
+@pytest.mark.parametrize("name", ["mamba", "hybrid", "plan A,M,H,M"])
+def test_rematerialisation_changes_nothing(name):
+    config = VARIANTS[name]
     params = params_of(config)
 
     def gradient(remat):
@@ -281,6 +294,88 @@ def test_all_parts_off_is_mamba():
     np.testing.assert_array_equal(
         jitted_apply(off)(params, TOKENS)[0], jitted_apply(MAMBA)(params, TOKENS)[0]
     )
+
+
+@pytest.mark.parametrize(("config", "plan"), [(MAMBA, "M*2"), (HYBRID, "H,H")], ids="MH")
+def test_a_uniform_plan_is_the_familys_own_model(config, plan):
+    """Equal parameters, and the same program: so also equal results."""
+    planned = dataclasses.replace(config, plan=plan)
+    ours, truth = (build.init(c, jax.random.key(0)) for c in (planned, config))
+    jax.tree.map(np.testing.assert_array_equal, ours, truth)
+    programs = [
+        str(jax.make_jaxpr(lambda p, c=c: build.apply(p, c, TOKENS))(truth))
+        for c in (planned, config)
+    ]
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_mixed_plan_has_a_stack_per_kind_and_a_cache_where_it_is_needed(plan):
+    config, kinds = PLANS[plan], naive.expand(plan)
+    params = build.abstract_params(config)["layers"]
+    cache = jax.eval_shape(lambda: build.init_cache(config, 1))["layers"]
+    if len(set(kinds)) == 1:
+        params, cache = {kinds[0]: params}, {kinds[0]: cache}
+    parts = {"M": {"mixer", "norm"}}
+    parts["A"] = parts["M"] | {"attention"}
+    parts["H"] = parts["A"] | {"recursion", "fusion"}
+    assert {kind: set(stack) for kind, stack in params.items()} == {k: parts[k] for k in {*kinds}}
+    for kind in set(kinds):
+        for leaf in jax.tree.leaves((params[kind], cache[kind])):
+            assert leaf.shape[0] == kinds.count(kind)
+        assert any("keys" in name for name in cache[kind]) == (kind != "M")
+
+
+def test_what_is_reported_is_in_the_order_of_the_plan():
+    config = dataclasses.replace(HYBRID, plan="A,(M,H)*2,A", n_layers=6)
+    params, kinds = params_of(config), config.kinds
+    # Each layer shows which it is, by its own A and its own gates.
+    for kind, stack in params["layers"].items():
+        numbers = np.array([i for i, other in enumerate(kinds) if other == kind], np.float32)
+        stack["mixer"]["A_log"] = jnp.zeros_like(stack["mixer"]["A_log"]) + numbers[:, None, None]
+        if kind == "H":
+            gate = stack["recursion"]["gate"]
+            gate["kernel"] = jnp.zeros_like(gate["kernel"])
+            gate["bias"] = jnp.zeros_like(gate["bias"]) + numbers[:, None]
+    observe = lambda params: build.forward(params, config, TOKENS, observing=True)[1]
+    aux = jax.jit(observe)(params)
+    assert config.gated_layers == (2, 4)
+    np.testing.assert_allclose(aux["depth_mean"], 2 / (1 + np.exp([-2.0, -4.0])), rtol=1e-5)
+    np.testing.assert_allclose(aux["A_min"], -np.exp(np.arange(6.0)), rtol=1e-5)
+
+
+def test_a_program_does_not_grow_with_the_repetitions_of_its_plan():
+    def equations(jaxpr):
+        inner = [sub for e in jaxpr.eqns for sub in jaxprs_in_params(e.params)]
+        return len(jaxpr.eqns) + sum(map(equations, inner))
+
+    def size(times):
+        plan = f"A,(M,M,H)*{times}"
+        config = dataclasses.replace(HYBRID, plan=plan, n_layers=1 + 3 * times)
+        loss = lambda params: build.apply(params, config, TOKENS)[0].sum()
+        program = jax.make_jaxpr(jax.grad(loss))(build.abstract_params(config))
+        return equations(program.jaxpr)
+
+    assert size(2) == size(8)
+
+
+def test_the_zero_fusion_starts_as_the_sum():
+    config = dataclasses.replace(HYBRID, fusion="residual_zero")
+    params = build.init(config, jax.random.key(0))
+    stripped = params | {"layers": {k: v for k, v in params["layers"].items() if k != "fusion"}}
+    without = dataclasses.replace(config, fusion="sum")
+    ours, truth = (
+        jitted_apply(config)(params, TOKENS)[0],
+        jitted_apply(without)(stripped, TOKENS)[0],
+    )
+    assert_close(ours, truth, 1e-6)
+
+
+@pytest.mark.parametrize(("std", "expected"), [(0.02, 0.02), (0.3, 0.3), (0.0, 128**-0.5)])
+def test_the_initial_embedding_has_its_standard_deviation(std, expected):
+    config = ModelConfig(d_model=128, n_layers=1, vocab_size=1024, embedding_std=std)
+    table = jax.jit(lambda key: build.init(config, key)["embed"])(jax.random.key(0))["embedding"]
+    assert float(table.std()) == pytest.approx(expected, rel=0.02)  # of 131,072 numbers
 
 
 def test_at_the_start_the_recursion_adds_nothing():

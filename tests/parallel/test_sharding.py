@@ -16,7 +16,7 @@ from mamba_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
 from mamba_jax.parallel.rules import param_shardings, spec_for
 from mamba_jax.training.state import abstract_state, init_state
 from mamba_jax.training.step import make_eval_step, make_train_step
-from tests.support.tiny import VARIANTS
+from tests.support.tiny import PLANS, VARIANTS
 from tests.support.tiny_run import (
     EOT,
     HYBRID,
@@ -45,9 +45,9 @@ def test_a_bad_fsdp_or_batch_is_named_with_its_remedy():
         make_train_step(run_config(microbatch=4), make_mesh(ParallelConfig()), EOT)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | PLANS)
 def test_the_table_has_every_parameter_and_shards_every_matrix(variant):
-    params = build.abstract_params(VARIANTS[variant])
+    params = build.abstract_params((VARIANTS | PLANS)[variant])
     shardings = param_shardings(params, make_mesh(ParallelConfig(fsdp=8)))
     for path, sharding in jax.tree_util.tree_leaves_with_path(shardings):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -114,11 +114,14 @@ def run_on_one(model):
     return run(model, one_device())
 
 
-# One layout, with both axes, is enough for the family that is slower to compile.
+# One layout, with both axes, is enough for what is slower to compile.
+LOOP = dataclasses.replace(HYBRID, plan="(M,H)*2", n_layers=4)
+
+
 @pytest.mark.parametrize(
     ("model", "fsdp"),
-    [(MAMBA, 1), (MAMBA, 2), (MAMBA, 8), (HYBRID, 2)],
-    ids=["mamba, data 8", "mamba, data 4 fsdp 2", "mamba, fsdp 8", "hybrid, data 4 fsdp 2"],
+    [(MAMBA, 1), (MAMBA, 2), (MAMBA, 8), (LOOP, 2)],
+    ids=["mamba, data 8", "mamba, data 4 fsdp 2", "mamba, fsdp 8", "plan, data 4 fsdp 2"],
 )
 def test_the_same_numbers_on_one_and_on_eight_devices(model, fsdp):
     # Dropout too: its masks must not depend on the mesh either.

@@ -93,6 +93,16 @@ def test_curves_equal_the_records(tmp_path):
     assert "Not recorded" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("plan", "numbers"), [("M,H,H", (1, 2)), ("H,M,M,H", (0, 3)), ("", (0, 1)), ("(H)@2", (0, 1))]
+)
+def test_gates_bear_the_numbers_of_their_layers(tmp_path, plan, numbers):
+    records = hybrid_records()
+    records[0]["run"]["config"]["model"]["plan"] = plan
+    page = page_of(tmp_path, records)
+    assert list(page.chart("depth")) == [f"layer {number}" for number in numbers]
+
+
 def test_the_head_shows_the_state_of_the_run(tmp_path):
     text = page_of(tmp_path, hybrid_records()).text
     for words in (

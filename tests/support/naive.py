@@ -50,7 +50,7 @@ def mixer(p, config, u_td):
 
 def attention_read(p, config, source_td, query_td, t):
     """What token t reads: keys from ``source_td``, its query from ``query_td``; (d,)."""
-    eps, window = config.norm_eps, config.attention_window
+    eps, window = config.norm_eps, config.attention_window or config.max_seq_len
     query_kernel, key_kernel, value_kernel = np.moveaxis(p["qkv"]["kernel"], 1, 0)
     normed = rms(source_td, eps) * p["norm"]["scale"]
     k_thp = np.einsum("td,dhp->thp", normed, key_kernel)
@@ -81,6 +81,21 @@ def attention_read(p, config, source_td, query_td, t):
     return np.einsum("hp,hpd->d", total, p["o_proj"]["kernel"])
 
 
+def expand(plan):
+    """A plan's kinds: letters as lists, that Python adds and multiplies."""
+    return eval(plan.replace(",", "+"), {kind: [kind] for kind in "MAH"})
+
+
+def attention_layer(p, config, x_td):
+    h = x_td + mixer(p["mixer"], config, rms(x_td, config.norm_eps) * p["norm"]["scale"])
+    read = [attention_read(p["attention"], config, h, h, t) for t in range(len(h))]
+    return h + np.stack(read)
+
+
+def mamba_layer(p, config, x_td):
+    return x_td + mixer(p["mixer"], config, rms(x_td, config.norm_eps) * p["norm"]["scale"])
+
+
 def hybrid_layer(p, config, x_td):
     eps = config.norm_eps
     m = mixer(p["mixer"], config, rms(x_td, eps) * p["norm"]["scale"])
@@ -103,6 +118,8 @@ def hybrid_layer(p, config, x_td):
     if config.fusion == "sum":
         return h + r
     fused = np.concatenate([m, r], axis=-1) @ p["fusion"]["proj"]["kernel"]
+    if config.fusion == "residual_zero":
+        return s + fused if inside or not config.attention_scales else h + r + fused
     fused = rms(fused, eps) * p["fusion"]["norm"]["scale"]
     return h + fused if config.fusion == "residual_norm" else fused
 
@@ -118,12 +135,13 @@ def logits(params, config, tokens_t):
         key: pick(value, i) if isinstance(value, dict) else value[i] for key, value in tree.items()
     }
     x = params["embed"]["embedding"][np.asarray(tokens_t)]
-    for i in range(config.n_layers):
-        p = pick(params["layers"], i)
-        if config.family == "hybrid":
-            x = hybrid_layer(p, config, x)
-        else:
-            x = x + mixer(p["mixer"], config, rms(x, config.norm_eps) * p["norm"]["scale"])
+    own_kind = {"mamba": "M", "hybrid": "H"}[config.family]
+    kinds = expand(config.plan) if config.plan else [own_kind] * config.n_layers
+    layer_of = {"M": mamba_layer, "A": attention_layer, "H": hybrid_layer}
+    for i, kind in enumerate(kinds):
+        several = len(set(kinds)) > 1
+        stack = params["layers"][kind] if several else params["layers"]
+        x = layer_of[kind](pick(stack, kinds[:i].count(kind) if several else i), config, x)
     x = rms(x, config.norm_eps) * params["norm_f"]["scale"]
     head = params["embed"]["embedding"] if config.tie_embeddings else params["lm_head"]["kernel"]
     return x @ head.T

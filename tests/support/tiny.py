@@ -13,6 +13,20 @@ MAMBA = ModelConfig(family="mamba", d_model=32, n_layers=2, vocab_size=64, dtype
 HYBRID = dataclasses.replace(
     MAMBA, family="hybrid", attention_window=4, attention_head_size=8, recursion_depth=2
 )
+# Plans with one to three kinds, with and without a part that repeats.
+PLANS = {
+    plan: dataclasses.replace(HYBRID, plan=plan, n_layers=n_layers)
+    for plan, n_layers in {
+        "M*3": 3,
+        "H*3": 3,
+        "M,H,M": 3,
+        "A,M": 2,
+        "(M,A)*2": 4,
+        "A,M,H": 3,
+        "(M,M,H)*2": 6,
+        "A,(M,M,H)*2,A": 8,
+    }.items()
+}
 VARIANTS = {
     "mamba": MAMBA,
     "hybrid": HYBRID,
@@ -24,6 +38,16 @@ VARIANTS = {
     "hybrid, no recursion": dataclasses.replace(HYBRID, recursion_depth=0, fusion="sum"),
     "hybrid, no attention": dataclasses.replace(
         HYBRID, attention_scales=(), fusion="norm", tie_embeddings=False
+    ),
+    "plan A,M,H,M": dataclasses.replace(
+        HYBRID,
+        plan="A,M,H,M",
+        n_layers=4,
+        attention_scales=(1, 4),
+        fusion="residual_zero",
+    ),
+    "plan (M,M,H)*2, global attention": dataclasses.replace(
+        PLANS["(M,M,H)*2"], attention_scales=(2,), attention_window=0, max_seq_len=32
     ),
 }
 TOKENS = jax.random.randint(jax.random.key(7), (2, 29), 0, MAMBA.vocab_size)

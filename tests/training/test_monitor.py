@@ -34,6 +34,7 @@ def config(tmp_path) -> RunConfig:
         output_dir=str(tmp_path / "out"),
         log_dir=str(tmp_path / "logs"),
         tensorboard_dir=str(tmp_path / "runs"),
+        model=dataclasses.replace(HYBRID, plan="M,H,M,H", n_layers=4),
         training=TrainingConfig(max_steps=6, log_steps=2, warmup_steps=0),
     )
 
@@ -79,7 +80,10 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
         for step in (1, 2, 3, 4):
             take_step(shown, step, aux=lambda: aux, skipped=step == 3)
             if step == 2:
-                layers = {"dt_mean": [0.01, 0.02], "A_min": [-16.0, -17.0]}
+                layers = {
+                    "dt_mean": [0.01, 0.02, 0.03, 0.04],
+                    "A_min": [-16.0, -17.0, -18.0, -19.0],
+                }
                 shown.evaluation(2, Evaluation(nll=20.0, targets=10.0, bytes=40.0, layers=layers))
     points = {
         (value.tag, event.step): value for event in read_events(tmp_path / "runs")
@@ -92,8 +96,10 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
     assert scalar("eval/loss", 2) == 2.0
     assert scalar("eval/perplexity", 2) == pytest.approx(math.exp(2.0), rel=1e-6)  # float32
     assert scalar("eval/bits_per_byte", 2) == pytest.approx(0.5 / math.log(2), rel=1e-6)
-    assert scalar("depth/layer_01", 4) == 2.5 and scalar("A_min/layer_01", 2) == -17.0
-    gates = points["gate/layer_00", 4].histo
+    # Of the hybrid layers, 1 and 3, and of all.
+    assert scalar("depth/layer_03", 4) == 2.5 and scalar("A_min/layer_01", 2) == -17.0
+    assert not {("depth/layer_00", 4), ("gate/layer_00", 4)} & points.keys()
+    gates = points["gate/layer_01", 4].histo
     assert list(gates.bucket_limit) == pytest.approx([i / 10 for i in range(1, 11)])
     assert list(gates.bucket) == pytest.approx([1 / 3] * 3 + [0] * 7)
     assert {event.step for event in read_events(tmp_path / "runs")} == {0, 2, 4}
@@ -109,7 +115,7 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
     losses = [record for record in records if "loss" in record]
     assert [record["step"] for record in losses] == [1, 2, 3, 4] and losses[2]["skipped"] is True
     (evaluation,) = (record for record in records if "eval_loss" in record)
-    assert evaluation["eval_loss"] == 2.0 and evaluation["dt_mean"] == [0.01, 0.02]
+    assert evaluation["eval_loss"] == 2.0 and evaluation["dt_mean"] == [0.01, 0.02, 0.03, 0.04]
     (warning,) = (record["warning"] for record in records if "warning" in record)
     assert "step 3: gradient norm 2" in warning
     # In the first layer all gates of step k are in decile k: a third of them is nearly closed.

@@ -5,6 +5,9 @@ causal attention over mean-pooled blocks at several scales, then a fusion:
 
     m = mixer(norm(x));  h = x + m;  s = recursion(h);  x' = h + rms(W [m ; s - h])
 
+``layer_pattern`` has a letter for each layer: H such a one, A the mixer and one read of the
+attention, x' = h + attention(h), M the mixer alone.
+
 Each row is one document; padding is skipped wherever the attention mask marks it. The cache is of
 fixed size. Residual stream, norms, gates and softmax are float32; matrix products are in the dtype
 of the weights.
@@ -63,6 +66,7 @@ class HybridMambaConfig(PretrainedConfig):
         attention_window=256,
         attention_head_size=64,
         fusion="residual_norm",
+        layer_pattern=None,
         tie_word_embeddings=True,
         use_cache=True,
         **kwargs,
@@ -83,6 +87,12 @@ class HybridMambaConfig(PretrainedConfig):
         self.attention_window = attention_window
         self.attention_head_size = attention_head_size
         self.fusion = fusion
+        self.layer_pattern = layer_pattern or "H" * num_hidden_layers
+        if len(self.layer_pattern) != num_hidden_layers:
+            raise ValueError(
+                f"layer_pattern={layer_pattern} does not have num_hidden_layers="
+                f"{num_hidden_layers} letters; give one for each layer"
+            )
         self.use_cache = use_cache
         kwargs.pop("intermediate_size", None)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
@@ -268,25 +278,30 @@ class Attention(nn.Module):
 class Fusion(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.residual = config.fusion == "residual_norm"
+        self.form = config.fusion
         self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        if self.form != "residual_zero":
+            self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
     def forward(self, h_btd, m_btd, r_btd):
-        fused_btd = self.norm(product(self.proj, torch.cat([m_btd, r_btd], dim=-1)))
-        return h_btd + fused_btd if self.residual else fused_btd
+        fused_btd = product(self.proj, torch.cat([m_btd, r_btd], dim=-1))
+        if self.form == "residual_zero":
+            return h_btd + r_btd + fused_btd.float()
+        fused_btd = self.norm(fused_btd)
+        return h_btd + fused_btd if self.form == "residual_norm" else fused_btd
 
 
 class Layer(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, kind):
         super().__init__()
-        recursive, attentive = config.recursion_depth > 0, bool(config.attention_scales)
+        recursive = kind == "H" and config.recursion_depth > 0
+        attentive = kind != "M" and bool(config.attention_scales)
         self.reads_inside = recursive and attentive and config.recursion_reads_attention
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = Mixer(config)
         self.recursion = Recursion(config) if recursive else None
         self.attention = Attention(config) if attentive else None
-        self.fusion = Fusion(config) if config.fusion != "sum" else None
+        self.fusion = Fusion(config) if kind == "H" and config.fusion != "sum" else None
 
     def forward(self, x_btd, valid_bt, position_bt, cache):
         m_btd, new_cache = self.mixer(self.norm(x_btd), valid_bt, cache)
@@ -312,7 +327,7 @@ class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_pattern)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
 
@@ -427,16 +442,20 @@ class HybridMambaForCausalLM(PreTrainedModel, GenerationMixin):
     def _empty_cache(self, x_btd):
         config, zeros = self.config, x_btd.new_zeros
         batch, e, scales = len(x_btd), config.intermediate_size, config.attention_scales
-        layer = {
+        mixer = {
             "conv": zeros(batch, e, config.conv_kernel - 1, dtype=self.dtype),
             "ssm": zeros(batch, e, config.state_size),
         }
+        attention = {}
         if scales:
             # From the oldest block that the next token may attend to; one block may be incomplete.
             n_tokens = (config.attention_window + 1) * max(scales)
-            layer["kv"] = zeros(batch, n_tokens, 2 * config.hidden_size)
-        length_b = zeros(batch, dtype=torch.long)
-        return HybridMambaCache([dict(layer) for _ in self.backbone.layers], length_b)
+            attention["kv"] = zeros(batch, n_tokens, 2 * config.hidden_size)
+        layers = [
+            mixer | (attention if layer.attention is not None else {})
+            for layer in self.backbone.layers
+        ]
+        return HybridMambaCache(layers, zeros(batch, dtype=torch.long))
 
     def _run_layers(self, x_btd, valid_bt, cache, every):
         """Runs the layers on embeddings, float32, and updates the cache.
