@@ -8,8 +8,7 @@ import pytest
 from mamba_jax.config import ModelConfig, RunConfig, checks, freeze, preset_config
 from mamba_jax.config.plan import Loop, Run, parse, schedule, text
 from mamba_jax.errors import UserError
-
-from ..models.naive import expand
+from tests.support.naive import expand
 
 PLANS = ["M*10", "(M,M,H,M,M)*4", "A,M,H,M,A", "((M,A)*2,H)*3", "( M ,H * 2 )*2,\tA", "M*02"]
 
