@@ -224,7 +224,7 @@ def _recipient(facts: dict[str, int]) -> int:
 
 
 def _is_zombie(process: int) -> bool:
-    """Says whether a process has ended but its parent has not collected its status yet."""
+    """Returns whether a process has ended but its parent has not collected its status yet."""
     try:
         stat = pathlib.Path(f"/proc/{process}/stat").read_text()
     except OSError:  # not Linux

@@ -15,12 +15,12 @@ from mamba_jax.config.fields import FRACTION, NOT_EMPTY, NOT_NEGATIVE, POSITIVE,
 
 Value = bool | int | float | str  # a field of a flattened config
 
-_TABLE_ROWS = 64  # a tile of tensor cores and of TPUs' matrix units divides by it
+_TABLE_ROWS = 64  # the tiles of tensor cores and of TPUs' matrix units divide it
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The structure of a model. Both families share it; the hybrid's fields say so."""
+    """The structure of a model. Both families share it; fields that only the hybrid uses say so."""
 
     family: Annotated[
         Literal["mamba", "hybrid"],
@@ -38,7 +38,9 @@ class ModelConfig:
     d_conv: Annotated[int, POSITIVE, "Width of the causal convolution, in tokens."] = 4
     expand_factor: Annotated[int, POSITIVE, "Channels of the mixer, in units of d_model."] = 2
     dt_rank: Annotated[int, NOT_NEGATIVE, "Rank of the projection to Δ; 0: ceil(d_model / 16)."] = 0
-    vocab_size: Annotated[int, NOT_NEGATIVE, "Number of token ids; 0: that of the tokenizer."] = 0
+    vocab_size: Annotated[
+        int, NOT_NEGATIVE, "Number of token ids; 0: as many as the tokenizer has."
+    ] = 0
     max_seq_len: Annotated[
         int,
         POSITIVE,
@@ -93,7 +95,7 @@ class ModelConfig:
     ] = 0.0
     attention_scales: Annotated[
         tuple[int, ...],
-        "Hybrid: pooling factors of the attention; (): no attention.",
+        "Hybrid: block sizes over which attention pools; (): no attention.",
     ] = (1, 2, 4)
     attention_window: Annotated[
         int,
@@ -171,8 +173,8 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the token tables, a multiple of a tile; the padding rows stay zero: no id selects
-        them, and they have no logits."""
+        """Rows of the token tables, a multiple of a tile; the padding rows stay zero, because
+        no id selects them, and have no logits."""
         return -(-self.vocab_size // _TABLE_ROWS) * _TABLE_ROWS
 
     @property
@@ -207,7 +209,7 @@ class TrainingConfig:
     warmup_steps: Annotated[
         int,
         NOT_NEGATIVE,
-        "Steps of linear warm-up; a tenth of max_steps if the run is not longer than them.",
+        "Steps of linear warm-up; a tenth of max_steps if they would fill the whole run.",
     ] = 2_000
     max_steps: Annotated[int, POSITIVE, "Optimizer steps of the run."] = 100_000
     gradient_clip: Annotated[float, POSITIVE, "Largest global norm of the gradient."] = 1.0
@@ -255,7 +257,7 @@ class TrainingConfig:
 
     @property
     def resolved_warmup_steps(self) -> int:
-        """The warm-up, shortened where it would outlast the run (``max_steps=200`` as a trial)."""
+        """The warm-up, shortened if it would outlast the run (a trial with ``max_steps=200``)."""
         return self.warmup_steps if self.warmup_steps < self.max_steps else self.max_steps // 10
 
 
@@ -267,7 +269,7 @@ class SourceConfig:
     """
 
     data_dir: Annotated[str, "Folder or file of text."] = ""
-    dataset: Annotated[str, "Id of the Hugging Face Hub, or a folder."] = ""
+    dataset: Annotated[str, "Hugging Face Hub id, or a folder."] = ""
     dataset_config: Annotated[str, "One of the dataset's configurations."] = ""
     dataset_split: Annotated[str, "A split or a slice of one."] = "train"
     dataset_streaming: Annotated[bool, "Tokenise rows as they arrive."] = False
@@ -279,7 +281,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PhaseConfig:
-    """Other weights of the mixture, from a step on."""
+    """New weights of the mixture from a given step on."""
 
     step: Annotated[int, "The step at which the phase starts."] = 0
     weights: Annotated[tuple[float, ...], "One weight for each source of the mixture."] = ()
@@ -297,19 +299,19 @@ class DataConfig:
     ] = ""
     dataset: Annotated[
         str,
-        "Id of the Hugging Face Hub, or a folder with the layout of a dataset; with data_dir, "
+        "Hugging Face Hub id, or a folder with the layout of a dataset; with data_dir, "
         "both are read.",
     ] = ""
     dataset_config: Annotated[str, "One of the dataset's configurations, if it has several."] = ""
     dataset_split: Annotated[str, "A split of the dataset, or a slice: 'train[:10%]'."] = "train"
     dataset_streaming: Annotated[
         bool,
-        "Tokenise rows as they arrive and keep no download, for a dataset larger than the disk.",
+        "Tokenise rows as they arrive and store no download, for a dataset larger than the disk.",
     ] = False
     text_column: Annotated[
         str,
         "Columns of a row's text, joined by a blank line: A,B; default: chosen by the form "
-        "of the rows (the log says which).",
+        "of the rows (the log names them).",
     ] = ""
     tasks: Annotated[
         str,
@@ -319,7 +321,7 @@ class DataConfig:
     task_examples: Annotated[int, "Problems of each task and difficulty."] = 10_000
     mixture: Annotated[
         tuple[SourceConfig, ...],
-        "Several sources in place of one, each with a weight.",
+        "Several sources instead of one, each with a weight.",
     ] = ()
     curriculum: Annotated[
         tuple[PhaseConfig, ...],
@@ -337,12 +339,12 @@ class DataConfig:
     tokenizer: Annotated[
         str,
         "gpt2, bytes, an encoding of tiktoken such as cl100k_base, a tokenizer.json or a "
-        "folder with one, or an id of the Hugging Face Hub.",
+        "folder with one, or a Hugging Face Hub id.",
     ] = "gpt2"
     fim_rate: Annotated[
         float,
         SHARE,
-        "Share of documents that are trained on as prefix, suffix, then the middle between them.",
+        "Share of documents that are reordered as prefix, suffix, middle for training.",
     ] = 0.0
     deduplicate: Annotated[
         Literal["exact", "near", "none"],
@@ -455,7 +457,7 @@ class RunConfig:
     ] = ""
     trackers: Annotated[
         str,
-        "wandb, mlflow or wandb,mlflow; each needs the extra of its name.",
+        "wandb, mlflow or wandb,mlflow; each needs the extra with its name.",
     ] = ""
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()

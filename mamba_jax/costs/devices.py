@@ -59,8 +59,8 @@ _A100 = Cuda("8.0", 108, 40, 1.41)
 
 # Sources, as published by the vendors: NVIDIA's data sheets of B200, H200, H100, A100, L40S, L4,
 # A10, T4 and V100, the white papers of the architectures GA102, AD102 and RTX Blackwell (rows with
-# float32 accumulation); Google Cloud's pages on the system architecture of each TPU. Cards of
-# another form (NVL, laptop, MIG slices) have other peaks, hence exact names.
+# float32 accumulation); Google Cloud's pages on the system architecture of each TPU. Other variants
+# (NVL, laptop, MIG slices) have other peaks, so the names are exact.
 DEVICES: tuple[Device, ...] = (
     Device(
         "B200",

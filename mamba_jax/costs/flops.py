@@ -1,10 +1,10 @@
-"""What a model computes and moves for each token, part by part, from its configuration alone.
+"""What a model computes and moves per token, part by part, from its configuration alone.
 
-Four amounts are kept apart, as a device has a limit of its own for each:
+Four amounts are counted separately, because a device has a separate limit for each:
 
 * matmul FLOPs: 2·m·n·k of every matrix product. *Model FLOPs* are those of the forward and, for
-  training, its gradient (twice the forward). They measure use (MFU), so nothing that an
-  implementation adds is in them. *Hardware FLOPs* (HFU) add what is recomputed in the backward:
+  training, its gradient (twice the forward). They measure utilisation (MFU), so they exclude
+  whatever an implementation adds. *Hardware FLOPs* (HFU) add what is recomputed in the backward:
   the attention scores, and the layers under a remat policy.
 * elementwise FLOPs: additions, products, comparisons. A backward has twice those of the forward
   unless said otherwise.
@@ -13,11 +13,11 @@ Four amounts are kept apart, as a device has a limit of its own for each:
 * bytes: every operation reads its inputs and writes its outputs once; a backward reads the inputs
   and the output's gradient, and writes the inputs' gradients. Values between matrix products are
   of the matmul dtype; the residual stream, Δ and the recursion's state are float32. Logits, scores
-  and scan states never leave the chip, but for one scan state per ``STATE_TOKENS``, kept for the
+  and scan states never leave the chip, except one scan state per ``STATE_TOKENS``, kept for the
   backward. Weights are read once per microbatch and pass in the matmul dtype, and their gradients
   are written once in float32.
 
-What is left out: masked scores that a block computes in vain, dropout, casts, communication between
+Not counted: masked scores that a block computes for nothing, dropout, casts, communication between
 devices. Rows are taken as one document each; with more, the attention sees fewer keys.
 
 Legend: d d_model, e d_inner, n d_state, r dt_rank, k conv width, h heads, p head size,
@@ -79,7 +79,7 @@ def model_flops(config: ModelConfig, seq_len: int) -> Amount:
 
 
 def parts(config: ModelConfig, setting: Setting) -> list[Part]:
-    """Prices a model, all layers together, in the order of its data.
+    """Counts the costs of a model, all layers together, in the order of its data flow.
 
     Args:
       config: with its ``vocab_size`` set.
@@ -145,7 +145,7 @@ def _remade(part: Part, config: ModelConfig, setting: Setting) -> Part:
         spared = _unneeded_macs(config).get(part.name, 0)
         again = dataclasses.replace(again, matmul_flops=again.matmul_flops - 2 * spared)
     elif part.name == _SCAN:
-        return part  # "dots" keeps what the scan made too
+        return part  # "dots" keeps the scan's results too
     elif not part.name.startswith("scores"):
         # "dots" keeps the results of products without a batch dimension: all but the scores.
         again = dataclasses.replace(again, matmul_flops=0.0, weight_bytes=0.0)
@@ -156,7 +156,7 @@ def _unneeded_macs(config: ModelConfig) -> dict[str, int]:
     """Returns, by part, the last product of a layer if it is only added to the residual stream.
 
     No backward needs its result, so that XLA does not recompute it. What the recursion adds is
-    recomputed all the same, as its steps are one loop.
+    still recomputed, because its steps are one loop.
     """
     hybrid = config.family == "hybrid"
     if hybrid and config.fusion == "residual_zero":

@@ -1,4 +1,4 @@
-"""What a model's parameters are, from its structure alone: no array, no tracing."""
+"""Counts a model's parameters from its structure alone: no array, no tracing."""
 
 import dataclasses
 

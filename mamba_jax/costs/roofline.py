@@ -1,4 +1,4 @@
-"""What a device can do at best, and the time that this allows a model's parts."""
+"""What a device can do at best, and the least time that a model's parts take on it."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mamba_jax.costs.devices import DEVICES, Device
 from mamba_jax.costs.work import Work
 
-_REPEATS = 5  # the fastest counts: a peak is what is reached undisturbed
+_REPEATS = 5  # the fastest counts: a peak is the undisturbed rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def device_kind() -> str:
 def measure(dtype: str) -> Peaks:
     """Measures the first device: a large product, a copy, and many multiply-adds and exps.
 
-    Takes some seconds, the first time. These run over an array read once, so that memory does not
+    Takes some seconds the first time. These run over an array read once, so that memory does not
     limit them, and side by side: in one chain each would wait for the one before.
     """
     device = jax.local_devices()[0]
@@ -104,7 +104,7 @@ def measure(dtype: str) -> Peaks:
 def _fastest_secs(
     function: Callable[[jax.Array], jax.Array], x: jax.Array, *, in_place: bool = False
 ) -> float:
-    """Times a function; ``in_place``: on its own result, over ``x``, which is given up.
+    """Times a function; ``in_place``: on its own result, overwriting ``x``, which is donated.
 
     A new result of some size costs a CPU more than the copy itself: the system's fresh pages.
     """

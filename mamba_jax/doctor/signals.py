@@ -69,7 +69,7 @@ class RunSignals:
 
     Attributes:
       folder: its output_dir.
-      config: of the newest start of the run; None: not recorded, or of another version.
+      config: that of the run's newest start; None: not recorded, or from another version.
       parameters: their number; 0: not recorded.
       unigram_nll: nats per token of a model that knows only token frequencies; None: not recorded.
       curves: name → curve of ``SCALARS``, ``BY_LAYER`` and ``RATES``; those never recorded are
@@ -241,7 +241,7 @@ def above_recent(values: np.ndarray, memory: int, early: int) -> np.ndarray:
         rise[:memory] = above_recent(values[:memory], early, early)
     if len(values) > memory:
         past = np.lib.stride_tricks.sliding_window_view(values[:-1], memory)
-        for start in range(0, len(past), 10_000):  # in pieces that fit a cache
+        for start in range(0, len(past), 10_000):  # in pieces that fit into the cache
             piece = slice(memory + start, memory + start + 10_000)
             rise[piece] = values[piece] - np.median(past[start : start + 10_000], axis=1)
     return rise

@@ -1,4 +1,4 @@
-"""What a run needs, computed before it starts."""
+"""The memory that a run needs, computed before it starts."""
 
 from mamba_jax.estimator.planning import Plan, plan, plan_run
 

@@ -1,11 +1,11 @@
 """What a train step needs on one device, part by part, by formula.
 
-A step goes through two narrow places, and needs the most of one of them: the loss, where all kept
+A step's memory peaks at one of two places: the loss, where all kept
 activations exist and a chunk's logits come on top; and the backward of a layer, where that layer's
 values, its gradients' buffers and the gradients of all layers come on top. The counts below are of
 the buffers that XLA (jax 0.10) has alive there in the compiled step on an NVIDIA card; the larger
-ones were found in its buffer assignment by name and shape. What it leaves out are small arrays and
-the gaps between buffers: a few percent (``benchmarks/results/estimator_rtx4080.md``).
+ones were found in its buffer assignment by name and shape. It omits small arrays and the gaps
+between buffers: a few percent (``benchmarks/results/estimator_rtx4080.md``).
 
 Legend, of one layer and token: d d_model, e d_inner, n d_state, r dt_rank, k conv width; f bytes of
 a float32, a of a number of the matmul dtype; v vocabulary (padded).
@@ -148,7 +148,7 @@ def _step(model: ModelConfig, a: int) -> float:
 
 
 def _read(model: ModelConfig, a: int) -> float:
-    """What the backward of a read of the attention needs, but for scores: they are recomputed."""
+    """What the backward of a read of the attention needs, except scores, which are recomputed."""
     scales = len(model.attention_scales)
     return (3 + scales) * _F * model.d_model + (1 + scales) * a * model.d_model
 
@@ -173,14 +173,14 @@ def _workspace(model: ModelConfig, setting: Setting) -> float:
     bands = _bands(model, setting.seq_len)
     if not _reads_inside(model):  # its backward comes first, scale by scale, then the recursion's
         return work + stream + max(steps, reads + model.n_heads * (2 * _F + 1) * max(bands))
-    # In a loop what does not change is made for all scales before it: a mask and two float32
-    # arrays the size of the scores. In it come the scores and weights of one scale after the other.
+    # What is constant in the loop is made before it for all scales: a mask and two float32 arrays
+    # of the size of the scores. The loop makes the scores and weights of one scale at a time.
     scores = model.n_heads * ((2 * _F + 1) * sum(bands) + (_F + a) * max(bands))
     return work + stream + steps + reads + scores
 
 
 def _bands(model: ModelConfig, seq_len: int) -> list[int]:
-    """The keys of each scale that scores are made with for a query, masked ones among them."""
+    """The number of keys per scale with which a query's scores are made, masked ones included."""
     window = model.resolved_attention_window
     chunk = min(window, seq_len)
     return [

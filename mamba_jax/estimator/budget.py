@@ -30,7 +30,7 @@ class Machine:
     kind: str  # what jax calls them, or a row of ``costs.devices.DEVICES``
     platform: str  # "gpu", "tpu" or "cpu"
     count: int = 1
-    total_bytes: int | None = None  # of each; None: not known
+    total_bytes: int | None = None  # of each device; None: not known
     pool_bytes: int | None = None  # of it, that jax's allocator may take; None: not known
     source: str = ""  # where total_bytes comes from
     is_here: bool = False  # rather than only described
@@ -101,7 +101,7 @@ def budget(vram: VramConfig, machine: Machine) -> Budget:
 
 
 def of_device(device: Device) -> Machine:
-    """Returns a machine with one device of the table: to plan for what is not here."""
+    """Returns a machine with one device of the table: to plan for an absent one."""
     platform = "tpu" if device.name.startswith("TPU") else "gpu"
     return Machine(device.name, platform, 1, device.memory_bytes, source=device.name)
 
@@ -141,7 +141,7 @@ class Card:
 
 
 def visible_cards() -> list[Card]:
-    """Asks NVIDIA's driver, by ``nvidia-smi`` that comes with it, for the cards a run will see.
+    """Asks NVIDIA's driver, through its ``nvidia-smi``, for the cards that a run will see.
 
     Returns:
       Those that ``CUDA_VISIBLE_DEVICES`` names, or all; none where there is no driver.
@@ -185,7 +185,7 @@ def set_client_fraction(vram: VramConfig) -> None:
 
 
 def available_host_bytes() -> int | None:
-    """Memory that this process can still take: of the machine or its container (Linux)."""
+    """Free memory for this process: of the machine or its container (Linux)."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
     except OSError:

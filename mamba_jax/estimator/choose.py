@@ -6,12 +6,12 @@ wins:
 
 * Speed is the floor of ``costs.flops`` on the device's published peaks: "dots" and "full"
   recompute more, smaller microbatches read weights and add up gradients more often. What "none"
-  keeps beyond "dots" a fused program would never have written: it is written and read once more,
-  which on a card with slow memory costs more than recomputing it. (The order is computed; it has
-  not been timed on a card. On a CPU it has: there "dots" is the fastest.) Among layouts within 1%
-  of the fastest, the one that needs the least memory wins.
+  keeps beyond "dots" would not leave the chip in a fused program: writing and reading it again
+  costs more than recomputing it on a card with slow memory. (The order is computed; it has not been
+  timed on a card. On a CPU it has: there "dots" is the fastest.) Among layouts within 1% of the
+  fastest, the one that needs the least memory wins.
 * Without published peaks (a CPU, an unknown card) "dots" comes first, then "none", then "full", and
-  a larger microbatch before a smaller one. On a CPU a microbatch ends at ``CPU_TOKENS`` tokens.
+  a larger microbatch before a smaller one. On a CPU a microbatch has at most ``CPU_TOKENS`` tokens.
 * The loss is computed in chunks of the usual size, halved only where nothing fits.
 """
 

@@ -1,7 +1,7 @@
 """Compiles the train step of a run and reads off what it needs.
 
-``python -m mamba_jax.estimator.compiled CARD`` does it for a card that is not here: a config as
-JSON on each line of its input, ``{"bytes": …}`` or ``{"error": …}`` on each line of its output.
+``python -m mamba_jax.estimator.compiled CARD`` does so for a card that is not installed: a config
+as JSON on each line of its input, ``{"bytes": …}`` or ``{"error": …}`` on each line of its output.
 ``exact.Compiler`` runs it, with the card's compiler on its path.
 """
 

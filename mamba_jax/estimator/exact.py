@@ -1,8 +1,8 @@
-"""The memory of a step by the compiler's figure, for this device or a card that is not here.
+"""The memory of a step as the compiler reports it, for this device or a card that is not installed.
 
-A card that is not here needs its compiler (``scripts/compilers.sh``, or the extra ``estimate``) and
-a process of its own, ``mamba_jax.estimator.compiled``: XLA reads its flags once. A compile takes
-about ten seconds of a CPU core, so figures are cached by everything they depend on.
+A card that is not installed needs its compiler (``scripts/compilers.sh``, or the extra
+``estimate``) and a process of its own, ``mamba_jax.estimator.compiled``: XLA reads its flags once.
+A compile takes about ten seconds of a CPU core, so figures are cached by everything they depend on.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Compiler:
     def __init__(self, machine: Machine, cache_dir: pathlib.Path):
         """
         Args:
-          machine: to compile for. Another than this one: a single NVIDIA card.
+          machine: the machine to compile for; if not this one, a single NVIDIA card.
           cache_dir: where figures are kept.
 
         Raises:
@@ -112,7 +112,7 @@ class Compiler:
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # XLA's remarks on the card that is not there
+            stderr=subprocess.DEVNULL,  # XLA's messages about the missing card
         )
         return self._process
 
@@ -149,7 +149,7 @@ def _find_compilers(machine: Machine) -> str:
 
 
 def _relevant(config: RunConfig) -> dict[str, Any]:
-    """Returns the config without what has no part in the step."""
+    """Returns the config without fields that do not affect the step."""
     values = to_dict(config)
     training = "loss_chunk_tokens", "skip_spikes"
     layout = "effective_batch_size", "batch_size", "gradient_accumulation_steps"

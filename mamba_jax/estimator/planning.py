@@ -17,8 +17,8 @@ from mamba_jax.estimator.budget import (
 from mamba_jax.estimator.choose import StepLayout
 from mamba_jax.estimator.exact import Compiler, Unavailable
 
-HOPELESS = 1.3  # times the budget by the formula: not worth a compile
-FAR_APART = 4  # times the smallest microbatch: where the second one is compiled
+HOPELESS = 1.3  # times the budget, by the formula: above it, compiling is not worthwhile
+FAR_APART = 4  # times the smallest microbatch: the second microbatch to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
 
 
 class _Exact:
-    """Searches by the compiler's figures: a line through two microbatches, then the choice itself.
+    """Searches with the compiler's figures: fits a line to two microbatches, then checks a choice.
 
     Memory grows by the same amount with every sequence, so two compiles of a remat policy nearly
     determine all its microbatches; the choice is compiled too, and lowered if it does not fit.
@@ -189,7 +189,7 @@ class _Exact:
 
 
 def resolved(config: RunConfig, machine: Machine) -> RunConfig:
-    """Returns the run with what depends on its device named, for a process that is elsewhere."""
+    """Returns the run with device-dependent choices named, for a process without that device."""
     if machine.is_here:
         return config
     from mamba_jax.ops.selective_scan import unsupported

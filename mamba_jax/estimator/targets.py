@@ -46,7 +46,8 @@ def cuda_target(card: str) -> SingleDeviceSharding:
     Call it before the process compiles anything: XLA reads its flags once.
 
     Args:
-      card: a name such as "RTX 4080", or a compute capability such as "8.9": a card of it.
+      card: a name such as "RTX 4080", or a compute capability such as "8.9", which means a card
+        with it.
 
     Raises:
       UserError: if the card is unknown or the compilers are not installed.
@@ -65,7 +66,7 @@ def cuda_target(card: str) -> SingleDeviceSharding:
     plugin = _need("jax_plugins.xla_cuda12")
     cuda = plugin.parents[1] / "nvidia" / "cuda_nvcc"
     os.environ["PATH"] = f"{cuda / 'bin'}{os.pathsep}{os.environ['PATH']}"  # where ptxas is
-    # There is no card to measure candidates on; libdevice is where it was installed.
+    # There is no card on which to measure candidates, and libdevice has to be located.
     flags = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={cuda}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     jax.devices()  # lets jax find the compiler

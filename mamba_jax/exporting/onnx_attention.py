@@ -1,7 +1,7 @@
 """Attention over pooled blocks at several scales as nodes of an ONNX graph; memory linear in time.
 
-The maths is that of ``modules.hierarchical_attention``. A row is one document, so that its blocks
-lie alike in every row: what depends on places alone is made once for all layers.
+The maths is that of ``modules.hierarchical_attention``. A row is one document, so blocks are at the
+same positions in every row: what depends only on positions is computed once for all layers.
 
 Legend: b batch, t time, d d_model, h heads, p head size, s tokens of a block, c blocks, w window,
 u chunks of queries, q queries of a chunk, n keys that a chunk reads.
@@ -19,7 +19,7 @@ from mamba_jax.exporting.onnx_graph import Graph
 from mamba_jax.exporting.onnx_layers import F, at, norm
 
 ROPE_BASE = 10_000.0
-_FAR = F(-1e30)  # a stand-in for -inf, which would make NaN where nothing is seen
+_FAR = F(-1e30)  # used instead of -inf, which would make NaN where nothing is seen
 
 
 class _Angle(NamedTuple):
@@ -43,7 +43,8 @@ class Attention(abc.ABC):
     def __init__(self, g: Graph, config: ModelConfig):
         self.config = config
         half = config.head_size // 2
-        # By JAX: in a power of its own rounding angles would part from ours as numbers grow.
+        # By JAX: with differently rounded powers, angles would drift from ours as block numbers
+        # grow.
         self._frequency = np.asarray(ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half))
         self._angles: dict[int, _Angle] = {}  # of queries, to multiply (…, 1, q, p / 2)
         self._far: dict[int, str] = {}  # (…, 1, q, n) 0 where a key is seen, else _FAR
@@ -52,10 +53,11 @@ class Attention(abc.ABC):
     def reader(
         self, g: Graph, layer: str, x: str, past: dict[str, str]
     ) -> tuple[Callable[[Graph, str], str], dict[str, str]]:
-        """Remembers a stream (b, t, d).
+        """Stores keys and values of a stream (b, t, d).
 
         Returns:
-          What adds the reading of another stream to a graph, (b, t, d), and the layer's new cache.
+          A function that adds attention for another stream (b, t, d) to a graph, and the layer's
+          new cache.
         """
         part, d = f"{layer}attention.", self.config.d_model
         u = norm(g, x, f"{part}norm.weight", self.config.norm_eps)
@@ -94,7 +96,7 @@ class Attention(abc.ABC):
         q = g("Mul", q, F(self.config.head_size**-0.5))
         parts = []
         for (scale, memory), mix in zip(memories.items(), mixes, strict=True):
-            # Next to the product, which a runtime can then let read keys as they lie.
+            # Next to the product, so that a runtime can read keys in place.
             keys = g("Transpose", memory.keys, perm=self.swap)
             scores = g("MatMul", rotate(g, q, self._angles[scale]), keys)
             weights = g("Softmax", g("Add", scores, self._far[scale]), axis=-1)
@@ -110,7 +112,7 @@ class Attention(abc.ABC):
         return _Angle(g("Cos", angle), g("Sin", angle))
 
     def _see(self, g: Graph, scale: int, seen: str) -> None:
-        """Notes what queries of a scale see, (…, 1, q, n) bool."""
+        """Records what the queries of a scale see, (…, 1, q, n) bool."""
         self._far[scale] = g("Where", seen, F(0), _FAR)
         number = g("Cast", seen, to=g.onnx.TensorProto.FLOAT)
         self._any[scale] = g("ReduceMax", number, at(-1), keepdims=1)

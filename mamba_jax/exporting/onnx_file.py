@@ -18,10 +18,11 @@ _FILES = f"""
 ## Files
 
 - `{ROW}`: `input_ids` int64 (batch, sequence) → `logits` float32 (batch, sequence, ids) and the
-  cache after the last token, `present.…`. Nothing precedes a row, and rows are not padded.
+  cache after the last token, `present.…`. Each row starts from an empty cache, and rows take no
+  padding.
 - `{STEP}`: one token per row, `input_ids` (batch, 1), and the cache before it, `past.…`, whose size
-  does not grow → `logits` (batch, 1, ids) and `present.…`. Caches' first axis is the batch, and
-  zeros are the cache of an empty row.
+  does not grow → `logits` (batch, 1, ids) and `present.…`. The first axis of a cache is the batch;
+  an empty row has a cache of zeros.
 - `{WEIGHTS}`: the weights of both; keep it in the same folder.
 - `{EXAMPLE}`: generates text with onnxruntime, numpy and tokenizers; with `--chat` the prompt is a
   user's turn.

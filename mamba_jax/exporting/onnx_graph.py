@@ -12,7 +12,7 @@ import numpy as np
 
 from mamba_jax.errors import need
 
-OPSET, IR_VERSION = 18, 8  # of 2022: runtimes of the last years read them
+OPSET, IR_VERSION = 18, 8  # from 2022: runtimes of recent years support it
 _ALIGNMENT = 4096  # of a weight in its file, for runtimes that map it into memory
 Value = str | np.ndarray | np.generic  # the name of a value, or a constant
 
@@ -57,14 +57,14 @@ class Graph:
     def factor(self, name: str, rows: slice = slice(None)) -> str:
         """Returns the name of a factor (i, o) made of the table's (o, i), or of some of its rows.
 
-        Transposed here and not by a node: a runtime would keep both.
+        Transposed here and not by a node, because a runtime would keep both.
         """
         bounds = "" if rows == slice(None) else f"[{rows.start or 0}:{rows.stop or ''}]"
         self.weights.setdefault(f"{name}{bounds}.T", self.table[name][rows].T)
         return f"{name}{bounds}.T"
 
     def input(self, name: str, dtype: type, *shape: int | str) -> str:
-        """Declares an input; axes that are named are free."""
+        """Declares an input; named axes are dynamic."""
         self.inputs.append(self._info(name, dtype, shape))
         return name
 

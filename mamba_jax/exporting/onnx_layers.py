@@ -1,6 +1,6 @@
 """The parts of a layer as nodes of an ONNX graph: norms, the mixer, the recursion, the fusion.
 
-Each is the maths of its namesake in ``modules``, in float32. Weights bear the names of
+Each is the maths of its namesake in ``modules``, in float32. Weights have the names of
 ``tensors.LAYER``.
 
 Legend: b batch, t time, d d_model, e d_inner, n d_state, r dt_rank, k conv width, o outputs.
@@ -43,9 +43,9 @@ def mixer(
     """The Mamba mixer of ``norm(x)``.
 
     Args:
-      g: to add to.
+      g: the graph to add to.
       config: of the model.
-      layer: what its weights' names begin with.
+      layer: the prefix of its weights' names.
       x: the stream (b, t, d).
       past: ``conv_state`` (b, k - 1, e) and ``ssm_state`` (b, e, n) before the row.
       one_token: t is 1: no loop.
@@ -100,9 +100,9 @@ def recursion(
     """Runs the recursion's steps from h (b, t, d), in a loop over one body.
 
     Args:
-      g: to add to.
+      g: the graph to add to.
       config: of the model.
-      layer: what its weights' names begin with.
+      layer: the prefix of its weights' names.
       h: the stream.
       read: adds what attention reads for a stream; None: nothing.
     """

@@ -69,7 +69,7 @@ def make(table: Mapping[str, np.ndarray], config: ModelConfig, *, one_token: boo
     x = norm(g, x, NORM, config.norm_eps)
     logits = _head(g, x, ids, EMBEDDING if config.tie_embeddings else HEAD)
     g.output("logits", logits, np.float32, BATCH, length, len(table[EMBEDDING]))
-    g.outputs.insert(0, g.outputs.pop())  # where one looks first
+    g.outputs.insert(0, g.outputs.pop())  # a reader sees these first
     return g
 
 

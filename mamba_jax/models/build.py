@@ -257,13 +257,13 @@ def decode_step(
     return prefill(params, config, token_b[:, None], cache)
 
 
-# What is multiplied in the matmul dtype; a conv's and a gate's kernels stay float32.
+# Factors of matmuls in the matmul dtype; the kernels of conv and gate stay float32.
 _MATMULS = ("in_proj", "x_proj", "dt_proj", "out_proj", "up", "down", "qkv", "o_proj", "proj")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "int8_head"))
 def prepare_for_decoding(params: Params, config: ModelConfig, *, int8_head: bool = False) -> Params:
-    """Lays parameters out as ``prefill`` and ``decode_step`` read them fastest; do it once.
+    """Lays parameters out so that ``prefill`` and ``decode_step`` are fastest; call it once.
 
     Each layer's parameters become arrays of their own: from stacked ones a step first copies each
     layer out (on a CPU core this took 28% of a token, and a prompt took 1.3 times as long). The

@@ -137,7 +137,7 @@ class HierarchicalAttention(nnx.Module):
         return memories, new_cache
 
     def reader(self, memories: list[Memory]) -> Callable[[jax.Array], jax.Array]:
-        """Returns what reads every scale for each token: (b, t, d) float32 in and out.
+        """Returns a function that reads every scale for each token: (b, t, d) float32 in and out.
 
         The queries' kernel is cut out here, so that a loop around the reading adds up the gradient
         of that third of ``qkv`` alone. It is cast inside: XLA takes the cast out of the loop, and

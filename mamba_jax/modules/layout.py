@@ -26,7 +26,7 @@ class Documents:
 
     @property
     def next_position_b(self) -> jax.Array:
-        """The position of the token after the row, should it continue the document."""
+        """The position of the token after the row, if it continues the document."""
         return self.position_bt[:, -1] + 1
 
 
@@ -77,9 +77,9 @@ def documents(
 class Blocks:
     """The blocks of ``scale`` tokens that complete inside the row, packed to the left.
 
-    Blocks are counted from each document's first token, and a block exists from the token that
-    completes it on; a document's ragged tail never becomes one. Hence no block straddles two
-    documents and none shows a token its own future.
+    Blocks are counted from each document's first token, and a block exists once a token completes
+    it; an incomplete block at a document's end never does. So no block spans two documents, and
+    none shows a token its own future.
     """
 
     end_bc: jax.Array  # int32, row index of the token that completes block c

@@ -166,7 +166,7 @@ class MambaMixer(nnx.Module):
         self, u_btd: jax.Array, where: Documents, conv_state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns x and z, (b, t, e), and the conv's state after the row."""
-        # Not by indices: their gradients would be padded and added.
+        # Split, not indexed: the gradients of indices would be padded and added.
         x_bte, z_bte = (v.squeeze(-2) for v in jnp.split(self.in_proj(u_btd), 2, axis=-2))
         x_bte, conv_state = causal_conv1d(
             x_bte,

@@ -70,7 +70,7 @@ class RecursiveProcessor(nnx.Module):
     def __call__(
         self, h_btd: jax.Array, read: Callable[[jax.Array], jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Runs the steps; skips, where ``skip_threshold`` is not 0, those no token's gate exceeds.
+        """Runs the steps; skips, if ``skip_threshold`` is not 0, those which no gate exceeds.
 
         Args:
           h_btd: float32 residual stream.

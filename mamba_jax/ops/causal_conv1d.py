@@ -30,8 +30,8 @@ def causal_conv1d(
         than that reads zero. None: the row is one document (continued from the initial state).
 
     Returns:
-      y_bte in the dtype of x, and the last k - 1 inputs (zeros where they would lie before the
-      start of the last token's document), to be given as the next initial state.
+      y_bte in the dtype of x, and the last k - 1 inputs (zeros for those before the start of the
+      last token's document), to pass as the next initial state.
 
     Source: arXiv 2312.00752, section 3.4 (the conv of figure 3).
     """

@@ -4,8 +4,8 @@ For evaluation ``cross_entropy`` gives each row's; for training ``weighted_cross
 their weighted sum, whose gradients are computed with the logits, one chunk at a time: three matrix
 products, where a backward that recomputes the logits needs four.
 
-The head may have more rows than there are ids, as matrix units like whole tiles: the logits of the
-rest are −∞, so that they take no probability and get no gradient.
+The head may have more rows than there are ids, because whole tiles suit matrix units: the logits of
+the rest are −∞, so that they take no probability and get no gradient.
 
 Shapes: n rows (tokens), d d_model, v vocabulary (padded), c rows of a chunk, k chunks.
 """
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 
 class _Head(NamedTuple):
-    """What of the matrix product is static."""
+    """The static settings of the head's matrix product."""
 
     dtype: DTypeLike
     vocab_size: int | None  # None: all rows of the weight are ids
@@ -39,7 +39,7 @@ def cross_entropy(
     """Returns −log softmax(x Wᵀ)[target] of each row, in nats.
 
     The logits of ``chunk_tokens`` rows at most exist at any time; the backward recomputes them.
-    Rows that shall not count are the caller's to weigh by zero.
+    The caller gives rows that must not count a weight of zero.
 
     Args:
       x_nd: hidden states, any float dtype.
@@ -181,7 +181,7 @@ def _sum_and_gradients(head, x_kcd, weight_vd, targets_kc, row_weights_kc):
         x_cd, targets_c, row_weights_c = chunk
         logits_cv = _logits(head, x_cd, narrow_vd)
         target_logit_c = jnp.take_along_axis(logits_cv, targets_c[:, None], axis=1)[:, 0]
-        # Not by logsumexp: the exponentials serve the gradient too.
+        # Not by logsumexp: the gradient uses the exponentials too.
         largest_c = logits_cv.max(axis=1)
         exp_cv = jnp.exp(logits_cv - largest_c[:, None])
         sum_c = exp_cv.sum(axis=1)

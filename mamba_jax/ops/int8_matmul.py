@@ -1,4 +1,4 @@
-"""A matrix kept as int8, multiplied in float32: fewer bytes to read where reading is the cost.
+"""A matrix kept as int8, multiplied in float32: fewer bytes to load where loading dominates.
 
 For one row of input a CPU core multiplies about as fast as it reads the matrix, so a quarter of the
 bytes is worth rounding for.

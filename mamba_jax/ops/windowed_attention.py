@@ -1,7 +1,7 @@
 """Causal attention over a moving window of keys, in memory linear in time.
 
 Legend: b batch, t queries in time, j keys, h heads, p head size, c queries of a chunk, u chunks,
-w keys of a chunk's band, or of a ring.
+w keys of a chunk's band or of a ring.
 """
 
 import functools

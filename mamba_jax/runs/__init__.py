@@ -1,1 +1,1 @@
-"""A run on disk: its metrics and log, how it stands, its background record and exit status."""
+"""A run on disk: its metrics and log, its state, its background record and exit status."""

@@ -135,7 +135,7 @@ def read(output_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def is_running(output_dir: pathlib.Path) -> bool:
-    """Says whether a background run is active in that folder."""
+    """Returns whether a background run is active in that folder."""
     try:
         with (output_dir / NAME).open("rb") as file:
             is_free = lock.try_lock(file.fileno(), fcntl.LOCK_SH)

@@ -37,14 +37,14 @@ def meaning(code: int) -> str:
     except ValueError:
         return "failed"
     if name == "SIGKILL":
-        return "killed by SIGKILL: by hand, or by the system when memory ran out (see dmesg)"
+        return "killed by SIGKILL: manually, or by the system because memory ran out (see dmesg)"
     if name == "SIGTERM":
         return "stopped by SIGTERM before it had anything to save"
     return f"killed by {name}"
 
 
 def reason(log: pathlib.Path) -> str:
-    """Returns the line of a log that says why its run ended; "" where there is none.
+    """Returns the line of a log that says why its run ended; "" if there is none.
 
     That is the program's last error message, else the last exception: a thread may print an
     exception after that message.

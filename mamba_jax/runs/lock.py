@@ -5,7 +5,7 @@ Two signs show that a run is alive, because neither is enough alone:
 - the kernel's lock on the file. The kernel drops it with the last process that holds it, so neither
   a kill nor a reboot leaves it behind. Not every network file system passes it on to other hosts.
 - a record in the file (host, process, since when), whose modification time the holder renews. A
-  host that cannot see another one's kernel lock watches that time before it takes the folder.
+host that cannot see another host's kernel lock watches that time before it takes the folder.
 
 A run removes the file when it ends. Readers of a run never need the lock. A run whose file was
 replaced, by ``--force`` or after somebody deleted it, finds that out before its next save.
@@ -113,7 +113,7 @@ class RunLock:
                 raise UserError(
                     f"output_dir {self.output_dir} was taken over by "
                     f"{Holder.parse(record) or 'another run'}; this run saves nothing more; choose "
-                    "another --output_dir to train beside it"
+                    "another --output_dir to train at the same time"
                 )
 
     def hand_over(self) -> None:
@@ -145,7 +145,7 @@ class RunLock:
 
 
 def is_held(output_dir: pathlib.Path) -> bool:
-    """Says whether a run appears to hold the lock; for readers, without waiting."""
+    """Returns whether a run appears to hold the lock; for readers, without waiting."""
     path = output_dir / NAME
     try:
         with path.open("rb") as stream:
@@ -195,7 +195,7 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
                 _write(descriptor)
                 return descriptor
             if force:
-                log(f"--force: took output_dir {output_dir} from {holder or 'another run'}")
+                log(f"--force: took over output_dir {output_dir} from {holder or 'another run'}")
             elif is_alive:
                 raise _in_use(output_dir, holder)
             else:
@@ -208,7 +208,7 @@ def _take(output_dir: pathlib.Path, force: bool, log: Callable[[str], None]) -> 
                 if not is_at(path, descriptor):  # released, or taken by another that watched
                     os.close(descriptor)
                     continue
-                log(f"no sign of life in {_WATCH_SECS:g} s: taking over output_dir {output_dir}")
+                log(f"no update in {_WATCH_SECS:g} s: taking over output_dir {output_dir}")
             # A new file. A run that still has the old one finds this record in it at its next save.
             _write(descriptor)
             path.unlink(missing_ok=True)
@@ -303,7 +303,7 @@ def _inherited(path: pathlib.Path) -> int | None:
 
 
 def is_at(path: pathlib.Path, descriptor: int) -> bool:
-    """Says whether an open file is the one of that name."""
+    """Returns whether an open file is the one with that name."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError:  # removed; NFS may have lost the open one as well

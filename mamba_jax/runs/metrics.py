@@ -39,7 +39,7 @@ def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[flo
 def layer_series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[list[float]]]:
     """Returns the same for numbers recorded by layer: steps (n,), and a list per layer, (l, n).
 
-    A record whose number of layers differs from the last one's is left out.
+    A record whose number of layers differs from the last one's is skipped.
     """
     found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), list)]
     layers = len(found[-1][1]) if found else 0

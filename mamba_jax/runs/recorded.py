@@ -1,4 +1,4 @@
-"""A run as its folder shows it, and the one answer to how it stands or ended: ``Status``.
+"""A run as its folder shows it; ``Status`` alone determines its state and how it ended.
 
 Sources: ``metrics.jsonl``, else the config of the newest checkpoint; ``run.lock`` and
 ``background.json`` for a run that is active or whose process was killed.
@@ -83,7 +83,7 @@ class Run:
     parameters: int | None
     unigram_nll: float | None  # loss by the corpus's token frequencies alone, nats per token
     device: str  # "": not recorded
-    saved_step: int  # of the newest checkpoint; 0: none is known
+    saved_step: int  # step of the newest checkpoint; 0: none is known
     checkpoints: list[tuple[int, pathlib.Path]]  # (step, folder), newest first
     status: Status = NO_RUN
 
@@ -202,7 +202,7 @@ def read_run(folder: pathlib.Path) -> Run:
     """Reads a run's folder.
 
     Raises:
-      UserError: if it is none.
+      UserError: if it is not a run's folder.
     """
     if not _is_run(folder):
         raise UserError(f"{folder} is not a run's folder: it {_lack(folder)}")
@@ -305,7 +305,7 @@ def _running(folder: pathlib.Path) -> Status | None:
 
 
 def _last_error(records: list[dict[str, Any]]) -> RunError | None:
-    """Returns the error that ended a run; None: no error has since it started."""
+    """Returns the error that ended a run; None: no error since its start."""
     start = max((i for i, r in enumerate(records) if isinstance(r.get("run"), dict)), default=0)
     for record in reversed(records[start:]):
         if "ended" in record:
@@ -320,7 +320,7 @@ def _is_run(folder: pathlib.Path) -> bool:
 
 
 def _lack(folder: pathlib.Path) -> str:
-    """Returns what the folder lacks, and where the user may have meant."""
+    """Returns what the folder lacks, and which folder the user may have meant."""
     if not folder.is_dir():
         return "does not exist" if not folder.exists() else "is a file; give the output_dir"
     lack = f"has neither {metrics.NAME} nor a checkpoint; give the output_dir of a run"
@@ -332,7 +332,7 @@ def _lack(folder: pathlib.Path) -> str:
 
 
 def _newest_metadata(checkpoints: list[tuple[int, pathlib.Path]]) -> Metadata | None:
-    """Returns the metadata of the newest checkpoint in which they are readable."""
+    """Returns the metadata of the newest checkpoint whose metadata can be read."""
     for _, path in checkpoints:
         with contextlib.suppress(UserError):  # damaged: try an older one
             return read_metadata(path)

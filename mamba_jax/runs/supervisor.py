@@ -54,7 +54,7 @@ class Supervisor:
             if idle > _MOST_IDLE_RESTARTS:
                 self._say(
                     f"restarted {_MOST_IDLE_RESTARTS} times without a new checkpoint: giving up; "
-                    "lower training.save_steps if the machine stops the run before its first save"
+                    "lower training.save_steps if the run is stopped before its first save"
                 )
                 break
             self._say(f"exit status {code} ({exit_status.meaning(code)}): starting again")

@@ -56,7 +56,7 @@ class Engine:
         """Prepares a model; ``start`` starts serving.
 
         Args:
-          model: in memory.
+          model: the model, in memory.
           max_batch: sequences prefilled or decoded at the same time.
           max_queue: how many more requests may wait.
           prefix_cache_bytes: size limit of the prefix cache; 0 disables it.

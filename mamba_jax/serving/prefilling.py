@@ -14,7 +14,7 @@ from mamba_jax.serving.prefix_cache import CACHE_EVERY_TOKENS, PrefixCache
 from mamba_jax.serving.sequence import GenerationRequest, PromptLogprobs, Sequence, TokenLogprob
 from mamba_jax.serving.slots import Slots
 
-BUDGET_TOKENS = device.PREFILL_CHUNKS[0]  # of all prompts, between two decoding steps
+BUDGET_TOKENS = device.PREFILL_CHUNKS[0]  # prompt tokens prefilled between two decoding steps
 _PAD_MULTIPLE = device.LOGPROB_CHUNKS[-1]  # a prompt without a cached prefix is padded to it
 
 

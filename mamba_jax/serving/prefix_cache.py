@@ -14,7 +14,7 @@ import numpy as np
 
 from mamba_jax.serving.slots import Slots, state_bytes
 
-CACHE_EVERY_TOKENS = 16  # of an answer: how often its state is added
+CACHE_EVERY_TOKENS = 16  # tokens of an answer between two of its entries
 _MIN_TOKENS = 16  # prefilling a shorter prefix is faster than looking it up
 _MAX_ENTRIES = 1024  # a prompt is compared with each
 

@@ -33,7 +33,7 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 def _whole_number(value: Any) -> Any:
-    """JSON has one kind of number: 5.0 is 5."""
+    """JSON has one kind of number: 5.0 is accepted as 5."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
@@ -48,7 +48,7 @@ class BadRequest(Exception):
     """An error that the client can fix.
 
     Attributes:
-      field: of the request.
+      field: the request's field.
       code: OpenAI's error code, if it has one.
       status: HTTP status.
     """

@@ -40,7 +40,7 @@ class _Prompt:
     Attributes:
       tokens: int32 (t,).
       separator_added: whether the server added the separator that is the first token.
-      before: the tokens whose text precedes the answer, so without a suffix.
+      before: the tokens whose text precedes the answer (without a suffix).
     """
 
     tokens: np.ndarray
@@ -133,7 +133,7 @@ class RequestParser:
             most if max_tokens == -1 else min(max_tokens, most),
             temperature=temperature if request.temperature is None else request.temperature,
             top_k=max(request.top_k or 0, 0),
-            # 0, and values that underflow float32, keep the likeliest token only.
+            # 0, and values that underflow float32, keep only the most likely token.
             top_p=1.0 if request.top_p is None else max(request.top_p, 1e-6),
             logprobs=logprobs,
             separator_added=prompt.separator_added,

@@ -46,7 +46,7 @@ class Interval:
 
 
 class Chooser(Protocol):
-    """The source of a search's values. Each name stands for one choice of the sweep."""
+    """The source of a search's values. Each name identifies one choice of the sweep."""
 
     def real(self, name: str, low: float, high: float, *, log: bool) -> float:
         """Returns a number between low and high."""
@@ -99,7 +99,7 @@ class Hyper:
         return self._listed([{field: value} for value in values], field)
 
     def fixed(self, name: str, value: Any, length: int = 1) -> Sweep:
-        """One value, ``length`` times to go with a zip."""
+        """One value, repeated ``length`` times for use in a zip."""
         settings = {_field(name): value}
         repeated = lambda: itertools.repeat(settings, length)
         return Sweep(repeated, lambda _: settings, length, tuple(settings))
@@ -124,7 +124,7 @@ class Hyper:
         return self._real(_field(name), domain, log=True)
 
     def product(self, sweeps: Sequence[Sweep], name: str = "") -> Sweep:
-        """Every combination; with ``name``, of fields below that part of the config."""
+        """Every combination; with ``name``, the fields are below that part of the config."""
         under = "" if name in ("", "config") else f"{_field(name)}."
         lengths = [part.length for part in sweeps]
         length = None if None in lengths else math.prod(n for n in lengths if n is not None)

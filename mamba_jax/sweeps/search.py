@@ -1,4 +1,4 @@
-"""``--search optuna``: chooses settings by earlier results, and stops poor jobs early.
+"""``--search optuna``: chooses settings from earlier results, and stops poor jobs early.
 
 The study is an SQLite file, from which the next call resumes the search; Optuna's own tools, such
 as its dashboard, read the same file.
@@ -110,11 +110,13 @@ class OptunaSearch:
             job = self._make(self._settings(trial))
             if job.folder in self._trials:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-                continue  # proposed again while it is running
+                continue  # the same settings were proposed again and are already running
             self._trials[job.folder] = trial
             if read_status(job.folder).state != DONE:
                 return job
-            self.ended(job, 0, pruned=False)  # proposed again: the result exists
+            self.ended(
+                job, 0, pruned=False
+            )  # the same settings were proposed again: the result exists
         return None
 
     def should_prune(self, job: Job) -> bool:

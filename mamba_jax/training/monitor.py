@@ -44,7 +44,7 @@ class Monitor:
         self._before_log: list[str] = []  # lines from before the log file was open
         self._tensorboard: TensorBoard | None = None
         self._trackers: dict[str, Tracker] = {}  # TensorBoard is one of them
-        self._folder: pathlib.Path | None = None  # of this run, in TensorBoard's
+        self._folder: pathlib.Path | None = None  # this run's own, in TensorBoard's
         self._step = 0  # the last one recorded
         self._history: History | None = None
         self._silenced: set[str] = set()
@@ -149,11 +149,11 @@ class Monitor:
         """Opens ``metrics.jsonl`` and shows the bar.
 
         Args:
-          step: that the run continues from; 0 at its beginning.
-          source: the folder of the run that it continues, if any.
-          hardware: to report FLOPs per second and record the rate with; None: neither.
-          about: what to record of the run: ``config``, as ``config.to_dict`` gives it, and
-            ``parameters``, their number, and whatever else was known; None: nothing.
+          step: the step that the run resumes from; 0 at its beginning.
+          source: the folder of the run that it resumes, if any.
+          hardware: for FLOPs per second and the recorded device; None: neither is reported.
+          about: what to record about the run: ``config``, as ``config.to_dict`` gives it,
+            ``parameters``, their number, and anything else; None: nothing.
         """
         self._hardware, self._step = hardware, step
         self._history = History(pathlib.Path(self._config.output_dir), step, source)

@@ -280,7 +280,7 @@ def test_force_takes_over_the_folder_and_the_other_run_ends(call, place, capsys)
                   "--config.training.save_steps=10", secs_per_step=0.1)  # fmt: skip
     run.wait_for("recorded 3")
     assert call("--output_dir=forced", "--force") == 0
-    assert "--force: took output_dir forced from a run on" in capsys.readouterr().out
+    assert "--force: took over output_dir forced from a run on" in capsys.readouterr().out
     assert run.end() == 2
     last = run.stderr.splitlines()[-1]
     assert last.startswith("error: output_dir forced was taken over by a run on ")

@@ -168,7 +168,7 @@ def test_stop_needs_a_choice_between_several_runs(place, capfd):
         ("quick", 0, "done"),
         ("crash", 1, "crashed: RuntimeError: the bolt came loose"),
         ("mistake", 1, "crashed: error: training diverged at step 1"),
-        ("killed", 137, "killed by SIGKILL: by hand, or by the system when memory ran out"),
+        ("killed", 137, "killed by SIGKILL: manually, or by the system because memory ran out"),
         ("abort", 134, "killed by SIGABRT"),
     ],
 )

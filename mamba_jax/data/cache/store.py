@@ -35,10 +35,10 @@ from mamba_jax.data.document import CorpusPart
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.files import write_atomic
 
-# Raise it whenever the same parts would give other files, or the files another meaning.
+# Increase it whenever the same parts would give different files, or the files a different meaning.
 _FORMAT = 2
 _CHECKED_BLOCKS = 64  # of 1 MiB, over all shards of a corpus
-_SETTLED_SECS = 2.0  # a file changed less long ago may change again and keep its time
+_SETTLED_SECS = 2.0  # a file changed more recently may change again without a new time
 
 
 class Flat:
@@ -68,7 +68,7 @@ class Flat:
     def release_pages(self) -> None:
         """Releases the pages that were read; the system's page cache keeps them."""
         for array in self._arrays:
-            mapped = getattr(array.base, "obj", None)  # numpy has it in a memoryview
+            mapped = getattr(array.base, "obj", None)  # numpy wraps it in a memoryview
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -93,7 +93,7 @@ class DocumentIndex:
 
     @property
     def token_count(self) -> int:
-        """Markers included."""
+        """Separators included."""
         return int((self.end_d - self.start_d).sum())
 
     def without_duplicates(self) -> "DocumentIndex":
@@ -230,8 +230,8 @@ class Store:
         return key
 
     def _write_files(self) -> None:
-        """Saves the times of the files. Of two concurrent builds one can overwrite the other's
-        entries, which costs another reading of those files."""
+        """Saves the times of the files. A concurrent build can overwrite entries; those files are
+        then read again."""
         if not self._new_files or not self.root.is_dir():
             return
         self._files = _read_files(self.root) | self._new_files

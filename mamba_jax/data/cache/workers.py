@@ -14,7 +14,7 @@ from mamba_jax.data.document import CorpusPart
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_tokenizer
 
-# Of text: a kill loses at most so much a process.
+# Bytes of text: a kill loses at most this much per process.
 SHARD_BYTES, SHARD_PARTS = 64_000_000, 4_000
 
 

@@ -20,7 +20,9 @@ parser.add_argument("--max_tokens", type=int, default=100)
 parser.add_argument(
     "--temperature", type=float, default=0.0, help="0: always the most likely token"
 )
-parser.add_argument("--top_k", type=int, default=0, help="of the likeliest tokens; 0: of all")
+parser.add_argument(
+    "--top_k", type=int, default=0, help="sample from this many of the most likely tokens; 0: all"
+)
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
 

@@ -174,7 +174,7 @@ class Mixer(nn.Module):
     def forward(self, u_btd, valid_bt, cache):
         valid_bt1 = valid_bt[..., None]
         x_bte, z_bte = product(self.in_proj, u_btd).chunk(2, dim=-1)
-        # Padding before a text is what comes before every text: zeros.
+        # Padding before a text acts like the start of a text: zeros.
         x_bet = torch.cat([cache["conv"].to(x_bte.dtype), (x_bte * valid_bt1).mT], dim=-1)
         width = self.conv1d.weight.shape[-1]
         conv_state = x_bet[..., x_bet.shape[-1] - width + 1 :]
@@ -182,7 +182,7 @@ class Mixer(nn.Module):
         dt_btr, B_btn, C_btn = product(self.x_proj, x_bte).split(self.sizes, dim=-1)
         dt_bte = (
             F.softplus(self.dt_proj(dt_btr)) * valid_bt1
-        )  # a step of no length leaves the state alone
+        )  # a step of length 0 does not change the state
         A_en, x_bte = -self.A_log.float().exp(), x_bte.float()
         decay_bten = torch.exp(dt_bte[..., None] * A_en)
         input_bten = (dt_bte * x_bte)[..., None] * B_btn.float()[:, :, None]
@@ -270,7 +270,7 @@ class Attention(nn.Module):
             seen = (behind_btc >= 0) & (behind_btc < self.window) & (number_bc[:, None] >= 0)
             scores = torch.einsum("bthp,bchp->bhtc", rotate(q, newest_bt), k) * q.shape[-1] ** -0.5
             scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1) * seen[:, None]  # without a block: nothing
+            weights = scores.softmax(-1) * seen[:, None]  # no complete block: zeros
             y_bthp = y_bthp + mix_h[:, None] * torch.einsum("bhtc,bchp->bthp", weights, v)
         return product(self.o_proj, y_bthp.flatten(-2)).float()
 

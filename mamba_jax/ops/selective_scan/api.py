@@ -50,8 +50,9 @@ def selective_scan(
       h_t = exp(Δ_t A) h_{t-1} + (Δ_t x_t) B_t
       y_t = (C_t·h_t + D x_t) silu(z_t)
 
-    All of it is computed in float32 (in float64 where an input is), whatever the dtype of the
-    inputs, and is differentiable by each of them. Any length, width and state size will do.
+    All of it is computed in float32 (in float64 if an input is float64), whatever the dtype of the
+    inputs, and is differentiable with respect to each of them. Any length, width and state size
+    works.
 
     Args:
       x_bte: the input, any float dtype.
@@ -68,7 +69,7 @@ def selective_scan(
         included, is dropped. None: no resets.
       implementation: one of ``IMPLEMENTATIONS``, or "auto": ``choose`` decides, and the logger
         "mamba_jax" reports the choice once. A named choice is never replaced by another. A single
-        token (t = 1) needs none of them: it is one plain step.
+        token (t = 1) uses none of them: it is one plain step.
       interpret: whether Pallas kernels run as plain JAX, slowly, on any platform: for tests. The
         other implementations have no kernels and are the same either way.
 
@@ -107,7 +108,7 @@ def selective_scan(
 
 
 def choose(platform: str, dtype: jax.typing.DTypeLike, d_inner: int, d_state: int) -> str:
-    """Returns the implementation that "auto" stands for.
+    """Returns the implementation that "auto" chooses.
 
     CPU: "sequential". GPU: "pallas_gpu" where its kernels take the shape, else "chunked". TPU:
     "chunked", as "pallas_tpu" has been compiled for TPUs but not yet run on one; it can be

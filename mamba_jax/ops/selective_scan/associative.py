@@ -2,8 +2,8 @@
 
 h_t = a_t h_{t-1} + u_t composes associatively as pairs (a, u), so that all prefixes are found in
 log(t) parallel passes (Blelloch 1990; arXiv 2208.04933, section 2.2). Every pass reads and writes
-all B·L·D·N states, and a gradient keeps several copies of them: this is the form to compare with
-on short sequences, not the one to train with.
+all B·L·D·N states, and a gradient keeps several copies of them: use it for comparison on short
+sequences, not for training.
 
 Shapes: b batch, t time, e d_inner, n d_state.
 """

@@ -177,7 +177,7 @@ def backward(c, t, dt_softplus, saved, cotangents):
     (dinitial_ben, dweights, dtokens), _ = lax.scan(
         one_chunk, (dfinal_ben, *zeros), (starts_k, start_kben), reverse=True
     )
-    return dweights, dinitial_ben, (*dtokens, None)  # a reset is a fact, not a quantity
+    return dweights, dinitial_ben, (*dtokens, None)  # resets are boolean: they have no gradient
 
 
 def _saveable_forward(*arguments):

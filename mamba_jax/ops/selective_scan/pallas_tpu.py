@@ -124,7 +124,7 @@ def _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, with_starts
         (None, None, 1, c * width), lambda i, j, k: (i, k, 0, 0), memory_space=pltpu.SMEM
     )
     as_scalars = lambda v_btn: v_btn.reshape(b, k, 1, -1)
-    # Padding leaves the state as it is: the kernel multiplies Δ by this.
+    # Padding leaves the state unchanged: the kernel multiplies Δ by this.
     counts_t = (jnp.arange(length) < t).astype(jnp.float32)
     counts_bt = jnp.broadcast_to(counts_t, (b, length)) if t != length else None
     float32 = lambda v: v.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The selective scan, one token after the other: what every other implementation must equal.
+"""The selective scan, one token after another: the reference for every other implementation.
 
 Shapes: b batch, t time, e d_inner, n d_state.
 """

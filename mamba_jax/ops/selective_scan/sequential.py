@@ -40,7 +40,9 @@ def scan(
     k = -(-t // CHUNK_TOKENS)
     c = -(-t // k)  # chunks of equal length: 33 tokens are 2 × 17, not 2 × 32
 
-    def split(v):  # (b, t, ·) -> (k, c, b, ·). A padded token has dt = 0: it leaves the state be.
+    def split(
+        v,
+    ):  # (b, t, ·) -> (k, c, b, ·). A padded token has dt = 0, which leaves the state unchanged.
         v = jnp.pad(v, [(0, 0), (0, k * c - t)] + [(0, 0)] * (v.ndim - 2))
         return jnp.moveaxis(v, 1, 0).reshape(k, c, b, *v.shape[2:])
 
@@ -113,7 +115,7 @@ def _backward(saved, cotangents):
         ddt_kcbe,
         dB_kcbn.astype(B_kcbn.dtype),
         dC_kcbn.astype(C_kcbn.dtype),
-        None,  # a reset is a fact, not a quantity
+        None,  # resets are boolean: they have no gradient
     )
 
 

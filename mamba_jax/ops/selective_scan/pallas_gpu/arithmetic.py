@@ -1,8 +1,8 @@
 """The arithmetic of the kernels: float32, one machine instruction where there is one.
 
 Plain ``jnp.exp2`` and division compile to longer forms that keep subnormal numbers, and the Triton
-backend contracts no a·b + c. Hence inline assembly; interpret mode, which has none, computes the
-same with ``jnp``. Nothing here depends on a kernel's inputs and outputs: another backend needs
+backend contracts no a·b + c. So they use inline assembly; interpret mode, which has none, computes
+the same with ``jnp``. Nothing here depends on a kernel's inputs and outputs: another backend needs
 another ``Math``.
 """
 

@@ -85,7 +85,7 @@ def scan(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpre
 
 
 def ends(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
-    """Runs every segment but the first backwards from zeros: what ``split.segment_edges`` joins.
+    """Runs every segment except the first backwards from zeros: what ``split.segment_edges`` joins.
 
     Returns:
       ``end`` (b, s - 1, e, n), the gradient of the state before each segment by its own outputs,
@@ -170,7 +170,7 @@ def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         before_last = (groups - 1) * group_tokens  # tokens before the last group, whole groups
         state_en = loop.over_groups(before_last, group_start, state_en)
         if not math.interpret:
-            plt.debug_barrier()  # should a lane read what another one has written
+            plt.debug_barrier()  # in case a lane reads what another one has written
         rest = tokens - before_last
         carry = group_back(start + before_last, rest, state_en, carry)
         step = lambda g, tokens, carry: group_back(
@@ -178,7 +178,7 @@ def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         )
         carry = loop.over_groups(before_last, step, carry, reverse=True)
         if not math.interpret:
-            plt.debug_barrier()  # nor may it be overwritten before
+            plt.debug_barrier()  # and it must not be overwritten before that
         return carry
 
     zeros_en = jnp.zeros_like(reader.rate2_en)

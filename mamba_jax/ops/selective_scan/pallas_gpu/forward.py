@@ -60,7 +60,7 @@ def scan(
 
 
 def ends(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
-    """Runs every segment but the last from zeros: what ``split.segment_starts`` joins.
+    """Runs every segment except the last from zeros: what ``split.segment_starts`` joins.
 
     Returns:
       ``end`` (b, s - 1, e, n), the state after each segment, and ``step_sum`` (b, s - 1, e), the

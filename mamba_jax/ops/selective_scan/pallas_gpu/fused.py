@@ -33,7 +33,7 @@ def supports(d_inner: int, d_state: int, dtype: jax.typing.DTypeLike) -> str | N
     device = jax.devices()[0]
     if device.platform == "gpu":
         tuning.table()
-        capability = str(device.compute_capability)  # of AMD's cards: a name such as gfx942
+        capability = str(device.compute_capability)  # for AMD's cards, a name such as gfx942
         if not (capability[0].isdigit() and float(capability) >= MIN_CAPABILITY):
             return (
                 "the pallas_gpu scan takes an NVIDIA GPU of compute capability "
@@ -111,7 +111,7 @@ class _Options:
     interpret: bool
 
     def key(self, name: str) -> str:
-        """What a pass of this name depends on, beside its inputs: see ``by_rows``."""
+        """What a pass of this name depends on, besides its inputs: see ``by_rows``."""
         return f"{name} {self} {self.plan or tuning.this_tuning()}"
 
 
@@ -143,7 +143,7 @@ def _scan_backward(options: _Options, saved: tuple, cotangents: tuple) -> tuple[
     for name in ("A", "D", "dt_bias"):  # over rows
         if name in inputs:
             gradients[name] = sums[name].sum(0)
-    if "drop" in inputs:  # a reset is a fact, not a quantity
+    if "drop" in inputs:  # resets are boolean: they have no gradient
         gradients["drop"] = jnp.zeros_like(inputs["drop"])
     return (gradients,)
 

@@ -25,12 +25,13 @@ def by_rows(function: Callable[[Arrays], Arrays], inputs: Arrays, key: str) -> A
     Args:
       function: works on any number of rows, each for itself.
       inputs: arrays with the rows on the first axis, but for ``SHARED``.
-      key: all that ``function`` depends on but its inputs and the code of this folder. What it does
-        is not part of a divided program's text, by which compiled programs are kept on the disk:
-        the key, in a name, stands for it (see ``train.py``, which has the address left out).
+      key: everything that ``function`` depends on besides its inputs and the code of this folder.
+        Compiled programs are cached by their text, which does not include what ``function`` does:
+        the key, in a name, represents it (see ``parallel/compile_cache.py``, which leaves out the
+        address).
     """
-    # With nothing to divide, do without: under an abstract mesh, by which a program for another
-    # machine is lowered, newer versions of jax refuse what follows.
+    # Skipped if there is nothing to divide: newer versions of jax refuse the rest under an abstract
+    # mesh, with which a program for another machine is lowered.
     mesh = jax.sharding.get_abstract_mesh()
     if jax.device_count() == 1 or (not mesh.empty and mesh.size == 1):
         return function(inputs)

@@ -1,4 +1,4 @@
-"""The tiles and segments of a scan: a small table with an entry for each card.
+"""The tiles and segments of a scan: a small table with one entry per card.
 
 The table in this folder can be overridden, card by card, by a file that
 ``mamba-jax autotune`` writes: ``user_table_path()``. Both are read once.
@@ -52,7 +52,7 @@ class CardTuning:
     """One entry of the table: how scans run on a card.
 
     Attributes:
-      measured: whether the choice was timed on the card, or is arithmetic.
+      measured: whether the choice was timed on the card or only calculated.
       schedulers: warp schedulers of the card: four for each multiprocessor.
       chunk_tokens: tokens for each state that the forward saves for the backward.
       forward: how to run the scan.
