@@ -21,7 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# XLA's newer code generator for CPUs takes twice as long, and jax 0.11 has no other. It is tested
+# XLA's newer code generator for CPUs takes twice as long, and jax 0.12 has no other. It is tested
 # there, and in the commands that tests start with XLA_FLAGS empty.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"

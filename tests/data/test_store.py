@@ -562,7 +562,7 @@ def test_the_size_of_the_cache_and_clearing_it(make, many_files, tmp_path):
 @pytest.mark.slow
 def test_a_large_file_is_tokenised_in_bounded_memory(tmp_path):
     with open(tmp_path / "large.txt", "w") as file:
-        for start in range(0, 12_500_000, 6_250):
+        for start in range(0, 4_000_000, 6_250):
             numbers = range(start, start + 6_250)
             file.write("".join(f"word{i * 7919 % 15_485_863} and, " for i in numbers))
     code = f"""
@@ -581,5 +581,5 @@ print(corpus.summary.text_bytes, peak() - before)
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     text_bytes, grown_mb = done.stdout.split()
-    assert int(text_bytes) > 180_000_000
-    assert float(grown_mb) < 300
+    assert int(text_bytes) > 60_000_000
+    assert float(grown_mb) < 150  # 91 measured, also for twice the text

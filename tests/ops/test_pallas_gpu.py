@@ -208,7 +208,9 @@ def test_inference_equals_training_and_saves_nothing():
         pallas_gpu.scan, dt_softplus=True, interpret=True, reset_bt=make_reset(case), plan=case.plan
     )
     alone = jax.jit(lambda arguments: scan(**arguments))(arguments)
-    jax.tree.map(np.testing.assert_array_equal, alone, run(case, arguments)[0])
+    # XLA may fuse the two programs differently: float32 rounding of values up to 5.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, alone, run(case, arguments)[0])
     chunks = -(-case.t // case.plan.chunk_tokens)
     states = f"{case.b},{chunks},{case.e},{case.n}"
     inference = str(jax.make_jaxpr(lambda a: scan(**a))(arguments))
