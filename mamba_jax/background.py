@@ -165,25 +165,24 @@ def status(folders: Sequence[pathlib.Path]) -> int:
     """
     if not folders:
         print("no run has been started here")
-    stati = {folder: recorded.read_status(folder) for folder in folders}
-    for folder, now in stati.items():
+    statuses = {folder: recorded.read_status(folder) for folder in folders}
+    for folder, now in statuses.items():
         print("\n".join(_status_lines(folder, now)))
-    is_active = any(now.state == recorded.RUNNING for now in stati.values())
+    is_active = any(now.state == recorded.RUNNING for now in statuses.values())
     return 0 if is_active else _NOT_RUNNING
 
 
 def _status_lines(output_dir: pathlib.Path, now: recorded.Status) -> list[str]:
-    facts = read(output_dir)
     if now.state == recorded.RUNNING:
-        line = f"running {now.why}"
+        line = f"running {now.why}".strip()
     elif now.exit_code is not None:
-        why = facts.get("why") or exit_status.meaning(now.exit_code)
+        why = read(output_dir).get("why") or exit_status.meaning(now.exit_code)
         line = f"ended with exit status {now.exit_code}: {why}"
     else:
         line = f"{now.state}: {now.why}" if now.why else now.state
     lines = [f"{output_dir}: {line}"]
-    if "log" in facts:
-        log = pathlib.Path(facts["log"])
+    if now.log:
+        log = pathlib.Path(now.log)
         kinds = (r" step \d+/\d+  ", r" step \d+: eval ")
         last = (exit_status.last(log, kind) for kind in kinds)
         lines += [*(f"  {line}" for line in last if line), f"  log: {log}"]

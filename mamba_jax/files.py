@@ -49,8 +49,8 @@ def _remove_abandoned(folder: pathlib.Path, now: float) -> None:
       folder: to clean.
       now: by the clock of its file system, which may differ from this machine's.
     """
-    with contextlib.suppress(OSError):  # another writer removed it, or this one has no right to
-        for aside in folder.glob(".part-*"):
+    for aside in folder.glob(".part-*"):
+        with contextlib.suppress(OSError):  # another writer removed it, or this one has no right to
             if _PART.fullmatch(aside.name) and now - aside.lstat().st_mtime > _ABANDONED_SECS:
                 aside.unlink()  # fails on a folder
 

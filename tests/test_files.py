@@ -101,6 +101,16 @@ def test_a_kill_before_the_rename_keeps_the_previous_content(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {file.name, *(o.name for o in others)}
 
 
+def test_one_that_cannot_be_removed_does_not_stop_the_clean_up(tmp_path):
+    names = [tmp_path / f".part-{number:016x}" for number in range(20)]
+    for path in names:
+        path.mkdir() if int(path.name[-1], 16) % 2 else path.touch()  # a folder cannot be unlinked
+        os.utime(path, (time.time() - 7200,) * 2)
+    write_atomic(tmp_path / "file", "text")
+    left = {path for path in names if path.exists()}
+    assert left == {path for path in names if path.is_dir()} and len(left) == 10
+
+
 def test_links_modes_and_pipes_are_kept(tmp_path):
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_text("before")

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -65,6 +66,7 @@ def call_in_file(
         spec = importlib.util.spec_from_file_location(f"mamba_jax_user_{file.stem}", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look it up there
         spec.loader.exec_module(module)
         result = getattr(module, function)(*arguments.values())
     except UserError as error:

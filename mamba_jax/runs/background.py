@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import pathlib
-import time
 from typing import Any
 
 from mamba_jax.errors import UserError
@@ -90,11 +89,7 @@ class Record:
 
     def end(self, exit_code: int, why: str) -> None:
         """Records how the run ended, here and in the file ``exit_code``."""
-        self.add(
-            exit_code=exit_code,
-            why=why[: _ROOM // 8],
-            ended=time.strftime("%Y-%m-%d %H:%M:%S"),
-        )
+        self.add(exit_code=exit_code, why=why[: _ROOM // 8])
         with contextlib.suppress(OSError):
             if lock.is_at(self.output_dir / NAME, self.descriptor):  # else another run's (--force)
                 _write_code(self.output_dir, str(exit_code))

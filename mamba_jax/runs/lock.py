@@ -5,7 +5,7 @@ Two signs show that a run is alive, because neither is enough alone:
 - the kernel's lock on the file. The kernel drops it with the last process that holds it, so neither
   a kill nor a reboot leaves it behind. Not every network file system passes it on to other hosts.
 - a record in the file (host, process, since when), whose modification time the holder renews. A
-host that cannot see another host's kernel lock watches that time before it takes the folder.
+  host that cannot see another host's kernel lock watches that time before it takes the folder.
 
 A run removes the file when it ends. Readers of a run never need the lock. A run whose file was
 replaced, by ``--force`` or after somebody deleted it, finds that out before its next save.

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import pathlib
+import signal
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,10 @@ DONE, RUNNING, FAILED, STOPPED, PRUNED, NEW, UNKNOWN = (
     *("done", "running", "failed", "stopped", "pruned", "new", "not finished"),
 )
 _STOPPED_BY = ("KeyboardInterrupt", "StoppedEarly", "SystemExit")  # a user or the system asked
-_STOPPED_CODES = (exit_status.PREEMPTED, exit_status.PEER_LOST, INTERRUPTED)
+_STOPPED_CODES = (
+    *(exit_status.PREEMPTED, exit_status.PEER_LOST, INTERRUPTED),
+    exit_status.exit_code(-signal.SIGTERM),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Status:
     why: str = ""  # "": the state needs no reason; of a running one: where it runs
     error: RunError | None = None  # that ended it, if it recorded one
     exit_code: int | None = None  # None: nobody waited for it
+    log: str = ""  # its file; "": not recorded
 
 
 NO_RUN = Status(NEW)
@@ -261,13 +266,22 @@ def _device(record: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _status(run: Run) -> Status:
-    if running := _running(run.folder):
-        return running
-    facts = background.read(run.folder)
-    if facts.get("ended", "~") < run.starts[-1].started:  # it describes an earlier attempt
-        facts = {}
+    facts, error = background.read(run.folder), _last_error(run.records)
+    log = str(run.about.get("log", ""))
+    if facts and log not in ("", facts.get("log")):  # two attempts: the older one does not count
+        if facts.get("started", "~") < run.starts[-1].started:
+            facts = {}
+        else:
+            error = None
+    status = _running(run.folder) or _ended(run, facts, error)
+    return dataclasses.replace(status, log=str(facts.get("log", log)))
+
+
+def _ended(run: Run, facts: Mapping[str, Any], error: RunError | None) -> Status:
+    """Returns how a run ended, by its records and by the facts of ``background.json``."""
     code, why = facts.get("exit_code"), str(facts.get("why", ""))
-    error = _last_error(run.records)
+    if error and error.kind in _STOPPED_BY and code not in (None, *_STOPPED_CODES):
+        error = None  # it had stopped before; the launcher restarted it, and then it failed
     if facts.get("pruned"):
         return Status(PRUNED, why, error, code)
     if code == 0:
@@ -275,7 +289,8 @@ def _status(run: Run) -> Status:
     if code is not None or error:
         by_request = code in _STOPPED_CODES or (error is not None and error.kind in _STOPPED_BY)
         if error:
-            why = str(error).removeprefix("UserError: ")
+            is_plain = error.kind in (*_STOPPED_BY, "UserError")  # the message says it all
+            why = (is_plain and error.message) or str(error)
         elif code is not None and not why:
             why = exit_status.meaning(code)
         return Status(STOPPED if by_request else FAILED, why, error, code)

@@ -114,9 +114,7 @@ class OptunaSearch:
             self._trials[job.folder] = trial
             if read_status(job.folder).state != DONE:
                 return job
-            self.ended(
-                job, 0, pruned=False
-            )  # the same settings were proposed again: the result exists
+            self.ended(job, 0, pruned=False)  # proposed again: the result exists
         return None
 
     def should_prune(self, job: Job) -> bool:

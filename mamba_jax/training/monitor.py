@@ -158,7 +158,10 @@ class Monitor:
         self._hardware, self._step = hardware, step
         self._history = History(pathlib.Path(self._config.output_dir), step, source)
         if about is not None:
-            self.record(step=step, run={"started": time.strftime("%Y-%m-%d %H:%M:%S"), **about})
+            started, log = time.strftime("%Y-%m-%d %H:%M:%S"), str(self._redirected or "")
+            if self._log is not None and not log:
+                log = self._log.name
+            self.record(step=step, run={"started": started, "log": log, **about})
             self._forward("hyperparameters", flatten(about["config"]))
         # Where stderr is not a terminal, whole lines at intervals replace the bar. Some
         # terminals (a container's) claim a size of 0, on which tqdm would draw nothing.

@@ -127,6 +127,9 @@ def conclude(outcome: Outcome, monitor: Monitor) -> int:
     setup, config = outcome.setup, outcome.setup.plan.config
     if outcome.interrupted_by:
         add = "" if setup.resume == resuming.AUTO else " with --resume auto"
+        monitor.record(
+            step=outcome.step, ended=f"StoppedEarly: saved after {outcome.interrupted_by}"
+        )
         monitor.say(
             f"stopped by {outcome.interrupted_by} and saved at step {outcome.step}; "
             f"the same command{add} resumes from there"

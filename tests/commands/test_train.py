@@ -25,6 +25,7 @@ from mamba_jax.checkpoints import folder as checkpoint_folder
 from mamba_jax.checkpoints.arrays import read_metadata, restore
 from mamba_jax.parallel.mesh import make_mesh
 from mamba_jax.runs import metrics
+from mamba_jax.runs.recorded import read_status
 from mamba_jax.training.monitor import Monitor
 from mamba_jax.training.state import abstract_state
 from tests.support.tiny_run import quick_compiles  # noqa: F401
@@ -86,6 +87,9 @@ def final_state(output_dir: pathlib.Path) -> dict:
     return restore(path, abstract_state(config, mesh))
 
 
+_OWN = {"tokens_per_sec", "run", "ended"}  # a run's speed, when and where it began and stopped
+
+
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     """Equal states, bit for bit, and equal measures at equal steps."""
     states = final_state(one), final_state(other)
@@ -94,10 +98,9 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     ):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
     measures = [
-        [r for r in metrics.read(run / metrics.NAME) if not r.keys() & {"tokens_per_sec", "run"}]
-        for run in (one, other)
+        [r for r in metrics.read(run / metrics.NAME) if not r.keys() & _OWN] for run in (one, other)
     ]
-    assert measures[0] == measures[1]  # except their speed, and when and where they began
+    assert measures[0] == measures[1]
     assert read_metadata(one / "final").samples_seen == read_metadata(other / "final").samples_seen
 
 
@@ -133,6 +136,9 @@ def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys
         interrupt_at(patch, 2, signal.SIGTERM)
         assert call(*flags, f"--output_dir={parts}", "--resume=auto") == 75
     assert read_metadata(parts / "step_3").samples_seen == 48
+    status = read_status(parts)
+    assert (status.state, status.why) == ("stopped", "saved after SIGTERM")
+    assert "stopped by SIGTERM and saved at step 3" in pathlib.Path(status.log).read_text()
     assert call(*flags, f"--output_dir={parts}", "--resume=auto") == 0
     assert_same_run(whole, parts)
 

@@ -66,6 +66,7 @@ def test_attempts_at_the_same_step_are_one_start(tmp_path):
         ([started(), *trained(1, 40)], "not finished", "stopped or killed"),  # its evaluation lacks
         ([started(), {"step": 9, "ended": "UserError: diverged"}], "failed", "diverged"),
         ([started(), {"step": 9, "ended": "KeyboardInterrupt: "}], "stopped", "KeyboardInterrupt"),
+        ([started(), {"step": 9, "ended": "StoppedEarly: saved after X"}], "stopped", "saved"),
         # An end before the run resumed no longer counts.
         ([{"step": 9, "ended": "OSError: x"}, started(9), *trained(10, 12)], "not finished", ""),
     ],
@@ -82,6 +83,7 @@ def test_the_state_of_a_run(records, state, why, tmp_path):
         (76, "stopped", "another process of the run was lost"),
         (130, "stopped", "Ctrl-C"),
         (137, "failed", "SIGKILL"),
+        (143, "stopped", "SIGTERM"),
         (0, "done", ""),
         (None, "stopped", "killed before"),
     ],
@@ -89,7 +91,7 @@ def test_the_state_of_a_run(records, state, why, tmp_path):
 def test_the_launchers_record_gives_the_exit_status(code, state, why, tmp_path):
     write(tmp_path, [started(), *trained(1, 9)])
     record = Record.claim(tmp_path)
-    record.begin(pid=os.getpid(), log=str(tmp_path / "log"))
+    record.begin(pid=os.getpid(), log="log", started="2026-01-02 03:04:04")
     assert read_run(tmp_path).state == "running"
     if code is not None:
         record.end(code, exit_status.meaning(code))
@@ -97,10 +99,29 @@ def test_the_launchers_record_gives_the_exit_status(code, state, why, tmp_path):
     status = read_run(tmp_path).status
     assert (status.state, status.exit_code) == (state, code) and why in status.why
     assert read_status(tmp_path) == status
-    # A later attempt in the foreground: the record is of the one before.
-    start = started(9, at="2999-01-01 00:00:00")
-    write(tmp_path, [started(), *trained(1, 9), start, *trained(10, 12)])
-    assert read_run(tmp_path).state == ("stopped" if code is None else "not finished")
+    assert status.log == "log"
+    # A later attempt in the foreground: the launcher's record describes the one before.
+    start = started(9, log="later")
+    write(tmp_path, [started(log="log"), *trained(1, 9), start, *trained(10, 12)])
+    status = read_run(tmp_path).status
+    assert (status.state, status.why, status.log) == ("not finished", "stopped or killed", "later")
+    # The other way round: the launcher's run has not recorded its start.
+    start = started(9, at="2026-01-01 00:00:00", log="before")
+    write(tmp_path, [start, *trained(1, 9), {"step": 9, "ended": "OSError: before"}])
+    later = read_run(tmp_path).status
+    assert (later.state, later.exit_code, later.error) == (state, code, None)
+    assert why in later.why and later.log == "log"
+
+
+def test_a_restarted_run_that_fails_is_not_a_stopped_one(tmp_path):
+    stopped = {"step": 9, "ended": "StoppedEarly: saved after SIGTERM"}
+    write(tmp_path, [started(log="log"), *trained(1, 9), stopped])
+    record = Record.claim(tmp_path)
+    record.begin(pid=os.getpid(), log="log")
+    record.end(2, "could not continue: error: no data")
+    record.release()
+    run = read_run(tmp_path)
+    assert (run.state, run.why) == ("failed", "could not continue: error: no data")
 
 
 def test_the_error_explains_the_exit_code(tmp_path):

@@ -19,8 +19,10 @@ def config(**changes):
     return to_dict(freeze(made))
 
 
-def started(step=0, at="2026-01-02 03:04:05", parameters=1234, **changes):
+def started(step=0, at="2026-01-02 03:04:05", parameters=1234, log="", **changes):
     about = {"started": at, "config": config(**changes), "parameters": parameters}
+    if log:
+        about["log"] = log
     return {"step": step, "run": about}
 
 

@@ -198,6 +198,16 @@ def test_the_ensemble_of_the_guide():
     ]  # fmt: skip
 
 
+def test_a_file_can_define_dataclasses(tmp_path):
+    """With annotations as text they look for their module among the imported ones."""
+    (tmp_path / "rates.py").write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n"
+        "@dataclasses.dataclass\nclass Rate:\n    value: float\n\n"
+        "def get_hyper(h): return h.sweep('a', [Rate(0.5).value])\n"
+    )
+    assert list(load(str(tmp_path / "rates.py"), Hyper())) == [{"a": 0.5}]
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "rates.json").write_text("{}")
     with pytest.raises(UserError, match=r"rates.json is not a .py file with a get_hyper\(h\)"):

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from mamba_jax.config import RunConfig, TrainingConfig, to_dict
+from mamba_jax.config import ModelConfig, RunConfig, TrainingConfig, to_dict
 from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 from mamba_jax.training import trackers
@@ -34,6 +34,7 @@ def config(tmp_path) -> RunConfig:
         output_dir=str(tmp_path / "out"),
         log_dir=str(tmp_path / "logs"),
         tensorboard_dir=str(tmp_path / "runs"),
+        model=ModelConfig(n_layers=2),
         training=TrainingConfig(max_steps=4, log_steps=2, learning_rate=0.003),
     )
 

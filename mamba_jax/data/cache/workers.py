@@ -14,8 +14,8 @@ from mamba_jax.data.document import CorpusPart
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_tokenizer
 
-# Bytes of text: a kill loses at most this much per process.
-SHARD_BYTES, SHARD_PARTS = 64_000_000, 4_000
+SHARD_BYTES = 64_000_000  # of text: a kill loses at most this much per process
+SHARD_PARTS = 4_000
 
 
 def build_shards(
