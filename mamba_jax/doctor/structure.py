@@ -1,8 +1,8 @@
 """Rules on the state of the layers: Δ and A of the scan, the gates of the recursion.
 
 A state with decay rate A forgets by exp(Δ·A) a token; with signed eigenvalues it is multiplied by
-2 exp(Δ·A) − 1, which approaches −1 where exp(Δ·A) approaches 0. A starts at −1 … −d_state, Δ between 0.001
-and 0.1 (arXiv 2312.00752, section 3.6).
+2 exp(Δ·A) − 1, which approaches −1 where exp(Δ·A) approaches 0. A starts at −1 … −d_state, Δ
+between 0.001 and 0.1 (arXiv 2312.00752, section 3.6).
 """
 
 from collections.abc import Iterable
