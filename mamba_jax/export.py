@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
         model = metadata.config.model
         if form == "gguf":
             gguf_file.check(model)
+        elif form == "hf":
+            hf.check(model)
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
         table = tensors.to_hf(restore_params(found.path), model, n_ids)
         template = tokenizer_files.own_template(

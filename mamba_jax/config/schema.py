@@ -38,6 +38,11 @@ class ModelConfig:
     d_conv: Annotated[int, POSITIVE, "Width of the causal convolution, in tokens."] = 4
     expand_factor: Annotated[int, POSITIVE, "Channels of the mixer, in units of d_model."] = 2
     dt_rank: Annotated[int, NOT_NEGATIVE, "Rank of the projection to Δ; 0: ceil(d_model / 16)."] = 0
+    eigenvalues: Annotated[
+        Literal["positive", "signed"],
+        "Decay of a state per token: positive: exp(ΔA), in (0, 1); signed: 2 exp(ΔA) − 1, in "
+        "(−1, 1), which can also track parity.",
+    ] = "positive"
     vocab_size: Annotated[
         int, NOT_NEGATIVE, "Number of token ids; 0: as many as the tokenizer has."
     ] = 0

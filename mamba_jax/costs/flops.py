@@ -238,20 +238,24 @@ def _scan(config: ModelConfig, setting: Setting) -> Part:
     Backward, per state: the states recomputed (4), then the gradients by C (2), by the state (3)
     and through the decay (1), by dt·x (2), B (2), the exponent (1), A (2) and dt (2): 19. Special
     operations are those of the fused adjoint: the exps once more, softplus and its derivative (7).
+
+    Signed eigenvalues add 2 per state forward, and backward these once more and 1 for the gradient
+    by the exponent, which is then another product than that by the state.
     """
     e, n, a = config.d_inner, config.d_state, setting.dtype_bytes
+    signed = config.eigenvalues == "signed"
     part = _operation(
         _SCAN,
         setting,
         weights=e * n + e,
-        elementwise=(6 * n + 4) * e,
+        elementwise=((6 + 2 * signed) * n + 4) * e,
         special=(n + 2) * e,
         reads=(a + _FLOAT32_BYTES) * e + 2 * a * n,
         writes=a * e,
     )
     kept = Work(activation_bytes=_FLOAT32_BYTES * e * n / STATE_TOKENS)
     backward = dataclasses.replace(
-        part.backward, elementwise_flops=(19 * n + 8) * e, special_ops=(n + 7) * e
+        part.backward, elementwise_flops=((19 + 3 * signed) * n + 8) * e, special_ops=(n + 7) * e
     )
     return Part(part.name, part.forward + kept, backward + kept)
 

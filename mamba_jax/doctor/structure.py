@@ -1,7 +1,8 @@
 """Rules on the state of the layers: Δ and A of the scan, the gates of the recursion.
 
-A state with decay rate A forgets by exp(Δ·A) a token. A starts at −1 … −d_state, Δ between 0.001
-and 0.1 (arXiv 2312.00752, section 3.6).
+A state with decay rate A forgets by exp(Δ·A) a token; with signed eigenvalues it is multiplied by
+2 exp(Δ·A) − 1, which approaches −1 where exp(Δ·A) approaches 0. A starts at −1 … −d_state, Δ
+between 0.001 and 0.1 (arXiv 2312.00752, section 3.6).
 """
 
 from collections.abc import Iterable
@@ -53,6 +54,9 @@ def step_sizes(run: RunSignals) -> Verdict:
         title = "Δ runs away"
         why = "A large step makes the state forget everything before it: the layer sees little "
         why += "more than the current token, and its gradients become extreme."
+        if _signed(run):
+            why = "With so large a step a state only changes its sign from token to token: it "
+            why += "neither forgets nor selects, and its gradients become extreme."
     decay = 2 * (run.config.training.weight_decay if run.config is not None else 0.1) or 0.1
     more_decay = Remedy(
         "Raise the weight decay, which limits the weights that produce Δ",
@@ -77,6 +81,7 @@ def decay_rates(run: RunSignals) -> Verdict:
     if not bad_l.any():
         return None
     worst = int(np.argmax(np.where(bad_l, np.maximum(fast_l[:, -1], 1 / slow_l[:, -1]), 0)))
+    far = "changes its sign at every token" if _signed(run) else "forgets within one token"
     return Finding(
         Severity.WARNING,
         "The decay rates A run away",
@@ -85,8 +90,8 @@ def decay_rates(run: RunSignals) -> Verdict:
             f"layer {worst}: A from {fast.values[worst, -1]:.3g} to {slow.values[worst, -1]:.3g}; "
             f"at the start from {-start_fast:.3g} to {-start_slow:.3g}",
         ),
-        "A sets how long the state remembers. Far below its initial value the state forgets within "
-        "one token; near 0 it never forgets and accumulates noise.",
+        f"A sets how long the state remembers. Far below its initial value the state {far}; near 0 "
+        "it never forgets and accumulates noise.",
         (remedies.lower_rate(run), remedies.skip_spikes(run)),
     )
 
@@ -157,6 +162,10 @@ def gates(run: RunSignals) -> Verdict:
     ends = [name for stuck_l, name in ((shut_l, "closed"), (open_l, "open")) if stuck_l.any()]
     title = f"Depth gates are stuck {' or '.join(ends)}"
     return Finding(severity, title, tuple(evidence), why.strip(), tuple(options))
+
+
+def _signed(run: RunSignals) -> bool:
+    return run.config is not None and run.config.model.eigenvalues == "signed"
 
 
 def _layers(layers: Iterable[int]) -> str:

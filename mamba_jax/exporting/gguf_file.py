@@ -52,6 +52,11 @@ def check(config: ModelConfig) -> None:
             "a hybrid cannot be exported to GGUF: llama.cpp has no architecture with depth gates "
             "and pooled attention; use --format hf for transformers, or mamba-jax generate"
         )
+    if config.eigenvalues != "positive":
+        raise UserError(
+            f"model.eigenvalues={config.eigenvalues} cannot be exported to GGUF: llama.cpp only "
+            "knows positive; use --format onnx, or mamba-jax generate"
+        )
     if config.expand_factor != 2:
         raise UserError(
             f"model.expand_factor={config.expand_factor} cannot be exported to GGUF: llama.cpp "

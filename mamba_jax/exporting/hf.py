@@ -11,7 +11,7 @@ import numpy as np
 from mamba_jax.checkpoints.folder import Metadata
 from mamba_jax.config import ModelConfig
 from mamba_jax.data.tokenizers.base import Tokenizer
-from mamba_jax.errors import need
+from mamba_jax.errors import UserError, need
 from mamba_jax.exporting import chat_format, tokenizer_files
 from mamba_jax.exporting.card import model_card
 
@@ -24,6 +24,20 @@ HYBRID_FIELDS = (  # of the same name in both configs
     *("recursion_depth", "recursion_expand", "recursion_reads_attention"),
     *("attention_scales", "attention_window", "attention_head_size", "fusion"),
 )
+
+
+def check(config: ModelConfig) -> None:
+    """Refuses what transformers cannot run.
+
+    Raises:
+      UserError: with the reason and the alternatives.
+    """
+    if config.is_plain and config.eigenvalues != "positive":
+        raise UserError(
+            f"model.eigenvalues={config.eigenvalues} cannot be exported to Hugging Face without "
+            "hybrid layers: the Mamba of transformers only knows positive; use --format onnx, or "
+            "mamba-jax generate"
+        )
 
 
 def write_weights(file: pathlib.Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
@@ -139,6 +153,7 @@ def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:
         },
         **shared,
         **{name: getattr(config, name) for name in HYBRID_FIELDS},
+        "eigenvalues": config.eigenvalues,
         "attention_scales": list(config.attention_scales),
         "attention_window": config.resolved_attention_window,
         "attention_head_size": config.head_size,

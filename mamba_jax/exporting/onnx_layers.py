@@ -77,6 +77,8 @@ def mixer(
     def step(g: Graph, state: str, items: list[str]) -> tuple[str, str]:
         dt, input_, B, C = items  # (b, e, 1) twice, (b, 1, n), (b, n, 1)
         decay = g("Exp", g("Mul", dt, A))
+        if config.eigenvalues == "signed":
+            decay = g("Sub", g("Mul", decay, F(2)), F(1))
         state = g("Add", g("Mul", decay, state), g("Mul", input_, B))
         return state, g("MatMul", state, C)
 

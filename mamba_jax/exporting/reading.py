@@ -132,6 +132,7 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
             hybrid = {name: record[name] for name in hf.HYBRID_FIELDS}
             pattern = record.get("layer_pattern", "")
             plan = ",".join(pattern) if isinstance(pattern, str) else pattern
+            hybrid |= {"eigenvalues": record.get("eigenvalues", "positive")}  # older files lack it
             fields = _hugging_face(record) | hybrid | {"family": "hybrid", "plan": plan}
         elif "d_model" in record and "n_layer" in record:
             fields = _original(record)

@@ -85,7 +85,7 @@ class MambaMixer(nnx.Module):
         d, e, n = config.d_model, config.d_inner, config.d_state
         r = config.resolved_dt_rank
         self.splits = (r, r + n)
-        self.scan = config.scan
+        self.scan, self.eigenvalues = config.scan, config.eigenvalues
         self.dtype = dtype
         # x and z on an axis of their own: their split never cuts a sharded axis.
         self.in_proj = nnx.LinearGeneral(
@@ -152,6 +152,7 @@ class MambaMixer(nnx.Module):
             dt_softplus=True,
             initial_state_ben=cache.get("ssm_state"),
             reset_bt=where.reset_bt,
+            eigenvalues=self.eigenvalues,
             implementation=self.scan,
         )
         return self.out_proj(y_bte), {"conv_state": conv_state, "ssm_state": ssm_state}

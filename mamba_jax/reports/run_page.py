@@ -56,7 +56,7 @@ _LAYER_CURVES = (
         "A_min",
         "A by layer, minimum",
         "",
-        "Always negative: the lower, the faster the state forgets.",
+        "Always negative: the lower, the more the state changes within a token.",
     ),
     (
         "A_max",

@@ -129,9 +129,11 @@ def test_scores_by_hand():
     assert rows["scores, scale 1"].recomputed.matmul_flops == 1.5 * forward.matmul_flops
 
 
-def test_scan_against_the_reference_implementation():
+@pytest.mark.parametrize("eigenvalues", ["positive", "signed"])
+def test_scan_against_the_reference_implementation(eigenvalues):
     e, n = 5, 16
-    step = lambda h, x, dt, A, B, C: reference.advance(h, x, dt, A, B, C, None)
+    signed = eigenvalues == "signed"
+    step = lambda h, x, dt, A, B, C: reference.advance(h, x, dt, A, B, C, None, signed)
     state, channels, rates, reads = (1, e, n), (1, e), (e, n), (1, n)
     shapes = (state, channels, channels, rates, reads, reads)
     specs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -140,11 +142,13 @@ def test_scan_against_the_reference_implementation():
         size = times * math.prod(eqn.outvars[0].aval.shape)
         if eqn.primitive.name == "exp":
             counted["exp"] += size
-        elif eqn.primitive.name in ("mul", "add"):
+        elif eqn.primitive.name in ("mul", "add", "sub"):
             counted["flops"] += size
         elif eqn.primitive.name == "dot_general":
             counted["flops"] += 2 * size * n
-    config = dataclasses.replace(MAMBA, d_model=e, expand_factor=1, d_state=n, n_layers=1)
+    config = dataclasses.replace(
+        MAMBA, d_model=e, expand_factor=1, d_state=n, n_layers=1, eigenvalues=eigenvalues
+    )
     (scan,) = (p for p in flops.parts(config, flops.Setting(T, B)) if p.name == "selective_scan")
     assert counted["exp"] == n * e == scan.forward.special_ops - 2 * e  # the rest is softplus
     # dt·A, dt·x, its product with B, decay, sum, C: bias and softplus (3 a channel) come on top.

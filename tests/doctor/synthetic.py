@@ -19,7 +19,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Plan:
     seed: int = 0
     family: str = "hybrid"
     layers: str = ""  # the model's plan, of LAYERS hybrid layers among others
+    eigenvalues: Literal["positive", "signed"] = "positive"
     learning_rate: float = 3e-4
     warmup_steps: int = 200
     max_steps: int = 0  # 0: as many as steps
@@ -58,6 +59,7 @@ class Plan:
                 family=self.family,
                 n_layers=len(parse(self.layers)) or LAYERS,
                 plan=self.layers,
+                eigenvalues=self.eigenvalues,
                 vocab_size=VOCABULARY,
             ),
             training=TrainingConfig(

@@ -377,3 +377,12 @@ def test_the_remedy_for_a_flat_loss(rate, text, advised):
 def test_skipping_more_spikes_than_so_far(now, then):
     run = from_records(FOLDER, records(Plan(steps=60, training={"skip_spikes": now})))
     assert remedies.skip_spikes(run).command == f"--config.training.skip_spikes={then:g}"
+
+
+@pytest.mark.parametrize(
+    ("eigenvalues", "words"), [("positive", "forget"), ("signed", "changes its sign")]
+)
+def test_what_a_large_step_does_depends_on_the_eigenvalues(eigenvalues, words):
+    faults = {"Δ": changed(dt_mean=layer(0, 30.0)), "A": changed(A_min=layer(1, -900.0))}
+    for rule, fault in faults.items():
+        assert words in findings(Plan(eigenvalues=eigenvalues), fault)[rule].why

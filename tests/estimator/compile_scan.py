@@ -16,11 +16,12 @@ from mamba_jax.estimator.targets import compile_for, cuda_target, tpu_target
 from mamba_jax.ops.selective_scan import selective_scan
 
 
-def compile_scan(kind: str, name: str, implementation: str, dump: str) -> dict:
+def compile_scan(kind: str, name: str, implementation: str, eigenvalues: str, dump: str) -> dict:
     """Compiles one layer's scan: on a card its value and gradient, on a TPU its value."""
     sharding = {"cuda": cuda_target, "tpu": tpu_target}[kind](name)
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
-    scan = functools.partial(selective_scan, dt_softplus=True, implementation=implementation)
+    switches = {"implementation": implementation, "eigenvalues": eigenvalues}
+    scan = functools.partial(selective_scan, dt_softplus=True, **switches)
     b, t, e, n = 8, 2048, 1536, 16
     float32 = lambda *dims: shape(*dims, dtype=jnp.float32)
     arguments = {
@@ -69,6 +70,7 @@ def registers(path: pathlib.Path, architecture: str) -> dict[str, int]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder}"
-        kind, implementation, *names = sys.argv[1:]
-        results = {name: compile_scan(kind, name, implementation, folder) for name in names}
+        kind, implementation, eigenvalues, *names = sys.argv[1:]
+        how = implementation, eigenvalues, folder
+        results = {name: compile_scan(kind, name, *how) for name in names}
         print(json.dumps(results))

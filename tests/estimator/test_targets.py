@@ -41,22 +41,26 @@ CARDS_TO_TRY = ("A100", "RTX 4080", "H200", "12.0")
 
 
 @functools.cache  # one process for all: half of its time goes into starting
-def compile_in_a_process(kind, implementation, *names):
+def compile_in_a_process(kind, implementation, eigenvalues, *names):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(COMPILERS), str(ROOT)]),
         "JAX_PLATFORMS": "cpu",
     }
     script = pathlib.Path(__file__).with_name("compile_scan.py")
-    command = [sys.executable, str(script), kind, implementation, *names]
+    command = [sys.executable, str(script), kind, implementation, eigenvalues, *names]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout.splitlines()[-1])
 
 
 @needs_compilers
-@pytest.mark.parametrize("card", CARDS_TO_TRY)
-def test_a_layers_gradient_compiles_in_little_memory_without_spilling(card):
-    result = compile_in_a_process("cuda", "pallas_gpu", *CARDS_TO_TRY)[card]
+@pytest.mark.parametrize(
+    ("eigenvalues", "card"),
+    [*(("positive", card) for card in CARDS_TO_TRY), ("signed", "H200")],
+)
+def test_a_layers_gradient_compiles_in_little_memory_without_spilling(eigenvalues, card):
+    cards = CARDS_TO_TRY if eigenvalues == "positive" else [card]
+    result = compile_in_a_process("cuda", "pallas_gpu", eigenvalues, *cards)[card]
     # Measured: 0.18 GB. The states of all tokens would take 1.6 GB.
     assert result["temp_bytes"] < 0.25e9
     if jax.__version_info__ >= (0, 11):
@@ -68,14 +72,14 @@ def test_a_layers_gradient_compiles_in_little_memory_without_spilling(card):
 
 @needs_compilers
 def test_the_xla_forms_gradient_compiles_in_little_memory():
-    result = compile_in_a_process("cuda", "chunked", "H200")["H200"]
+    result = compile_in_a_process("cuda", "chunked", "positive", "H200")["H200"]
     assert result["temp_bytes"] < 0.25e9  # measured: 0.19 GB
 
 
 @needs_compilers
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 def test_the_tpu_kernel_compiles_in_little_memory(generation):
-    result = compile_in_a_process("tpu", "pallas_tpu", "v5e", "v6e")[generation]
+    result = compile_in_a_process("tpu", "pallas_tpu", "positive", "v5e", "v6e")[generation]
     assert result["has_kernel"]
     # Measured: 0.34 GB, copies of x, z, y and dt in the kernel's layout. No states.
     assert result["temp_bytes"] < 0.4e9
@@ -92,15 +96,16 @@ def test_an_unknown_target_or_a_missing_compiler_is_one_line():
 
 
 @pytest.mark.parametrize(
-    ("b", "t", "e", "n", "dtype", "everything"),
+    ("b", "t", "e", "n", "dtype", "everything", "signed"),
     [
-        (8, 2048, 1536, 16, "bfloat16", True),
-        (1, 1001, 1216, 8, "float32", True),  # split, with a tail
-        (2, 77, 48, 32, "bfloat16", False),
-        (1, 1, 16, 16, "float32", False),
+        (8, 2048, 1536, 16, "bfloat16", True, False),
+        (1, 1001, 1216, 8, "float32", True, False),  # split, with a tail
+        (1, 1001, 1216, 8, "float32", True, True),
+        (2, 77, 48, 32, "bfloat16", False, False),
+        (1, 1, 16, 16, "float32", False, False),
     ],
 )
-def test_the_gradient_lowers_for_cuda(b, t, e, n, dtype, everything):
+def test_the_gradient_lowers_for_cuda(b, t, e, n, dtype, everything, signed):
     shape = lambda *dims, dtype="float32": jax.ShapeDtypeStruct(dims, dtype)
     arguments = {
         "x_bte": shape(b, t, e, dtype=dtype),
@@ -116,7 +121,9 @@ def test_the_gradient_lowers_for_cuda(b, t, e, n, dtype, everything):
         reset_bt = shape(b, t, dtype="bool")
 
     def scalar(arguments, reset_bt):
-        y_bte, state_ben = pallas_gpu.scan(**arguments, dt_softplus=everything, reset_bt=reset_bt)
+        y_bte, state_ben = pallas_gpu.scan(
+            **arguments, dt_softplus=everything, reset_bt=reset_bt, signed=signed
+        )
         return y_bte.astype(jnp.float32).sum() + state_ben.sum()
 
     with as_on_a_gpu():

@@ -72,6 +72,15 @@ def test_weights_alone(checkpoint_dir, tmp_path):
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["model.safetensors"]
 
 
+def test_what_transformers_cannot_run_is_refused(tmp_path, capsys):
+    model = dataclasses.replace(UNTIED, eigenvalues="signed")
+    write_checkpoint(tmp_path, model, random_params(model))
+    assert run(tmp_path, tmp_path / "model") == 2 and not (tmp_path / "model").exists()
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "eigenvalues=signed cannot" in line and "use --format onnx" in line
+    hf.check(dataclasses.replace(model, family="hybrid"))
+
+
 def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
     (tmp_path / "kept").write_text("mine")
     assert run("nowhere", tmp_path) == 2

@@ -108,6 +108,8 @@ def test_what_llama_cpp_cannot_run_is_refused(tmp_path, capsys):
     gguf_file.check(dataclasses.replace(planned, plan="M*3"))
     with pytest.raises(UserError, match="expand_factor=3 cannot be exported to GGUF"):
         gguf_file.check(dataclasses.replace(UNTIED, expand_factor=3))
+    with pytest.raises(UserError, match=r"eigenvalues=signed cannot be .* GGUF.*--format onnx"):
+        gguf_file.check(dataclasses.replace(UNTIED, eigenvalues="signed"))
     assert not (tmp_path / "out").exists()
 
 

@@ -37,7 +37,7 @@ ORIGINAL = {
 }
 
 
-PLANNED = hf.model_config(tiny.VARIANTS["plan A,M,H,M"], 64, "f32")
+PLANNED = hf.model_config(tiny.VARIANTS["plan A,M,H,M, signed"], 64, "f32")
 
 
 def exported(folder, model, params, tokenizer):
@@ -53,7 +53,7 @@ def same_structure(ours, theirs):
 
 @pytest.mark.parametrize(
     "model",
-    [tiny.MAMBA, UNTIED, tiny.HYBRID, tiny.VARIANTS["plan A,M,H,M"]],
+    [tiny.MAMBA, UNTIED, tiny.HYBRID, tiny.VARIANTS["plan A,M,H,M, signed"]],
     ids=["tied", "untied", "hybrid", "plan"],
 )
 def test_export_then_import_is_the_identity(model, tmp_path):
@@ -217,13 +217,19 @@ def test_damaged_files_are_refused(tmp_path):
         (ORIGINAL | {"ssm_cfg": {"d_state": 10**30}}, "d_state=1000.* is too large"),
         (ORIGINAL | {"n_layer": 0}, r"n_layers=0 must be greater"),
         (PLANNED | {"layer_pattern": "MXH"}, r'plan="M,X,H", position 3: "X" is not a kind'),
-        (PLANNED | {"layer_pattern": "MH"}, r'plan="M,H" has 2 layers, model.n_layers=3'),
+        (PLANNED | {"layer_pattern": "MH"}, r'plan="M,H" has 2 layers, model.n_layers=4'),
         (PLANNED | {"layer_pattern": ["M"] * 3}, r"model.plan=.* is not text"),
     ],
 )
 def test_other_structures_are_refused(record, words):
     with pytest.raises(UserError, match=words):
         reading.model_config(record, 8)
+
+
+def test_a_hybrid_of_before_signed_eigenvalues_has_positive_ones():
+    assert reading.model_config(PLANNED, 64).eigenvalues == "signed"
+    older = {name: value for name, value in PLANNED.items() if name != "eigenvalues"}
+    assert reading.model_config(older, 64).eigenvalues == "positive"
 
 
 def test_numbers_of_the_original_that_are_not_its_defaults():

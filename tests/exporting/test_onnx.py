@@ -46,6 +46,7 @@ VARIANTS = FAMILIES | {
         attention_window=0,
         max_seq_len=12,
         fusion="residual_zero",
+        eigenvalues="signed",
     ),
 }
 BETWEEN = [

@@ -46,7 +46,7 @@ class Case:
     b: int = 2
     narrow: str = "float32"  # x, z, B and C
     dt: str = "float32"
-    options: str = "D z bias softplus"
+    options: str = "D z bias softplus"  # and "signed" eigenvalues
     initial: bool = False
     resets: tuple[int, ...] | None = None  # first tokens of documents; row 1 has only the first one
     plan: ScanPlan = make_plan()  # noqa: RUF009 (frozen)
@@ -74,6 +74,15 @@ CASES = [
     Case(t=33, n=32, b=1, options="z softplus", resets=(20,), plan=make_plan((4, 5))),
     Case(t=33, options="D z", plan=make_plan((9, 3))),  # the last segment is a single token
     Case(t=16, b=1, initial=True, plan=make_plan((99, 99))),  # more segments than chunks
+    Case(t=4, n=32, b=1, options="softplus signed"),
+    Case(
+        t=37,
+        initial=True,
+        resets=(0, 15, 16, 33),  # the backward's second segment of two has one
+        options="D z bias softplus signed",
+        plan=make_plan((3, 2)),
+    ),
+    Case(t=33, options="signed", narrow="bfloat16", initial=True, plan=make_plan((4, 5))),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -126,8 +135,11 @@ def make_scalar(scan, case, reset_bt):
     w_y, w_state = draw(case.b, case.t, case.e), draw(case.b, case.e, case.n)
 
     def scalar(arguments):
-        softplus = "softplus" in case.options
-        y_bte, state_ben = scan(**arguments, dt_softplus=softplus, reset_bt=reset_bt)
+        switches = {
+            "dt_softplus": "softplus" in case.options,
+            "signed": "signed" in case.options,
+        }
+        y_bte, state_ben = scan(**arguments, **switches, reset_bt=reset_bt)
         return (w_y * y_bte).sum() + (w_state * state_ben).sum(), (y_bte, state_ben)
 
     return jax.jit(jax.value_and_grad(scalar, has_aux=True))
@@ -157,6 +169,7 @@ def definition(
     dt_bias_e=0.0,
     initial_state_ben=0.0,
     dt_softplus=False,
+    signed=False,
     reset_bt=None,
 ):
     """A scan over tokens and nothing else."""
@@ -168,7 +181,9 @@ def definition(
 
     def token(h_ben, values):
         x_be, step_be, B_bn, C_bn, keep_b = values
-        h_ben = jnp.exp(step_be[:, :, None] * A_en) * h_ben * keep_b[:, None, None]
+        decay_ben = jnp.exp(step_be[:, :, None] * A_en)
+        decay_ben = 2 * decay_ben - 1 if signed else decay_ben
+        h_ben = decay_ben * h_ben * keep_b[:, None, None]
         h_ben += (step_be * x_be)[:, :, None] * B_bn[:, None, :]
         return h_ben, jnp.einsum("ben,bn->be", h_ben, C_bn) + D_e * x_be
 
@@ -362,6 +377,11 @@ def test_a_divided_program_is_named_for_what_it_does():
 
     first = names(plan=make_plan())
     assert len(first) == 2 and first == names(plan=make_plan())  # one for each direction
-    others = [{"plan": make_plan(groups=(1, 1))}, {"plan": make_plan(), "dt_softplus": True}, {}]
+    others = [
+        {"plan": make_plan(groups=(1, 1))},
+        {"plan": make_plan(), "dt_softplus": True},
+        {"plan": make_plan(), "signed": True},
+        {},
+    ]
     for options in others:
         assert not first & names(**options), options

@@ -44,15 +44,20 @@ class Case:
     resets: tuple[int, ...] | None = None  # first tokens of documents; row 1 has only the first one
     extras: bool = False  # D, dt_bias and the softplus
     gate: bool = False  # z
+    eigenvalues: str = "positive"
     b: int = 2
     e: int = 6
 
     def __str__(self):
         flags = [name for name in ("initial", "extras", "gate") if getattr(self, name)]
         resets = [] if self.resets is None else ["resets" + "_".join(map(str, self.resets))]
-        return "-".join([f"t{self.t}", f"n{self.n}", self.dtype, *flags, *resets])
+        signed = ["signed"] * (self.eigenvalues == "signed")
+        return "-".join([f"t{self.t}", f"n{self.n}", self.dtype, *flags, *resets, *signed])
 
 
+LONG = Case(t=77, n=8, initial=True, resets=(0, 1, 26, 39, 51, 52, 76), extras=True, gate=True)
+LONG_SIGNED = dataclasses.replace(LONG, eigenvalues="signed")
+SHORT_SIGNED = Case(t=33, n=5, dtype="bfloat16", initial=True, extras=True, eigenvalues="signed")
 CASES = [
     Case(t=1, n=16, initial=True, extras=True, gate=True),
     Case(t=1, n=5, dtype="bfloat16", initial=True, resets=(0,), extras=True),
@@ -65,10 +70,13 @@ CASES = [
     Case(t=64, n=5, dtype="bfloat16", initial=True, resets=(0, 31, 32, 63), gate=True),
     # Chunks are 26 + 26 + 25 and 39 + 38.
     Case(t=77, n=16),
-    Case(t=77, n=8, initial=True, resets=(0, 1, 26, 39, 51, 52, 76), extras=True, gate=True),
+    LONG,
+    LONG_SIGNED,
+    SHORT_SIGNED,
 ]
 # Kernels run slowly as plain JAX, and those for GPUs know fewer shapes.
-TPU_CASES = [case for case in CASES if case.t != 31 and case != Case(t=77, n=16)]
+LEFT_OUT = [Case(t=77, n=16), LONG_SIGNED]
+TPU_CASES = [case for case in CASES if case.t != 31 and case not in LEFT_OUT]
 GPU_CASES = [
     dataclasses.replace(case, e=48 if case.t == 64 else 16, n=8 if case.n == 5 else case.n)
     for case in TPU_CASES
@@ -126,8 +134,8 @@ def make_weights(case):
     return draw(case.b, case.t, case.e), draw(case.b, case.e, case.n)
 
 
-@functools.partial(jax.jit, static_argnames=("softplus", "implementation"))
-def run(arguments, reset_bt, weights, softplus, implementation):
+@functools.partial(jax.jit, static_argnames=("softplus", "implementation", "eigenvalues"))
+def run(arguments, reset_bt, weights, softplus, implementation, eigenvalues="positive"):
     """Returns (y, final state) and the gradients by every argument."""
 
     def scalar(arguments):
@@ -136,6 +144,7 @@ def run(arguments, reset_bt, weights, softplus, implementation):
             dt_softplus=softplus,
             reset_bt=reset_bt,
             implementation=implementation,
+            eigenvalues=eigenvalues,
             interpret=True,
         )
         wide = jnp.promote_types(y_bte.dtype, jnp.float32)
@@ -151,7 +160,7 @@ def run_case(case, implementation, arguments=None):
     reset_bt = make_reset(case)
     reset_bt = None if reset_bt is None else jnp.asarray(reset_bt)
     weights = tuple(map(jnp.asarray, make_weights(case)))
-    return run(arguments, reset_bt, weights, case.extras, implementation)
+    return run(arguments, reset_bt, weights, case.extras, implementation, case.eigenvalues)
 
 
 reference_results = functools.cache(functools.partial(run_case, implementation="reference"))
@@ -169,6 +178,7 @@ def numpy_scan(
     initial_state_ben=0.0,
     softplus=False,
     reset_bt=None,
+    eigenvalues="positive",
 ):
     """The definition, in float64 or complex128: a loop over tokens and nothing else."""
     h_ben = np.zeros((x_bte.shape[0], *A_en.shape), A_en.dtype) + initial_state_ben
@@ -180,7 +190,10 @@ def numpy_scan(
         if reset_bt is not None:
             h_ben = np.where(reset_bt[:, t, None, None], 0, h_ben)
         u_be = step_bte[:, t] * x_bte[:, t]
-        h_ben = np.exp(step_bte[:, t, :, None] * A_en) * h_ben + u_be[..., None] * B_btn[:, t, None]
+        decay_ben = np.exp(step_bte[:, t, :, None] * A_en)
+        if eigenvalues == "signed":
+            decay_ben = 2 * decay_ben - 1
+        h_ben = decay_ben * h_ben + u_be[..., None] * B_btn[:, t, None]
         y_bte[:, t] = (h_ben * C_btn[:, t, None]).sum(-1) + D_e * x_bte[:, t]
     if z_bte is not None:
         y_bte = y_bte * z_bte / (1 + np.exp(-z_bte))
@@ -220,7 +233,7 @@ def test_reference_is_the_definition(case):
     assert y_bte.dtype == case.dtype and state_ben.dtype == jnp.float32
     assert {k: v.dtype for k, v in gradients.items()} == {k: v.dtype for k, v in arguments.items()}
     wide = as_float64(arguments)
-    switches = {"softplus": case.extras, "reset_bt": reset_bt}
+    switches = {"softplus": case.extras, "reset_bt": reset_bt, "eigenvalues": case.eigenvalues}
     y_true, state_true = numpy_scan(**wide, **switches)
     assert_close(y_bte, y_true, TOLERANCES[case.dtype])
     assert_close(state_ben, state_true, TOLERANCES["float32"])
@@ -368,7 +381,7 @@ def extreme_truth(t):
 
 @fast
 def test_same_inputs_twice_give_the_same_bits(implementation):
-    case = dataclasses.replace(CASES[-1], e=16)
+    case = dataclasses.replace(LONG, e=16)
     first, second = (jax.tree.map(np.asarray, run_case(case, implementation)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -500,6 +513,8 @@ def test_wrong_arguments_are_named():
     arguments = make_arguments(Case(t=3))
     with pytest.raises(ValueError, match=r'"paralel".*auto, reference, sequential'):
         selective_scan(**arguments, implementation="paralel")
+    with pytest.raises(ValueError, match=r'"negative".*positive, signed'):
+        selective_scan(**arguments, eigenvalues="negative")
     with pytest.raises(TypeCheckError, match="B_btn"):
         selective_scan(**arguments | {"B_btn": arguments["B_btn"][:, :2]})
     with pytest.raises(ValueError, match="at least one token"):

@@ -43,7 +43,10 @@ def mixer(p, config, u_td):
         x = silu(conv)
         dt_r, B, C = np.split(x @ p["x_proj"]["kernel"], [rank, rank + n])
         dt = np.log1p(np.exp(dt_r @ p["dt_proj"]["kernel"] + p["dt_proj"]["bias"]))
-        state = np.exp(dt[:, None] * A) * state + (dt * x)[:, None] * B
+        decay = np.exp(dt[:, None] * A)
+        if config.eigenvalues == "signed":
+            decay = 2 * decay - 1
+        state = decay * state + (dt * x)[:, None] * B
         out.append((state @ C + p["D"] * x) * silu(z_te[t]))
     return np.stack(out) @ p["out_proj"]["kernel"]
 

@@ -39,12 +39,13 @@ VARIANTS = {
     "hybrid, no attention": dataclasses.replace(
         HYBRID, attention_scales=(), fusion="norm", tie_embeddings=False
     ),
-    "plan A,M,H,M": dataclasses.replace(
+    "plan A,M,H,M, signed": dataclasses.replace(
         HYBRID,
         plan="A,M,H,M",
         n_layers=4,
         attention_scales=(1, 4),
         fusion="residual_zero",
+        eigenvalues="signed",
     ),
     "plan (M,M,H)*2, global attention": dataclasses.replace(
         PLANS["(M,M,H)*2"], attention_scales=(2,), attention_window=0, max_seq_len=32

@@ -66,6 +66,7 @@ class HybridMambaConfig(PretrainedConfig):
         attention_window=256,
         attention_head_size=64,
         fusion="residual_norm",
+        eigenvalues="positive",
         layer_pattern=None,
         tie_word_embeddings=True,
         use_cache=True,
@@ -87,6 +88,7 @@ class HybridMambaConfig(PretrainedConfig):
         self.attention_window = attention_window
         self.attention_head_size = attention_head_size
         self.fusion = fusion
+        self.eigenvalues = eigenvalues
         self.layer_pattern = layer_pattern or "H" * num_hidden_layers
         if len(self.layer_pattern) != num_hidden_layers:
             raise ValueError(
@@ -163,6 +165,7 @@ class Mixer(nn.Module):
             config.time_step_rank,
         )
         self.sizes = (r, n, n)
+        self.signed = config.eigenvalues == "signed"
         self.in_proj = nn.Linear(d, 2 * e, bias=False)
         self.conv1d = nn.Conv1d(e, e, config.conv_kernel, groups=e)
         self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
@@ -185,6 +188,8 @@ class Mixer(nn.Module):
         )  # a step of length 0 does not change the state
         A_en, x_bte = -self.A_log.float().exp(), x_bte.float()
         decay_bten = torch.exp(dt_bte[..., None] * A_en)
+        if self.signed:
+            decay_bten = 2 * decay_bten - 1
         input_bten = (dt_bte * x_bte)[..., None] * B_btn.float()[:, :, None]
         state_ben, states = cache["ssm"], []
         for t in range(u_btd.shape[1]):

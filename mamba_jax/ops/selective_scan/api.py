@@ -12,6 +12,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan import reference
+from mamba_jax.ops.selective_scan.decay import EIGENVALUES
 
 # Each is the ``scan`` of the module of its name, which is imported when it is first used.
 IMPLEMENTATIONS = (
@@ -41,13 +42,14 @@ def selective_scan(
     dt_softplus: bool = False,
     initial_state_ben: Float[Array, "b e n"] | None = None,
     reset_bt: Bool[Array, "b t"] | None = None,
+    eigenvalues: str = "positive",
     implementation: str = "auto",
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """Runs a diagonal state space whose step size, input and output vary with the token.
 
       Δ_t = softplus(dt_t + dt_bias)
-      h_t = exp(Δ_t A) h_{t-1} + (Δ_t x_t) B_t
+      h_t = a_t h_{t-1} + (Δ_t x_t) B_t,   a_t = exp(Δ_t A), or 2 exp(Δ_t A) − 1
       y_t = (C_t·h_t + D x_t) silu(z_t)
 
     All of it is computed in float32 (in float64 if an input is float64), whatever the dtype of the
@@ -67,6 +69,8 @@ def selective_scan(
       initial_state_ben: the state before the first token; None: zeros.
       reset_bt: True at the first token of a document: what came before it, the initial state
         included, is dropped. None: no resets.
+      eigenvalues: "positive": a = exp(Δ A); "signed": a = 2 exp(Δ A) − 1, from −1 to 1. Every
+        implementation takes both.
       implementation: one of ``IMPLEMENTATIONS``, or "auto": ``choose`` decides, and the logger
         "mamba_jax" reports the choice once. A named choice is never replaced by another. A single
         token (t = 1) uses none of them: it is one plain step.
@@ -77,15 +81,19 @@ def selective_scan(
       y_bte in the dtype of x, and the state after the last token, float32.
 
     Raises:
-      ValueError: if the implementation is unknown or does not take this shape or dtype (the
-        message says what it takes), or there is no token.
+      ValueError: if the implementation or the kind of eigenvalues is unknown, the implementation
+        does not take this shape or dtype (the message says what it takes), or there is no token.
 
     Source: arXiv 2312.00752, section 3.2 and algorithm 2. As in its code, B is discretised to first
-    order (Δ B), A by zero-order hold.
+    order (Δ B), A by zero-order hold. Signed eigenvalues: arXiv 2411.12537.
     """
     _, t, e = x_bte.shape
     if t == 0:
         raise ValueError(f"selective_scan needs at least one token, got x of shape {x_bte.shape}")
+    if eigenvalues not in EIGENVALUES:
+        raise ValueError(
+            f'unknown selective_scan eigenvalues "{eigenvalues}": not in {", ".join(EIGENVALUES)}'
+        )
     if implementation == "auto":
         implementation = choose(jax.default_backend(), x_bte.dtype, e, A_en.shape[1])
     # A single token is decoding: a chunk of one would be up to 2.5 times slower.
@@ -103,6 +111,7 @@ def selective_scan(
             dt_softplus=dt_softplus,
             initial_state_ben=initial_state_ben,
             reset_bt=reset_bt,
+            signed=eigenvalues == "signed",
             interpret=interpret,
         )
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mamba_jax.ops.selective_scan.decay import decay
 from mamba_jax.ops.selective_scan.epilogue import with_epilogue
 
 
@@ -24,10 +25,11 @@ def scan(
     C_btn: Float[Array, "b t n"],
     initial_state_ben: Float[Array, "b e n"],
     reset_bt: Bool[Array, "b t"] | None,
+    signed: bool,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """See ``epilogue.with_epilogue``. Memory O(B·L·D·N), forward as well as backward."""
     x_bte, B_btn, C_btn = (v.astype(dt_bte.dtype) for v in (x_bte, B_btn, C_btn))
-    decay_bten = jnp.exp(dt_bte[..., None] * A_en)
+    decay_bten = decay(jnp.exp(dt_bte[..., None] * A_en), signed)
     if reset_bt is not None:
         decay_bten = jnp.where(reset_bt[:, :, None, None], 0, decay_bten)
     u_bten = (dt_bte * x_bte)[..., None] * B_btn[:, :, None, :]

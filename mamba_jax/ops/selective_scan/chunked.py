@@ -9,9 +9,9 @@ scan, backwards in time: O(B·L·D) memory.
 The adjoint, with s_t = C_t·h_t + D x_t, y_t = s_t silu(z_t), and g_t the gradient of the state h_t
 by all that comes after (and y_t):
   ds_t = dy_t silu(z_t),   dz_t = dy_t s_t silu'(z_t),   dD = Σ ds_t x_t
-  g_t = C_t ds_t + exp(Δ_{t+1} A) g_{t+1},   q_t = g_t exp(Δ_t A) h_{t-1}  (of the exponent Δ A)
+  g_t = C_t ds_t + a_{t+1} g_{t+1},   q_t = g_t a'_t h_{t-1}  (of the exponent Δ_t A)
   dC_t = h_t·ds_t,   dB_t = g_t·(Δ_t x_t),   dΔ_t = q_t·A + (g_t·B_t) x_t,   dA = Σ q_t Δ_t
-A reset at t makes exp(Δ_t A) zero in both directions.
+with a_t the decay and a'_t its slope (see ``decay``). A reset at t makes both zero.
 
 Shapes: b batch, t time, e d_inner, n d_state, c chunk length, k chunks.
 """
@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan.associative import then
+from mamba_jax.ops.selective_scan.decay import adjoint, decay
 from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, compute_dtype, start_state
 
 CHUNK_TOKENS = 64  # 32 and 128 need 0.7 and 1.8 times the memory, for twice and half the launches
@@ -43,6 +44,7 @@ def scan(
     dt_softplus: bool = False,
     initial_state_ben: Float[Array, "b e n"] | None = None,
     reset_bt: Bool[Array, "b t"] | None = None,
+    signed: bool = False,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """See ``selective_scan``."""
@@ -53,7 +55,9 @@ def scan(
         (x_bte, dt_bte, z_bte, B_btn, C_btn, reset_bt), (A_en, D_e, dt_bias_e), dtype
     )
     t = x_bte.shape[1]
-    results: tuple[jax.Array, jax.Array] = _scan(c, t, dt_softplus, weights, state_ben, tokens)
+    results: tuple[jax.Array, jax.Array] = _scan(
+        c, t, dt_softplus, signed, weights, state_ben, tokens
+    )
     y_bte, final_ben = results
     return y_bte[:, :t], final_ben
 
@@ -77,18 +81,19 @@ def prepare(tokens, weights, dtype):
     return c, jax.tree.map(per_row, weights), jax.tree.map(pad, tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan(c, t, dt_softplus, weights, initial_ben, tokens) -> tuple[jax.Array, jax.Array]:
-    return forward(c, t, dt_softplus, weights, initial_ben, tokens)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _scan(c, t, dt_softplus, signed, weights, initial_ben, tokens) -> tuple[jax.Array, jax.Array]:
+    return forward(c, t, dt_softplus, signed, weights, initial_ben, tokens)[0]
 
 
-def forward(c, t, dt_softplus, weights, initial_ben, tokens):
+def forward(c, t, dt_softplus, signed, weights, initial_ben, tokens):
     """Runs chunk after chunk.
 
     Args:
       c: the length of a chunk; divides the number of tokens.
       t: tokens that count: later ones are padding, which leaves the state as it is.
       dt_softplus: as in ``selective_scan``.
+      signed: as in ``decay``.
       weights: A_ben, D_be and dt_bias_be, of each row, in the dtype to compute in; the last two may
         be None.
       initial_ben: the state before the first token, in that dtype.
@@ -102,7 +107,7 @@ def forward(c, t, dt_softplus, weights, initial_ben, tokens):
     def one_chunk(carry, start):
         state_ben, y_bte = carry
         chunk = _cut(tokens, start, c)
-        dt_bce, _, decay_bcen = _steps(chunk, weights, start, t, dt_softplus)
+        dt_bce, _, _, decay_bcen = _steps(chunk, weights, start, t, dt_softplus, signed)
         x_bce, z_bce, B_bcn, C_bcn = _widen(chunk, A_ben.dtype)
         state_bcen = _states(decay_bcen, dt_bce * x_bce, B_bcn, state_ben)
         y_bce = _read(state_bcen, C_bcn, D_be, x_bce)
@@ -116,11 +121,11 @@ def forward(c, t, dt_softplus, weights, initial_ben, tokens):
     return (y_bte, final_ben), (weights, start_kben, tokens)
 
 
-def backward(c, t, dt_softplus, saved, cotangents):
+def backward(c, t, dt_softplus, signed, saved, cotangents):
     """Returns the gradients by weights, initial state and tokens, from the last chunk to the first.
 
     Args:
-      c, t, dt_softplus: as in ``forward``.
+      c, t, dt_softplus, signed: as in ``forward``.
       saved: the weights, the state at each chunk's start (k, b, e, n), and the tokens.
       cotangents: of y and of the final state.
     """
@@ -132,7 +137,8 @@ def backward(c, t, dt_softplus, saved, cotangents):
         g_ben, dweights, dtokens = carry
         start, state_ben = inputs
         chunk = _cut(tokens, start, c)
-        dt_bce, slope_bce, decay_bcen = _steps(chunk, weights, start, t, dt_softplus)
+        steps = _steps(chunk, weights, start, t, dt_softplus, signed)
+        dt_bce, slope_bce, power_bcen, decay_bcen = steps
         x_bce, z_bce, B_bcn, C_bcn = _widen(chunk, A_ben.dtype)
         state_bcen = _states(decay_bcen, dt_bce * x_bce, B_bcn, state_ben)
 
@@ -153,7 +159,7 @@ def backward(c, t, dt_softplus, saved, cotangents):
         g_ben = decay_bcen[:, 0] * g_bcen[:, 0]
 
         before_bcen = jnp.concatenate([state_ben[:, None], state_bcen[:, :-1]], 1)
-        q_bcen = g_bcen * decay_bcen * before_bcen
+        q_bcen = adjoint(g_bcen, power_bcen, signed)[1] * before_bcen
         du_bce = (g_bcen * B_bcn[:, :, None, :]).sum(-1)
         ddt_bce = (q_bcen * A_ben[:, None]).sum(-1) + du_bce * x_bce
         ddt_bce *= slope_bce
@@ -204,8 +210,8 @@ def _widen(chunk, dtype):
     return jax.tree.map(lambda v: v.astype(dtype), (x_bce, z_bce, B_bcn, C_bcn))
 
 
-def _steps(chunk, weights, start, t, dt_softplus):
-    """Returns Δ, its slope by dt, and the decays exp(Δ A), 0 at a reset."""
+def _steps(chunk, weights, start, t, dt_softplus, signed):
+    """Returns Δ, its slope by dt, exp(Δ A), and the decays; the last two are 0 at a reset."""
     _, dt_bce, _, _, _, reset_bc = chunk
     A_ben, _, dt_bias_be = weights
     dt_bce = dt_bce.astype(A_ben.dtype)
@@ -219,10 +225,11 @@ def _steps(chunk, weights, start, t, dt_softplus):
     if t % c:  # there is padding: Δ = 0 leaves the state as it is
         counts_c1 = (start + jnp.arange(c) < t)[:, None]
         dt_bce, slope_bce = jnp.where(counts_c1, dt_bce, 0), jnp.where(counts_c1, slope_bce, 0)
-    decay_bcen = jnp.exp(dt_bce[..., None] * A_ben[:, None])
+    power_bcen, reset_bc11 = jnp.exp(dt_bce[..., None] * A_ben[:, None]), None
     if reset_bc is not None:
-        decay_bcen = jnp.where(reset_bc[:, :, None, None], 0, decay_bcen)
-    return dt_bce, slope_bce, decay_bcen
+        reset_bc11 = reset_bc[:, :, None, None]
+        power_bcen = jnp.where(reset_bc11, 0, power_bcen)
+    return dt_bce, slope_bce, power_bcen, decay(power_bcen, signed, reset_bc11)
 
 
 def _states(decay_bcen, u_bce, B_bcn, state_ben):

@@ -33,12 +33,13 @@ def with_epilogue(core: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a core: bias and softplus before it, skip and gate after it.
 
     Args:
-      core: called with (x, dt, A, B, C, initial state, resets or None). dt is positive already; dt,
-        A and the initial state have the dtype to compute in, and so have its results (y, final
-        state); x, B and C may be narrower.
+      core: called with (x, dt, A, B, C, initial state, resets or None, signed). dt is positive
+        already; dt, A and the initial state have the dtype to compute in, and so have its results
+        (y, final state); x, B and C may be narrower.
 
     Returns:
-      A function with the signature of ``selective_scan`` but for ``implementation``.
+      A function with the signature of ``selective_scan`` but for ``implementation``, and with
+      ``signed`` for ``eigenvalues``.
     """
 
     @functools.wraps(core, assigned=("__module__", "__name__", "__doc__"))
@@ -55,6 +56,7 @@ def with_epilogue(core: Callable[..., Any]) -> Callable[..., Any]:
         dt_softplus=False,
         initial_state_ben=None,
         reset_bt=None,
+        signed=False,
         interpret=False,  # there is no Pallas in here
     ):
         dtype = compute_dtype(x_bte, dt_bte, A_en, B_btn, C_btn)
@@ -64,7 +66,7 @@ def with_epilogue(core: Callable[..., Any]) -> Callable[..., Any]:
         if dt_softplus:
             dt_bte = jax.nn.softplus(dt_bte)
         state_ben = start_state(initial_state_ben, x_bte, A_en, dtype)
-        y_bte, state_ben = core(x_bte, dt_bte, A_en, B_btn, C_btn, state_ben, reset_bt)
+        y_bte, state_ben = core(x_bte, dt_bte, A_en, B_btn, C_btn, state_ben, reset_bt, signed)
         if D_e is not None:
             y_bte += D_e.astype(dtype) * x_bte.astype(dtype)
         if z_bte is not None:

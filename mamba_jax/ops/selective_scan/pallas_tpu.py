@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from mamba_jax.ops.selective_scan import chunked
+from mamba_jax.ops.selective_scan.decay import decay
 from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, start_state
 
 LANES = 128
@@ -52,6 +53,7 @@ def scan(
     dt_softplus: bool = False,
     initial_state_ben: Float[Array, "b e n"] | None = None,
     reset_bt: Bool[Array, "b t"] | None = None,
+    signed: bool = False,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """See ``selective_scan``.
@@ -68,35 +70,37 @@ def scan(
     )
     t = x_bte.shape[1]
     results: tuple[jax.Array, jax.Array] = _scan(
-        c, t, dt_softplus, interpret, weights, state_ben, tokens
+        c, t, dt_softplus, signed, interpret, weights, state_ben, tokens
     )
     y_bte, final_ben = results
     return y_bte[:, :t], final_ben
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _scan(
-    c, t, dt_softplus, interpret, weights, initial_ben, tokens
+    c, t, dt_softplus, signed, interpret, weights, initial_ben, tokens
 ) -> tuple[jax.Array, jax.Array]:
-    y_bte, final_ben = _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, False)
+    y_bte, final_ben = _run(
+        c, t, dt_softplus, signed, interpret, weights, initial_ben, tokens, False
+    )
     return y_bte, final_ben
 
 
-def _forward(c, t, dt_softplus, interpret, weights, initial_ben, tokens):
-    arguments = (c, t, dt_softplus, interpret, weights, initial_ben, tokens)
+def _forward(c, t, dt_softplus, signed, interpret, weights, initial_ben, tokens):
+    arguments = (c, t, dt_softplus, signed, interpret, weights, initial_ben, tokens)
     y_bte, final_ben, start_kben = _run(*arguments, True)
     y_bte, start_kben = checkpoint_name((y_bte, start_kben), SAVEABLE)
     return (y_bte, final_ben), (weights, start_kben, tokens)
 
 
-def _backward(c, t, dt_softplus, interpret, saved, cotangents):
-    return chunked.backward(c, t, dt_softplus, saved, cotangents)
+def _backward(c, t, dt_softplus, signed, interpret, saved, cotangents):
+    return chunked.backward(c, t, dt_softplus, signed, saved, cotangents)
 
 
 _scan.defvjp(_forward, _backward)
 
 
-def _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, with_starts):
+def _run(c, t, dt_softplus, signed, interpret, weights, initial_ben, tokens, with_starts):
     """Returns y, the final state and, where asked, the state at each chunk's start (k, b, e, n)."""
     x_bte, dt_bte, z_bte, B_btn, C_btn, reset_bt = tokens
     A_ben, D_be, dt_bias_be = weights
@@ -150,7 +154,9 @@ def _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, with_starts
     if with_starts:
         out_shape.append(jax.ShapeDtypeStruct((k, b, *shape), jnp.float32))
     outputs = pl.pallas_call(
-        functools.partial(_kernel, names=tuple(inputs), c=c, n=n, dt_softplus=dt_softplus),
+        functools.partial(
+            _kernel, names=tuple(inputs), c=c, n=n, dt_softplus=dt_softplus, signed=signed
+        ),
         grid=(b, tiles // rows, k),
         in_specs=[spec for spec, _ in inputs.values()],
         out_specs=[along, state, starts][: len(out_shape)],
@@ -166,7 +172,7 @@ def _run(c, t, dt_softplus, interpret, weights, initial_ben, tokens, with_starts
     return (y_bte, *(jnp.swapaxes(v, -1, -2) for v in states))
 
 
-def _kernel(*refs, names, c, n, dt_softplus):
+def _kernel(*refs, names, c, n, dt_softplus, signed):
     """One chunk of one row and ``rows`` × 128 channels; the grid's last axis is time."""
     inputs = dict(zip(names, refs, strict=False))
     y_ref, final_ref, *start_ref, state_ref = refs[len(names) :]
@@ -191,10 +197,10 @@ def _kernel(*refs, names, c, n, dt_softplus):
         y = inputs["D"][...] * x if "D" in inputs else jnp.zeros_like(x)
         after_n = []
         for j, state in enumerate(state_n):
-            decay = jnp.exp(dt * inputs["A"][j])
+            a = decay(jnp.exp(dt * inputs["A"][j]), signed)
             if "keep" in inputs:
-                decay *= inputs["keep"][0, i]
-            state = decay * state + u * inputs["B"][0, i * n + j]
+                a *= inputs["keep"][0, i]
+            state = a * state + u * inputs["B"][0, i * n + j]
             y += state * inputs["C"][0, i * n + j]
             after_n.append(state)
         if "z" in inputs:

@@ -7,12 +7,14 @@ vector lanes; sums over n or e are dots or trees of additions, never `reduce`; a
 each chunk's start is kept, the others are recomputed in the backward: O(B·L·D) memory.
 
 The adjoint, with g_t the gradient of the state h_t by all that comes after (and y_t):
-  g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1},   q_t = g_t exp(dt_t A) h_{t-1}  (of the exponent dt A)
+  g_t = C_t dy_t + a_{t+1} g_{t+1},   q_t = g_t a'_t h_{t-1}  (of the exponent dt_t A)
   dC_t = h_t·dy_t,   dB_t = g_t·(dt_t x_t),   d(dt x)_t = g_t·B_t,   dA = Σ q_t dt_t
-A reset at t makes exp(dt_t A) zero in both directions.
+with a_t the decay and a'_t its slope (see ``decay``). A reset at t makes both zero.
 
 Shapes: b batch, t time, e d_inner, n d_state, c chunk length, k chunks.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from mamba_jax.ops.selective_scan.decay import adjoint, decay
 from mamba_jax.ops.selective_scan.epilogue import SAVEABLE, with_epilogue
 
 CHUNK_TOKENS = 32  # 16 to 64 are equally fast
@@ -34,6 +37,7 @@ def scan(
     C_btn: Float[Array, "b t n"],
     initial_state_ben: Float[Array, "b e n"],
     reset_bt: Bool[Array, "b t"] | None,
+    signed: bool,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
     """See ``epilogue.with_epilogue``."""
     b, t, e = x_bte.shape
@@ -47,20 +51,20 @@ def scan(
         return jnp.moveaxis(v, 1, 0).reshape(k, c, b, *v.shape[2:])
 
     inputs = jax.tree.map(split, (x_bte, dt_bte, B_btn, C_btn, reset_bt))
-    y_kcbe, final_bne = _scan(A_en.T, jnp.swapaxes(initial_state_ben, 1, 2), *inputs)
+    y_kcbe, final_bne = _scan(signed, A_en.T, jnp.swapaxes(initial_state_ben, 1, 2), *inputs)
     y_bte = jnp.moveaxis(y_kcbe.reshape(k * c, b, e)[:t], 0, 1)
     return y_bte, jnp.swapaxes(final_bne, 1, 2)
 
 
-@jax.custom_vjp
-def _scan(A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb):
-    return _forward(A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(signed, A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb):
+    return _forward(signed, A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb)[0]
 
 
-def _forward(A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb):
+def _forward(signed, A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb):
     def step(h_bne, token):
         x_be, dt_be, B_bn, C_bn, reset_b = token
-        h_bne = _advance(h_bne, A_ne, x_be, dt_be, B_bn, reset_b)
+        h_bne = _advance(h_bne, A_ne, x_be, dt_be, B_bn, reset_b, signed)
         return h_bne, _dot("bne,bn->be", h_bne, C_bn.astype(h_bne.dtype))
 
     def one_chunk(start_bne, inputs):
@@ -73,13 +77,13 @@ def _forward(A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb):
     return (y_kcbe, final_bne), (A_ne, start_kbne, *inputs)
 
 
-def _backward(saved, cotangents):
+def _backward(signed, saved, cotangents):
     A_ne, start_kbne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb = saved
     dy_kcbe, dfinal_bne = cotangents
 
     def redo(h_bne, token):
         x_be, dt_be, B_bn, reset_b = token
-        return _advance(h_bne, A_ne, x_be, dt_be, B_bn, reset_b), h_bne
+        return _advance(h_bne, A_ne, x_be, dt_be, B_bn, reset_b, signed), h_bne
 
     def step_back(carry, token):
         g_bne, dA_bne, h_bne = carry
@@ -89,8 +93,9 @@ def _backward(saved, cotangents):
         g_bne = g_bne + dy_be[:, None, :] * C_bn[:, :, None]
         du_be = _dot("bne,bn->be", g_bne, B_bn)
         dB_bn = _dot("bne,be->bn", g_bne, dt_be * x_be)
-        g_bne = _drop(g_bne * jnp.exp(dt_be[:, None, :] * A_ne), reset_b)
-        q_bne = g_bne * previous_bne
+        by_state_bne, by_exponent_bne = adjoint(g_bne, _power(A_ne, dt_be), signed)
+        g_bne = _drop(by_state_bne, reset_b)
+        q_bne = _drop(by_exponent_bne, reset_b) * previous_bne
         dA_bne = dA_bne + q_bne * dt_be[:, None, :]  # summed over b after the loop
         ddt_be = _sum_states(q_bne * A_ne) + du_be * x_be
         return (g_bne, dA_bne, previous_bne), (du_be * dt_be, ddt_be, dB_bn, dC_bn)
@@ -122,10 +127,14 @@ def _backward(saved, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _advance(h_bne, A_ne, x_be, dt_be, B_bn, reset_b):
+def _advance(h_bne, A_ne, x_be, dt_be, B_bn, reset_b, signed):
     u_be = dt_be * x_be.astype(h_bne.dtype)
     added_bne = u_be[:, None, :] * B_bn.astype(h_bne.dtype)[:, :, None]
-    return jnp.exp(dt_be[:, None, :] * A_ne) * _drop(h_bne, reset_b) + added_bne
+    return decay(_power(A_ne, dt_be), signed) * _drop(h_bne, reset_b) + added_bne
+
+
+def _power(A_ne, dt_be):
+    return jnp.exp(dt_be[:, None, :] * A_ne)
 
 
 def _drop(v_bne, reset_b):

@@ -1,8 +1,8 @@
 """The backward kernels: the adjoint of the scan, and the adjoint's ends of segments.
 
-With g_t the gradient of the state h_t by y_t and all that comes after it, a_t = exp(Δ_t A), p the
-output before the gate, σ the sigmoid and dp = dy silu(z):
-  g_t = C_t dp_t + a_{t+1} g_{t+1},   q_t = g_t a_t h_{t-1}  (the gradient of the exponent Δ_t A)
+With g_t the gradient of the state h_t by y_t and all that comes after it, a_t the decay, a'_t its
+slope by the exponent Δ_t A, p the output before the gate, σ the sigmoid and dp = dy silu(z):
+  g_t = C_t dp_t + a_{t+1} g_{t+1},   q_t = g_t a'_t h_{t-1}  (the gradient of the exponent)
   dC_t = Σ_e h_t dp_t,   dB_t = Σ_e g_t Δ_t x_t,   dz = dy p σ(z) (1 + z (1 - σ(z)))
   dx_t = Δ_t Σ_n g_t B_t + D dp_t,   dΔ_t = x_t Σ_n g_t B_t + Σ_n q_t A,   dA = Σ_t q_t Δ_t
 The forward saved the states before chunks. A chunk's states are recomputed twice: first those
@@ -26,7 +26,9 @@ from mamba_jax.ops.selective_scan.pallas_gpu.kernel_io import Arrays, Reader, Ti
 from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 
-def scan(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+def scan(
+    inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, signed: bool, interpret: bool
+) -> Arrays:
     """Runs the segments side by side.
 
     Args:
@@ -35,6 +37,7 @@ def scan(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpre
       loop: the division of time.
       tile: the shape of a program; its block divides e.
       softplus: whether Δ = softplus(dt + dt_bias).
+      signed: as in ``decay``.
       interpret: whether to run as plain JAX.
 
     Returns:
@@ -71,7 +74,9 @@ def scan(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpre
     in_specs = kernel_io.block_specs(inputs.keys() - {"starts"}, block, t, n)
     in_specs["starts"] = kernel_io.chunk_states(block, loop.chunks, n)
     gradients = pl.pallas_call(
-        functools.partial(_scan_kernel, loop=loop, math=Math(interpret), softplus=softplus),
+        functools.partial(
+            _scan_kernel, loop=loop, math=Math(interpret), softplus=softplus, signed=signed
+        ),
         grid=(b, e // block, s),
         in_specs=[in_specs],
         out_specs={name: spec for name, (spec, _) in outputs.items()},
@@ -84,21 +89,26 @@ def scan(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpre
     return gradients
 
 
-def ends(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+def ends(
+    inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, signed: bool, interpret: bool
+) -> Arrays:
     """Runs every segment except the first backwards from zeros: what ``split.segment_edges`` joins.
 
     Returns:
       ``end`` (b, s - 1, e, n), the gradient of the state before each segment by its own outputs,
-      and ``step_sum`` (b, s - 1, e), the sum of its Δ; both float32.
+      and ``span``: see ``kernel_io.run_ends``.
     """
     names = ("dt", "A", "C", "z", "dt_bias", "drop", "dy")
-    kernel = functools.partial(_ends_kernel, loop=loop, math=Math(interpret), softplus=softplus)
+    kernel = functools.partial(
+        _ends_kernel, loop=loop, math=Math(interpret), softplus=softplus, signed=signed
+    )
     inputs = {name: inputs[name] for name in names if name in inputs}
-    return kernel_io.run_ends(kernel, "selective_scan_backward_ends", inputs, loop, tile, interpret)
+    name = "selective_scan_backward_ends"
+    return kernel_io.run_ends(kernel, name, inputs, loop, tile, signed=signed, interpret=interpret)
 
 
-def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
-    reader = Reader(inputs, math, softplus)
+def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool, signed: bool):
+    reader = Reader(inputs, math, softplus, signed)
     segment = pl.program_id(2) if loop.segments > 1 else 0
     chunk_tokens, group_tokens = loop.chunk_tokens, loop.group_tokens
     scratch = outputs["scratch"]
@@ -107,22 +117,24 @@ def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         """Returns the states before each token of a group and after the last, and the inputs."""
         x_te, dt_te, B_tn = (reader.rows(name, start, tokens) for name in ("x", "dt", "B"))
         drop_t = reader.drops(start, tokens)
-        states, decays, steps, slopes = [state_en], [], [], []
+        states, powers, steps, slopes = [state_en], [], [], []
         for i in range(tokens):
             step_e, slope = reader.step_size(dt_te[i])
-            decay_en = reader.decay(step_e, drop_t[i])
+            power_en = reader.power(step_e, drop_t[i])
+            decay_en = reader.decay(power_en, drop_t[i])
             state_en = reader.advance(state_en, decay_en, step_e * x_te[i], B_tn[i])
             states.append(state_en)
-            decays.append(decay_en)
+            powers.append(power_en)
             steps.append(step_e)
             slopes.append(slope)
-        return states, decays, steps, slopes, x_te, B_tn
+        return states, powers, steps, slopes, x_te, B_tn
 
     def group_back(start, tokens, state_en, carry):
         g_en, sums = carry
         dy_te, C_tn = (reader.rows(name, start, tokens) for name in ("dy", "C"))
         z_te = reader.rows("z", start, tokens) if "z" in inputs else None
-        states, decays, steps, slopes, x_te, B_tn = remake(start, tokens, state_en)
+        drop_t = reader.drops(start, tokens)
+        states, powers, steps, slopes, x_te, B_tn = remake(start, tokens, state_en)
         sums = dict(sums)
         for i in reversed(range(tokens)):
             token = start + i
@@ -141,8 +153,8 @@ def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
             outputs["C"][token, :] = jnp.sum(dp_e[:, None] * states[i + 1], axis=0)
             outputs["B"][token, :] = jnp.sum((step_e * x_e)[:, None] * g_en, axis=0)
             du_e = jnp.sum(g_en * B_n[None, :], axis=1)
-            g_en = g_en * decays[i]
-            q_en = g_en * states[i]
+            g_en, q_en = reader.adjoint(g_en, powers[i], drop_t[i])
+            q_en = q_en * states[i]
             sums["A"] = math.fma(q_en, step_e[:, None], sums["A"])
             dstep_e = jnp.sum(q_en * reader.rate2_en, axis=1) * LN_2
             dstep_e = math.fma(x_e, du_e, dstep_e)
@@ -197,11 +209,11 @@ def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         pl.when(segment == 0)(store_initial)
 
 
-def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
-    reader = Reader(inputs, math, softplus)
+def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool, signed: bool):
+    reader = Reader(inputs, math, softplus, signed)
 
     def group(start, tokens, carry):
-        g_en, step_sum_e = carry
+        g_en, span = carry
         dy_te, dt_te, C_tn = (reader.rows(name, start, tokens) for name in ("dy", "dt", "C"))
         z_te = reader.rows("z", start, tokens) if "z" in inputs else None
         drop_t = reader.drops(start, tokens)
@@ -211,9 +223,10 @@ def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
                 dp_e = dp_e * (z_te[i] * math.sigmoid(z_te[i]))
             step_e, _ = reader.step_size(dt_te[i])
             g_en = math.fma(dp_e[:, None], C_tn[i][None, :], g_en)
-            g_en = g_en * reader.decay(step_e, drop_t[i])
-            step_sum_e = step_sum_e + step_e
-        return g_en, step_sum_e
+            decay_en = reader.decay(reader.power(step_e, drop_t[i]), drop_t[i])
+            g_en = g_en * decay_en
+            span = reader.span(span, step_e, decay_en)
+        return g_en, span
 
     def chunk(k, tokens, carry):
         start, size = k * loop.chunk_tokens, loop.group_tokens
@@ -221,8 +234,7 @@ def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         return loop.over_groups(tokens, step, carry, reverse=True)
 
     zeros_en = jnp.zeros_like(reader.rate2_en)
-    zeros_e = jnp.zeros(zeros_en.shape[0], jnp.float32)
     segment = pl.program_id(2) + 1
-    g_en, step_sum_e = loop.over_chunks(segment, chunk, (zeros_en, zeros_e), reverse=True)
+    g_en, span = loop.over_chunks(segment, chunk, (zeros_en, reader.no_span()), reverse=True)
     outputs["end"][...] = g_en
-    outputs["step_sum"][...] = step_sum_e
+    outputs["span"][...] = span

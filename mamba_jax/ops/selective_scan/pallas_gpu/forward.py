@@ -16,7 +16,14 @@ from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
 
 def scan(
-    inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, save: bool, interpret: bool
+    inputs: Arrays,
+    loop: TimeLoop,
+    tile: Tile,
+    *,
+    softplus: bool,
+    signed: bool,
+    save: bool,
+    interpret: bool,
 ) -> Arrays:
     """Runs the segments side by side.
 
@@ -27,6 +34,7 @@ def scan(
       loop: the division of time.
       tile: the shape of a program; its block divides e.
       softplus: whether Δ = softplus(dt + dt_bias).
+      signed: as in ``decay``.
       save: whether the state before each chunk is wanted.
       interpret: whether to run as plain JAX.
 
@@ -48,7 +56,9 @@ def scan(
         specs["starts"] = kernel_io.chunk_states(block, loop.chunks, n)
         shapes["starts"] = jax.ShapeDtypeStruct((b, loop.chunks, e, n), jnp.float32)
     return pl.pallas_call(
-        functools.partial(_scan_kernel, loop=loop, math=Math(interpret), softplus=softplus),
+        functools.partial(
+            _scan_kernel, loop=loop, math=Math(interpret), softplus=softplus, signed=signed
+        ),
         grid=(b, e // block, loop.segments),
         in_specs=[kernel_io.block_specs(inputs, block, t, n)],
         out_specs=specs,
@@ -59,21 +69,27 @@ def scan(
     )(inputs)
 
 
-def ends(inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, interpret: bool) -> Arrays:
+def ends(
+    inputs: Arrays, loop: TimeLoop, tile: Tile, *, softplus: bool, signed: bool, interpret: bool
+) -> Arrays:
     """Runs every segment except the last from zeros: what ``split.segment_starts`` joins.
 
     Returns:
-      ``end`` (b, s - 1, e, n), the state after each segment, and ``step_sum`` (b, s - 1, e), the
-      sum of its Δ; both float32.
+      ``end`` (b, s - 1, e, n), the state after each segment, and ``span``: see
+      ``kernel_io.run_ends``.
     """
     names = ("x", "dt", "A", "B", "dt_bias", "drop")
-    kernel = functools.partial(_ends_kernel, loop=loop, math=Math(interpret), softplus=softplus)
+    kernel = functools.partial(
+        _ends_kernel, loop=loop, math=Math(interpret), softplus=softplus, signed=signed
+    )
     inputs = {name: inputs[name] for name in names if name in inputs}
-    return kernel_io.run_ends(kernel, "selective_scan_ends", inputs, loop, tile, interpret)
+    return kernel_io.run_ends(
+        kernel, "selective_scan_ends", inputs, loop, tile, signed=signed, interpret=interpret
+    )
 
 
-def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
-    reader = Reader(inputs, math, softplus)
+def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool, signed: bool):
+    reader = Reader(inputs, math, softplus, signed)
     segment = pl.program_id(2) if loop.segments > 1 else 0
 
     def group(start, tokens, state_en):
@@ -84,7 +100,7 @@ def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         drop_t = reader.drops(start, tokens)
         for i in range(tokens):
             step_e, _ = reader.step_size(dt_te[i])
-            decay_en = reader.decay(step_e, drop_t[i])
+            decay_en = reader.decay(reader.power(step_e, drop_t[i]), drop_t[i])
             state_en = reader.advance(state_en, decay_en, step_e * x_te[i], B_tn[i])
             y_e = jnp.sum(state_en * C_tn[i][None, :], axis=1)
             if reader.skip_e is not None:
@@ -113,19 +129,19 @@ def _scan_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         pl.when(segment == loop.segments - 1)(store_final)
 
 
-def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool):
-    reader = Reader(inputs, math, softplus)
+def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool, signed: bool):
+    reader = Reader(inputs, math, softplus, signed)
 
     def group(start, tokens, carry):
-        state_en, step_sum_e = carry
+        state_en, span = carry
         x_te, dt_te, B_tn = (reader.rows(name, start, tokens) for name in ("x", "dt", "B"))
         drop_t = reader.drops(start, tokens)
         for i in range(tokens):
             step_e, _ = reader.step_size(dt_te[i])
-            decay_en = reader.decay(step_e, drop_t[i])
+            decay_en = reader.decay(reader.power(step_e, drop_t[i]), drop_t[i])
             state_en = reader.advance(state_en, decay_en, step_e * x_te[i], B_tn[i])
-            step_sum_e = step_sum_e + step_e
-        return state_en, step_sum_e
+            span = reader.span(span, step_e, decay_en)
+        return state_en, span
 
     def chunk(k, tokens, carry):
         start, size = k * loop.chunk_tokens, loop.group_tokens
@@ -133,7 +149,6 @@ def _ends_kernel(inputs, outputs, *, loop: TimeLoop, math: Math, softplus: bool)
         return loop.over_groups(tokens, step, carry)
 
     zeros_en = jnp.zeros_like(reader.rate2_en)
-    zeros_e = jnp.zeros(zeros_en.shape[0], jnp.float32)
-    state_en, step_sum_e = loop.over_chunks(pl.program_id(2), chunk, (zeros_en, zeros_e))
+    state_en, span = loop.over_chunks(pl.program_id(2), chunk, (zeros_en, reader.no_span()))
     outputs["end"][...] = state_en
-    outputs["step_sum"][...] = step_sum_e
+    outputs["span"][...] = span

@@ -64,6 +64,7 @@ def scan(
     dt_softplus: bool = False,
     initial_state_ben: jax.Array | None = None,
     reset_bt: jax.Array | None = None,
+    signed: bool = False,
     interpret: bool = False,
     plan: tuning.ScanPlan | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -101,14 +102,20 @@ def scan(
         "drop": None if reset_bt is None else jnp.where(reset_bt, jnp.float32(DROP), 0.0),
     }
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    return _scan(_Options(plan, dt_softplus, interpret), inputs)
+    return _scan(_Options(plan, dt_softplus, signed, interpret), inputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
     plan: tuning.ScanPlan | None
     softplus: bool
+    signed: bool
     interpret: bool
+
+    @property
+    def common(self) -> dict[str, bool]:
+        """What every kernel depends on."""
+        return {"softplus": self.softplus, "signed": self.signed, "interpret": self.interpret}
 
     def key(self, name: str) -> str:
         """What a pass of this name depends on, besides its inputs: see ``by_rows``."""
@@ -156,7 +163,7 @@ def _run_forward(options: _Options, inputs: Arrays, *, save: bool) -> Arrays:
     plan = options.plan or tuning.choose(b, t, e)
     tile = plan.forward.fit(e)
     loop = TimeLoop.divide(t, plan.chunk_tokens, tile.group_tokens, plan.forward_segments)
-    common = {"softplus": options.softplus, "interpret": options.interpret}
+    common = options.common
     inputs = dict(inputs)
     initial_ben = inputs.pop("initial", None)
     if loop.segments > 1:
@@ -174,7 +181,7 @@ def _run_backward(options: _Options, inputs: Arrays) -> Arrays:
     plan = options.plan or tuning.choose(b, t, e)
     tile = plan.backward.fit(e)
     loop = TimeLoop.divide(t, plan.chunk_tokens, tile.group_tokens, plan.backward_segments)
-    common = {"softplus": options.softplus, "interpret": options.interpret}
+    common = options.common
     inputs = {name: value for name, value in inputs.items() if name != "initial"}
     dfinal_ben = inputs.pop("final")
     if loop.segments > 1:

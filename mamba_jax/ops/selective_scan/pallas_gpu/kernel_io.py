@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from mamba_jax.ops.selective_scan.decay import adjoint, decay
 from mamba_jax.ops.selective_scan.pallas_gpu.arithmetic import LOG2_E, Math
 from mamba_jax.ops.selective_scan.pallas_gpu.time_loop import TimeLoop
 
-# Added to the exponent of a decay, it makes the decay exactly 0: what came before is dropped. It
-# is finite, so that it never meets an infinity.
+# Added to the exponent Δ A, it makes exp(Δ A) exactly 0: what came before is dropped. It is finite,
+# so that it never meets an infinity.
 DROP = -1e30
 
 Arrays = dict[str, jax.Array]
@@ -51,11 +52,11 @@ class Reader:
 
     Attributes:
       refs: the arrays by name; an absent name is an option not taken.
-      rate2_en: A·log2(e), so that a decay is a power of two.
+      rate2_en: A·log2(e), so that exp(Δ A) is a power of two.
     """
 
-    def __init__(self, refs: dict[str, Any], math: Math, softplus: bool):
-        self.refs, self.math, self.softplus = refs, math, softplus
+    def __init__(self, refs: dict[str, Any], math: Math, softplus: bool, signed: bool):
+        self.refs, self.math, self.softplus, self.signed = refs, math, softplus, signed
         self.rate2_en = refs["A"][...] * LOG2_E
         self.dt_bias_e = refs["dt_bias"][...] if "dt_bias" in refs else None
         self.skip_e = refs["D"][...] if "D" in refs else None
@@ -78,11 +79,34 @@ class Reader:
         step_e, small_e = self.math.softplus(v_e)
         return step_e, lambda: self.math.softplus_slope(v_e, small_e)
 
-    def decay(self, step_e: jax.Array, drop: jax.Array | None) -> jax.Array:
+    def power(self, step_e: jax.Array, drop: jax.Array | None) -> jax.Array:
         """exp(Δ A), or 0 where reset: (e, n)."""
         if drop is None:
             return self.math.exp2(step_e[:, None] * self.rate2_en)
         return self.math.exp2(self.math.fma(step_e[:, None], self.rate2_en, drop))
+
+    def decay(self, power_en: jax.Array, drop: jax.Array | None) -> jax.Array:
+        """The decay of a token with this ``power``, 0 where reset."""
+        return decay(power_en, self.signed, self._reset(drop))
+
+    def adjoint(
+        self, g_en: jax.Array, power_en: jax.Array, drop: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """A gradient times the decay, and times its slope by Δ A; both are 0 where reset."""
+        return adjoint(g_en, power_en, self.signed, self._reset(drop))
+
+    def _reset(self, drop: jax.Array | None) -> jax.Array | None:
+        return drop < 0.0 if self.signed and drop is not None else None
+
+    def no_span(self) -> jax.Array:
+        """The ``span`` of no tokens."""
+        if self.signed:
+            return jnp.ones_like(self.rate2_en)
+        return jnp.zeros(self.rate2_en.shape[0], jnp.float32)
+
+    def span(self, span: jax.Array, step_e: jax.Array, decay_en: jax.Array) -> jax.Array:
+        """Adds a token to what a segment's decay depends on: ΣΔ (e), or Π a (e, n) if signed."""
+        return span * decay_en if self.signed else span + step_e
 
     def advance(
         self, state_en: jax.Array, decay_en: jax.Array, u_e: jax.Array, B_n: jax.Array
@@ -128,25 +152,27 @@ def run_ends(
     inputs: Arrays,
     loop: TimeLoop,
     tile: Tile,
+    *,
+    signed: bool,
     interpret: bool,
 ) -> Arrays:
     """Runs a kernel over all segments but one, each from zeros.
 
     Returns:
-      ``end`` (b, s - 1, e, n), what each segment ends with, and ``step_sum`` (b, s - 1, e), the sum
-      of its Δ; both float32.
+      ``end`` (b, s - 1, e, n), what each segment ends with, and its ``span``: the sum of its Δ
+      (b, s - 1, e), or if signed the product of its decays (b, s - 1, e, n); all float32.
     """
     b, t, e = inputs["dt"].shape
     n, block, s = inputs["A"].shape[1], tile.block_channels, loop.segments - 1
+    states = segment_states(block, n), jax.ShapeDtypeStruct((b, s, e, n), jnp.float32)
+    vectors = segment_vectors(block), jax.ShapeDtypeStruct((b, s, e), jnp.float32)
+    outputs = {"end": states, "span": states if signed else vectors}
     return pl.pallas_call(
         kernel,
         grid=(b, e // block, s),
         in_specs=[block_specs(inputs, block, t, n)],
-        out_specs={"end": segment_states(block, n), "step_sum": segment_vectors(block)},
-        out_shape={
-            "end": jax.ShapeDtypeStruct((b, s, e, n), jnp.float32),
-            "step_sum": jax.ShapeDtypeStruct((b, s, e), jnp.float32),
-        },
+        out_specs={name: spec for name, (spec, _) in outputs.items()},
+        out_shape={name: shape for name, (_, shape) in outputs.items()},
         compiler_params=compiler_params(tile),
         interpret=interpret,
         name=name,

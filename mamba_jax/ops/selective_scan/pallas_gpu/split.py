@@ -1,7 +1,8 @@
 """The sequence in segments: what flows from one into the next.
 
-A segment maps the state before it to exp(A ΣΔ) h + (its end from zeros): so its end from zeros and
-the sum of its Δ are all that the others need. The same holds for gradients, backwards.
+A segment maps the state before it to (Π a) h + (its end from zeros), where the product of positive
+decays is exp(A ΣΔ): so its end from zeros, and the sum of its Δ or the product of its signed
+decays, are all that the others need. The same holds for gradients, backwards.
 
 Shapes: b batch, t time, e d_inner, n d_state, s segment.
 """
@@ -37,8 +38,11 @@ def segment_edges(ends: Arrays, final_ben: jax.Array, inputs: Arrays, loop: Time
 
 
 def _decays(ends: Arrays, inputs: Arrays, loop: TimeLoop, first: int) -> jax.Array:
-    """exp(A ΣΔ) of the segments from ``first`` on but one; 0 for those with a reset in them."""
-    decay_bsen = jnp.exp(ends["step_sum"][..., None] * inputs["A"])
+    """Π a of the segments from ``first`` on but one; 0 for those with a reset in them."""
+    span = ends["span"]
+    if span.ndim == 4:  # of signed decays, and a reset's is 0
+        return span
+    decay_bsen = jnp.exp(span[..., None] * inputs["A"])
     if "drop" not in inputs:
         return decay_bsen
     size, count = loop.segment_tokens, loop.segments - 1
