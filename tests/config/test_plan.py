@@ -127,7 +127,7 @@ def test_a_fault_is_one_line_with_its_position(plan):
         ({"plan": "M,H"}, r'"M,H" has 2 layers, model.n_layers=12; give --config.model.n_layers=2'),
         (
             {"plan": "M,H", "n_layers": 2, "family": "mamba"},
-            r'needs model.family="hybrid"; "mamba" has',
+            "has other layers than M; give --config.model.family=hybrid",
         ),
         ({"plan": "A,M", "n_layers": 2, "attention_scales": ()}, r"attention_scales=\(\); give"),
     ],
