@@ -16,7 +16,7 @@ from mamba_jax.checkpoints.folder import (
     read_metadata,
     verify,
 )
-from mamba_jax.config import RunConfig, to_dict
+from mamba_jax.config import RunConfig, plan, to_dict
 from mamba_jax.config.schema import flatten
 from mamba_jax.errors import UserError
 
@@ -125,12 +125,13 @@ def named_start(path: pathlib.Path, log: Callable[[str], None]) -> pathlib.Path:
 
 
 def _check_same_model(path: pathlib.Path, saved: RunConfig, wanted: RunConfig) -> None:
+    value = lambda model, name: plan.text(model.kinds) if name == "plan" else getattr(model, name)
     differences = [
-        f"model.{field.name} {old} there, {new} here"
-        for field in dataclasses.fields(saved.model)
-        if field.name not in _FREE_MODEL_FIELDS
-        and (old := getattr(saved.model, field.name)) != (new := getattr(wanted.model, field.name))
-        and not (field.name == "vocab_size" and new == 0)  # not known yet
+        f"model.{name} {value(saved.model, name)} there, {value(wanted.model, name)} here"
+        for name in (field.name for field in dataclasses.fields(saved.model))
+        if name not in _FREE_MODEL_FIELDS
+        and getattr(saved.model, name) != (new := getattr(wanted.model, name))
+        and not (name == "vocab_size" and new == 0)  # not known yet
     ]
     if differences:
         raise UserError(

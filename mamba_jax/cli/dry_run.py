@@ -68,8 +68,9 @@ def _model(config: RunConfig) -> list[str]:
     model, count = config.model, parameter_count(config.model)
     structure = f"{model.family}, {model.d_model} wide, {model.n_layers} layers"
     if model.family == "hybrid":
-        scales = " ".join(map(str, model.attention_scales)) or "none"
-        structure += f", recursion depth {model.recursion_depth}, attention scales {scales}"
+        depth = model.recursion_depth if model.gated_layers else "none"
+        scales = " ".join(map(str, model.attention_scales)) if model.attends else "none"
+        structure += f", recursion depth {depth}, attention scales {scales}"
         structure += f", plan {model.plan}" if model.plan else ""
     return [
         f"{_name_of(presets.SIZES, size_fields, model)}: {structure}",

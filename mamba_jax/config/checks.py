@@ -143,7 +143,9 @@ def _check_plan(model: ModelConfig) -> None:
             f"--config.model.n_layers={len(kinds)}, or another plan"
         )
     if model.family == "mamba" and set(kinds) != {"M"}:
-        raise UserError(f'{shown} needs model.family="hybrid"; "mamba" has only layers M')
+        raise UserError(
+            f"{shown} has other layers than M; give --config.model.family=hybrid, or another plan"
+        )
     if "A" in kinds and not model.attention_scales:
         raise UserError(
             f"{shown} has layers that read attention (A), but model.attention_scales=(); give "

@@ -29,7 +29,7 @@ class Run(NamedTuple):
     """Consecutive layers of one kind."""
 
     kind: str
-    count: int
+    length: int
 
 
 class Loop(NamedTuple):
@@ -75,7 +75,7 @@ def parse(text: str) -> tuple[str, ...]:
         elif sign == "*":
             if repeated or not number or not int(number[:9]):
                 raise fault(place, '"*" needs one whole number of at least 1, as in M*4')
-            # Of a longer number the first digits are too many layers already.
+            # The first nine digits of a longer number are too many layers already.
             item, repeated = (item or []) * min(int(number[:9]), MOST_LAYERS + 1), True
         elif sign == "@":
             raise fault(
@@ -103,9 +103,9 @@ def numbers(kind: str, text: str) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def schedule(kinds: tuple[str, ...]) -> tuple[Run | Loop, ...]:
-    """Returns how to run a plan: runs of equal layers, at most once a loop over some.
+    """Returns how to run a plan: runs of equal layers, with at most one loop over some of them.
 
-    Of all such forms it is the one of the fewest runs; without a loop if that needs no more.
+    No other such form has fewer runs; there is no loop where it would not save any.
     """
     best: tuple[Run | Loop, ...] = _runs(kinds)
     fewest, n = len(best), len(kinds)
@@ -142,4 +142,4 @@ def text(kinds: tuple[str, ...]) -> str:
 
 
 def _text(run: Run) -> str:
-    return run.kind if run.count == 1 else f"{run.kind}*{run.count}"
+    return run.kind if run.length == 1 else f"{run.kind}*{run.length}"

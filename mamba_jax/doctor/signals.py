@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mamba_jax.config import RunConfig, from_dict
+from mamba_jax.config import RunConfig, from_dict, plan
 from mamba_jax.errors import UserError
 from mamba_jax.runs import metrics, recorded
 from mamba_jax.runs.recorded import Run, Status
@@ -187,7 +187,7 @@ def _curve(steps: Sequence[int], values: Sequence[Any]) -> tuple[Curve, int | No
 def _config(about: Mapping[str, Any]) -> RunConfig | None:
     try:
         config = from_dict(about["config"])
-        assert config.model.kinds  # raises where the plan is of another version
+        plan.parse(config.model.plan)  # raises where the plan is of another version
         return config
     except (KeyError, UserError):
         return None

@@ -2,8 +2,6 @@
 
 from mamba_jax.checkpoints.folder import Metadata
 
-_FAMILIES = {"mamba": "Mamba", "hybrid": "Hybrid Recursive Mamba"}
-
 
 def model_card(
     metadata: Metadata, dtype: str, begins_with: str, notes: str, library: str = "transformers"
@@ -21,6 +19,7 @@ def model_card(
     measured = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata.metrics.items())]
     table = ["| metric | value |", "|---|---|", *measured]
     runs_code = not model.is_plain and library == "transformers"
+    family = "Mamba" if model.is_plain else "Hybrid Recursive Mamba"
     plan = f" (plan {model.plan})" if model.plan else ""
     custom = ["tags: [mamba, custom_code]"] if runs_code else ["tags: [mamba]"]
     return "\n".join(
@@ -32,7 +31,7 @@ def model_card(
             "---",
             f"# {config.name}",
             "",
-            f"A {_FAMILIES[model.family]} language model trained with mamba_jax: {model.n_layers} "
+            f"A {family} language model trained with mamba_jax: {model.n_layers} "
             f"layers{plan}, d_model {model.d_model}, d_state {model.d_state}; weights in {dtype}.",
             "",
             "## Data",

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from mamba_jax.config import ModelConfig, checks, from_dict
+from mamba_jax.config.plan import KINDS
 from mamba_jax.data.sources import hub_access
 from mamba_jax.errors import UserError, first_line, need
 from mamba_jax.exporting import hf, tensors, torch_file
@@ -130,10 +131,9 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
             fields = _hugging_face(record)
         elif record.get("model_type") == hf.HYBRID_TYPE:
             hybrid = {name: record[name] for name in hf.HYBRID_FIELDS}
-            pattern = record.get("layer_pattern", "")
-            plan = ",".join(pattern) if isinstance(pattern, str) else pattern
             hybrid |= {"eigenvalues": record.get("eigenvalues", "positive")}  # older files lack it
-            fields = _hugging_face(record) | hybrid | {"family": "hybrid", "plan": plan}
+            fields = _hugging_face(record) | hybrid
+            fields |= {"family": "hybrid", "plan": _plan(record)}
         elif "d_model" in record and "n_layer" in record:
             fields = _original(record)
         else:
@@ -149,6 +149,18 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
     run = from_dict({"model": fields | {"vocab_size": n_ids}})  # checks the types
     checks.check(run)
     return run.model.normalised()
+
+
+def _plan(record: Mapping[str, Any]) -> str:
+    if "layer_pattern" not in record:  # exported before there were plans
+        return ""
+    pattern, n_layers = record["layer_pattern"], record["num_hidden_layers"]
+    if not isinstance(pattern, str) or set(pattern) - set(KINDS) or len(pattern) != n_layers:
+        raise UserError(
+            f"config.json: layer_pattern={pattern} is not num_hidden_layers={n_layers} letters of "
+            f"{', '.join(KINDS)}; correct it"
+        )
+    return ",".join(pattern)
 
 
 def _refuse_quantized(record: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The models as pure functions of a plain nested dict of arrays: the seam between NNX and JAX.
 
 Every other part of the system sees a model only through this file, and does not know which family
-it holds. Parameters are float32; those under ``layers`` are as ``models.stacks`` says, and are
-scanned, so that compile time does not grow with depth.
+it holds. Parameters are float32; those under ``layers`` are stacked as ``models.stacks``
+describes, and layers that repeat are scanned, so that compile time does not grow with depth.
 
 Legend: b batch, t time, d d_model, v vocabulary, l layers.
 """
@@ -68,9 +68,9 @@ def forward(
 
     Returns:
       x_btd: float32, after the final norm.
-      aux: float32 by layer, in the order of the plan. Of the layers that have gates:
+      aux: float32 by layer, in the order of the plan. For the layers that have gates:
         ``gate_mean`` (l, k), ``gate_histogram`` (l, k, 10), share of tokens per gate decile, and
-        ``depth_mean`` (l,), mean sum of the gates. If observing, of all layers, (l,): ``dt_mean``
+        ``depth_mean`` (l,), mean sum of the gates. If observing, for all layers, (l,): ``dt_mean``
         and ``dt_max`` of Δ over tokens and channels, ``A_min`` and ``A_max``.
       final_cache: the cache after the last token, of fixed size whatever the length.
     """

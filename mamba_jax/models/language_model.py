@@ -45,7 +45,7 @@ class Stacks(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Embedding, layers as ``models.stacks`` says, norm, head."""
+    """Embedding, layers (stacked as ``models.stacks`` describes), norm, head."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         kinds = config.kinds

@@ -102,6 +102,10 @@ def test_changed_settings_are_logged(run):
     [
         ({"d_model": 32}, "model.d_model 768 there, 32 here"),
         ({"family": "hybrid"}, "model.family mamba there, hybrid here"),
+        (
+            {"family": "hybrid", "plan": "(M,H)*6"},
+            r"model.plan M\*12 there, \(M,H\)\*6 here",
+        ),
         ({"vocab_size": 50257}, "model.vocab_size 257 there, 50257 here"),
         ({"d_model": 32, "n_layers": 3}, "d_model 768 there, 32 here; model.n_layers 12 there"),
     ],

@@ -61,11 +61,14 @@ def test_it_prints_the_whole_plan_and_writes_nothing(call, tmp_path):
 
 
 def test_it_prints_the_layers_of_a_plan(call):
-    layers = ("--config.model.family=hybrid", "--config.model.n_layers=6", "--plan=M,M,H,M,M,H")
-    status, printed, error = call(*layers)
+    layers = ("--config.model.family=hybrid", "--config.model.n_layers=6")
+    status, printed, error = call(*layers, "--plan=M,M,H,M,M,H")
     assert status == 0 and not error
     assert "custom: hybrid, 16 wide, 6 layers, recursion depth 3" in printed
     assert "plan (M*2,H)*2" in printed
+    _, printed, _ = call(*layers, "--plan=(M,M,A)*2")
+    assert "recursion depth none, attention scales 1 2 4, plan (M*2,A)*2" in printed
+    assert "recursion depth none, attention scales none" in call(*layers, "--plan=M*6")[1]
 
 
 def test_it_prints_what_resuming_would_do(call):

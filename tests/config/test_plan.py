@@ -1,6 +1,7 @@
 """The language of plans against Python's own arithmetic of lists, and the words for its faults."""
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_schedule_and_the_one_spelling_mean_the_same_plan(plans):
     def flat(nodes):
         for node in nodes:
             if isinstance(node, Run):
-                yield from node.kind * node.count
+                yield from node.kind * node.length
             else:
                 yield from tuple(flat(node.body)) * node.times
 
@@ -47,6 +48,28 @@ def test_a_schedule_and_the_one_spelling_mean_the_same_plan(plans):
         assert tuple(flat(schedule(kinds))) == kinds, plan
         assert parse(text(kinds)) == kinds
         assert sum(isinstance(node, Loop) for node in schedule(kinds)) <= 1
+
+
+def test_no_loop_over_layers_needs_fewer_runs_than_the_schedule():
+    """Every plan of up to seven layers, against a search over all loops."""
+    runs = lambda kinds: len(list(itertools.groupby(kinds)))
+
+    def fewest(kinds):
+        found = [runs(kinds)]
+        for start, period in itertools.product(range(len(kinds)), range(1, len(kinds) // 2 + 1)):
+            body, stop = kinds[start : start + period], start + period
+            while body and kinds[stop : stop + period] == body:
+                stop += period
+                found.append(runs(kinds[:start]) + runs(body) + runs(kinds[stop:]))
+        return min(found)
+
+    for n in range(1, 8):
+        for kinds in itertools.product("MAH", repeat=n):
+            nodes = schedule(kinds)
+            made = sum(len(node.body) if isinstance(node, Loop) else 1 for node in nodes)
+            assert made == fewest(kinds), kinds
+            if any(isinstance(node, Loop) for node in nodes):
+                assert made < runs(kinds), kinds
 
 
 @pytest.mark.parametrize(
@@ -104,7 +127,7 @@ def test_a_fault_is_one_line_with_its_position(plan):
         ({"plan": "M,H"}, r'"M,H" has 2 layers, model.n_layers=12; give --config.model.n_layers=2'),
         (
             {"plan": "M,H", "n_layers": 2, "family": "mamba"},
-            r'needs model.family="hybrid"; "mamba" has',
+            "has other layers than M; give --config.model.family=hybrid",
         ),
         ({"plan": "A,M", "n_layers": 2, "attention_scales": ()}, r"attention_scales=\(\); give"),
     ],

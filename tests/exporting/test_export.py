@@ -157,6 +157,18 @@ def test_the_model_card_states_only_what_was_measured():
     assert "None were measured" in model_card(Metadata(metadata.config, 3, 24, "x"), "f", "<s>", "")
 
 
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("M,H", "A Hybrid Recursive Mamba language model trained with mamba_jax: 2 layers (plan"),
+        ("M*2", "A Mamba language model trained with mamba_jax: 2 layers (plan M*2)"),
+    ],
+)
+def test_the_model_card_names_the_family_of_the_layers(plan, words):
+    metadata = metadata_of(dataclasses.replace(tiny.HYBRID, plan=plan))
+    assert words in model_card(metadata, "bfloat16", "<|endoftext|>", "")
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_transformers_gives_the_same_logits_and_greedy_text(
     checkpoint_dir, tmp_path, capsys, dtype
