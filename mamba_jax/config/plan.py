@@ -29,7 +29,7 @@ class Run(NamedTuple):
     """Consecutive layers of one kind."""
 
     kind: str
-    count: int
+    length: int
 
 
 class Loop(NamedTuple):
@@ -142,4 +142,4 @@ def text(kinds: tuple[str, ...]) -> str:
 
 
 def _text(run: Run) -> str:
-    return run.kind if run.count == 1 else f"{run.kind}*{run.count}"
+    return run.kind if run.length == 1 else f"{run.kind}*{run.length}"

@@ -95,7 +95,7 @@ def run(
             flat = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
             x, results = jax.lax.scan(body, x, jax.tree.map(fold, own))
             results = jax.tree.map(flat, results)
-        elif node.count > 1 or (len(schedule) == 1 and not looped):
+        elif node.length > 1 or (len(schedule) == 1 and not looped):
             x, result = jax.lax.scan(layer(node.kind, True), x, own[node.kind])
             results = {node.kind: result}
         else:
@@ -110,7 +110,7 @@ def run(
 def _count(node: Run | Loop, kind: str) -> int:
     """Returns how many layers of a kind a part of a schedule has."""
     if isinstance(node, Run):
-        return node.count if node.kind == kind else 0
+        return node.length if node.kind == kind else 0
     return node.times * sum(_count(run, kind) for run in node.body)
 
 

@@ -39,7 +39,7 @@ def test_a_schedule_and_the_one_spelling_mean_the_same_plan(plans):
     def flat(nodes):
         for node in nodes:
             if isinstance(node, Run):
-                yield from node.kind * node.count
+                yield from node.kind * node.length
             else:
                 yield from tuple(flat(node.body)) * node.times
 

@@ -25,7 +25,7 @@ CONFIGS = {
     config.family: dataclasses.replace(
         config, vocab_size=TOKENIZER.vocab_size + 7, tie_embeddings=False
     )
-    for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 4), plan="M,H"))
+    for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 4), plan="H,M"))
 }
 # The third fills most of a padded length of 64, the others hardly any of it.
 PROMPTS = ["def main(", "", "x = 1\n" * 8, "é"]
