@@ -217,7 +217,7 @@ def test_damaged_files_are_refused(tmp_path):
         (ORIGINAL | {"ssm_cfg": {"d_state": 10**30}}, "d_state=1000.* is too large"),
         (ORIGINAL | {"n_layer": 0}, r"n_layers=0 must be greater"),
         (PLANNED | {"layer_pattern": "MXH"}, r'plan="M,X,H", position 3: "X" is not a kind'),
-        (PLANNED | {"layer_pattern": "MH"}, r'plan="M,H" has 2 layers, model.n_layers=3'),
+        (PLANNED | {"layer_pattern": "MH"}, r'plan="M,H" has 2 layers, model.n_layers=4'),
         (PLANNED | {"layer_pattern": ["M"] * 3}, r"model.plan=.* is not text"),
     ],
 )
