@@ -14,6 +14,7 @@ a float32, a of a number of the matmul dtype; v vocabulary (padded).
 import dataclasses
 
 from mamba_jax.config import ModelConfig
+from mamba_jax.config.plan import Loop, schedule
 from mamba_jax.costs.flops import Setting
 from mamba_jax.costs.parameters import layer_parameters, parameter_count
 
@@ -65,6 +66,7 @@ def memory_breakdown(model: ModelConfig, setting: Setting, *, chunk_tokens: int)
     loss = 2 * _F * d * tokens + a * v * d + logits
     workspace = waiting + _scratch(model, rows, setting.seq_len)
     workspace += tokens * max(_workspace(layer, setting) for layer, _ in model.layer_counts)
+    workspace += tokens * _pass_bytes(model, setting)
     parts = {
         "weights": _F * count // setting.fsdp + gathered,
         "optimizer": 2 * _F * count // setting.fsdp,
@@ -105,6 +107,17 @@ def _kept_bytes(model: ModelConfig, setting: Setting) -> float:
     if model.dropout > 0:
         kept += (_F + 1) * d * (2 if model.family == "hybrid" else 1)
     return kept + (_kept_all_hybrid(model, a) if model.family == "hybrid" else 0)
+
+
+def _pass_bytes(model: ModelConfig, setting: Setting) -> float:
+    """Bytes that one pass of a plan's loop keeps of each token: they are copied, from or to those
+    of all passes."""
+    return sum(
+        run.length * _kept_bytes(model.of_kind(run.kind), setting)
+        for node in schedule(model.kinds)
+        if isinstance(node, Loop)
+        for run in node.body
+    )
 
 
 def _masks(model: ModelConfig, setting: Setting) -> int:

@@ -122,9 +122,7 @@ def interrupt_at(monkeypatch, step: int, number: signal.Signals) -> None:
 PLAN = ("--config.model.family=hybrid", "--plan=M,H", "--config.model.n_layers=2")
 
 
-@pytest.mark.parametrize(
-    ("name", "flags"), [("mamba", ()), ("plan", PLAN)], ids=lambda value: value[0] if value else ""
-)
+@pytest.mark.parametrize(("name", "flags"), [("mamba", ()), ("plan", PLAN)], ids=["mamba", "plan"])
 def test_a_run_resumed_equals_one_uninterrupted(call, place, monkeypatch, capsys, name, flags):
     whole, parts, moved = (place / f"{name}-{part}" for part in ("whole", "parts", "moved"))
     assert call(*flags, f"--output_dir={whole}") == 0

@@ -24,7 +24,7 @@ CONFIGS = {
     config.family: dataclasses.replace(
         config, vocab_size=TOKENIZER.vocab_size + 7, tie_embeddings=False
     )
-    for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 4), plan="M,H"))
+    for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 2), plan="M,H"))
 }
 # The third fills most of a padded length of 64, the others hardly any of it.
 PROMPTS = ["def main(", "", "x = 1\n" * 8, "é"]
@@ -234,7 +234,7 @@ def test_a_row_ends_at_end_of_text_and_the_batch_with_its_last_row():
 
 def test_stream_joins_to_the_text_and_each_row_is_closed_once():
     params = params_for("hybrid")
-    eager = params["lm_head"]["kernel"].at[TOKENIZER.eot_id].multiply(4.0)
+    eager = params["lm_head"]["kernel"].at[TOKENIZER.eot_id].multiply(2.0)
     events = []
     texts = generate_text(
         params | {"lm_head": {"kernel": eager}},
