@@ -253,8 +253,7 @@ def _by_level(task: str, of_task: dict[str, Group], figure: str) -> str:
             rows.append([f"{plan}, sum of gates", *_row(ends, gates, levels)])
     header = [f"plan, {of.level}", "all", *map(str, levels)]
     beyond = (
-        '"beyond": rows past the trained length or number of moves, of which the column "all" '
-        "counts every answer. "
+        '"beyond": answers past the trained length or number of moves, all together. '
         if of.beyond
         else ""
     )

@@ -47,7 +47,11 @@ class Suite:
         self.folder = arguments.results or records.FOLDER
         self.quick, self.threads = arguments.quick, arguments.threads
         self.only, self.deadline = arguments.only, deadline
-        self.records = records.read(self.folder, [QUICK] if self.quick else TASKS)
+        self.records = self.read()
+
+    def read(self) -> list[Record]:
+        """The records of all calls of the command so far, of others too."""
+        return records.read(self.folder, [QUICK] if self.quick else TASKS)
 
     def table(self) -> list[Cell]:
         """The cells, with the learning rates that finished sweeps have chosen."""
@@ -64,7 +68,8 @@ class Suite:
     def run_all(self) -> int:
         """Runs every cell that is not done, until the deadline."""
         while True:
-            # After every cell, as a finished sweep makes others ready.
+            # After every cell: a finished sweep makes others ready, and other processes add too.
+            self.records = self.read()
             left = [cell for cell in self.table() if self.record_of(cell) is None]
             ready = [cell for cell in left if cell.learning_rate is not None]
             if not ready:
@@ -107,7 +112,6 @@ class Suite:
             }
         )
         records.append(self.folder, QUICK if self.quick else cell.task, record)
-        self.records.append(record)
         value = records.score(record["curve"][-1]["test"], cell.task)
         print(
             f"{cell.spec()}: {TASKS[cell.task].score} "
@@ -137,7 +141,7 @@ class Suite:
         if not lines:
             print(f"reproduced to the bit: {cell.spec()}")
             return 0
-        where = report.environment(make_context(), "")
+        where = report.environment(make_context(quick=self.quick), "")
         lines += records.differences(
             *(
                 {key: of[key] for key in ("device", "cpu", "versions", "xla_flags", "git_commit")}

@@ -56,7 +56,7 @@ class Task:
       make: makes rows of a side at a step of training, which only a curriculum looks at.
       level: what a level counts.
       steps: how long a cell trains.
-      beyond: makes rows beyond those trained on; None: there are none.
+      beyond: makes rows that ask beyond what was trained on; None: there are none.
       score: what plans are compared by, "accuracy" or "bits per byte".
     """
 
@@ -119,11 +119,19 @@ def _group(things: int) -> np.ndarray:
 
 
 def group_words(
-    rng: np.random.Generator, n: int, side: str, step: float, *, things: int, length: int
+    rng: np.random.Generator,
+    n: int,
+    side: str,
+    step: float,
+    *,
+    things: int,
+    length: int = LENGTH,
+    asked_from: int = 0,
 ) -> Rows:
     """Tokens "nothing" or a swap of two places; after each, which arrangement is it?
 
     The level is the sixth of a trained row in which the token stands, from 1; beyond it, 7 to 12.
+    Tokens before ``asked_from`` are not asked about.
     """
     table = _group(things)
     moves_nt = rng.integers(0, table.shape[1], (n, length))
@@ -133,6 +141,7 @@ def group_words(
         rows.targets[:, t] = 64 + state_n
     rows.tokens[:] = 1 + moves_nt
     rows.levels[:] = 1 + np.arange(length) * 6 // LENGTH
+    rows.targets[:, :asked_from] = rows.levels[:, :asked_from] = NONE
     return rows
 
 
@@ -281,16 +290,16 @@ TASKS = {
         _part(problems, name="list_operations", difficulties=(1, 2, 3)), "depth", 3000
     ),
     "parity": Task(
-        _part(group_words, things=2, length=LENGTH),
+        _part(group_words, things=2),
         "sixth of the row",
         1000,
-        beyond=_part(group_words, things=2, length=2 * LENGTH),
+        beyond=_part(group_words, things=2, length=2 * LENGTH, asked_from=LENGTH),
     ),
     "s3": Task(
-        _part(group_words, things=3, length=LENGTH),
+        _part(group_words, things=3),
         "sixth of the row",
         1500,
-        beyond=_part(group_words, things=3, length=2 * LENGTH),
+        beyond=_part(group_words, things=3, length=2 * LENGTH, asked_from=LENGTH),
     ),
     "s5": Task(
         _part(problems, name="state_tracking", difficulties=tuple(range(1, 13))),

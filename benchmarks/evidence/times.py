@@ -23,7 +23,7 @@ _STEPS, _ROUNDS = 50, 5
 
 def measure(folder: pathlib.Path, deadline: float, plans: tuple[str, ...] = tuple(PLANS)) -> Any:
     """Writes the CPU time of a step of each plan to ``times.json``; returns its path."""
-    context = make_context()
+    context = make_context(quick=False)
     environment = report.environment(context, "python -m benchmarks.evidence --times")
     rows: list[harness.Row] = []
     harness.measure(
