@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     what.add_argument(
         "--times",
         action="store_true",
-        help="measure the time of a step: all plans in turns, on an idle machine",
+        help="measure the time of a step, plans in turns, best on an idle machine",
     )
     parser.add_argument("--quick", action="store_true", help="a few cells of four steps")
     parser.add_argument(

@@ -79,7 +79,11 @@ def groups(found: Sequence[Record], folder: pathlib.Path) -> dict[str, dict[str,
         rank = lambda one: (one.tuned, len(one.by_seed), one.steps)
         if other is None or rank(group) > rank(other):
             chosen[task][plan] = group
-    return chosen
+    return {
+        task: {plan: chosen[task][plan] for plan in PLANS if plan in chosen[task]}
+        for task in TASKS
+        if task in chosen
+    }
 
 
 def step_secs(found: Iterable[Record], folder: pathlib.Path) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +77,7 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> list[pathlib.Path]:
         "*Written by `python -m benchmarks.evidence --report`; do not edit.*",
         *_coverage(found, by_task, folder),
         "## How it is measured",
-        _HOW.strip(),
+        _filled(_HOW),
         "## The models",
         _models(found, folder),
         *(_at_equal(by_task, axis) for axis in AXES),
@@ -87,6 +89,16 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> list[pathlib.Path]:
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(page, "\n\n".join(parts) + "\n")
     return [page, *drawn.values()]
+
+
+def _filled(text: str) -> str:
+    """Breaks the lines of paragraphs and points anew, at 100 characters."""
+    blocks = re.split(r"\n\n|\n(?=- )", text.strip())
+    filled = [
+        textwrap.fill(" ".join(block.split()), 100, subsequent_indent="  " * (block[:2] == "- "))
+        for block in blocks
+    ]
+    return "\n".join([filled[0], "", *filled[1:]])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -117,8 +129,8 @@ def _coverage(
     extra = [r for r in found if r["config"]["task"] in TASKS]
     lines = [
         "**What was run.** "
-        f"{n_done} of the {len(table_)} cells of the full table, and {len(extra) - n_done} others. "
-        "A dash (–) is a cell that was not run. Few seeds are leads, and not proof: a claim needs "
+        f"{n_done} of the {len(table_)} cells of the full table, and {len(extra) - n_done} others, "
+        "named here. A dash (–) is a cell that was not run. Few seeds are leads, and not proof: a claim needs "
         "the full table.",
     ]
     points = []
@@ -132,16 +144,18 @@ def _coverage(
     not_run = [f"`{task}`" for task in TASKS if task not in by_task]
     if not_run:
         points.append(f"- Not run at all: {', '.join(not_run)}.")
-    quiet = bool(times.read(folder))
-    points.append(
-        "- Time is that of a step, "
-        + (
-            "measured apart with all plans in turns"
-            if quiet
-            else "as the runs themselves took it, on a machine that may have been busy (± 15%)"
+    apart = ", ".join(times.read(folder))
+    if apart:
+        load = times.load_average(folder)
+        points.append(
+            f"- Time of a step, CPU seconds without compiling: measured apart, plans in turns, for "
+            f"{apart}{f' (load {load:.1f})' if load is not None else ''}; else as the runs took it."
         )
-        + "; CPU seconds, without compiling."
-    )
+    else:
+        points.append(
+            "- Time of a step, CPU seconds without compiling: as the runs themselves took it, on a "
+            "machine that may have been busy, so good to ± 15% at best."
+        )
     if found:
         where = found[-1]["environment"]
         versions = ", ".join(

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ import numpy as np
 
 from benchmarks import harness, report
 from benchmarks.evidence import trial
-from benchmarks.evidence.plans import PLANS
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.run import make_context
 from mamba_jax.files import write_atomic
@@ -21,7 +21,7 @@ FILE = "times.json"
 _STEPS, _ROUNDS = 50, 5
 
 
-def measure(folder: pathlib.Path, deadline: float, plans: tuple[str, ...] = tuple(PLANS)) -> Any:
+def measure(folder: pathlib.Path, deadline: float, plans: Sequence[str]) -> pathlib.Path:
     """Writes the CPU time of a step of each plan to ``times.json``; returns its path."""
     context = make_context(quick=False)
     environment = report.environment(context, "python -m benchmarks.evidence --times")
@@ -46,9 +46,17 @@ def measure(folder: pathlib.Path, deadline: float, plans: tuple[str, ...] = tupl
 
 def read(folder: pathlib.Path) -> dict[str, list[float]]:
     """Returns the samples of each plan, seconds of a step; none where it was not measured."""
+    return {plan: samples for plan, samples in _read(folder, "samples_secs").items() if samples}
+
+
+def load_average(folder: pathlib.Path) -> float | None:
+    """The load of the machine when the times were measured."""
+    return _read(folder, "environment").get("load_average_at_start")
+
+
+def _read(folder: pathlib.Path, key: str) -> dict[str, Any]:
     file = folder / FILE
-    found = json.loads(file.read_text())["samples_secs"] if file.exists() else {}
-    return {plan: samples for plan, samples in found.items() if samples}
+    return json.loads(file.read_text()).get(key, {}) if file.exists() else {}
 
 
 def _prepare(plan: str) -> harness.Prepared:
