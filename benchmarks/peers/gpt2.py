@@ -71,14 +71,22 @@ def init(config: Gpt2Config, key: jax.Array) -> Params:
     }
 
 
-def forward(params: Params, config: Gpt2Config, tokens_bt: jax.Array) -> jax.Array:
-    """Returns x_btd, float32, after the final norm."""
+def forward(
+    params: Params,
+    config: Gpt2Config,
+    tokens_bt: jax.Array,
+    segment_ids_bt: jax.Array | None = None,
+) -> jax.Array:
+    """Returns x_btd, float32, after the final norm; nothing is read across segments."""
+    mask = None
+    if segment_ids_bt is not None:
+        mask = segment_ids_bt[:, None, :, None] == segment_ids_bt[:, None, None, :]
 
     def layer(x_btd: jax.Array, p: Params) -> tuple[jax.Array, None]:
         qkv = _dense(_norm(x_btd, p["norm_1"]), p["qkv"], config)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], -1, config.head_size), 3, axis=2)
         read_bthp = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation="cudnn" if config.cudnn else None
+            q, k, v, mask=mask, is_causal=True, implementation="cudnn" if config.cudnn else None
         )
         x_btd += _dense(read_bthp.reshape(x_btd.shape), p["out"], config)
         hidden = jax.nn.gelu(_dense(_norm(x_btd, p["norm_2"]), p["up"], config))

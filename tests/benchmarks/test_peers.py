@@ -47,6 +47,19 @@ def test_the_transformer_is_causal(remat):
     assert (np.abs(before - after)[:, 10:].max(-1) > 1e-4).all()
 
 
+def test_the_transformer_reads_nothing_across_segments():
+    config = transformer(n_layers=1)
+    params = gpt2.init(config, jax.random.key(0))
+    tokens = workloads.windows(1, 8, config.vocab_size)[:, :-1]
+    changed = tokens.copy()
+    changed[:, 2] = (changed[:, 2] + 1) % config.vocab_size
+    segments = jnp.array([[0, 0, 0, 0, 1, 1, 1, 1]])
+    run = jax.jit(lambda tokens: gpt2.forward(params, config, tokens, segments))
+    one, other = run(tokens), run(changed)
+    np.testing.assert_array_equal(one[:, 4:], other[:, 4:])
+    assert (np.abs(one - other)[:, 2:4].max(-1) > 1e-5).all()
+
+
 def test_the_transformer_depends_on_token_positions():
     config = transformer(n_layers=1)  # without positions one layer reads a set of tokens
     params = gpt2.init(config, jax.random.key(0))
