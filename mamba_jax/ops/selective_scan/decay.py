@@ -30,7 +30,7 @@ def adjoint(
     Neither comes from the other, nor from a, which near −1 has lost the digits of p.
     """
     if not signed:
-        return (g * power,) * 2
+        return g * power, g * power
     by_exponent = 2.0 * power * g
     return by_exponent - g * _one(power, reset), by_exponent
 

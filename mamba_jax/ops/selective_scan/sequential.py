@@ -51,7 +51,10 @@ def scan(
         return jnp.moveaxis(v, 1, 0).reshape(k, c, b, *v.shape[2:])
 
     inputs = jax.tree.map(split, (x_bte, dt_bte, B_btn, C_btn, reset_bt))
-    y_kcbe, final_bne = _scan(signed, A_en.T, jnp.swapaxes(initial_state_ben, 1, 2), *inputs)
+    results: tuple[jax.Array, jax.Array] = _scan(
+        signed, A_en.T, jnp.swapaxes(initial_state_ben, 1, 2), *inputs
+    )
+    y_kcbe, final_bne = results
     y_bte = jnp.moveaxis(y_kcbe.reshape(k * c, b, e)[:t], 0, 1)
     return y_bte, jnp.swapaxes(final_bne, 1, 2)
 
