@@ -14,7 +14,7 @@ from benchmarks.evidence import cells, compare, page, plans, records, suite, tas
 from benchmarks.evidence.cells import Cell
 from mamba_jax.modules.recursion import DepthGate
 
-from ..training.tiny_run import quick_compiles  # noqa: F401
+from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 TINY = {"d_model": 8, "d_state": 2, "attention_head_size": 4, "attention_scales": (1,)}
 CELL = Cell("p_hop_3", "MMHMM", 1e-2, seed=1, steps=2, eval_steps=1)
