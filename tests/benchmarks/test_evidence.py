@@ -13,7 +13,6 @@ from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import cells, compare, page, plans, records, suite, tasks, times, trial
 from benchmarks.evidence.cells import Cell
 from mamba_jax.modules.recursion import DepthGate
-
 from tests.support.tiny_run import quick_compiles  # noqa: F401
 
 TINY = {"d_model": 8, "d_state": 2, "attention_head_size": 4, "attention_scales": (1,)}

@@ -48,11 +48,13 @@ def make_arguments(b, t, e, n, dtype, seed=0):
     }
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def values_and_gradients(arguments, reset_bt, implementation):
+@functools.partial(jax.jit, static_argnames=("implementation", "eigenvalues"))
+def values_and_gradients(arguments, reset_bt, implementation, eigenvalues="positive"):
+    switches = {"eigenvalues": eigenvalues, "implementation": implementation}
+
     def weighted_sum(arguments):
         y_bte, state_ben = selective_scan(
-            **arguments, dt_softplus=True, reset_bt=reset_bt, implementation=implementation
+            **arguments, dt_softplus=True, reset_bt=reset_bt, **switches
         )
         wide = jnp.promote_types(y_bte.dtype, jnp.float32)
         # Eighths, which bfloat16 holds exactly: y's cotangent has y's dtype.
@@ -68,18 +70,25 @@ def values_and_gradients(arguments, reset_bt, implementation):
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "chunked", "associative"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("b", "t", "e", "n", "resets"),
-    [(2, 300, 304, 16, None), (1, 1027, 64, 8, (0, 5, 512)), (8, 33, 128, 32, (32,))],
+    ("b", "t", "e", "n", "resets", "eigenvalues"),
+    [
+        (2, 300, 304, 16, None, "positive"),
+        (1, 1027, 64, 8, (0, 5, 512), "positive"),
+        (8, 33, 128, 32, (32,), "positive"),
+        (1, 1027, 64, 8, (0, 5, 512), "signed"),
+    ],
 )
-def test_scan_equals_the_reference_in_float64(implementation, dtype, b, t, e, n, resets):
+def test_scan_equals_the_reference_in_float64(
+    implementation, dtype, b, t, e, n, resets, eigenvalues
+):
     arguments = make_arguments(b, t, e, n, dtype)
     reset_bt = None
     if resets is not None:
         reset_bt = jnp.zeros((b, t), bool).at[0, jnp.array(resets)].set(True)
-    actual = values_and_gradients(arguments, reset_bt, implementation)
+    actual = values_and_gradients(arguments, reset_bt, implementation, eigenvalues)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), arguments)
-        expected = values_and_gradients(wide, reset_bt, "reference")
+        expected = values_and_gradients(wide, reset_bt, "reference", eigenvalues)
     for name, want in expected.items():
         got, want = np.asarray(actual[name], np.float64), np.asarray(want)
         error = np.abs(got - want).max() / (np.abs(want).max() + 1e-30)

@@ -10,7 +10,7 @@ ten times (relative, absolute) for Δ, the output's for B, C and z, and for A, D
 larger of 1e-3 and the output's, for A five times that absolutely.
 
 Options that do not exist here: complex A, B and C fixed in time, and groups of B and C. The two
-Pallas kernels take no float16.
+Pallas kernels take no float16. Added: one cell with signed eigenvalues.
 
 Shapes: b batch, t time, e d_inner, n d_state.
 """
@@ -29,12 +29,13 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 MARKS = {128: [], 4096: [pytest.mark.slow]}
 CELLS = [
     # Compiling takes the time, whatever the length: the lengths between run only on request.
-    pytest.param(name, dtype, t, marks=MARKS.get(t, [pytest.mark.exhaustive]))
+    pytest.param(name, dtype, t, False, marks=MARKS.get(t, [pytest.mark.exhaustive]))
     for name in IMPLEMENTATIONS
     for dtype in TOLERANCES
     if not (dtype == "float16" and name.startswith("pallas"))
     for t in LENGTHS
 ]
+CELLS.append(pytest.param("pallas_gpu", "float32", 128, True))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,17 +46,18 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize(("implementation", "dtype", "t"), CELLS)
-def test_mamba_grid(implementation, dtype, t):
+@pytest.mark.parametrize(("implementation", "dtype", "t", "signed"), CELLS)
+def test_mamba_grid(implementation, dtype, t, signed):
     arguments, dy_bte = draw(dtype, t, 16 if implementation == "pallas_gpu" else 4)
     narrow = {
         k: jnp.asarray(v, jnp.float32 if k in "A_en D_e dt_bias_e" else dtype)
         for k, v in arguments.items()
     }
-    (y_bte, state_ben), gradients = run(narrow, jnp.asarray(dy_bte, dtype), implementation)
+    dy_narrow_bte = jnp.asarray(dy_bte, dtype)
+    (y_bte, state_ben), gradients = run(narrow, dy_narrow_bte, implementation, signed)
     assert y_bte.dtype == dtype and state_ben.dtype == jnp.float32
     exact = {k: np.asarray(v).astype(np.float64) for k, v in narrow.items()}
-    true_y, true_state, true_gradients = loop(**exact, dy_bte=dy_bte)
+    true_y, true_state, true_gradients = loop(**exact, dy_bte=dy_bte, signed=signed)
 
     rtol, atol = TOLERANCES[dtype]
     rtol_w, atol_w = max(rtol, 1e-3), max(atol, 1e-3)
@@ -90,20 +92,25 @@ def draw(dtype, t, e, b=2, n=8):
     return arguments, dy_bte
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def run(arguments, dy_bte, implementation):
-    """Returns (y, last state), and the gradients where the last state is not requested."""
+@functools.partial(jax.jit, static_argnames=("implementation", "signed"))
+def run(arguments, dy_bte, implementation, signed):
+    """Returns (y, last state), and the gradients where the last state is not asked for."""
+
+    switches = {
+        "dt_softplus": True,
+        "eigenvalues": "signed" if signed else "positive",
+        "implementation": implementation,
+        "interpret": True,
+    }
 
     def scan(arguments):
-        return selective_scan(
-            **arguments, dt_softplus=True, implementation=implementation, interpret=True
-        )
+        return selective_scan(**arguments, **switches)
 
     (y_bte, state_ben), pull_back = jax.vjp(scan, arguments)
     return (y_bte, state_ben), pull_back((dy_bte, jnp.zeros_like(state_ben)))[0]
 
 
-def loop(x_bte, dt_bte, A_en, B_btn, C_btn, D_e, z_bte, dt_bias_e, dy_bte):
+def loop(x_bte, dt_bte, A_en, B_btn, C_btn, D_e, z_bte, dt_bias_e, dy_bte, signed=False):
     """The definition and its adjoint in float64, one token after the other."""
     t = x_bte.shape[1]
     v_bte = dt_bte + dt_bias_e
@@ -113,9 +120,9 @@ def loop(x_bte, dt_bte, A_en, B_btn, C_btn, D_e, z_bte, dt_bias_e, dy_bte):
     h_tben, s_bte = [], D_e * x_bte
     for i in range(t):
         u_be = step_bte[:, i] * x_bte[:, i]
-        h_ben = (
-            np.exp(step_bte[:, i, :, None] * A_en) * h_ben + u_be[:, :, None] * B_btn[:, i, None]
-        )
+        decay_ben = np.exp(step_bte[:, i, :, None] * A_en)
+        decay_ben = 2 * decay_ben - 1 if signed else decay_ben
+        h_ben = decay_ben * h_ben + u_be[:, :, None] * B_btn[:, i, None]
         h_tben.append(h_ben)
         s_bte[:, i] += np.einsum("ben,bn->be", h_ben, C_btn[:, i])
 
@@ -137,8 +144,12 @@ def loop(x_bte, dt_bte, A_en, B_btn, C_btn, D_e, z_bte, dt_bias_e, dy_bte):
         gradients["B_btn"][:, i] = np.einsum("ben,be->bn", g_ben, step_be * x_be)
         du_be = np.einsum("ben,bn->be", g_ben, B_btn[:, i])
         gradients["x_bte"][:, i] += du_be * step_be
-        g_ben = g_ben * np.exp(step_be[:, :, None] * A_en)
-        q_ben = g_ben * h_tben[i - 1] if i else 0 * g_ben  # of the exponent
+        power_ben = np.exp(step_be[:, :, None] * A_en)
+        decay_ben, slope_ben = power_ben, power_ben
+        if signed:
+            decay_ben, slope_ben = 2 * power_ben - 1, 2 * power_ben
+        q_ben = g_ben * slope_ben * h_tben[i - 1] if i else 0 * g_ben  # of the exponent
+        g_ben = g_ben * decay_ben
         gradients["dt_bte"][:, i] = du_be * x_be + (q_ben * A_en).sum(-1)
         gradients["A_en"] += (q_ben * step_be[:, :, None]).sum(0)
     gradients["dt_bte"] /= 1 + np.exp(-v_bte)
@@ -151,14 +162,16 @@ def close(actual, expected, rtol, atol, name=""):
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=name)
 
 
-def test_the_adjoint_of_the_loop_is_its_derivative():
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_adjoint_of_the_loop_is_its_slope(signed):
     """The truth above against differences of its own forward, in a random direction."""
     arguments, dy_bte = draw("float32", 7, 3)
-    *_, gradients = loop(**arguments, dy_bte=dy_bte)
+    switches = {"dy_bte": dy_bte, "signed": signed}
+    *_, gradients = loop(**arguments, **switches)
     rng, step = np.random.default_rng(1), 1e-6
     direction = {k: rng.normal(size=v.shape) for k, v in arguments.items()}
     value = lambda sign: (
-        loop(**{k: v + sign * step * direction[k] for k, v in arguments.items()}, dy_bte=dy_bte)[0]
+        loop(**{k: v + sign * step * direction[k] for k, v in arguments.items()}, **switches)[0]
         * dy_bte
     ).sum()
     for name in arguments:

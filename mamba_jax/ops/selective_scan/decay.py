@@ -30,7 +30,8 @@ def adjoint(
     Neither comes from the other, nor from a, which near −1 has lost the digits of p.
     """
     if not signed:
-        return g * power, g * power
+        product = g * power
+        return product, product
     by_exponent = 2.0 * power * g
     return by_exponent - g * _one(power, reset), by_exponent
 

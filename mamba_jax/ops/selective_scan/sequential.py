@@ -51,16 +51,17 @@ def scan(
         return jnp.moveaxis(v, 1, 0).reshape(k, c, b, *v.shape[2:])
 
     inputs = jax.tree.map(split, (x_bte, dt_bte, B_btn, C_btn, reset_bt))
-    results: tuple[jax.Array, jax.Array] = _scan(
-        signed, A_en.T, jnp.swapaxes(initial_state_ben, 1, 2), *inputs
-    )
+    initial_bne = jnp.swapaxes(initial_state_ben, 1, 2)
+    results: tuple[jax.Array, jax.Array] = _scan(signed, A_en.T, initial_bne, *inputs)
     y_kcbe, final_bne = results
     y_bte = jnp.moveaxis(y_kcbe.reshape(k * c, b, e)[:t], 0, 1)
     return y_bte, jnp.swapaxes(final_bne, 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(signed, A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb):
+def _scan(
+    signed, A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb
+) -> tuple[jax.Array, jax.Array]:
     return _forward(signed, A_ne, initial_bne, x_kcbe, dt_kcbe, B_kcbn, C_kcbn, reset_kcb)[0]
 
 
