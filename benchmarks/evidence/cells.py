@@ -71,11 +71,12 @@ def parse(spec: str) -> Cell:
     }.items():
         try:
             values[name] = kind(values[name])
-            good = values[name] >= (0 if name == "seed" else 1e-9)
+            good = values[name] > (-1 if name == "seed" else 0)
         except ValueError:
             good = False
         if not good:
-            raise UserError(f"--cell: {name}={values[name]} must be a number greater than 0")
+            least = "of at least 0" if name == "seed" else "greater than 0"
+            raise UserError(f"--cell: {name}={values[name]} must be a number {least}")
     return Cell(**values)
 
 

@@ -1,7 +1,7 @@
 """Compares plans on a task at equal steps, FLOPs and time, from the records alone.
 
-Every evaluation of a curve is a valid end of training; so a plan's score at a budget is that of its
-last evaluation within the budget. The budget is what the plan that ends first has used.
+Every evaluation of a curve is a valid end of training; so a score at a budget is read from the
+curve, on the line between two evaluations. A budget is what the plan that ends first has used.
 """
 
 import dataclasses
@@ -42,18 +42,30 @@ class Group:
         return min(self.at(r, r["curve"][-1], axis) for r in self.by_seed.values())
 
     def scores(self, axis: str, budget: float) -> dict[int, float]:
-        """Returns seed → score of the last evaluation within a budget; none of what diverged."""
+        """Returns seed → score at a budget; none of what diverged or was not yet evaluated."""
         found = {}
         for seed, record in self.by_seed.items():
-            within = [
-                entry
+            points = [
+                (self.at(record, entry, axis), records.score(entry["test"], self.task))
                 for entry in record["curve"]
-                if self.at(record, entry, axis) <= budget * (1 + 1e-9)
             ]
-            value = records.score(within[-1]["test"], self.task) if within else None
+            value = _interpolated(points, budget)
             if value is not None:
                 found[seed] = value
         return found
+
+
+def _interpolated(points: list[tuple[float, float | None]], x: float) -> float | None:
+    """The line through the evaluations at x; None before the first, and next to what diverged."""
+    for number, (end, value) in enumerate(points):
+        if math.isclose(x, end):
+            return value
+        if x < end:
+            start, before = points[number - 1] if number else (0.0, None)
+            if before is None or value is None:
+                return None
+            return before + (value - before) * (x - start) / (end - start)
+    return points[-1][1]
 
 
 def groups(found: Sequence[Record], folder: pathlib.Path) -> dict[str, dict[str, Group]]:

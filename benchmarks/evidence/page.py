@@ -31,8 +31,8 @@ decay {trial.OPTIMIZER.weight_decay}, clipped to norm {trial.OPTIMIZER.gradient_
 loss at answers alone. What is judged is the moving average of the weights
 (decay {trial.AVERAGE_DECAY}), every {EVAL_STEPS} steps, on {trial.EVAL_ROWS} fixed test rows. As
 the rate is constant, every evaluation is a valid end of training: equal steps, equal FLOPs and
-equal time are read from the same runs, each plan at its last evaluation within the budget. A budget
-is what the plan that ends first has used.
+equal time are read from the same runs, on the line between two evaluations where the budget falls
+between them. A budget is what the plan that ends first has used.
 
 - Accuracy is that of each answer token, given the ones before it. Text is judged by bits per byte.
 - FLOPs are those of training: matrix products and elementwise operations, forward and backward.
@@ -130,8 +130,8 @@ def _coverage(
     lines = [
         "**What was run.** "
         f"{n_done} of the {len(table_)} cells of the full table, and {len(extra) - n_done} others, "
-        "named here. A dash (–) is a cell that was not run. Few seeds are leads, and not proof: a claim needs "
-        "the full table.",
+        "named here. A dash (–) is a cell that was not run. Few seeds are leads, and not proof: a "
+        "claim needs the full table.",
     ]
     points = []
     for task, of_task in by_task.items():

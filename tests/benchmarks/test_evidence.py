@@ -314,6 +314,9 @@ def test_plans_are_compared_within_the_budget_that_all_have_used(tmp_path):
     assert hybrid.scores("steps", 400) == {0: 0.9}  # what diverged has no score
     assert hybrid.scores("time", 800) == {0: 0.5, 1: 0.6}
     assert hybrid.scores("FLOPs", 4000) == {}  # its first evaluation comes after 8,000
+    # A quarter of the way from one evaluation to the next; nothing is known next to a divergence.
+    assert hybrid.scores("time", 1000) == {0: pytest.approx(0.6)}
+    assert mamba.scores("steps", 250) == {0: pytest.approx(0.125), 1: pytest.approx(0.325)}
 
 
 def test_times_measured_apart_replace_those_of_the_runs(tmp_path):
