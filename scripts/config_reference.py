@@ -13,7 +13,7 @@ FILE = pathlib.Path(__file__).parents[1] / "docs" / "reference" / "config.md"
 _HEAD = """\
 # Config reference
 
-Made by `python scripts/config_reference.py` from `mamba_jax/config/schema.py`; do not edit.
+Made by `python scripts/config_reference.py` from `mamba_jax/config`; do not edit.
 
 Every field can be set in a config file, or on the command line as `--config.GROUP.FIELD=VALUE`;
 `mamba-jax train --help_config` prints this list.

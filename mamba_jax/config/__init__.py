@@ -1,7 +1,8 @@
 """Configuration: an ``ml_collections.ConfigDict`` at the edge, frozen dataclasses inside.
 
-``schema`` holds the fields, ``presets`` the tables of sizes and training presets, ``files`` reads
-config files and overrides, ``checks`` refuses what cannot work.
+``schema`` and ``model`` hold the fields, ``plan`` reads layer plans, ``presets`` has the tables of
+sizes and training presets, ``files`` reads config files and overrides, ``checks`` refuses what
+cannot work.
 """
 
 from mamba_jax.config.files import (
