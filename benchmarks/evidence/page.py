@@ -103,9 +103,14 @@ def _filled(text: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are numbers."""
-    line = lambda words: "| " + " | ".join(words) + " |"
+    line = lambda words: "| " + " | ".join(map(escaped, words)) + " |"
     rule = line(["---", *(["---:"] * (len(header) - 1))])
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def escaped(text: str) -> str:
+    """Text whose asterisks are no emphasis; in code they never are."""
+    return text if "`" in text else text.replace("*", "\\*")
 
 
 def shown(values: Sequence[float], *, signed: bool = False) -> str:
@@ -136,7 +141,7 @@ def _coverage(
     points = []
     for task, of_task in by_task.items():
         plans = ", ".join(
-            f"{plan} ({len(group.by_seed)} × {group.steps:,} steps"
+            f"{escaped(plan)} ({len(group.by_seed)} × {group.steps:,} steps"
             f"{'' if group.tuned else f', rate {group.learning_rate} not tuned'})"
             for plan, group in of_task.items()
         )
@@ -144,7 +149,7 @@ def _coverage(
     not_run = [f"`{task}`" for task in TASKS if task not in by_task]
     if not_run:
         points.append(f"- Not run at all: {', '.join(not_run)}.")
-    apart = ", ".join(times.read(folder))
+    apart = escaped(", ".join(times.read(folder)))
     if apart:
         load = times.load_average(folder)
         points.append(
@@ -239,7 +244,7 @@ def _pairs(by_task: dict[str, dict[str, Group]]) -> list[str]:
     if not rows:
         return []
     header = ["pair", *(f"equal {axis}" for axis in AXES)]
-    seeds = f"Plans with five seeds in the full table: {', '.join(MAIN_PLANS)}."
+    seeds = f"Plans with five seeds in the full table: {escaped(', '.join(MAIN_PLANS))}."
     return [f"## Main pairs, seed by seed\n\n{seeds}\n\n{table(header, rows)}"]
 
 
