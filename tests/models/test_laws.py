@@ -137,7 +137,7 @@ def test_prefill_and_decoding_equal_the_whole_forward(name):
     ("name", "dtype"),
     [
         *((name, "float32") for name in VARIANTS),
-        *((name, "bfloat16") for name in ("mamba", "hybrid", "plan A,M,H,M")),
+        *((name, "bfloat16") for name in ("mamba", "hybrid", "plan A,M,H,M, signed")),
     ],
 )
 def test_prepared_parameters_decode_the_same(name, dtype):
@@ -249,7 +249,7 @@ def test_a_left_padded_row_equals_the_row_alone(config):
         assert_close(logits, expected, ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["mamba", "hybrid", "plan A,M,H,M"])
+@pytest.mark.parametrize("name", ["mamba", "hybrid", "plan A,M,H,M, signed"])
 def test_rematerialisation_changes_nothing(name):
     config = VARIANTS[name]
     params = params_of(config)
