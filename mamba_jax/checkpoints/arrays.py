@@ -11,6 +11,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -44,6 +45,8 @@ __all__ = [
     "restore",
     "restore_params",
 ]
+
+_LATE_WRITES_SECS = 5.0  # after a failed save, tensorstore's threads may still create files
 
 
 class CheckpointWriter:
@@ -152,10 +155,13 @@ class CheckpointWriter:
 def _quiet_failed_saves() -> None:
     """From now on, keeps a failed save's tracebacks off standard error: its error is raised.
 
-    Orbax logs the error in each of its threads, and tensorstore prints one for every other pending
-    write, because the event loop that waited for it is closed.
+    Orbax logs the error in each of its threads; tensorstore prints one for every other pending
+    write, because the event loop that waited for it is closed, or asyncio logs that nothing
+    awaited it.
     """
     logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
+    unawaited = "exception was never retrieved"
+    logging.getLogger("asyncio").addFilter(lambda record: unawaited not in str(record.msg))
     hook = sys.unraisablehook
 
     def quiet(unraisable: Any) -> None:
@@ -183,10 +189,15 @@ def _reason(error: Exception) -> str:
 
 
 def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Removes a file or a folder, as far as possible: what stays is removed by the next run."""
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    deadline = time.monotonic() + _LATE_WRITES_SECS
+    while path.exists() and time.monotonic() < deadline:
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            time.sleep(0.05)
 
 
 def restore(path: pathlib.Path, abstract_state: dict[str, Any]) -> dict[str, Any]:
