@@ -71,8 +71,8 @@ def _interpolated(points: list[tuple[float, float | None]], x: float) -> float |
 def groups(found: Sequence[Record], folder: pathlib.Path) -> dict[str, dict[str, Group]]:
     """Returns task → plan → its group.
 
-    Of a plan that ran at several rates or lengths it is the group of the chosen rate and the
-    table's length; without one, that of the most seeds, then the most steps.
+    If a plan ran at several rates or lengths, this is the group of the chosen rate and the table's
+    length; if that was not run, the group with the most seeds, then the most steps.
     """
     best, secs = records.best_rates(found), step_secs(found, folder)
     made: dict[tuple[str, str, float, int], dict[int, Record]] = {}

@@ -131,7 +131,7 @@ def test_gates_per_token_are_those_of_the_forward_and_their_means_can_replace_th
     params["layers"]["H"]["recursion"]["gate"]["kernel"] = jax.random.normal(
         jax.random.key(1), kernel.shape
     )
-    # Of several documents a row: each starts anew.
+    # Rows hold several documents, and each starts from nothing.
     rows = tasks.TASKS["mqar"].make(np.random.default_rng(0), 64, "test", 0)
     _, _, means_lk = trial.predict(made, params, rows)
     sums_nt = trial.gate_sums(model, params, rows)

@@ -142,7 +142,7 @@ def test_every_level_occurs_and_more_beyond(name):
 
 
 def test_no_loss_on_what_is_given():
-    """Of a problem with a text, only tokens of its answer are targets."""
+    """In a problem with a text, only the tokens of its answer are targets."""
     for name in ("multi_hop", "arithmetic", "list_operations", "s5"):
         rows = made(name)
         equals = 1 + WORDS.index("=")

@@ -66,8 +66,8 @@ def test_generation_prefills_a_shared_prefix_once():
     made = scorer.continuations([np.array(row, np.int32) for row in rows], 5, lambda *_: False)
     assert scorer.tokens_processed == (1 + 6) + (0 + 1 + 2) + 3 * 5
     for row, tokens in zip(rows, made, strict=True):
-        likeliest = log_probs_of(model, row + tokens).argmax(-1)
-        assert likeliest[len(row) - 1 : -1].tolist() == tokens and len(tokens) == 5
+        most_likely = log_probs_of(model, row + tokens).argmax(-1)
+        assert most_likely[len(row) - 1 : -1].tolist() == tokens and len(tokens) == 5
     assert len(set(map(tuple, made))) == 3
 
     # The end of text slightly more likely than one of these tokens: there the texts end.
