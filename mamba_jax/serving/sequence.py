@@ -61,7 +61,7 @@ class TokenLogprob:
 
     @classmethod
     def of(cls, logprobs: Logprobs, slot: int, token: int, n_top: int) -> "TokenLogprob":
-        """Takes a token's ``n_top`` most likely alternatives from ``slots.Logprobs`` on the host."""
+        """Takes a token's ``n_top`` most likely alternatives from logprobs on the host."""
         ids = logprobs.top_ids_bm[slot, :n_top].tolist()
         values = logprobs.top_bm[slot, :n_top].tolist()
         top = zip(ids, values, strict=True)

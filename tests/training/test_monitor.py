@@ -96,7 +96,7 @@ def test_tensorboard_log_file_and_metrics(config, tmp_path, capsys):
     assert scalar("eval/loss", 2) == 2.0
     assert scalar("eval/perplexity", 2) == pytest.approx(math.exp(2.0), rel=1e-6)  # float32
     assert scalar("eval/bits_per_byte", 2) == pytest.approx(0.5 / math.log(2), rel=1e-6)
-    # The hybrid layers are 1 and 3; the second measure is of all layers.
+    # The hybrid layers are 1 and 3; A is measured in every layer.
     assert scalar("depth/layer_03", 4) == 2.5 and scalar("A_min/layer_01", 2) == -17.0
     assert not {("depth/layer_00", 4), ("gate/layer_00", 4)} & points.keys()
     gates = points["gate/layer_01", 4].histo
