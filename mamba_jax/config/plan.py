@@ -25,7 +25,7 @@ MOST_LAYERS = 1_000
 _TOKEN = re.compile(r"\*\s*(?P<number>[0-9]*)|\S")
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Consecutive layers of one kind."""
 
     kind: str
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 class Loop(NamedTuple):
     """Runs that repeat as a whole."""
 
-    body: tuple[Run, ...]
+    body: tuple[LayerRun, ...]
     times: int
 
 
@@ -102,12 +102,12 @@ def numbers(kind: str, text: str) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def schedule(kinds: tuple[str, ...]) -> tuple[Run | Loop, ...]:
+def schedule(kinds: tuple[str, ...]) -> tuple[LayerRun | Loop, ...]:
     """Returns how to run a plan: runs of equal layers, with at most one loop over some of them.
 
     No other such form has fewer runs; there is no loop where it would not save any.
     """
-    best: tuple[Run | Loop, ...] = _runs(kinds)
+    best: tuple[LayerRun | Loop, ...] = _runs(kinds)
     fewest, n = len(best), len(kinds)
     starts = [0, *(i for i in range(1, n) if kinds[i] != kinds[i - 1])]
     before = list(itertools.accumulate((int(i in set(starts)) for i in range(n)), initial=0))
@@ -127,19 +127,19 @@ def schedule(kinds: tuple[str, ...]) -> tuple[Run | Loop, ...]:
     return best
 
 
-def _runs(kinds: Sequence[str]) -> tuple[Run, ...]:
-    return tuple(Run(kind, len(list(equal))) for kind, equal in itertools.groupby(kinds))
+def _runs(kinds: Sequence[str]) -> tuple[LayerRun, ...]:
+    return tuple(LayerRun(kind, len(list(equal))) for kind, equal in itertools.groupby(kinds))
 
 
 def text(kinds: tuple[str, ...]) -> str:
     """Returns a plan's one spelling: ``parse`` of it gives the kinds."""
     return ",".join(
         _text(node)
-        if isinstance(node, Run)
+        if isinstance(node, LayerRun)
         else f"({','.join(map(_text, node.body))})*{node.times}"
         for node in schedule(kinds)
     )
 
 
-def _text(run: Run) -> str:
+def _text(run: LayerRun) -> str:
     return run.kind if run.length == 1 else f"{run.kind}*{run.length}"

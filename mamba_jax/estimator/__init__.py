@@ -1,5 +1,5 @@
 """The memory that a run needs, computed before it starts."""
 
-from mamba_jax.estimator.planning import Plan, plan, plan_run
+from mamba_jax.estimator.planning import MemoryPlan, plan, plan_run
 
-__all__ = ["Plan", "plan", "plan_run"]
+__all__ = ["MemoryPlan", "plan", "plan_run"]

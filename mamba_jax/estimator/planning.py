@@ -22,7 +22,7 @@ FAR_APART = 4  # times the smallest microbatch: the second microbatch to compile
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A layout with its reasons."""
 
     config: RunConfig  # with the layout filled in
@@ -73,7 +73,7 @@ class Plan:
         )
 
 
-def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = None) -> Plan:
+def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = None) -> MemoryPlan:
     """Lays a run out.
 
     Args:
@@ -110,7 +110,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
         layout = min((one for group in groups for one in group), key=formula)
         level, found = "quick", (layout, formula(layout))
     layout, needs_bytes = found
-    return Plan(
+    return MemoryPlan(
         config=choose.laid_out(config, layout),
         machine=machine,
         budget=limit,
@@ -121,7 +121,7 @@ def plan(config: RunConfig, *, level: str = "quick", machine: Machine | None = N
     )
 
 
-def plan_run(config: RunConfig, start: Start | None) -> Plan:
+def plan_run(config: RunConfig, start: Start | None) -> MemoryPlan:
     """Lays out a run on this machine, if possible like the run that it resumes.
 
     Starts JAX, with the share of the device's memory that the run may use.

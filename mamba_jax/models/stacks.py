@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba_jax.config.plan import Loop, Run
+from mamba_jax.config.plan import LayerRun, Loop
 
 Tree = Any
 # A layer: (stream, its part of a stack) → (stream, what it makes).
@@ -66,7 +66,7 @@ def run(
     layer: Callable[[str, bool], Layer],
     x: jax.Array,
     stacks: Mapping[str, Tree],
-    schedule: Sequence[Run | Loop],
+    schedule: Sequence[LayerRun | Loop],
     *,
     looped: bool = False,
 ) -> tuple[jax.Array, dict[str, Tree]]:
@@ -107,9 +107,9 @@ def run(
     return x, {kind: _concatenated(parts) for kind, parts in made.items()}
 
 
-def _count(node: Run | Loop, kind: str) -> int:
+def _count(node: LayerRun | Loop, kind: str) -> int:
     """Returns how many layers of a kind a part of a schedule has."""
-    if isinstance(node, Run):
+    if isinstance(node, LayerRun):
         return node.length if node.kind == kind else 0
     return node.times * sum(_count(run, kind) for run in node.body)
 

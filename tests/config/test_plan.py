@@ -7,7 +7,7 @@ import random
 import pytest
 
 from mamba_jax.config import ModelConfig, RunConfig, checks, freeze, preset_config
-from mamba_jax.config.plan import Loop, Run, parse, schedule, text
+from mamba_jax.config.plan import LayerRun, Loop, parse, schedule, text
 from mamba_jax.errors import UserError
 from tests.support.naive import expand
 
@@ -38,7 +38,7 @@ def test_a_plan_is_what_pythons_lists_are(plans):
 def test_a_schedule_and_the_one_spelling_mean_the_same_plan(plans):
     def flat(nodes):
         for node in nodes:
-            if isinstance(node, Run):
+            if isinstance(node, LayerRun):
                 yield from node.kind * node.length
             else:
                 yield from tuple(flat(node.body)) * node.times

@@ -130,7 +130,7 @@ def choose_columns(
 
 
 @dataclasses.dataclass(frozen=True)
-class RowSource:
+class SplitRows:
     """Where rows come from, and how their text is read.
 
     Attributes:

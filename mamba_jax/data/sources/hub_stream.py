@@ -31,7 +31,7 @@ from mamba_jax.data.sources.hub_access import (
 from mamba_jax.data.sources.hub_rows import (
     PART_ROWS,
     ROWS_AT_A_TIME,
-    RowSource,
+    SplitRows,
     choose_columns,
     choose_split,
     load_library,
@@ -131,7 +131,7 @@ class Stream:
         named: whether the user named the columns, in the order of the text.
         """
         self.origin = f"dataset {name}, split {record.split}"
-        self.rows = RowSource(self.origin, record.identity, record.columns, named)
+        self.rows = SplitRows(self.origin, record.identity, record.columns, named)
         self.record = record
         self._name = name
         self._start, self._stop = rows

@@ -18,7 +18,7 @@ from mamba_jax.data.sources.hub_access import (
 from mamba_jax.data.sources.hub_rows import (
     PART_ROWS,
     ROWS_AT_A_TIME,
-    RowSource,
+    SplitRows,
     choose_columns,
     choose_split,
     load_library,
@@ -39,7 +39,7 @@ class RowsPart:
       start, stop: the rows.
     """
 
-    rows: RowSource
+    rows: SplitRows
     table: Any
     start: int
     stop: int
@@ -67,7 +67,7 @@ class RowsPart:
 class DatasetTable:
     """A split of a dataset, on disk."""
 
-    rows: RowSource
+    rows: SplitRows
     table: Any
 
     @property
@@ -96,7 +96,7 @@ def open_table(config: DataConfig, log: Callable[[str], None]) -> DatasetTable:
             identity, split, table = _prepared(datasets, name, config, log)
         columns = choose_columns(name, config.text_column, table.features, log)
         named = bool(named_columns(config.text_column))
-        rows = RowSource(f"dataset {name}, split {split}", identity, columns, named)
+        rows = SplitRows(f"dataset {name}, split {split}", identity, columns, named)
         return DatasetTable(rows, table.select_columns(list(columns)))
 
 
