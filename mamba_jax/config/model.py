@@ -133,9 +133,7 @@ class ModelConfig:
     @property
     def gated_layers(self) -> tuple[int, ...]:
         """The numbers of the layers with depth gates."""
-        return tuple(
-            layer for layer, kind in enumerate(self.kinds) if kind == "H" and self.recursion_depth
-        )
+        return plans.numbers("H", self.kinds) if self.recursion_depth else ()
 
     @property
     def layer_counts(self) -> list[tuple["ModelConfig", int]]:

@@ -96,9 +96,9 @@ def parse(text: str) -> tuple[str, ...]:
     return (*groups[0][0], *(item or ()))
 
 
-def numbers(kind: str, text: str) -> tuple[int, ...]:
-    """Returns the numbers, from 0, of the layers of a kind in the plan of this text."""
-    return tuple(layer for layer, other in enumerate(parse(text)) if other == kind)
+def numbers(kind: str, kinds: Sequence[str]) -> tuple[int, ...]:
+    """Returns the numbers, from 0, of the layers of a kind in a plan."""
+    return tuple(layer for layer, other in enumerate(kinds) if other == kind)
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mamba_jax.config import ModelConfig
+from mamba_jax.config.plan import numbers
 from mamba_jax.errors import UserError
 from mamba_jax.models import build, stacks
 
@@ -78,10 +79,9 @@ def to_hf(params: Mapping[str, Any], config: ModelConfig, n_ids: int) -> dict[st
         tensors[HEAD] = np.asarray(params["lm_head"]["kernel"])[:n_ids]
     layers = stacks.by_kind(params["layers"], config.kinds)
     for kind, stack in layers.items():
-        numbers = [i for i, other in enumerate(config.kinds) if other == kind]
         for pair in _pairs(stack):
             stacked = np.asarray(_leaf(stack, pair.ours))
-            for i, array in zip(numbers, stacked, strict=True):
+            for i, array in zip(numbers(kind, config.kinds), stacked, strict=True):
                 tensors[f"backbone.layers.{i}.{pair.theirs}"] = pair.out(array)
     # safetensors writes wrong values, silently, from arrays that are not C-contiguous.
     return {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
@@ -108,10 +108,7 @@ def from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str,
     if odd:
         what = "missing" if odd[0] in names else "not one of this architecture's"
         raise UserError(f"tensor {odd[0]} is {what}")
-    made = {
-        kind: _stack(stack, tensors, [i for i, other in enumerate(kinds) if other == kind])
-        for kind, stack in abstract.items()
-    }
+    made = {kind: _stack(stack, tensors, numbers(kind, kinds)) for kind, stack in abstract.items()}
     params: dict[str, Any] = {
         "embed": {"embedding": _padded(EMBEDDING, tensors, config)},
         "layers": stacks.joined(made, kinds),

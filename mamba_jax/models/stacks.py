@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba_jax.config.plan import LayerRun, Loop
+from mamba_jax.config.plan import LayerRun, Loop, numbers
 
 Tree = Any
 # A layer: (stream, its part of a stack) → (stream, what it makes).
@@ -38,8 +38,7 @@ def sorted_by_kind(of_layers: jax.Array | None, kinds: Sequence[str]) -> dict[st
     """Returns kind → the entries of its layers, of an array over all layers; of None, None."""
     if of_layers is None or len(set(kinds)) == 1:
         return dict.fromkeys(kinds, of_layers)
-    own = lambda kind: np.array([layer for layer, k in enumerate(kinds) if k == kind])
-    return {kind: of_layers[own(kind)] for kind in sorted(set(kinds))}
+    return {kind: of_layers[np.array(numbers(kind, kinds))] for kind in sorted(set(kinds))}
 
 
 def places(kinds: Sequence[str]) -> list[tuple[str, int]]:
@@ -58,7 +57,7 @@ def in_order(stacks: Mapping[str, jax.Array], kinds: Sequence[str]) -> jax.Array
     """Joins arrays of some kinds' layers, (l, …) each, into one, in the order of the plan."""
     if len(stacks) == 1:
         return next(iter(stacks.values()))
-    order = [layer for kind in stacks for layer, other in enumerate(kinds) if other == kind]
+    order = [layer for kind in stacks for layer in numbers(kind, kinds)]
     return jnp.concatenate(list(stacks.values()))[np.argsort(order)]
 
 

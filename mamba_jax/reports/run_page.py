@@ -155,7 +155,7 @@ def _layer_charts(run: Run) -> list[dict[str, Any]]:
 def _gated_layers(run: Run) -> tuple[int, ...]:
     """Returns the numbers of the layers whose gates are recorded; (): of all, or not known."""
     try:
-        return plan.numbers("H", str(run.config.get("model.plan", "")))
+        return plan.numbers("H", plan.parse(str(run.config.get("model.plan", ""))))
     except UserError:  # of another version
         return ()
 

@@ -134,7 +134,7 @@ def test_damage_is_judged_by_the_whole_file(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_BLOCK_BYTES", 16)
     path = tmp_path / "a.txt"
     for data, expected in (
-        # Two valid characters to one bad: the second lies across the border of a block.
+        # Two valid characters and one bad byte; the second character crosses a block's border.
         (("é" + "x" * 13 + "é").encode() + b"\xff", "damaged UTF-8, bad parts replaced"),
         ("日本語のテキスト".encode() * 4 + b"\xff tail", "damaged UTF-8, bad parts replaced"),
         (b"plain words " * 9 + b"caf\xe9", "not UTF-8, read as cp1252"),
