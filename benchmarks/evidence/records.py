@@ -1,6 +1,7 @@
 """The records of finished cells: one JSON line each, a file per task, only ever appended to."""
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -58,7 +59,7 @@ def score(entry: dict[str, Any] | None, task: str) -> float | None:
         return None
     if TASKS[task].score == "accuracy":
         return None if entry["nll"] is None else entry["accuracy"]
-    return None if entry["nll"] is None else entry["nll"] / 0.6931471805599453
+    return None if entry["nll"] is None else entry["nll"] / math.log(2)
 
 
 def best_rates(records: Iterable[Record]) -> dict[tuple[str, str], float]:

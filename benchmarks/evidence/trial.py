@@ -22,7 +22,7 @@ from benchmarks.evidence.cells import Cell
 from benchmarks.evidence.plans import Model, model_of, segments
 from benchmarks.evidence.tasks import LENGTH, NONE, TASKS, Rows, Task
 from mamba_jax.config import TrainingConfig
-from mamba_jax.models import build
+from mamba_jax.models import build, stacks
 from mamba_jax.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from mamba_jax.training.optimizer import make_optimizer
 
@@ -250,15 +250,16 @@ def with_fixed_gates(params: Any, model: Model, gates_lk: np.ndarray) -> Any:
     """Returns parameters whose gates are the given ones, whatever the token: no weights, and the
     bias from which a sigmoid makes the gate."""
     assert model.config is not None
-    mixed = len(set(model.config.kinds)) > 1
-    stack = params["layers"]["H"] if mixed else params["layers"]
+    kinds = model.config.kinds
+    by_kind = stacks.by_kind(params["layers"], kinds)
+    stack = by_kind["H"]
     gate = stack["recursion"]["gate"]
     clipped = np.clip(gates_lk.astype(np.float64), 1e-30, 1 - 1e-13)
     bias_lk = jnp.asarray(np.log(clipped) - np.log1p(-clipped), jnp.float32)
     assert bias_lk.shape == gate["bias"].shape, (bias_lk.shape, gate["bias"].shape)
     fixed = {"kernel": jnp.zeros_like(gate["kernel"]), "bias": bias_lk}
     stack = stack | {"recursion": stack["recursion"] | {"gate": fixed}}
-    return params | {"layers": params["layers"] | {"H": stack} if mixed else stack}
+    return params | {"layers": stacks.joined(by_kind | {"H": stack}, kinds)}
 
 
 def gate_sums(model: Model, params: Any, rows: Rows) -> np.ndarray:
