@@ -81,6 +81,7 @@ class Context:
     device_kind: str
     quick: bool = False
     deadline: float = float("inf")  # on time.monotonic()'s clock
+    checkpoint: str | None = None  # a trained model, where a benchmark needs one
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "train": "a whole training step against transformers' Mamba and a Transformer in JAX",
     "decode": "generation and prefill against transformers' generate",
     "hybrid": "what each part of the hybrid costs, against plain Mamba",
+    "depth": "a trained hybrid's recursion stopped early: time and quality by threshold",
     "startup": "import, --help, and compiling the training step without and with a cache",
     "data": "batches against peers, tokenising and its memory, opening a large cache",
     "serving": "the server under load: many clients, a shared prompt, endurance",
@@ -57,6 +58,9 @@ def main(argv: list[str]) -> int:
         help="start no case after this",
     )
     parser.add_argument(
+        "--checkpoint", metavar="DIR", help="for depth: a trained hybrid, or a run's folder"
+    )
+    parser.add_argument(
         "--threads",
         metavar="N",
         type=int,
@@ -74,11 +78,18 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--threads={threads} must be between 0 (all) and {os.cpu_count()}")
     if not arguments.budget_secs > 0:
         raise UserError(f"--budget_secs={arguments.budget_secs} must be greater than 0")
+    if arguments.checkpoint and name != "depth":
+        raise UserError(
+            f"--checkpoint={arguments.checkpoint} has no effect on {name}; leave it out"
+        )
+    if name == "depth" and not arguments.checkpoint:
+        raise UserError("depth measures a trained hybrid; give --checkpoint DIR")
     arguments.output.mkdir(parents=True, exist_ok=True)
     set_environment(threads)
 
-    context = make_context(arguments.quick, arguments.budget_secs)
+    context = make_context(arguments.quick, arguments.budget_secs, arguments.checkpoint)
     words = [name, *(["--quick"] if context.quick else []), f"--threads={threads}"]
+    words += ["--checkpoint=DIR"] if arguments.checkpoint else []
     environment = report.environment(context, "python -m benchmarks.run " + " ".join(words))
     benchmark, rows = load(name), []
     ending = run_cases(benchmark, context, rows)
@@ -128,13 +139,16 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{name}")
 
 
-def make_context(quick: bool, budget_secs: float = float("inf")) -> Context:
+def make_context(
+    quick: bool, budget_secs: float = float("inf"), checkpoint: str | None = None
+) -> Context:
     """Asks JAX what it runs on."""
     import jax
 
     device = jax.devices()[0]
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-    return Context(platform, device.device_kind, quick, time.monotonic() + budget_secs)
+    deadline = time.monotonic() + budget_secs
+    return Context(platform, device.device_kind, quick, deadline, checkpoint)
 
 
 def has_accelerator() -> bool:

@@ -90,9 +90,22 @@ def prepare_generation(
       int8_head: decode as ``--head int8`` does.
     """
     params = jax.jit(lambda: build.init(model, jax.random.key(0)))()
+    prompts = list(windows(batch, context, model.vocab_size)[:, :-1])
+    return prepare_generation_of(params, model, prompts, n_tokens, int8_head=int8_head)
+
+
+def prepare_generation_of(
+    params: Any,
+    model: ModelConfig,
+    prompts: list[np.ndarray],
+    n_tokens: int,
+    *,
+    int8_head: bool = False,
+) -> Prepared:
+    """``prepare_generation`` with given weights and prompts of equal length."""
     # As a program does once, not per text.
     params = build.prepare_for_decoding(jax.device_put(params), model, int8_head=int8_head)
-    prompts = list(windows(batch, context, model.vocab_size)[:, :-1])
+    batch = len(prompts)
 
     def secs(max_tokens: int) -> float:
         begin = time.perf_counter()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mamba_jax.cli.flags import add_models
+from mamba_jax.cli.flags import add_inference, add_models, chosen
 from mamba_jax.cli.terminal import print_table
 from mamba_jax.errors import UserError, command
 from mamba_jax.files import write_atomic
@@ -72,6 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ):  # fmt: skip
         about += "" if default is None else " (default: %(default)s)"
         parser.add_argument(name, type=type_, default=default, help=about)
+    add_inference(parser)
     parser.add_argument("--json", metavar="FILE", help="write all results to this file")
     return parser.parse_args(argv)
 
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     log = lambda line: print(line, file=sys.stderr)
     found = [find(folder, log) for folder in arguments.ensemble or [arguments.checkpoint]]
     names = [str(each.path) for each in found]
-    models = [each.load() for each in found]
+    models = [each.load(**chosen(arguments)) for each in found]
     scorer = Scorer(models, batch_size=arguments.batch_size, chunk_tokens=arguments.chunk_tokens)
     result: Result = {"checkpoints": names, "combined": _combined(len(names)), "metrics": []}
     result["samples"] = []

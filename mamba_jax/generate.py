@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from mamba_jax.cli.flags import add_models
+from mamba_jax.cli.flags import add_inference, add_models, chosen
 from mamba_jax.errors import UserError, command
 
 if TYPE_CHECKING:
@@ -100,12 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="exact, or int8: round the output matrix to int8, which generates a single prompt "
         "faster on a CPU and changes the logits slightly (default: %(default)s)",
     )
-    parser.add_argument(
-        "--scan",
-        metavar="NAME",
-        help="implementation of the selective scan: auto, sequential, chunked, … "
-        "(default: the checkpoint's)",
-    )
+    add_inference(parser)
     return parser.parse_args(argv)
 
 
@@ -165,8 +160,8 @@ def run(arguments: argparse.Namespace, prompts: list[str]) -> None:
     settings = {name: getattr(arguments, name) for name in names}
     sampling = check_settings(**settings)  # before a large checkpoint is read
     first, *rest = find_all(arguments)
-    others = [found.load(arguments.scan) for found in rest]
-    config, tokenizer = first.runnable(arguments.scan), first.tokenizer
+    others = [found.load(**chosen(arguments)) for found in rest]
+    config, tokenizer = first.runnable(**chosen(arguments)), first.tokenizer
     more = {"stops": arguments.stop, "others": others}
     # No variable holds the parameters: they are freed once they are laid out for decoding.
     if arguments.chat:
@@ -204,7 +199,7 @@ def find_all(arguments: argparse.Namespace) -> list["Found"]:
                 f"--suffix: {found.path} was trained without data.fim_rate and cannot fill in the "
                 "middle; leave --suffix out"
             )
-        found.runnable(arguments.scan)
+        found.runnable(**chosen(arguments))
         all_found.append(found)
     same_tokenizer([found.tokenizer for found in all_found])
     return all_found

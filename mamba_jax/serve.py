@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import Any
 
-from mamba_jax.cli.flags import add_checkpoint
+from mamba_jax.cli.flags import add_checkpoint, add_inference
 from mamba_jax.errors import UserError, command, need
 from mamba_jax.serving.settings import Settings
 
@@ -120,12 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="site whose pages may send requests from a browser, such as https://example.com; "
         "repeatable; '*': all (default: none but the server's own page)",
     )
-    parser.add_argument(
-        "--scan",
-        metavar="NAME",
-        help="implementation of the selective scan: auto, sequential, chunked, … "
-        "(default: the checkpoint's)",
-    )
+    add_inference(parser)
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:

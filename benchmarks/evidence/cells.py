@@ -12,7 +12,7 @@ from benchmarks.evidence.plans import PLANS
 from benchmarks.evidence.tasks import TASKS
 from mamba_jax.errors import UserError, did_you_mean
 
-LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+LEARNING_RATES = (3e-3, 6e-3, 1.2e-2)
 SWEEP_SEED = 1000  # of no main cell
 EVAL_STEPS = 200
 MAIN_PLANS = ("M*6", "AMAMA", "MMHMM", "AMHMA")

@@ -1,6 +1,7 @@
 """Flags that commands share: which model to load."""
 
 import argparse
+from typing import Any
 
 
 def add_checkpoint(parser: argparse._ActionsContainer, *, required: bool = True) -> None:
@@ -11,6 +12,28 @@ def add_checkpoint(parser: argparse._ActionsContainer, *, required: bool = True)
         metavar="DIR",
         help="a step_N or final folder, or a run's output_dir: its newest intact checkpoint",
     )
+
+
+def add_inference(parser: argparse._ActionsContainer) -> None:
+    """Adds the fields of a trained model that inference may choose; see ``chosen``."""
+    parser.add_argument(
+        "--scan",
+        metavar="NAME",
+        help="implementation of the selective scan: auto, sequential, chunked, … "
+        "(default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--gate_skip_threshold",
+        type=float,
+        metavar="GATE",
+        help="a token stops before the first recursion step whose gate does not exceed this: "
+        "faster, and less exact; 0: never (default: the checkpoint's)",
+    )
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags of ``add_inference``, as ``config.for_inference`` takes them."""
+    return {name: getattr(arguments, name) for name in ("scan", "gate_skip_threshold")}
 
 
 def add_models(parser: argparse.ArgumentParser, ensemble: str) -> None:

@@ -15,11 +15,11 @@ from mamba_jax.config.files import (
 )
 from mamba_jax.config.presets import (
     default_config,
+    for_inference,
     merge,
     preset_config,
     size_fields,
     training_fields,
-    with_scan,
 )
 from mamba_jax.config.schema import (
     DataConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "VramConfig",
     "apply_overrides",
     "default_config",
+    "for_inference",
     "freeze",
     "from_dict",
     "from_json",
@@ -54,5 +55,4 @@ __all__ = [
     "size_fields",
     "to_dict",
     "training_fields",
-    "with_scan",
 ]

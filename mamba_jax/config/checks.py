@@ -25,12 +25,8 @@ def check(run: RunConfig) -> None:
             target = getattr(target, part)
         return target
 
-    for name, field in _FIELDS.items():
-        if field.choices:
-            check_choice(name, value(name))
-        if field.constraint and not field.constraint.holds(value(name)):
-            shown = f"{name}={value(name)}" if value(name) != "" else name
-            raise UserError(f"{shown} {field.constraint.words}")
+    for name in _FIELDS:
+        check_value(name, value(name))
     _check_model(run.model)
     _check_data(run.data)
     _check_vram(run.vram)
@@ -123,10 +119,18 @@ def _check_vram(vram: VramConfig) -> None:
         )
 
 
-def check_choice(name: str, value: Any) -> None:
-    """Refuses a value that is not one of a field's choices; suggests the nearest."""
-    choices = _FIELDS[name].choices
-    if value not in choices:
+def check_value(name: str, value: Any) -> None:
+    """Refuses a value that a field does not take alone, whatever the others are.
+
+    Raises:
+      UserError: names the value, and the choices with the nearest one, or the constraint.
+    """
+    choices, constraint = _FIELDS[name].choices, _FIELDS[name].constraint
+    if constraint and not constraint.holds(value):
+        raise UserError(
+            f"{name}={value} {constraint.words}" if value != "" else f"{name} {constraint.words}"
+        )
+    if choices and value not in choices:
         raise UserError(
             f'{name}="{value}" is not one of {", ".join(choices)}'
             f"{did_you_mean(str(value), choices)}"

@@ -82,8 +82,8 @@ class ModelConfig:
     gate_skip_threshold: Annotated[
         float,
         FRACTION,
-        "Hybrid, at inference: skip a recursion step when every token's gate is below this; 0 "
-        "disables.",
+        "Hybrid, at inference: a token stops before the first recursion step whose gate does not "
+        "exceed this; 0: never.",
     ] = 0.0
     gate_bias: Annotated[
         float,

@@ -147,11 +147,21 @@ def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
-def with_scan(model: ModelConfig, scan: str) -> ModelConfig:
-    """Returns the same model, computed by another implementation of the scan.
+def for_inference(
+    model: ModelConfig, *, scan: str | None = None, gate_skip_threshold: float | None = None
+) -> ModelConfig:
+    """Returns a trained model with other fields that inference may choose; None: the model's own.
 
     Raises:
-      UserError: if there is no such implementation.
+      UserError: if a value is not allowed, or has no effect.
     """
-    checks.check_choice("model.scan", scan)
-    return dataclasses.replace(model, scan=scan)
+    given = {"scan": scan, "gate_skip_threshold": gate_skip_threshold}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        checks.check_value(f"model.{name}", value)
+    if gate_skip_threshold and not model.gated_layers:
+        raise UserError(
+            f"gate_skip_threshold={gate_skip_threshold} has no effect on a model without "
+            "recursion; leave it out"
+        )
+    return dataclasses.replace(model, **given)

@@ -91,7 +91,7 @@ class Scorer:
         groups = list(of_context.values())
         contexts = [sequences[i][: starts[i] - 1] for i, *_ in groups]
         result: list[Scores | None] = [None] * len(sequences)
-        for rows, caches in self._prefill_in_batches(contexts, generating=False):
+        for rows, caches in self._prefill_in_batches(contexts):
             slots = [(row, i) for row, context in enumerate(rows) for i in groups[context]]
             rest = lambda slot: sequences[slot[1]][starts[slot[1]] - 1 :]
             slots.sort(key=lambda slot: -len(rest(slot)))
@@ -125,28 +125,26 @@ class Scorer:
         """
         result: list[list[int]] = [[] for _ in sequences]
         contexts = [sequence[:-1] for sequence in sequences]
-        for rows, caches in self._prefill_in_batches(contexts, generating=True):
+        for rows, caches in self._prefill_in_batches(contexts):
             last_tokens = [int(sequences[i][-1]) for i in rows]
             made = self._continue(rows, last_tokens, caches, max_tokens, is_complete)
             for i, tokens in zip(rows, made, strict=True):
                 result[i] = tokens
         return result
 
-    def _prefill_in_batches(
-        self, contexts: list[np.ndarray], *, generating: bool
-    ) -> Iterator[tuple[list[int], Caches]]:
+    def _prefill_in_batches(self, contexts: list[np.ndarray]) -> Iterator[tuple[list[int], Caches]]:
         """Yields indices of at most ``batch_size`` contexts, and the caches after them."""
         n_common = _common_length(contexts)
         common = [contexts[0][:n_common]] if contexts else []
         empty = tuple(empty_cache(config, self._batch_size) for config in self._configs)
-        after_common = self._prefill(empty, common, generating)
+        after_common = self._prefill(empty, common)
         by_length = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
         for first in range(0, len(contexts), self._batch_size):
             rows = by_length[first : first + self._batch_size]
             caches = self._copied(after_common, [0] * len(rows))
-            yield rows, self._prefill(caches, [contexts[i][n_common:] for i in rows], generating)
+            yield rows, self._prefill(caches, [contexts[i][n_common:] for i in rows])
 
-    def _prefill(self, caches: Caches, sequences: list[np.ndarray], generating: bool) -> Caches:
+    def _prefill(self, caches: Caches, sequences: list[np.ndarray]) -> Caches:
         """Processes a sequence (t,), t ≥ 0, in each row; the caches are donated.
 
         A row takes part in a chunk if at least that many tokens are left in it. Otherwise its
@@ -160,8 +158,7 @@ class Scorer:
                 for row in np.flatnonzero(active_b):
                     tokens_bt[row] = sequences[row][done_b[row] :][:length]
                 mask_b = np.pad(active_b, (0, self._batch_size - len(sequences)))
-                how = {"configs": self._configs, "generating": generating}
-                caches = _advance(self._params, tokens_bt, mask_b, caches, **how)
+                caches = _advance(self._params, tokens_bt, mask_b, caches, configs=self._configs)
                 done_b += length * active_b
         self.tokens_processed += int(lengths_b.sum())
         return caches
@@ -279,7 +276,7 @@ def _rows_of(caches: Caches, rows_b: Int[Array, " b"]) -> Caches:
     return jax.tree.map(lambda leaf: leaf[rows_b], caches)
 
 
-@functools.partial(jax.jit, static_argnames=("configs", "generating"), donate_argnames=("caches",))
+@functools.partial(jax.jit, static_argnames="configs", donate_argnames=("caches",))
 def _advance(
     params: tuple[build.Params, ...],
     tokens_bt: Int[Array, "b t"],
@@ -287,11 +284,10 @@ def _advance(
     caches: Caches,
     *,
     configs: tuple[ModelConfig, ...],
-    generating: bool,
 ) -> Caches:
     """Returns the caches after the tokens in active rows, and unchanged ones in the others."""
     new_caches = tuple(
-        build.forward(of_model, config, tokens_bt, initial_cache=cache, generating=generating)[2]
+        build.forward(of_model, config, tokens_bt, initial_cache=cache, active_b=active_b)[2]
         for of_model, config, cache in zip(params, configs, caches, strict=True)
     )
     kept = lambda new, old: jnp.where(jnp.expand_dims(active_b, range(1, new.ndim)), new, old)

@@ -381,7 +381,7 @@ def _decode(
         tokens_bs = tokens_bs.at[:, made].set(token_b)
         logits_mbv, caches = zip(
             *(
-                build.decode_step(of_model, config, token_b, cache)
+                build.decode_step(of_model, config, token_b, cache, ~ended_b)
                 for of_model, config, cache in zip(params, configs, caches, strict=True)
             ),
             strict=True,

@@ -3,10 +3,11 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from mamba_jax.checkpoints import arrays
 from mamba_jax.checkpoints.arrays import Metadata
-from mamba_jax.config import ModelConfig, with_scan
+from mamba_jax.config import ModelConfig, for_inference
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_saved
 from mamba_jax.generation.ensemble import Model
@@ -22,24 +23,22 @@ class Found:
     metadata: Metadata
     tokenizer: Tokenizer
 
-    def runnable(self, scan: str | None = None) -> ModelConfig:
+    def runnable(self, **chosen: Any) -> ModelConfig:
         """Returns the model's structure.
 
         Args:
-          scan: implementation of the selective scan; None: the checkpoint's.
+          chosen: as in ``config.for_inference``; None: the checkpoint's.
 
         Raises:
-          UserError: if there is no such scan, or it does not run here.
+          UserError: if a value cannot be used, or the scan does not run here.
         """
-        model = self.metadata.config.model
-        if scan is not None:
-            model = with_scan(model, scan)
+        model = for_inference(self.metadata.config.model, **chosen)
         resolve_scan(model, matmul_dtype(model))
         return model
 
-    def load(self, scan: str | None = None) -> Model:
+    def load(self, **chosen: Any) -> Model:
         """Reads the weights, after the checks of ``runnable``."""
-        model = self.runnable(scan)
+        model = self.runnable(**chosen)
         return Model(arrays.restore_params(self.path), model, self.tokenizer)
 
 

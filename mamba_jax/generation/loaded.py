@@ -90,17 +90,24 @@ def _logits(params: build.Params, config: ModelConfig, tokens_bt: jax.Array) -> 
     return build.apply(params, config, tokens_bt)[0]
 
 
-def load_model(folder: str | os.PathLike[str], *, scan: str | None = None) -> LoadedModel:
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    scan: str | None = None,
+    gate_skip_threshold: float | None = None,
+) -> LoadedModel:
     """Loads a trained model.
 
     Args:
       folder: a checkpoint, or a run's folder for its newest intact checkpoint.
       scan: an implementation of the selective scan; None: the checkpoint's.
+      gate_skip_threshold: a token stops before the first recursion step whose gate does not exceed
+        this; 0: never; None: the checkpoint's.
 
     Raises:
-      UserError: if there is no checkpoint, or the scan does not run here.
+      UserError: if there is no checkpoint, or a value cannot be used here.
     """
     found = find(os.fspath(folder), lambda _: None)
-    model = found.load(scan)
+    model = found.load(scan=scan, gate_skip_threshold=gate_skip_threshold)
     config = dataclasses.replace(found.metadata.config, model=model.config)
     return LoadedModel(model.params, config, model.tokenizer)

@@ -7,14 +7,13 @@ describes, and layers that repeat are scanned, so that compile time does not gro
 Legend: b batch, t time, d d_model, v vocabulary, l layers.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mamba_jax.config import ModelConfig
 from mamba_jax.config.plan import schedule
@@ -49,7 +48,7 @@ def forward(
     segment_ids_bt: Int[Array, "b t"] | None = None,
     initial_cache: Cache | None = None,
     dropout_key: PRNGKeyArray | None = None,
-    generating: bool = False,
+    active_b: Bool[Array, " b"] | None = None,
     observing: bool = False,
 ) -> tuple[Float[Array, "b t d"], dict[str, jax.Array], Cache]:
     """Runs everything before the head.
@@ -63,7 +62,8 @@ def forward(
       initial_cache: what a previous call returned, to continue its rows: a row's first document is
         continued if its id equals the last one before (or no ids are given).
       dropout_key: None: no dropout.
-      generating: apply ``config.gate_skip_threshold``; training and evaluation never skip.
+      active_b: rows whose results are used: with a ``config.gate_skip_threshold`` the others need
+        no recursion step. None: all.
       observing: also report each layer's Δ and A; needs a row with nothing before it.
 
     Returns:
@@ -75,8 +75,6 @@ def forward(
       final_cache: the cache after the last token, of fixed size whatever the length.
     """
     cache, kinds = initial_cache, config.kinds
-    if not generating:
-        config = dataclasses.replace(config, gate_skip_threshold=0.0)
     where = layouts.documents(
         (tokens_bt.shape[0], tokens_bt.shape[1]),
         segment_ids_bt,
@@ -84,7 +82,8 @@ def forward(
         None if cache is None else cache["length"],
     )
     scales = config.attention_scales if config.attends else ()
-    layout = Layout(where, tuple(layouts.blocks(where, scale) for scale in scales))
+    blocks = tuple(layouts.blocks(where, scale) for scale in scales)
+    layout = Layout(where, blocks, active_b)
     dtype = matmul_dtype(config)
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.n_layers)
 
@@ -227,6 +226,7 @@ def prefill(
     tokens_bt: Int[Array, "b t"],
     cache: Cache,
     segment_ids_bt: Int[Array, "b t"] | None = None,
+    active_b: Bool[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Processes a prompt, or its next chunk, in parallel.
 
@@ -242,19 +242,23 @@ def prefill(
         tokens_bt,
         segment_ids_bt=segment_ids_bt,
         initial_cache=cache,
-        generating=True,
+        active_b=active_b,
     )
     return logits(params, config, x_btd[:, -1]), cache
 
 
 def decode_step(
-    params: Params, config: ModelConfig, token_b: Int[Array, " b"], cache: Cache
+    params: Params,
+    config: ModelConfig,
+    token_b: Int[Array, " b"],
+    cache: Cache,
+    active_b: Bool[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Processes one token per row; time and memory do not depend on the tokens before it.
 
-    ``params`` and ``cache`` are as in ``prefill``.
+    ``params`` and ``cache`` are as in ``prefill``, ``active_b`` as in ``forward``.
     """
-    return prefill(params, config, token_b[:, None], cache)
+    return prefill(params, config, token_b[:, None], cache, active_b=active_b)
 
 
 # Factors of matmuls in the matmul dtype; the kernels of conv and gate stay float32.

@@ -28,6 +28,7 @@ class Layout:
 
     where: Documents
     blocks: tuple[Blocks, ...]  # one per attention scale
+    active_b: jax.Array | None = None  # bool, rows whose results are used; None: all
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -117,7 +118,7 @@ class HybridBlock(MambaBlock):
             new_cache |= remembered
             read = self.attention.reader(memories)
         if self.recursion is not None:
-            s_btd, gates_kbt = self.recursion(h_btd, read)
+            s_btd, gates_kbt = self.recursion(h_btd, read, layout.active_b)
             report = report_gates(gates_kbt)
         r_btd = s_btd - h_btd
         if self.attention is not None and not self.reads_inside:

@@ -68,14 +68,22 @@ class RecursiveProcessor(nnx.Module):
 
     @jax.named_scope("recursion")
     def __call__(
-        self, h_btd: jax.Array, read: Callable[[jax.Array], jax.Array] | None
+        self,
+        h_btd: jax.Array,
+        read: Callable[[jax.Array], jax.Array] | None,
+        active_b: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Runs the steps; skips, if ``skip_threshold`` is not 0, those which no gate exceeds.
+        """Runs the steps.
+
+        With a ``skip_threshold`` above 0 a token stops before the first step whose gate does not
+        exceed it: that gate and all later ones are 0. A step that no token needs is not computed.
+        What a token gets depends on its own gates alone, never on its neighbours'.
 
         Args:
           h_btd: float32 residual stream.
           read: maps the current state to what attention reads for it, (b, t, d) float32; None: no
             attention inside the recursion.
+          active_b: bool, rows whose results are used; the tokens of others need no step. None: all.
 
         Returns:
           s_K (b, t, d) float32 and the gates (k, b, t) float32.
@@ -90,11 +98,21 @@ class RecursiveProcessor(nnx.Module):
 
         def step(s_btd: jax.Array, gate_row: tuple[jax.Array, jax.Array]):
             gate_bt = self.gate(s_btd, *gate_row)
-            if not self.skip_threshold:
-                return advance(s_btd, gate_bt), gate_bt
-            needed = jnp.any(gate_bt > self.skip_threshold)
-            s_btd = jax.lax.cond(needed, advance, lambda s_btd, _: s_btd, s_btd, gate_bt)
-            return s_btd, gate_bt
+            return advance(s_btd, gate_bt), gate_bt
+
+        def step_or_stop(carry: tuple[jax.Array, jax.Array], gate_row: tuple[jax.Array, jax.Array]):
+            s_btd, running_bt = carry
+            gate_bt = self.gate(s_btd, *gate_row)
+            running_bt = running_bt & (gate_bt > self.skip_threshold)
+            gate_bt = jnp.where(running_bt, gate_bt, 0.0)
+            s_btd = jax.lax.cond(running_bt.any(), advance, lambda s_btd, _: s_btd, s_btd, gate_bt)
+            return (s_btd, running_bt), gate_bt
 
         # A loop over one body: the program does not grow with the depth.
-        return jax.lax.scan(step, h_btd, (self.gate.kernel[...], self.gate.bias[...]))
+        gate_rows = (self.gate.kernel[...], self.gate.bias[...])
+        if not self.skip_threshold:
+            return jax.lax.scan(step, h_btd, gate_rows)
+        active_b = jnp.ones(len(h_btd), bool) if active_b is None else active_b
+        running_bt = jnp.broadcast_to(active_b[:, None], h_btd.shape[:2])
+        (s_btd, _), gates_kbt = jax.lax.scan(step_or_stop, (h_btd, running_bt), gate_rows)
+        return s_btd, gates_kbt

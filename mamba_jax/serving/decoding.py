@@ -129,8 +129,9 @@ class Decoding:
             [sequence and sequence.request for sequence in self.sequences],
             [sequence.n_chosen if sequence else 0 for sequence in self.sequences],
         )
+        active_b = np.array([sequence is not None for sequence in self.sequences])
         token_b, logprobs, self._slots = device.step(
-            self._params, self._slots, sampling, with_logprobs, **self._model_args
+            self._params, self._slots, sampling, with_logprobs, active_b, **self._model_args
         )
         return token_b, logprobs
 

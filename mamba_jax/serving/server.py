@@ -30,7 +30,7 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
     limits = Limits(settings.max_prompt_tokens, settings.max_tokens)
     metrics = Metrics()
     engine = Engine(
-        found.load(settings.scan),
+        found.load(scan=settings.scan, gate_skip_threshold=settings.gate_skip_threshold),
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,

@@ -77,7 +77,6 @@ def prefill(
         tokens_bt,
         segment_ids_bt=segments_bt,
         initial_cache=state.cache,
-        generating=True,
     )
     return Slots(cache, build.logits(params, config, x_btd[:, -1])[:, :vocab_size]), x_btd
 
@@ -112,6 +111,7 @@ def step(
     slots: Slots,
     sampling: BatchedSampling,
     with_logprobs: Bool[Array, ""],
+    active_b: Bool[Array, " b"],
     *,
     config: ModelConfig,
     vocab_size: int,
@@ -123,6 +123,7 @@ def step(
       slots: donated.
       sampling: the settings of each slot.
       with_logprobs: whether any slot needs logprobs; if not, they are zeros.
+      active_b: slots in use.
       config: the model's config.
       vocab_size: the tokenizer's vocabulary size: ids from here up are never sampled.
 
@@ -136,7 +137,7 @@ def step(
         lambda: _logprobs(slots.logits_bv, token_b),
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
     )
-    logits_bv, cache = build.decode_step(params, config, token_b, slots.cache)
+    logits_bv, cache = build.decode_step(params, config, token_b, slots.cache, active_b)
     return token_b, logprobs, Slots(cache, logits_bv[:, :vocab_size])
 
 

@@ -36,7 +36,9 @@ class WarmUp:
 
         def step(n: int) -> Any:
             sampling = batch_sampling([None] * n, [0] * n)
-            return device.step(params, slots(n), sampling, np.bool_(False), **model_args)
+            return device.step(
+                params, slots(n), sampling, np.bool_(False), np.ones(n, bool), **model_args
+            )
 
         def chunk_logprobs(length: int) -> Any:
             x_btd = np.zeros((1, length, model_args["config"].d_model), np.float32)

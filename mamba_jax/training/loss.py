@@ -3,6 +3,7 @@
 Legend: b sequences, t tokens of a window without its last.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -135,9 +136,10 @@ def _hidden(
         initial_cache is not None
     ):  # ids continue, so that only a separator ends the carried document
         segment_ids_bt += initial_cache["segment"][:, None]
+    # Training never skips a recursion step, and neither do its evaluations.
     return build.forward(
         params,
-        config.model,
+        dataclasses.replace(config.model, gate_skip_threshold=0.0),
         inputs_bt,
         segment_ids_bt=segment_ids_bt,
         initial_cache=initial_cache,

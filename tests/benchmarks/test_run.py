@@ -1,15 +1,26 @@
 """The command from end to end, on a benchmark small enough for a test."""
 
+import dataclasses
+import functools
+import itertools
 import os
 import subprocess
 import sys
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import hybrid, report, run, scaling, scan, startup
+from benchmarks import depth, hybrid, report, run, scaling, scan, startup
 from benchmarks.harness import Candidate, Context, Prepared, Row, measure
+from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
+from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.costs.parameters import parameter_count
+from mamba_jax.models import build
+from tests.support.made import random_params
+from tests.support.tiny_models import CONFIGS
 
 
 def command(*words, **environment):
@@ -28,6 +39,10 @@ def test_mistakes_are_one_line_with_the_remedy(capsys):
     assert "--threads=-1 must be between 0 (all)" in capsys.readouterr().err
     assert run.main(["scan", "--budget_secs=0"]) == 2
     assert "--budget_secs=0.0 must be greater than 0" in capsys.readouterr().err
+    assert run.main(["depth"]) == 2
+    assert "give --checkpoint DIR" in capsys.readouterr().err
+    assert run.main(["scan", "--checkpoint=x"]) == 2
+    assert "--checkpoint=x has no effect on scan" in capsys.readouterr().err
 
 
 def test_every_benchmark_has_the_parts_that_the_command_uses():
@@ -125,3 +140,39 @@ def test_the_hybrid_is_compared_with_a_mamba_of_as_many_parameters(platform):
     assert models[hybrid.HYBRID].recursion_depth == 3
     variants = [models[name] for name in hybrid.VARIANTS]
     assert len({*variants, *models.values()}) == len(models)  # all differ
+
+
+def test_depth_measures_the_loss_and_the_steps_of_a_threshold(tmp_path):
+    """Against the public logits, and the gates of each token alone."""
+    model = CONFIGS["hybrid"]
+    text = " ".join(f"word{i}" for i in range(999))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(text)
+    data = DataConfig(tokenizer="bytes", data_dir=str(tmp_path / "texts"), cache_dir=str(tmp_path))
+    model = dataclasses.replace(model, max_seq_len=24)
+    with CheckpointWriter(tmp_path, keep_last=1, keep_every=0, log=print) as writer:
+        state = {"params": random_params(model), "step": np.int32(0)}
+        writer.save("final", state, Metadata(RunConfig(model=model, data=data), 0, 0, "none"))
+    trained = depth.load(str(tmp_path / "final"), 1)
+    found = depth.quality(trained, 0.5)
+    never = depth.quality(trained, 0.0)
+    window_t = trained.windows_nt[0]
+    stopping = dataclasses.replace(model, gate_skip_threshold=0.5)
+    nll, steps, cache = [], [], build.init_cache(stopping, 1)
+    run_token = jax.jit(functools.partial(build.forward, config=stopping))
+    for token, target in itertools.pairwise(window_t.tolist()):
+        x_btd, aux, cache = run_token(
+            trained.params, tokens_bt=jnp.array([[token]]), initial_cache=cache
+        )
+        logits = build.logits(trained.params, stopping, x_btd)[0, 0, : trained.vocab_size]
+        nll.append(-float(jax.nn.log_softmax(logits)[target]))
+        steps.append((np.asarray(aux["gate_mean"]) > 0).sum(1).mean())
+    assert found["loss"] == pytest.approx(np.mean(nll), rel=1e-5)
+    assert found["recursion_steps"] == pytest.approx(np.mean(steps), rel=1e-6)
+    assert 0 < found["recursion_steps"] < never["recursion_steps"] == model.recursion_depth
+    assert found["loss"] != pytest.approx(never["loss"], rel=1e-3)
+    context, rows = Context("cpu", "cpu", quick=True, checkpoint=str(tmp_path / "final")), []
+    for case in depth.cases(context):
+        depth.measure(case | {"tokens": 2}, context, rows)
+    assert len(rows) == 4 and all(row.samples_secs and not row.note for row in rows)
+    assert all(check.passed is not None for check in depth.checks(rows, context))

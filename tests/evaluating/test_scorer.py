@@ -12,7 +12,7 @@ from mamba_jax.errors import UserError
 from mamba_jax.evaluating import lm_eval_tasks
 from mamba_jax.evaluating.scorer import Scorer, continue_texts
 from mamba_jax.models import build
-from tests.support.tiny_models import CONFIGS, TOKENIZER, model_of
+from tests.support.tiny_models import MODELS, TOKENIZER, model_of
 
 apply = jax.jit(build.apply, static_argnums=1)
 EXAMPLES = "1+1=2;"
@@ -36,14 +36,10 @@ def log_probs_of(model, row):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", MODELS)
 def test_continuations_of_one_context_score_as_whole_sequences(family):
     model = model_of(family)
-    # Only generation uses these.
-    skips = {"gate_skip_threshold": 0.9} if family == "hybrid" else {}
-    scorer = scorer_of(
-        dataclasses.replace(model, config=dataclasses.replace(model.config, **skips))
-    )
+    scorer = scorer_of(model)
     # Out of order, so that the result cannot depend on order.
     pairs = [PAIRS[i] for i in np.random.default_rng(0).permutation(len(PAIRS))]
     found = lm_eval_tasks.loglikelihoods(scorer, pairs)

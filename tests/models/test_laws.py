@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from mamba_jax.config import ModelConfig
+from mamba_jax.config import ModelConfig, ParallelConfig, RunConfig
 from mamba_jax.models import build
 from mamba_jax.modules import layout as layouts
 from mamba_jax.modules.norm import rms_normalise
 from mamba_jax.ops.selective_scan import SAVEABLE, selective_scan
+from mamba_jax.parallel.mesh import make_mesh
+from mamba_jax.training.loss import token_nll
 from tests.support import naive
 from tests.support.tiny import HYBRID, MAMBA, PLANS, TOKENS, VARIANTS, assert_close, params_of
 from tests.support.tiny_run import quick_compiles  # noqa: F401
@@ -22,7 +24,15 @@ from tests.support.tiny_run import quick_compiles  # noqa: F401
 # float32 rounding of a few hundred additions per layer in another order; values up to ~10.
 ROUNDING = 3e-5
 GLOBAL_LOOP = "plan (M,M,H)*2, global attention"
-every_variant = pytest.mark.parametrize("name", VARIANTS)
+# Half of the gates at the threshold: tokens of every depth.
+STOPPING = dataclasses.replace(HYBRID, gate_skip_threshold=0.5, recursion_depth=3)
+MODELS = VARIANTS | {
+    "hybrid, tokens stop": STOPPING,
+    "plan A,M,H,M, tokens stop": dataclasses.replace(
+        VARIANTS["plan A,M,H,M, signed"], gate_skip_threshold=0.5, recursion_depth=3
+    ),
+}
+every_variant = pytest.mark.parametrize("name", MODELS)
 both_families = pytest.mark.parametrize("config", [MAMBA, HYBRID], ids=["mamba", "hybrid"])
 
 
@@ -38,9 +48,9 @@ def jitted_apply(config):
 MIXED = [plan for plan in PLANS if "," in plan]
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *MIXED])
+@pytest.mark.parametrize("name", [*MODELS, *MIXED])
 def test_logits_equal_the_naive_reading(name):
-    config = (VARIANTS | PLANS)[name]
+    config = (MODELS | PLANS)[name]
     params = params_of(config)
     logits, _, _ = jitted_apply(config)(params, TOKENS)
     for row in range(2):
@@ -50,7 +60,7 @@ def test_logits_equal_the_naive_reading(name):
 @every_variant
 def test_no_logit_depends_on_a_later_token(name):
     """Perturbs each token in turn: logits before it keep their bits, its own change."""
-    config = VARIANTS[name]
+    config = MODELS[name]
     params, tokens = params_of(config), TOKENS[:1]
     # One compiled program for all: equal inputs give equal bits.
     run = lambda row: np.asarray(jitted_apply(config)(params, row)[0][0])
@@ -64,7 +74,7 @@ def test_no_logit_depends_on_a_later_token(name):
 @every_variant
 def test_no_gradient_flows_from_a_logit_to_a_later_token(name):
     """By gradients, which see influences too small to move a float32 logit."""
-    config = VARIANTS[name]
+    config = MODELS[name]
     params = params_of(config)
 
     def logit_sums(table_btd):
@@ -87,7 +97,7 @@ LENGTHS = (7, 1, 2, 11, 8)
 @every_variant
 def test_packed_documents_equal_separate_ones(name):
     """Values and parameter gradients, at ragged lengths that leave blocks incomplete."""
-    config = VARIANTS[name]
+    config = MODELS[name]
     params = params_of(config)
     segments = jnp.asarray(np.repeat(np.arange(5), LENGTHS))[None]
     direction = jax.random.normal(jax.random.key(3), (1, 29, config.vocab_size))
@@ -116,7 +126,7 @@ def test_packed_documents_equal_separate_ones(name):
 @every_variant
 def test_prefill_and_decoding_equal_the_whole_forward(name):
     """Past the window's end and at every residue of the pooling scales."""
-    config = VARIANTS[name]
+    config = MODELS[name]
     params = params_of(config)
     whole, _, whole_cache = jitted_apply(config)(params, TOKENS)
     step = jax.jit(functools.partial(build.decode_step, config=config))
@@ -136,13 +146,13 @@ def test_prefill_and_decoding_equal_the_whole_forward(name):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, "float32") for name in VARIANTS),
+        *((name, "float32") for name in MODELS),
         *((name, "bfloat16") for name in ("mamba", "hybrid", "plan A,M,H,M, signed")),
     ],
 )
 def test_prepared_parameters_decode_the_same(name, dtype):
     """Layers apart and factors cast beforehand: the same products of the same numbers."""
-    config = dataclasses.replace(VARIANTS[name], dtype=dtype)
+    config = dataclasses.replace(MODELS[name], dtype=dtype)
     params = params_of(config)
     prepared = build.prepare_for_decoding(params, config)
     step = jax.jit(functools.partial(build.decode_step, config=config))
@@ -198,7 +208,7 @@ def test_pieces_of_a_row_equal_the_row(name):
 
     This is what training over several windows with carried state relies on.
     """
-    config = VARIANTS[name]
+    config = MODELS[name]
     params = params_of(config)
     segments = jnp.asarray([np.repeat([0, 1, 2], [3, 17, 9]), np.repeat([5, 6, 7], [12, 2, 15])])
     direction = jax.random.normal(jax.random.key(4), (2, 29, config.vocab_size))
@@ -251,7 +261,7 @@ def test_a_left_padded_row_equals_the_row_alone(config):
 
 @pytest.mark.parametrize("name", ["mamba", "hybrid", "plan A,M,H,M, signed"])
 def test_rematerialisation_changes_nothing(name):
-    config = VARIANTS[name]
+    config = MODELS[name]
     params = params_of(config)
 
     def gradient(remat):
@@ -389,30 +399,59 @@ def test_at_the_start_the_recursion_adds_nothing():
     )
 
 
-def test_a_step_with_closed_gates_is_skipped_only_in_generation():
+def test_tokens_stop_at_every_depth():
+    """Token by token, where the means that a layer reports are the token's own."""
+    params, found = params_of(STOPPING), set()
+    step = jax.jit(functools.partial(build.forward, config=STOPPING))
+    cache = build.init_cache(STOPPING, 1)
+    for t in range(TOKENS.shape[1]):
+        _, aux, cache = step(params, tokens_bt=TOKENS[:1, t : t + 1], initial_cache=cache)
+        for gates_k in np.asarray(aux["gate_mean"]):
+            depth = int((gates_k > 0).sum())
+            assert (gates_k[:depth] > 0.5).all() and (gates_k[depth:] == 0).all()
+            found.add(depth)
+    assert found == {0, 1, 2, 3}
+
+
+def test_a_step_that_no_token_needs_is_not_computed():
     """NaN in everything that a step computes shows whether it ran; gates of e^-30 disable it."""
     config = dataclasses.replace(HYBRID, gate_skip_threshold=0.01)
     params = params_of(config)
     gate = params["layers"]["recursion"]["gate"]
     gate["kernel"] = jnp.zeros_like(gate["kernel"])
     gate["bias"] = jnp.full_like(gate["bias"], -30.0)
-    prefill = jax.jit(
-        lambda params, config: build.prefill(params, config, TOKENS, build.init_cache(config, 2)),
-        static_argnums=1,
-    )
-    decode = jax.jit(build.decode_step, static_argnums=1)
-    exact, _ = prefill(params, HYBRID)
+    decode = jax.jit(build.decode_step, static_argnames="config")
+    exact = jitted_apply(HYBRID)(params, TOKENS)[0]
     # s changes by 1e-13 of itself: below float32's last bit.
-    assert_close(prefill(params, config)[0], exact, 1e-6)
+    assert_close(jitted_apply(config)(params, TOKENS)[0], exact, 1e-6)
     kernel = params["layers"]["recursion"]["down"]["kernel"]
     params["layers"]["recursion"]["down"]["kernel"] = jnp.full_like(kernel, jnp.nan)
-    logits, cache = prefill(params, config)
+    logits, _, cache = jitted_apply(config)(params, TOKENS)
     assert_close(logits, exact, 1e-6)
     assert jnp.isfinite(decode(params, config, TOKENS[:, 0], cache)[0]).all()
-    assert jnp.isnan(prefill(params, HYBRID)[0]).all()
-    assert jnp.isnan(jitted_apply(config)(params, TOKENS)[0]).all()  # as training would
-    gate["bias"] = gate["bias"].at[0, 1].set(0.0)  # one open step is not skipped
-    assert jnp.isnan(prefill(params, config)[0]).all()
+    assert jnp.isnan(jitted_apply(HYBRID)(params, TOKENS)[0]).all()
+    mesh = make_mesh(ParallelConfig(), jax.devices()[:1])
+    training_nll_bt, _, _ = token_nll(params, RunConfig(model=config), mesh, TOKENS, eot_id=0)
+    assert jnp.isnan(training_nll_bt).all()  # training never skips
+    gate["bias"] = gate["bias"].at[0, 0].set(0.0)  # an open step is not skipped
+    assert jnp.isnan(jitted_apply(config)(params, TOKENS)[0]).all()
+    # It is, where no row's result is used; what the rows hold then is of no account.
+    assert jnp.isfinite(decode(params, config, TOKENS[:, 0], cache, jnp.zeros(2, bool))[0]).all()
+
+
+def test_rows_that_are_not_used_change_nothing_for_the_others():
+    params = params_of(STOPPING)
+    decode = jax.jit(build.decode_step, static_argnames="config")
+    alone = both = build.init_cache(STOPPING, 2)
+    for t in range(6):
+        logits_alone, alone = decode(
+            params, STOPPING, TOKENS[:, t], alone, jnp.array([True, False])
+        )
+        logits_both, both = decode(params, STOPPING, TOKENS[:, t], both)
+        assert_close(logits_alone[0], logits_both[0], 1e-6)
+    of_row = lambda cache, row: jax.tree.map(lambda leaf: leaf[:, row], cache["layers"])
+    assert_close(of_row(alone, 0), of_row(both, 0), 1e-6)
+    assert jnp.abs(logits_alone[1] - logits_both[1]).max() > 1e-3  # its steps were not computed
 
 
 def test_gradients_reach_every_parameter_and_gates_are_reported_correctly():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from mamba_jax.config import ModelConfig, presets, with_scan
+from mamba_jax.config import ModelConfig, for_inference, presets
 from mamba_jax.errors import UserError
 from mamba_jax.ops.selective_scan import (
     IMPLEMENTATIONS,
@@ -485,9 +485,9 @@ def device_of(platform):
 
 def test_the_config_knows_every_name():
     for name in ("auto", *IMPLEMENTATIONS):
-        assert with_scan(ModelConfig(), name).scan == name
+        assert for_inference(ModelConfig(), scan=name).scan == name
     with pytest.raises(UserError, match=f"auto, {', '.join(IMPLEMENTATIONS)}"):
-        with_scan(ModelConfig(), "pallas")
+        for_inference(ModelConfig(), scan="pallas")
 
 
 @pytest.mark.parametrize("size", presets.SIZES)

@@ -15,7 +15,7 @@ from mamba_jax.serving import prefilling, slots
 from mamba_jax.serving.metrics import Metrics
 from mamba_jax.serving.observer import Observer
 from mamba_jax.serving.sequence import End, Failed, GenerationRequest, PromptLogprobs, Text
-from tests.support.tiny_models import TOKENIZER, model_of
+from tests.support.tiny_models import MODELS, TOKENIZER, model_of
 
 from .conftest import (
     Listener,
@@ -30,7 +30,7 @@ from .conftest import (
 PROMPTS = ["def main(", "", "é", "x = 1\n" * 8, "a", "def main(", "def main():", "to be or not"]
 
 
-@pytest.mark.parametrize("family", ["mamba", "hybrid"])
+@pytest.mark.parametrize("family", MODELS)
 def test_answers_are_those_of_offline_generation_whatever_joins_the_batch(family):
     engine = engine_of(family, max_batch=3)
     listener = Listener(len(PROMPTS))

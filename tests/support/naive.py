@@ -104,6 +104,7 @@ def hybrid_layer(p, config, x_td):
     m = mixer(p["mixer"], config, rms(x_td, eps) * p["norm"]["scale"])
     h = x_td + m
     s = h.copy()
+    running = np.ones(len(s), bool)
     inside = config.recursion_reads_attention and config.recursion_depth > 0
     read_all = lambda source, query: np.stack(
         [attention_read(p["attention"], config, source, query, t) for t in range(len(x_td))]
@@ -114,7 +115,8 @@ def hybrid_layer(p, config, x_td):
         if inside and config.attention_scales:
             change = change + read_all(h, s)
         gate = sigmoid(rms(s, eps) @ r["gate"]["kernel"][k] + r["gate"]["bias"][k])
-        s = s + gate[:, None] * change
+        running &= gate > config.gate_skip_threshold
+        s = s + np.where(running, gate, 0)[:, None] * change
     r = s - h
     if config.attention_scales and not inside:
         r = r + read_all(s, s)

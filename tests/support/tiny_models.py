@@ -16,10 +16,13 @@ CONFIGS = {
     )
     for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 4)))
 }
+MODELS = CONFIGS | {
+    "hybrid, tokens stop": dataclasses.replace(CONFIGS["hybrid"], gate_skip_threshold=0.5)
+}
 
 
 @functools.cache
-def model_of(family, seed=0):
-    params = random_params(CONFIGS[family], seed)
+def model_of(name, seed=0):
+    params = random_params(MODELS[name], seed)
     params["lm_head"]["kernel"][TOKENIZER.vocab_size :] *= 10  # ids that would often be chosen
-    return Model(params, CONFIGS[family], TOKENIZER)
+    return Model(params, MODELS[name], TOKENIZER)

@@ -1,9 +1,10 @@
-"""A scan that this machine cannot run is refused in one line, before anything slow."""
+"""Fields that inference may choose; a scan that this machine cannot run is refused in one line."""
 
 import dataclasses
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 import mamba_jax.checkpoints.arrays
@@ -12,7 +13,7 @@ from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.errors import UserError
 from mamba_jax.modules.mamba import resolve_scan
-from tests.support.tiny import MAMBA, params_of
+from tests.support.tiny import HYBRID, MAMBA, params_of
 
 QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 REFUSED = 'error: model.scan="pallas_{0}" cannot be used: the pallas_{0} scan runs on a {1}, '
@@ -28,14 +29,17 @@ def test_train_refuses_a_kernel_of_another_machine(device, tmp_path, capsys, mon
     assert "auto" in error
 
 
-def test_generate_refuses_it_and_takes_another(tmp_path, capsys, monkeypatch):
-    model = dataclasses.replace(MAMBA, vocab_size=257, scan="pallas_gpu")
+def write_checkpoint(folder, model):
     config = RunConfig(name="tiny", model=model, data=DataConfig(tokenizer="bytes"))
-    with CheckpointWriter(tmp_path, keep_last=1, keep_every=0, log=print) as writer:
+    with CheckpointWriter(folder, keep_last=1, keep_every=0, log=lambda _: None) as writer:
         state = {"params": jax.jit(params_of, static_argnums=0)(model), "step": jax.numpy.int32(1)}
         writer.save("final", state, Metadata(config, 1, 0, "none"))
-    capsys.readouterr()
-    flags = [f"--checkpoint={tmp_path}", "--prompt=a", "--max_tokens=2"]
+    return [f"--checkpoint={folder}", "--prompt=a", "--max_tokens=2"]
+
+
+def test_generate_refuses_it_and_takes_another(tmp_path, capsys, monkeypatch):
+    model = dataclasses.replace(MAMBA, vocab_size=257, scan="pallas_gpu")
+    flags = write_checkpoint(tmp_path, model)
     assert generate.main([*flags, "--scan=auto"]) == 0
     assert capsys.readouterr().out.startswith("a")
     reading = lambda *_, **__: pytest.fail("slow")
@@ -45,6 +49,27 @@ def test_generate_refuses_it_and_takes_another(tmp_path, capsys, monkeypatch):
     assert last.startswith(REFUSED.format("gpu", "GPU")) and "--scan=auto" in last
     assert generate.main([*flags, "--scan=chunkd"]) == 2
     assert 'did you mean "chunked"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "threshold", "error"),
+    [
+        (HYBRID, "1.5", "model.gate_skip_threshold=1.5 must be at least 0 and below 1"),
+        (MAMBA, "0.5", "gate_skip_threshold=0.5 has no effect on a model without recursion"),
+    ],
+)
+def test_a_threshold_that_cannot_work_is_one_line(model, threshold, error, tmp_path, capsys):
+    flags = write_checkpoint(tmp_path, dataclasses.replace(model, vocab_size=257))
+    assert generate.main([*flags, f"--gate_skip_threshold={threshold}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {error}")
+
+
+def test_the_threshold_of_the_flag_replaces_the_checkpoints(tmp_path):
+    model = dataclasses.replace(HYBRID, vocab_size=257, gate_skip_threshold=0.9)
+    write_checkpoint(tmp_path, model)
+    logits = lambda **chosen: mamba_jax.load_model(tmp_path, **chosen).logits("some text")
+    np.testing.assert_array_equal(logits(), logits(gate_skip_threshold=0.9))
+    assert abs(logits() - logits(gate_skip_threshold=0.0)).max() > 1e-3
 
 
 def test_a_shape_without_a_kernel_is_refused_on_the_right_machine(monkeypatch):
