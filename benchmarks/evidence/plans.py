@@ -54,6 +54,9 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "MMHMM depth 1": ("M,M,H,M,M", {"recursion_depth": 1}),
     "MMHMM no gates": ("M,M,H,M,M", _NO_GATES),
     "MMHMM no attention": ("M,M,H,M,M", _NO_ATTENTION),
+    "MMHMM channel gate": ("M,M,H,M,M", {"gate": "channel"}),
+    "MMHMM shared gate": ("M,M,H,M,M", {"shared_gate": True}),
+    "MMHMM pass embedding": ("M,M,H,M,M", {"pass_embedding": True}),
     # Without attention an A is an M: AMHMA is MMHMM there.
     "AMHMA depth 1": ("A,M,H,M,A", _AMHMA | {"recursion_depth": 1}),
     "AMHMA no gates": ("A,M,H,M,A", _AMHMA | _NO_GATES),
@@ -85,6 +88,11 @@ class Model:
     @property
     def gated(self) -> bool:
         return self.config is not None and bool(self.config.gated_layers)
+
+    @property
+    def gated_by_token(self) -> bool:
+        """Whether tokens have gates of their own."""
+        return self.config is not None and self.gated and self.config.gate == "token"
 
     def init(self, key: jax.Array) -> Any:
         """Makes the parameters."""

@@ -240,6 +240,7 @@ def at_end(made: Programs, model: Model, task: Task, params: Any, test: Rows) ->
         found["beyond"] = summary(made, params, beyond)
     if model.gated:
         found["gate_means"] = gates_lk.tolist()
+    if model.gated_by_token:
         found["gate_sums"] = by_level(test, gates=gate_sums(model, params, test))
         fixed = with_fixed_gates(params, model, gates_lk)
         found["mean_gates"] = summary(made, fixed, test)
@@ -248,16 +249,15 @@ def at_end(made: Programs, model: Model, task: Task, params: Any, test: Rows) ->
 
 def with_fixed_gates(params: Any, model: Model, gates_lk: np.ndarray) -> Any:
     """Returns parameters whose gates are the given ones, whatever the token: no weights, and the
-    bias from which a sigmoid makes the gate."""
+    bias from which a sigmoid makes the gate; a row per step, where all steps share one too."""
     assert model.config is not None
     kinds = model.config.kinds
     by_kind = stacks.by_kind(params["layers"], kinds)
     stack = by_kind["H"]
-    gate = stack["recursion"]["gate"]
     clipped = np.clip(gates_lk.astype(np.float64), 1e-30, 1 - 1e-13)
     bias_lk = jnp.asarray(np.log(clipped) - np.log1p(-clipped), jnp.float32)
-    assert bias_lk.shape == gate["bias"].shape, (bias_lk.shape, gate["bias"].shape)
-    fixed = {"kernel": jnp.zeros_like(gate["kernel"]), "bias": bias_lk}
+    kernel_lkd = jnp.zeros((*bias_lk.shape, model.config.d_model), jnp.float32)
+    fixed = {"kernel": kernel_lkd, "bias": bias_lk}
     stack = stack | {"recursion": stack["recursion"] | {"gate": fixed}}
     return params | {"layers": stacks.joined(by_kind | {"H": stack}, kinds)}
 

@@ -29,11 +29,19 @@ def add_inference(parser: argparse._ActionsContainer) -> None:
         help="a token stops before the first recursion step whose gate does not exceed this: "
         "faster, and less exact; 0: never (default: the checkpoint's)",
     )
+    parser.add_argument(
+        "--recursion_depth",
+        type=int,
+        metavar="STEPS",
+        help="recursion steps, fewer or more than in training; needs a model trained with "
+        "model.shared_gate (default: the checkpoint's)",
+    )
 
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the flags of ``add_inference``, as ``config.for_inference`` takes them."""
-    return {name: getattr(arguments, name) for name in ("scan", "gate_skip_threshold")}
+    names = ("scan", "gate_skip_threshold", "recursion_depth")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def add_models(parser: argparse.ArgumentParser, ensemble: str) -> None:

@@ -27,7 +27,7 @@ def check(run: RunConfig) -> None:
 
     for name in _FIELDS:
         check_value(name, value(name))
-    _check_model(run.model)
+    check_model(run.model)
     _check_data(run.data)
     _check_vram(run.vram)
     if run.seed >= 2**32:
@@ -157,10 +157,30 @@ def _check_plan(model: ModelConfig) -> None:
         )
 
 
-def _check_model(model: ModelConfig) -> None:
+def _check_gates(model: ModelConfig) -> None:
+    if model.pass_embedding and model.shared_gate:
+        raise UserError(
+            f"model.pass_embedding={model.pass_embedding} has a vector for each recursion step, "
+            f"which model.shared_gate={model.shared_gate} rules out; set one of them to false"
+        )
+    if model.gate_skip_threshold > 0 and model.gate == "channel":
+        raise UserError(
+            f"model.gate_skip_threshold={model.gate_skip_threshold} skips steps token by token, "
+            f'but model.gate="{model.gate}" is the same for all tokens; set the threshold to 0'
+        )
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuses fields of a model that cannot work together.
+
+    Raises:
+      UserError: names the values.
+    """
     _check_plan(model)
     if model.family == "mamba":
         return
+    if model.gated_layers:
+        _check_gates(model)
     if model.attention_scales:
         if any(scale < 1 for scale in model.attention_scales) or len(
             set(model.attention_scales)

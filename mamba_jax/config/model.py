@@ -89,6 +89,20 @@ class ModelConfig:
         float,
         "Hybrid: initial bias of the depth gate; 0: each step starts half open.",
     ] = 0.0
+    gate: Annotated[
+        Literal["token", "channel"],
+        "Hybrid: what weights a recursion step; token: a gate computed from each token's state, "
+        "channel: a learned number for each channel, the same for all tokens.",
+    ] = "token"
+    shared_gate: Annotated[
+        bool,
+        "Hybrid: one gate for all recursion steps, so that recursion_depth shapes no array and a "
+        "trained model can run more steps.",
+    ] = False
+    pass_embedding: Annotated[
+        bool,
+        "Hybrid: add a learned vector for each recursion step to the shared processor's input.",
+    ] = False
     attention_scales: Annotated[
         tuple[int, ...],
         "Hybrid: block sizes over which attention pools; (): no attention.",

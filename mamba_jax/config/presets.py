@@ -148,14 +148,22 @@ def _look_up(table: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def for_inference(
-    model: ModelConfig, *, scan: str | None = None, gate_skip_threshold: float | None = None
+    model: ModelConfig,
+    *,
+    scan: str | None = None,
+    gate_skip_threshold: float | None = None,
+    recursion_depth: int | None = None,
 ) -> ModelConfig:
     """Returns a trained model with other fields that inference may choose; None: the model's own.
 
     Raises:
       UserError: if a value is not allowed, or has no effect.
     """
-    given = {"scan": scan, "gate_skip_threshold": gate_skip_threshold}
+    given = {
+        "scan": scan,
+        "gate_skip_threshold": gate_skip_threshold,
+        "recursion_depth": recursion_depth,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         checks.check_value(f"model.{name}", value)
@@ -164,4 +172,14 @@ def for_inference(
             f"gate_skip_threshold={gate_skip_threshold} has no effect on a model without "
             "recursion; leave it out"
         )
-    return dataclasses.replace(model, **given)
+    if recursion_depth not in (None, model.recursion_depth) and not (
+        model.gated_layers and model.shared_gate and recursion_depth
+    ):
+        raise UserError(
+            f"recursion_depth={recursion_depth} cannot be used: only a model with recursion, "
+            "trained with model.shared_gate=true, can run another number of steps (at least 1) "
+            f"than it was trained with ({model.recursion_depth}); leave it out"
+        )
+    changed = dataclasses.replace(model, **given)
+    checks.check_model(changed)
+    return changed

@@ -275,13 +275,15 @@ def _hybrid(config: ModelConfig, setting: Setting) -> list[Part]:
 def _recursion(config: ModelConfig, setting: Setting) -> Part:
     """One step: norm, up, silu, down, the depth gate and the update of the float32 state."""
     d, hidden, a = config.d_model, config.recursion_expand * config.d_model, setting.dtype_bytes
+    by_token, embeds = config.gate == "token", config.pass_embedding
     return _operation(
         "recursion",
         setting,
-        macs=2 * d * hidden + d,
-        weights=2 * d * hidden + 2 * d,
-        elementwise=4 * d + 3 * d + hidden + 3 * d,  # norm, the gate's norm, silu, update
-        special=2 + 2 + 2 * hidden,
+        macs=2 * d * hidden + d * by_token,
+        weights=2 * d * hidden + 2 * d + d * embeds,
+        # Norm, the step's vector, the gate's norm, silu, update.
+        elementwise=4 * d + d * embeds + 3 * d * by_token + hidden + 3 * d,
+        special=1 + 3 * by_token + 2 * hidden,  # the gate's norm and sigmoid
         reads=(4 + a + a) * d + 4 * d + a * hidden,
         writes=(4 + a + a) * d + a * hidden,
     )

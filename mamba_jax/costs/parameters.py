@@ -35,8 +35,9 @@ def layer_parameters(config: ModelConfig) -> int:
     if config.family == "mamba":
         return count
     if config.recursion_depth > 0:
-        hidden, gates = config.recursion_expand * d, config.recursion_depth * (d + 1)
-        count += d + 2 * d * hidden + gates
+        hidden, depth = config.recursion_expand * d, config.recursion_depth
+        gates = (1 if config.shared_gate else depth) * (d + (config.gate == "token"))
+        count += d + 2 * d * hidden + gates + depth * d * config.pass_embedding
     if config.attention_scales:
         mixture = len(config.attention_scales) * config.n_heads
         count += d + 3 * d * d + 2 * config.head_size + mixture + d * d

@@ -98,8 +98,9 @@ def decay_rates(run: RunSignals) -> Verdict:
 
 def gates(run: RunSignals) -> Verdict:
     """Depth gates that are closed, or open, for every token."""
-    if run.config is not None and not run.config.model.gated_layers:
-        return None  # there are none
+    model = None if run.config is None else run.config.model
+    if model is not None and not (model.gated_layers and model.gate == "token"):
+        return None  # there are none; or they select no tokens
     depth = run["depth_mean"].after(run.warm_step)
     if len(depth) < GATE_RECORDS:
         return too_few(len(depth), GATE_RECORDS, "records of gates")

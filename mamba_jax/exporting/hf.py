@@ -24,6 +24,8 @@ HYBRID_FIELDS = (  # of the same name in both configs
     *("recursion_depth", "recursion_expand", "recursion_reads_attention"),
     *("attention_scales", "attention_window", "attention_head_size", "fusion"),
 )
+# Likewise; folders exported before there were these lack them, and mean their defaults.
+LATER_FIELDS = ("eigenvalues", "gate", "shared_gate", "pass_embedding")
 
 
 def check(config: ModelConfig) -> None:
@@ -152,8 +154,7 @@ def model_config(config: ModelConfig, n_ids: int, dtype: str) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{module}.HybridMambaForCausalLM",
         },
         **shared,
-        **{name: getattr(config, name) for name in HYBRID_FIELDS},
-        "eigenvalues": config.eigenvalues,
+        **{name: getattr(config, name) for name in HYBRID_FIELDS + LATER_FIELDS},
         "attention_scales": list(config.attention_scales),
         "attention_window": config.resolved_attention_window,
         "attention_head_size": config.head_size,

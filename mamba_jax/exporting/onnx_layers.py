@@ -108,22 +108,33 @@ def recursion(
       h: the stream.
       read: adds what attention reads for a stream; None: nothing.
     """
-    part, eps = f"{layer}recursion.", config.norm_eps
+    part, eps, by_token = f"{layer}recursion.", config.norm_eps, config.gate == "token"
 
-    def step(g: Graph, s: str, gate: list[str]) -> tuple[str]:
-        weight, bias = gate
+    def step(g: Graph, s: str, rows: list[str]) -> tuple[str]:
         unit = normalise(g, s, eps)
-        opened = g("MatMul", unit, g("Unsqueeze", weight, at(1)))
-        opened = g("Sigmoid", g("Add", opened, bias))
-        scaled = g("Mul", unit, g.weight(f"{part}norm.weight"))
-        hidden = silu(g, g("MatMul", scaled, g.factor(f"{part}up.weight")))
+        if by_token:
+            weight, bias, *rows = rows
+            factor = g("MatMul", unit, g("Unsqueeze", weight, at(1)))
+            factor = g("Sigmoid", g("Add", factor, bias))
+        else:
+            factor, *rows = rows
+        input_ = g("Mul", unit, g.weight(f"{part}norm.weight"))
+        for embedding in rows:
+            input_ = g("Add", input_, embedding)
+        hidden = silu(g, g("MatMul", input_, g.factor(f"{part}up.weight")))
         change = g("MatMul", hidden, g.factor(f"{part}down.weight"))
         if read is not None:
             change = g("Add", change, read(g, s))
-        return (g("Add", s, g("Mul", opened, change)),)
+        return (g("Add", s, g("Mul", factor, change)),)
 
-    gates = [g.weight(f"{part}gate.{name}") for name in ("weight", "bias")]
-    (s,) = g.scan(step, h, gates, axis=0)
+    names = [f"{part}gate.{name}" for name in (("weight", "bias") if by_token else ("scale",))]
+    rows = [g.weight(name) for name in names]
+    if config.shared_gate:
+        sizes = [at(config.recursion_depth, *g.table[name].shape[1:]) for name in names]
+        rows = [g("Expand", row, size) for row, size in zip(rows, sizes, strict=True)]
+    if config.pass_embedding:
+        rows.append(g.weight(f"{part}pass_embedding"))
+    (s,) = g.scan(step, h, rows, axis=0)
     return s
 
 

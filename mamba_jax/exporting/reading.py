@@ -131,7 +131,7 @@ def model_config(record: Mapping[str, Any], n_ids: int) -> ModelConfig:
             fields = _hugging_face(record)
         elif record.get("model_type") == hf.HYBRID_TYPE:
             hybrid = {name: record[name] for name in hf.HYBRID_FIELDS}
-            hybrid |= {"eigenvalues": record.get("eigenvalues", "positive")}  # older files lack it
+            hybrid |= {name: record[name] for name in hf.LATER_FIELDS if name in record}
             fields = _hugging_face(record) | hybrid
             fields |= {"family": "hybrid", "plan": _plan(record)}
         elif "d_model" in record and "n_layer" in record:

@@ -49,6 +49,8 @@ LAYER = (
     Pair("recursion.down.weight", ("recursion", "down", "kernel"), _turn, _turn),
     Pair("recursion.gate.weight", ("recursion", "gate", "kernel"), _same, _same),
     Pair("recursion.gate.bias", ("recursion", "gate", "bias"), _same, _same),
+    Pair("recursion.gate.scale", ("recursion", "gate", "scale"), _same, _same),
+    Pair("recursion.pass_embedding", ("recursion", "pass_embedding"), _same, _same),
     Pair("attention.norm.weight", ("attention", "norm", "scale"), _same, _same),
     Pair(
         "attention.qkv.weight", ("attention", "qkv", "kernel"), _turn_first, _turn
@@ -149,12 +151,15 @@ def _padded(name: str, tensors: Mapping[str, np.ndarray], config: ModelConfig) -
 
 
 def _pairs(stack: Mapping[str, Any]) -> list[Pair]:
-    return [pair for pair in LAYER if pair.ours[0] in stack and pair.ours[1] in stack[pair.ours[0]]]
+    return [pair for pair in LAYER if _leaf(stack, pair.ours) is not None]
 
 
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    """Returns what is at a path; None: nothing."""
     node: Any = tree
     for name in path:
+        if name not in node:
+            return None
         node = node[name]
     return node
 

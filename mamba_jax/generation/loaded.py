@@ -95,6 +95,7 @@ def load_model(
     *,
     scan: str | None = None,
     gate_skip_threshold: float | None = None,
+    recursion_depth: int | None = None,
 ) -> LoadedModel:
     """Loads a trained model.
 
@@ -103,11 +104,14 @@ def load_model(
       scan: an implementation of the selective scan; None: the checkpoint's.
       gate_skip_threshold: a token stops before the first recursion step whose gate does not exceed
         this; 0: never; None: the checkpoint's.
+      recursion_depth: steps, for a model trained with ``model.shared_gate``; None: the checkpoint's.
 
     Raises:
       UserError: if there is no checkpoint, or a value cannot be used here.
     """
     found = find(os.fspath(folder), lambda _: None)
-    model = found.load(scan=scan, gate_skip_threshold=gate_skip_threshold)
+    model = found.load(
+        scan=scan, gate_skip_threshold=gate_skip_threshold, recursion_depth=recursion_depth
+    )
     config = dataclasses.replace(found.metadata.config, model=model.config)
     return LoadedModel(model.params, config, model.tokenizer)

@@ -1,7 +1,10 @@
-"""The recursive processor: one shared transform and a learned, per-token depth gate.
+"""The recursive processor: one shared transform and a learned depth gate.
 
-    s_0 = h;   s_{k+1} = s_k + g_k · (R(norm(s_k)) + read(s_k)),   k = 0 … K-1
-    g_k = sigmoid(w_k · rms(s_k) + b_k),   R(x) = down(silu(up(x)))
+    s_0 = h;   s_{k+1} = s_k + g_k · (R(norm(s_k) + e_k) + read(s_k)),   k = 0 … K-1
+    R(x) = down(silu(up(x)))
+
+The gate g_k is a number per token, or one per channel (``DepthGate``). The vectors e_k exist with
+``config.pass_embedding`` only.
 
 Legend: b batch, t time, d d_model, k recursion steps.
 """
@@ -18,23 +21,55 @@ from mamba_jax.modules.mamba import uniform_fan_in
 from mamba_jax.modules.norm import RMSNorm, rms_normalise
 from mamba_jax.ops.dot_by_rows import dot_by_rows
 
+Row = tuple[tuple[jax.Array, ...], jax.Array | None]  # of a step: its gate's, its embedding
+
 
 class DepthGate(nnx.Module):
-    """A gate per step: kernel (k, d) from zero, bias (k)."""
+    """What a step's change is multiplied by, by ``config.gate``:
+
+    * "token": ``sigmoid(w_k · rms(s_k) + b_k)``: kernel (k, d) from zero, bias (k);
+    * "channel": scale (k, d), the same for all tokens, from sigmoid(``config.gate_bias``).
+
+    With ``config.shared_gate`` k is 1: one row for all steps, however many they are.
+    """
 
     def __init__(self, config: ModelConfig):
-        depth = config.recursion_depth
-        self.kernel = nnx.Param(jnp.zeros((depth, config.d_model), jnp.float32))
-        self.bias = nnx.Param(jnp.full(depth, config.gate_bias, jnp.float32))
-        self.eps = config.norm_eps
+        self.depth, self.eps = config.recursion_depth, config.norm_eps
+        rows, d = 1 if config.shared_gate else self.depth, config.d_model
+        self.by_token = config.gate == "token"
+        if self.by_token:
+            self.kernel = nnx.Param(jnp.zeros((rows, d), jnp.float32))
+            self.bias = nnx.Param(jnp.full(rows, config.gate_bias, jnp.float32))
+        else:
+            start = jax.nn.sigmoid(jnp.float32(config.gate_bias))
+            self.scale = nnx.Param(jnp.full((rows, d), start, jnp.float32))
 
-    def __call__(self, s_btd: jax.Array, weight_d: jax.Array, bias: jax.Array) -> jax.Array:
-        """Returns one step's weight for each token, (b, t) float32 in (0, 1)."""
+    def rows(self) -> tuple[jax.Array, ...]:
+        """Returns the parameters with an entry for each step on their first axis."""
+        own = (self.kernel[...], self.bias[...]) if self.by_token else (self.scale[...],)
+        return tuple(jnp.broadcast_to(leaf, (self.depth, *leaf.shape[1:])) for leaf in own)
+
+    def __call__(self, s_btd: jax.Array, *row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Applies the gate of one step.
+
+        Args:
+          s_btd: float32 state before the step.
+          *row: the step's entries of ``rows``.
+
+        Returns:
+          The factor of the step's change, float32, (b, t, 1) or (d,); and the gate to report of
+          each token, (b, t) float32: the mean over its channels.
+        """
+        if not self.by_token:
+            (scale_d,) = row
+            return scale_d, jnp.broadcast_to(scale_d.mean(), s_btd.shape[:2])
+        weight_d, bias = row
         # In full float32: a GPU's or TPU's default would round the product's inputs.
         logit_bt = jnp.einsum(
             "btd,d->bt", rms_normalise(s_btd, self.eps), weight_d, precision="highest"
         )
-        return jax.nn.sigmoid(logit_bt + bias)
+        gate_bt = jax.nn.sigmoid(logit_bt + bias)
+        return gate_bt[..., None], gate_bt
 
 
 class RecursiveProcessor(nnx.Module):
@@ -64,6 +99,9 @@ class RecursiveProcessor(nnx.Module):
             rngs=rngs,
         )
         self.gate = DepthGate(config)
+        # From zero: at the start a model is the one without them.
+        zeros_kd = jnp.zeros((config.recursion_depth, d), jnp.float32)
+        self.pass_embedding = nnx.Param(zeros_kd) if config.pass_embedding else None
         self.skip_threshold = config.gate_skip_threshold
 
     @jax.named_scope("recursion")
@@ -89,30 +127,39 @@ class RecursiveProcessor(nnx.Module):
           s_K (b, t, d) float32 and the gates (k, b, t) float32.
         """
 
-        def advance(s_btd: jax.Array, gate_bt: jax.Array) -> jax.Array:
-            change = self.down(jax.nn.silu(self.up(self.norm(s_btd).astype(self.dtype))))
+        def advance(s_btd: jax.Array, factor: jax.Array, embedding_d: jax.Array | None):
+            input_btd = self.norm(s_btd)
+            if embedding_d is not None:
+                input_btd = input_btd + embedding_d
+            change = self.down(jax.nn.silu(self.up(input_btd.astype(self.dtype))))
             change = change.astype(jnp.float32)
             if read is not None:
                 change = change + read(s_btd)
-            return s_btd + gate_bt[..., None] * change
+            return s_btd + factor * change
 
-        def step(s_btd: jax.Array, gate_row: tuple[jax.Array, jax.Array]):
-            gate_bt = self.gate(s_btd, *gate_row)
-            return advance(s_btd, gate_bt), gate_bt
+        def step(s_btd: jax.Array, row: Row) -> tuple[jax.Array, jax.Array]:
+            gate_row, embedding_d = row
+            factor, gate_bt = self.gate(s_btd, *gate_row)
+            return advance(s_btd, factor, embedding_d), gate_bt
 
-        def step_or_stop(carry: tuple[jax.Array, jax.Array], gate_row: tuple[jax.Array, jax.Array]):
-            s_btd, running_bt = carry
-            gate_bt = self.gate(s_btd, *gate_row)
+        def step_or_stop(carry: tuple[jax.Array, jax.Array], row: Row):
+            (s_btd, running_bt), (gate_row, embedding_d) = carry, row
+            _, gate_bt = self.gate(s_btd, *gate_row)
             running_bt = running_bt & (gate_bt > self.skip_threshold)
             gate_bt = jnp.where(running_bt, gate_bt, 0.0)
-            s_btd = jax.lax.cond(running_bt.any(), advance, lambda s_btd, _: s_btd, s_btd, gate_bt)
+            s_btd = jax.lax.cond(
+                running_bt.any(),
+                lambda: advance(s_btd, gate_bt[..., None], embedding_d),
+                lambda: s_btd,
+            )
             return (s_btd, running_bt), gate_bt
 
         # A loop over one body: the program does not grow with the depth.
-        gate_rows = (self.gate.kernel[...], self.gate.bias[...])
+        embedding_kd = None if self.pass_embedding is None else self.pass_embedding[...]
+        rows = self.gate.rows(), embedding_kd
         if not self.skip_threshold:
-            return jax.lax.scan(step, h_btd, gate_rows)
+            return jax.lax.scan(step, h_btd, rows)
         active_b = jnp.ones(len(h_btd), bool) if active_b is None else active_b
         running_bt = jnp.broadcast_to(active_b[:, None], h_btd.shape[:2])
-        (s_btd, _), gates_kbt = jax.lax.scan(step_or_stop, (h_btd, running_bt), gate_rows)
+        (s_btd, _), gates_kbt = jax.lax.scan(step_or_stop, (h_btd, running_bt), rows)
         return s_btd, gates_kbt

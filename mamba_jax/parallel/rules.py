@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"qkv/kernel", PartitionSpec(None, FSDP, None, None, None)),  # (l, d, 3, h, p)
     (r"o_proj/kernel", PartitionSpec(None, None, None, FSDP)),  # (l, h, p, d)
     (r"fusion/proj/kernel", PartitionSpec(None, None, FSDP)),  # (l, 2d, d)
-    (r"scale|bias|A_log|D|scale_logits", PartitionSpec()),
+    (r"scale|bias|A_log|D|scale_logits|pass_embedding", PartitionSpec()),
 )
 
 

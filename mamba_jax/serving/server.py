@@ -30,7 +30,11 @@ def open_app(settings: Settings, log: Callable[[str], None]) -> FastAPI:
     limits = Limits(settings.max_prompt_tokens, settings.max_tokens)
     metrics = Metrics()
     engine = Engine(
-        found.load(scan=settings.scan, gate_skip_threshold=settings.gate_skip_threshold),
+        found.load(
+            scan=settings.scan,
+            gate_skip_threshold=settings.gate_skip_threshold,
+            recursion_depth=settings.recursion_depth,
+        ),
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         prefix_cache_bytes=settings.prefix_cache_mb << 20,

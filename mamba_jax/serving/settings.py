@@ -26,7 +26,7 @@ class Settings:
       timeout_secs: from a request's arrival to its end.
       drain_secs: how long running requests may continue when the server stops.
       scan: implementation of the selective scan; None: the checkpoint's.
-      gate_skip_threshold: as in ``config.for_inference``; None: the checkpoint's.
+      gate_skip_threshold, recursion_depth: as in ``config.for_inference``; None: the checkpoint's.
     """
 
     checkpoint: str
@@ -42,6 +42,7 @@ class Settings:
     drain_secs: float = 30.0
     scan: str | None = None
     gate_skip_threshold: float | None = None
+    recursion_depth: int | None = None
 
     def __post_init__(self):
         for name, least in (("prefix_cache_mb", 0), ("max_prompt_tokens", 1), ("max_tokens", 1)):

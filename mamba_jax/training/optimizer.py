@@ -13,11 +13,12 @@ from mamba_jax.config import TrainingConfig
 # the state towards one value (they carry `_no_weight_decay` in the official Mamba as well).
 DECAYED = ("embedding", "kernel")
 NOT_DECAYED = (
-    "scale",  # of norms: final, layer, query, key, fusion
+    "scale",  # of norms: final, layer, query, key, fusion; of the depth gate by channel
     "bias",  # of conv1d, dt_proj and the depth gate
     "A_log",
     "D",
     "scale_logits",  # the mixture over attention scales
+    "pass_embedding",  # added to an input, as a bias is
 )
 
 

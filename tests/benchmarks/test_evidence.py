@@ -142,6 +142,17 @@ def test_gates_per_token_are_those_of_the_forward_and_their_means_can_replace_th
     assert trial.gate_sums(model, fixed, rows).std() < 1e-6
 
 
+def test_means_replace_a_gate_that_steps_share_step_by_step(tiny):
+    model = plans.model_of("MMHMM")
+    config = dataclasses.replace(model.config, shared_gate=True)
+    model = dataclasses.replace(model, config=config)
+    means_lk = np.array([[0.23, 0.54, 0.85]])
+    fixed = trial.with_fixed_gates(model.init(jax.random.key(3)), model, means_lk)
+    _, aux = jax.jit(model.hidden)(fixed, np.arange(64).reshape(2, 32))
+    np.testing.assert_allclose(aux["gate_mean"], means_lk, rtol=1e-6)
+    assert (aux["gate_histogram"].max(-1) == 1).all()
+
+
 def test_the_time_of_a_step_is_measured_apart(tiny, record, monkeypatch, tmp_path):
     monkeypatch.setattr(times, "_STEPS", 1)
     times.measure(tmp_path, float("inf"), ("MMHMM",))

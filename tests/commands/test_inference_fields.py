@@ -13,7 +13,8 @@ from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
 from mamba_jax.errors import UserError
 from mamba_jax.modules.mamba import resolve_scan
-from tests.support.tiny import HYBRID, MAMBA, params_of
+from tests.support import naive
+from tests.support.tiny import HYBRID, MAMBA, assert_close, params_of
 
 QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 REFUSED = 'error: model.scan="pallas_{0}" cannot be used: the pallas_{0} scan runs on a {1}, '
@@ -27,6 +28,10 @@ def test_train_refuses_a_kernel_of_another_machine(device, tmp_path, capsys, mon
     error = capsys.readouterr().err
     assert error.startswith(REFUSED.format(device, device.upper())) and error.count("\n") == 1
     assert "auto" in error
+
+
+SHARED = dataclasses.replace(HYBRID, shared_gate=True)
+BY_CHANNEL = dataclasses.replace(HYBRID, gate="channel")
 
 
 def write_checkpoint(folder, model):
@@ -52,15 +57,19 @@ def test_generate_refuses_it_and_takes_another(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model", "threshold", "error"),
+    ("model", "flag", "error"),
     [
-        (HYBRID, "1.5", "model.gate_skip_threshold=1.5 must be at least 0 and below 1"),
-        (MAMBA, "0.5", "gate_skip_threshold=0.5 has no effect on a model without recursion"),
+        (HYBRID, "gate_skip_threshold=1.5", "model.gate_skip_threshold=1.5 must be at least 0 and"),
+        (MAMBA, "gate_skip_threshold=0.5", "gate_skip_threshold=0.5 has no effect on a model"),
+        (BY_CHANNEL, "gate_skip_threshold=0.5", "model.gate_skip_threshold=0.5 skips steps token"),
+        (HYBRID, "recursion_depth=3", "recursion_depth=3 cannot be used: only a model with"),
+        (SHARED, "recursion_depth=0", "recursion_depth=0 cannot be used: only a model with"),
+        (SHARED, "recursion_depth=-1", "model.recursion_depth=-1 must not be negative"),
     ],
 )
-def test_a_threshold_that_cannot_work_is_one_line(model, threshold, error, tmp_path, capsys):
+def test_a_value_that_cannot_work_is_one_line(model, flag, error, tmp_path, capsys):
     flags = write_checkpoint(tmp_path, dataclasses.replace(model, vocab_size=257))
-    assert generate.main([*flags, f"--gate_skip_threshold={threshold}"]) == 2
+    assert generate.main([*flags, f"--{flag}"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {error}")
 
 
@@ -70,6 +79,20 @@ def test_the_threshold_of_the_flag_replaces_the_checkpoints(tmp_path):
     logits = lambda **chosen: mamba_jax.load_model(tmp_path, **chosen).logits("some text")
     np.testing.assert_array_equal(logits(), logits(gate_skip_threshold=0.9))
     assert abs(logits() - logits(gate_skip_threshold=0.0)).max() > 1e-3
+
+
+def test_a_model_with_a_shared_gate_runs_more_steps_than_trained(tmp_path):
+    model = dataclasses.replace(SHARED, vocab_size=257)
+    write_checkpoint(tmp_path, model)
+    loaded = mamba_jax.load_model(tmp_path, recursion_depth=5)
+    deeper = dataclasses.replace(model, recursion_depth=5)
+    tokens_t = [loaded.tokenizer.eot_id, *loaded.tokenizer.encode("some text").tolist()]
+    truth = naive.logits(loaded.params, deeper, np.array(tokens_t))
+    assert_close(loaded.logits("some text"), truth, 3e-5)  # as in tests/models/test_laws.py
+    assert (
+        abs(loaded.logits("some text") - mamba_jax.load_model(tmp_path).logits("some text")).max()
+        > 1e-3
+    )
 
 
 def test_a_shape_without_a_kernel_is_refused_on_the_right_machine(monkeypatch):

@@ -114,6 +114,10 @@ FAULTS = {
 }
 
 
+EMBEDDED_SHARED = {"pass_embedding": True, "shared_gate": True}
+STOPPING_CHANNELS = {"gate": "channel", "gate_skip_threshold": 0.1}
+
+
 @pytest.mark.parametrize("plan", FAULTS, ids=lambda plan: plan[:9])
 def test_a_fault_is_one_line_with_its_position(plan):
     with pytest.raises(UserError) as error:
@@ -130,12 +134,24 @@ def test_a_fault_is_one_line_with_its_position(plan):
             "has other layers than M; give --config.model.family=hybrid",
         ),
         ({"plan": "A,M", "n_layers": 2, "attention_scales": ()}, r"attention_scales=\(\); give"),
+        (EMBEDDED_SHARED, "shared_gate=True rules out; set one of them to false"),
+        (STOPPING_CHANNELS, 'gate="channel" is the same for all tokens; set the threshold to 0'),
     ],
 )
-def test_a_plan_that_does_not_fit_its_model_is_refused(fields, words):
+def test_a_model_of_fields_that_do_not_fit_is_refused(fields, words):
     model = ModelConfig(**({"family": "hybrid"} | fields))
     with pytest.raises(UserError, match=words):
         checks.check(RunConfig(model=model))
+
+
+@pytest.mark.parametrize("fields", [EMBEDDED_SHARED, STOPPING_CHANNELS], ids=str)
+@pytest.mark.parametrize(
+    "without",
+    [{"family": "mamba"}, {"recursion_depth": 0}, {"plan": "A,M", "n_layers": 2}],
+    ids=str,
+)
+def test_fields_of_the_recursion_do_not_matter_without_one(fields, without):
+    checks.check(RunConfig(model=ModelConfig(**({"family": "hybrid"} | fields | without))))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class Plan:
     family: str = "hybrid"
     layers: str = ""  # the model's plan, of LAYERS hybrid layers among others
     eigenvalues: Literal["positive", "signed"] = "positive"
+    gate: Literal["token", "channel"] = "token"
     learning_rate: float = 3e-4
     warmup_steps: int = 200
     max_steps: int = 0  # 0: as many as steps
@@ -60,6 +61,7 @@ class Plan:
                 n_layers=len(parse(self.layers)) or LAYERS,
                 plan=self.layers,
                 eigenvalues=self.eigenvalues,
+                gate=self.gate,
                 vocab_size=VOCABULARY,
             ),
             training=TrainingConfig(

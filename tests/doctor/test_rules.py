@@ -379,6 +379,12 @@ def test_skipping_more_spikes_than_so_far(now, then):
     assert remedies.skip_spikes(run).command == f"--config.training.skip_spikes={then:g}"
 
 
+def test_gates_that_are_equal_for_all_tokens_are_not_stuck():
+    fault = changed(gates_open=lambda v: 0.98 + 0 * v)
+    found = [findings(Plan(gate=gate), fault) for gate in ("token", "channel")]
+    assert [("depth gates" in each) for each in found] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("eigenvalues", "words"), [("positive", "forget"), ("signed", "changes its sign")]
 )

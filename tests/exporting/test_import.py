@@ -37,7 +37,10 @@ ORIGINAL = {
 }
 
 
-PLANNED = hf.model_config(tiny.VARIANTS["plan A,M,H,M, signed"], 64, "f32")
+PLAN = dataclasses.replace(
+    tiny.VARIANTS["plan A,M,H,M, signed"], gate="channel", pass_embedding=True
+)
+PLANNED = hf.model_config(PLAN, 64, "f32")
 
 
 def exported(folder, model, params, tokenizer):
@@ -53,7 +56,7 @@ def same_structure(ours, theirs):
 
 @pytest.mark.parametrize(
     "model",
-    [tiny.MAMBA, UNTIED, tiny.HYBRID, tiny.VARIANTS["plan A,M,H,M, signed"]],
+    [tiny.MAMBA, UNTIED, tiny.HYBRID, PLAN],
     ids=["tied", "untied", "hybrid", "plan"],
 )
 def test_export_then_import_is_the_identity(model, tmp_path):
@@ -226,10 +229,21 @@ def test_other_structures_are_refused(record, words):
         reading.model_config(record, 8)
 
 
-def test_a_hybrid_of_before_signed_eigenvalues_has_positive_ones():
-    assert reading.model_config(PLANNED, 64).eigenvalues == "signed"
-    older = {name: value for name, value in PLANNED.items() if name != "eigenvalues"}
-    assert reading.model_config(older, 64).eigenvalues == "positive"
+@pytest.mark.parametrize(
+    ("name", "value", "default"),
+    [
+        ("eigenvalues", "signed", "positive"),
+        ("gate", "channel", "token"),
+        ("shared_gate", True, False),
+        ("pass_embedding", True, False),
+    ],
+)
+def test_a_hybrid_of_before_a_field_has_its_default(name, value, default):
+    record = PLANNED | {"pass_embedding": False, name: value}
+    assert getattr(reading.model_config(record, 64), name) == value
+    assert getattr(reading.model_config({n: record[n] for n in record if n != name}, 64), name) == (
+        default
+    )
 
 
 def test_numbers_of_the_original_that_are_not_its_defaults():

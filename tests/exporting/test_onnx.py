@@ -33,7 +33,11 @@ HYBRID = dataclasses.replace(tiny.HYBRID, vocab_size=257, tie_embeddings=False)
 FAMILIES = {"mamba": UNTIED, "hybrid": HYBRID}
 VARIANTS = FAMILIES | {
     "attention after the recursion": dataclasses.replace(
-        HYBRID, recursion_reads_attention=False, attention_scales=(2,), fusion="sum"
+        HYBRID,
+        recursion_reads_attention=False,
+        attention_scales=(2,),
+        fusion="sum",
+        shared_gate=True,
     ),
     "no recursion": dataclasses.replace(
         HYBRID, recursion_depth=0, attention_scales=(3, 1), fusion="norm", tie_embeddings=True
@@ -47,6 +51,8 @@ VARIANTS = FAMILIES | {
         max_seq_len=12,
         fusion="residual_zero",
         eigenvalues="signed",
+        gate="channel",
+        pass_embedding=True,
     ),
 }
 BETWEEN = [

@@ -24,6 +24,7 @@ from tests.support.tiny_run import quick_compiles  # noqa: F401
 # float32 rounding of a few hundred additions per layer in another order; values up to ~10.
 ROUNDING = 3e-5
 GLOBAL_LOOP = "plan (M,M,H)*2, global attention"
+SHARED, BY_CHANNEL = "hybrid, scale 2, shared gate", "hybrid, scale 4, channel gate, pass embedding"
 # Half of the gates at the threshold: tokens of every depth.
 STOPPING = dataclasses.replace(HYBRID, gate_skip_threshold=0.5, recursion_depth=3)
 MODELS = VARIANTS | {
@@ -369,6 +370,35 @@ def test_a_program_does_not_grow_with_the_repetitions_of_its_plan():
     assert size(2) == size(8)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"gate": "channel", "shared_gate": True}, {"shared_gate": True}, {"pass_embedding": True}],
+    ids=str,
+)
+def test_options_of_the_recursion_start_as_the_hybrid_without_them(options):
+    """With all other weights away from their start, so that the steps do change the stream."""
+    base = dataclasses.replace(HYBRID, n_layers=1, attention_scales=(2,), gate_bias=-0.7)
+    config = dataclasses.replace(base, **options)
+    layers = params_of(base)["layers"]
+
+    def logits(of):
+        made = build.init(of, jax.random.key(0))
+        shared = {name: layers["recursion"][name] for name in ("norm", "up", "down")}
+        recursion = made["layers"]["recursion"] | shared
+        return jitted_apply(of)(made | {"layers": layers | {"recursion": recursion}}, TOKENS)[0]
+
+    assert_close(logits(config), logits(base), 1e-6)
+
+
+def test_a_shared_gate_runs_more_steps_than_it_was_trained_with():
+    config = VARIANTS[SHARED]
+    deeper = dataclasses.replace(config, recursion_depth=4)
+    assert build.abstract_params(deeper) == build.abstract_params(config)
+    logits, aux, _ = jitted_apply(deeper)(params_of(config), TOKENS[:1])
+    assert aux["gate_mean"].shape == (2, 4)
+    assert_close(logits[0], naive.logits(params_of(config), deeper, TOKENS[0]), ROUNDING)
+
+
 def test_the_zero_fusion_starts_as_the_sum():
     config = dataclasses.replace(HYBRID, fusion="residual_zero")
     params = build.init(config, jax.random.key(0))
@@ -454,18 +484,23 @@ def test_rows_that_are_not_used_change_nothing_for_the_others():
     assert jnp.abs(logits_alone[1] - logits_both[1]).max() > 1e-3  # its steps were not computed
 
 
-def test_gradients_reach_every_parameter_and_gates_are_reported_correctly():
-    params = params_of(HYBRID)
-    gradient = jax.jit(jax.grad(lambda p: jnp.square(build.apply(p, HYBRID, TOKENS)[0]).mean()))(
-        params
+@pytest.mark.parametrize("name", ["hybrid", SHARED, BY_CHANNEL])
+def test_gradients_reach_every_parameter(name):
+    config = dataclasses.replace(VARIANTS[name], attention_scales=HYBRID.attention_scales)
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(build.apply(p, config, TOKENS)[0]).mean()))(
+        params_of(config)
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         per_layer = leaf if "layers" in str(path[0]) else leaf[None]
         assert (jnp.abs(per_layer).reshape(len(per_layer), -1).max(-1) > 0).all(), path
-    gate_gradient = gradient["layers"]["recursion"]["gate"]["kernel"]
-    assert (jnp.abs(gate_gradient).max(-1) > 0).all(), "a step's gate learns nothing"
+    recursion = gradient["layers"]["recursion"]
+    of_steps = {**recursion["gate"], "embedding": recursion.get("pass_embedding", jnp.ones((2, 2)))}
+    for leaf in of_steps.values():
+        assert (jnp.abs(leaf).reshape(*leaf.shape[:2], -1).max(-1) > 0).all(), "a step learns none"
 
-    closed = jax.tree.map(lambda leaf: leaf, params)
+
+def test_gates_are_reported_correctly():
+    closed = params_of(HYBRID)
     gate = closed["layers"]["recursion"]["gate"]
     gate["kernel"] = jnp.zeros_like(gate["kernel"])
     gate["bias"] = jnp.asarray([[-30.0, 0.0], [30.0, -1.0]])
@@ -476,6 +511,17 @@ def test_gradients_reach_every_parameter_and_gates_are_reported_correctly():
     histogram = np.zeros((2, 2, 10))
     histogram[0, 0, 0] = histogram[0, 1, 5] = histogram[1, 0, 9] = histogram[1, 1, 2] = 1
     np.testing.assert_allclose(aux["gate_histogram"], histogram, atol=1e-6)
+
+    # By channel: the means over channels, which may be outside the histogram.
+    config, mean_lk = VARIANTS[BY_CHANNEL], np.array([[-0.3, 0.55], [1.2, 0.25]])
+    params = params_of(config)
+    spread_d = np.linspace(-1, 1, 32)
+    scale_lkd = jnp.asarray(mean_lk[..., None] + spread_d, jnp.float32)
+    params["layers"]["recursion"]["gate"]["scale"] = scale_lkd
+    _, aux, _ = jitted_apply(config)(params, TOKENS)
+    np.testing.assert_allclose(aux["gate_mean"], mean_lk, atol=1e-6)
+    np.testing.assert_allclose(aux["depth_mean"], mean_lk.sum(1), atol=1e-6)
+    np.testing.assert_array_equal(aux["gate_histogram"], histogram)
 
 
 @both_families

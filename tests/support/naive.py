@@ -111,10 +111,18 @@ def hybrid_layer(p, config, x_td):
     )
     for k in range(config.recursion_depth):
         r = p["recursion"]
-        change = silu(rms(s, eps) * r["norm"]["scale"] @ r["up"]["kernel"]) @ r["down"]["kernel"]
+        unit = rms(s, eps)
+        source = unit * r["norm"]["scale"]
+        if config.pass_embedding:
+            source = source + r["pass_embedding"][k]
+        change = silu(source @ r["up"]["kernel"]) @ r["down"]["kernel"]
         if inside and config.attention_scales:
             change = change + read_all(h, s)
-        gate = sigmoid(rms(s, eps) @ r["gate"]["kernel"][k] + r["gate"]["bias"][k])
+        row = 0 if config.shared_gate else k
+        if config.gate == "channel":
+            s = s + r["gate"]["scale"][row] * change
+            continue
+        gate = sigmoid(unit @ r["gate"]["kernel"][row] + r["gate"]["bias"][row])
         running &= gate > config.gate_skip_threshold
         s = s + np.where(running, gate, 0)[:, None] * change
     r = s - h

@@ -33,8 +33,12 @@ VARIANTS = {
     "hybrid, attention after recursion": dataclasses.replace(
         HYBRID, recursion_reads_attention=False
     ),
-    "hybrid, scale 2 alone": dataclasses.replace(HYBRID, attention_scales=(2,), attention_window=3),
-    "hybrid, scale 4 alone": dataclasses.replace(HYBRID, attention_scales=(4,), attention_window=3),
+    "hybrid, scale 2, shared gate": dataclasses.replace(
+        HYBRID, attention_scales=(2,), attention_window=3, shared_gate=True
+    ),
+    "hybrid, scale 4, channel gate, pass embedding": dataclasses.replace(
+        HYBRID, attention_scales=(4,), attention_window=3, gate="channel", pass_embedding=True
+    ),
     "hybrid, no recursion": dataclasses.replace(HYBRID, recursion_depth=0, fusion="sum"),
     "hybrid, no attention": dataclasses.replace(
         HYBRID, attention_scales=(), fusion="norm", tie_embeddings=False

@@ -67,6 +67,9 @@ class HybridMambaConfig(PretrainedConfig):
         attention_head_size=64,
         fusion="residual_norm",
         eigenvalues="positive",
+        gate="token",
+        shared_gate=False,
+        pass_embedding=False,
         layer_pattern=None,
         tie_word_embeddings=True,
         use_cache=True,
@@ -89,6 +92,9 @@ class HybridMambaConfig(PretrainedConfig):
         self.attention_head_size = attention_head_size
         self.fusion = fusion
         self.eigenvalues = eigenvalues
+        self.gate = gate
+        self.shared_gate = shared_gate
+        self.pass_embedding = pass_embedding
         self.layer_pattern = layer_pattern or "H" * num_hidden_layers
         if len(self.layer_pattern) != num_hidden_layers:
             raise ValueError(
@@ -201,23 +207,45 @@ class Mixer(nn.Module):
         return out_btd, {"conv": conv_state, "ssm": state_ben}
 
 
+class ChannelGate(nn.Module):
+    """A factor per step and channel, the same for all tokens; it is called as a RowLinear is."""
+
+    def __init__(self, size, rows):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((rows, size), 0.5))
+
+    def forward(self, x, rows, dtype):
+        return self.scale[rows].to(dtype)
+
+
 class Recursion(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, hidden = config.hidden_size, config.recursion_expand * config.hidden_size
+        self.depth, self.shared_gate = config.recursion_depth, config.shared_gate
+        self.by_token = config.gate == "token"
         self.norm = RMSNorm(d, config.layer_norm_epsilon)
         self.up = nn.Linear(d, hidden, bias=False)
         self.down = nn.Linear(hidden, d, bias=False)
-        self.gate = RowLinear(d, config.recursion_depth)
+        gate = RowLinear if self.by_token else ChannelGate
+        self.gate = gate(d, 1 if self.shared_gate else self.depth)
+        zeros_kd = torch.zeros(self.depth, d)
+        self.pass_embedding = nn.Parameter(zeros_kd) if config.pass_embedding else None
 
     def forward(self, s_btd, read):
-        for step in range(self.gate.out_features):
+        for step in range(self.depth):
+            row = 0 if self.shared_gate else step
             unit_btd = normalise(s_btd, self.norm.eps)
-            gate_bt1 = self.gate(unit_btd, slice(step, step + 1), torch.float32).sigmoid()
-            change_btd = product(self.down, F.silu(product(self.up, self.norm(s_btd)))).float()
+            gate = self.gate(unit_btd, slice(row, row + 1), torch.float32)
+            if self.by_token:
+                gate = gate.sigmoid()
+            input_btd = self.norm(s_btd)
+            if self.pass_embedding is not None:
+                input_btd = input_btd + self.pass_embedding[step].float()
+            change_btd = product(self.down, F.silu(product(self.up, input_btd))).float()
             if read is not None:
                 change_btd = change_btd + read(s_btd)
-            s_btd = s_btd + gate_bt1 * change_btd
+            s_btd = s_btd + gate * change_btd
         return s_btd
 
 
