@@ -21,7 +21,7 @@ import optax
 from benchmarks.evidence.cells import Cell
 from benchmarks.evidence.plans import Model, model_of, segments
 from benchmarks.evidence.tasks import LENGTH, NONE, TASKS, Rows, Task
-from mamba_jax.config import TrainingConfig
+from mamba_jax.config import TrainingConfig, for_inference
 from mamba_jax.models import build, stacks
 from mamba_jax.ops.cross_entropy import cross_entropy, weighted_cross_entropy
 from mamba_jax.training.optimizer import make_optimizer
@@ -32,6 +32,7 @@ WARMUP_STEPS = 60
 OPTIMIZER = TrainingConfig(beta2=0.98, weight_decay=0.05, gradient_clip=1.0)
 EVAL_ROWS = 256
 _MOST_STEPS_PER_CALL = 50
+STOP_THRESHOLDS = (0.1, 0.3, 0.5)
 _EVAL_SEED = 12_345  # the rows of an evaluation are the same for all cells of a task
 _STREAMS = {"train": 0, "validation": 1, "test": 2, "beyond": 3}
 
@@ -109,16 +110,6 @@ def programs(plan: str, steps: int) -> Programs:
     def train(state: State, rate: jax.Array, tokens_sbt: jax.Array, targets_sbt: jax.Array):
         return jax.lax.scan(functools.partial(step, rate), state, (tokens_sbt, targets_sbt))
 
-    def evaluate(params: Any, tokens_nt: jax.Array, targets_nt: jax.Array):
-        x_ntd, aux = model.hidden(params, tokens_nt)
-        head_vd, targets = model.head(params), jnp.maximum(targets_nt, 0).reshape(-1)
-        x = x_ntd.reshape(targets.size, -1)
-        nll = cross_entropy(x, head_vd, targets, chunk_tokens=targets.size, dtype=jnp.float32)
-        right = jnp.argmax(x @ head_vd.T, axis=1) == targets
-        shape = targets_nt.shape
-        gates_lk = aux.get("gate_mean", jnp.zeros((0, 0)))
-        return right.reshape(shape), nll.reshape(shape), gates_lk
-
     seed = jax.ShapeDtypeStruct((), jnp.int32)
     init_program = jax.jit(make_state).lower(seed).compile()
     rows_sbt = jax.ShapeDtypeStruct((steps, BATCH, LENGTH), jnp.int32)
@@ -135,8 +126,24 @@ def programs(plan: str, steps: int) -> Programs:
     return Programs(
         lambda seed: init_program(jnp.int32(seed)),
         train_program,
-        jax.jit(evaluate),
+        evaluation(model),
     )
+
+
+def evaluation(model: Model) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """Returns (params, tokens_nt, targets_nt) → right_nt, nll_nt, and the gates' means (l, k)."""
+
+    def evaluate(params: Any, tokens_nt: jax.Array, targets_nt: jax.Array):
+        x_ntd, aux = model.hidden(params, tokens_nt)
+        head_vd, targets = model.head(params), jnp.maximum(targets_nt, 0).reshape(-1)
+        x = x_ntd.reshape(targets.size, -1)
+        nll = cross_entropy(x, head_vd, targets, chunk_tokens=targets.size, dtype=jnp.float32)
+        right = jnp.argmax(x @ head_vd.T, axis=1) == targets
+        shape = targets_nt.shape
+        gates_lk = aux.get("gate_mean", jnp.zeros((0, 0)))
+        return right.reshape(shape), nll.reshape(shape), gates_lk
+
+    return jax.jit(evaluate)
 
 
 # --- a cell
@@ -241,10 +248,27 @@ def at_end(made: Programs, model: Model, task: Task, params: Any, test: Rows) ->
     if model.gated:
         found["gate_means"] = gates_lk.tolist()
     if model.gated_by_token:
-        found["gate_sums"] = by_level(test, gates=gate_sums(model, params, test))
+        found["gate_sums"] = by_level(test, gates=gates_of_tokens(model, params, test)[0])
         fixed = with_fixed_gates(params, model, gates_lk)
         found["mean_gates"] = summary(made, fixed, test)
+        found["stopping"] = {
+            str(threshold): stopping(made, model, params, test, threshold)
+            for threshold in STOP_THRESHOLDS
+        }
     return found
+
+
+def stopping(
+    made: Programs, model: Model, params: Any, rows: Rows, threshold: float
+) -> dict[str, dict[str, Any]]:
+    """Accuracy and the recursion steps of a token, by level, where a token stops before the first
+    gate that does not exceed the threshold."""
+    assert model.config is not None
+    config = for_inference(model.config, gate_skip_threshold=threshold)
+    model = dataclasses.replace(model, config=config)
+    right_nt, nll_nt, _ = predict(made._replace(evaluate=evaluation(model)), params, rows)
+    _, steps_nt = gates_of_tokens(model, params, rows)
+    return by_level(rows, accuracy=right_nt, nll=nll_nt, steps=steps_nt)
 
 
 def with_fixed_gates(params: Any, model: Model, gates_lk: np.ndarray) -> Any:
@@ -262,19 +286,20 @@ def with_fixed_gates(params: Any, model: Model, gates_lk: np.ndarray) -> Any:
     return params | {"layers": stacks.joined(by_kind | {"H": stack}, kinds)}
 
 
-def gate_sums(model: Model, params: Any, rows: Rows) -> np.ndarray:
-    """Returns each token's sum of gates over layers and recursion steps, (n, t).
+def gates_of_tokens(model: Model, params: Any, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each token's sum of gates, and its recursion steps, over all layers: both (n, t).
 
     A forward reports means over its tokens only; so each row is read token by token, as decoding
     does, where the mean is that of one token.
     """
-    return np.asarray(_gate_sums(model.config, params, jnp.asarray(rows.tokens)))
+    sums_nt, steps_nt = _gates_of_tokens(model.config, params, jnp.asarray(rows.tokens))
+    return np.asarray(sums_nt), np.asarray(steps_nt)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _gate_sums(config: Any, params: Any, tokens_nt: jax.Array) -> jax.Array:
-    def row(tokens_t: jax.Array, segments_t: jax.Array) -> jax.Array:
-        def token(cache: Any, read: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+def _gates_of_tokens(config: Any, params: Any, tokens_nt: jax.Array) -> Any:
+    def row(tokens_t: jax.Array, segments_t: jax.Array) -> Any:
+        def token(cache: Any, read: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
             token, segment = read
             _, aux, cache = build.forward(
                 params,
@@ -283,7 +308,8 @@ def _gate_sums(config: Any, params: Any, tokens_nt: jax.Array) -> jax.Array:
                 segment_ids_bt=segment[None, None],
                 initial_cache=cache,
             )
-            return cache, aux["depth_mean"].sum()
+            # The gates after a token has stopped are 0; no other gate can be.
+            return cache, (aux["depth_mean"].sum(), (aux["gate_mean"] > 0).sum())
 
         return jax.lax.scan(token, build.init_cache(config, 1), (tokens_t, segments_t))[1]
 

@@ -104,7 +104,7 @@ def load_model(
       scan: an implementation of the selective scan; None: the checkpoint's.
       gate_skip_threshold: a token stops before the first recursion step whose gate does not exceed
         this; 0: never; None: the checkpoint's.
-      recursion_depth: steps, for a model trained with ``model.shared_gate``; None: the checkpoint's.
+      recursion_depth: steps, of a model trained with ``model.shared_gate``; None: as trained.
 
     Raises:
       UserError: if there is no checkpoint, or a value cannot be used here.

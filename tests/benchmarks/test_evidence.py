@@ -134,12 +134,23 @@ def test_gates_per_token_are_those_of_the_forward_and_their_means_can_replace_th
     # Rows hold several documents, and each starts from nothing.
     rows = tasks.TASKS["mqar"].make(np.random.default_rng(0), 64, "test", 0)
     _, _, means_lk = trial.predict(made, params, rows)
-    sums_nt = trial.gate_sums(model, params, rows)
+    sums_nt, steps_nt = trial.gates_of_tokens(model, params, rows)
+    assert (steps_nt == model.config.recursion_depth).all()
     assert sums_nt.std() > 0.1
     assert sums_nt.mean() == pytest.approx(means_lk.sum(), rel=1e-5)
     fixed = trial.with_fixed_gates(params, model, means_lk)
     np.testing.assert_allclose(trial.predict(made, fixed, rows)[2], means_lk, rtol=1e-6)
-    assert trial.gate_sums(model, fixed, rows).std() < 1e-6
+    assert trial.gates_of_tokens(model, fixed, rows)[0].std() < 1e-6
+
+
+def test_tokens_stop_where_their_gates_close(tiny):
+    model, made = plans.model_of("MMHMM"), trial.programs("MMHMM", 1)
+    rows = tasks.TASKS["p_hop_3"].make(np.random.default_rng(0), 64, "test", 0)
+    fixed = trial.with_fixed_gates(made.init(3).params, model, np.array([[0.9, 0.4, 0.9]]))
+    at = lambda threshold: trial.stopping(made, model, fixed, rows, threshold)
+    assert [at(threshold)["all"]["steps"] for threshold in (0.3, 0.5, 0.95)] == [3, 1, 0]
+    assert at(0.3)["2"] == trial.summary(made, fixed, rows)["2"] | {"steps": 3}
+    assert at(0.5)["2"]["nll"] != at(0.3)["2"]["nll"]
 
 
 def test_means_replace_a_gate_that_steps_share_step_by_step(tiny):
