@@ -138,8 +138,6 @@ def test_the_hybrid_is_compared_with_a_mamba_of_as_many_parameters(platform):
     assert abs(count[hybrid.BASELINE] - count[hybrid.HYBRID]) <= 0.51 * one_layer
     assert count[hybrid.HYBRID] > 1.2 * count[hybrid.SAME_SHAPE]
     assert models[hybrid.HYBRID].recursion_depth == 3
-    for plan in hybrid.PLANS[platform]:
-        assert count[plan] == pytest.approx(count[hybrid.BASELINE], rel=0.06)
     variants = [models[name] for name in hybrid.VARIANTS]
     assert len({*variants, *models.values()}) == len(models)  # all differ
 
