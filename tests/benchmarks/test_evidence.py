@@ -43,7 +43,7 @@ def test_gates_of_bias_30_are_one_and_stay_so():
 
     def gates(state):
         gate = nnx.merge(graph, state)
-        return gate(s, gate.kernel[...][0], gate.bias[...][0])
+        return gate(s, *(row[0] for row in gate.rows()))[0]
 
     value, gradient = gates(state), jax.grad(lambda state: gates(state).sum())(state)
     assert (value == 1).all()
