@@ -17,6 +17,7 @@ from benchmarks import depth, hybrid, report, run, scaling, scan, startup
 from benchmarks.harness import Candidate, Context, Prepared, Row, measure
 from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
 from mamba_jax.config import DataConfig, RunConfig
+from mamba_jax.config import plan as plans
 from mamba_jax.costs.parameters import parameter_count
 from mamba_jax.models import build
 from tests.support.made import random_params
@@ -130,16 +131,43 @@ def test_a_process_that_fails_to_compile_is_an_error_not_a_time():
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_the_hybrid_is_compared_with_a_mamba_of_as_many_parameters(platform):
+def test_every_plan_is_compared_with_a_mamba_of_as_many_parameters(platform):
     context = Context(platform, "a device")
-    models = hybrid.models(hybrid.cases(context)[0], context)
-    count = {name: parameter_count(model).non_embedding for name, model in models.items()}
-    one_layer = count[hybrid.SAME_SHAPE] / models[hybrid.SAME_SHAPE].n_layers
-    assert abs(count[hybrid.BASELINE] - count[hybrid.HYBRID]) <= 0.51 * one_layer
-    assert count[hybrid.HYBRID] > 1.2 * count[hybrid.SAME_SHAPE]
-    assert models[hybrid.HYBRID].recursion_depth == 3
-    variants = [models[name] for name in hybrid.VARIANTS]
-    assert len({*variants, *models.values()}) == len(models)  # all differ
+    groups = {case["plan"]: hybrid.models(case, context) for case in hybrid.cases(context)}
+    assert len(groups) == len(hybrid.PLANS) + 1
+    for plan, models in groups.items():
+        count = {name: parameter_count(model).non_embedding for name, model in models.items()}
+        own = hybrid.HYBRID if plan.startswith("H*") else plan
+        assert abs(count[hybrid.BASELINE] / count[own] - 1) <= 0.03
+        assert ",".join(models[own].kinds) == ",".join(plans.parse(plan))
+        assert set(models[hybrid.BASELINE].kinds) == {"M"}
+        assert len(set(models.values())) == len(models)  # all differ
+        if own == hybrid.HYBRID:
+            assert count[own] > 1.2 * count[hybrid.SAME_SHAPE]
+            assert models[own].recursion_depth == 3
+            assert {*hybrid.VARIANTS} < {*models}
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "plan", "n_claims"),
+    [
+        ("cpu", "A,M,H,M,A", "A,M,H,M,A", 2),
+        ("cpu", hybrid.SHALLOWER, "A,M,H,M,A", 2),
+        ("cpu", hybrid.HYBRID, "H*4", 0),
+        ("gpu", hybrid.HYBRID, "H*10", 2),
+        ("gpu", "A,M,H,M,A", "A,M,H,M,A", 0),
+    ],
+)
+def test_the_targets_are_of_the_plans_on_a_cpu_and_of_the_hybrid_on_a_gpu(
+    platform, name, plan, n_claims
+):
+    case = {"task": "training step", "plan": plan}
+    rows = [
+        Row(case, hybrid.BASELINE, [1.0] * 3, {"program_bytes": 100}),
+        Row(case, name, [1.1] * 3, {"program_bytes": 126}),
+    ]
+    found = hybrid.checks(rows, Context(platform, "a device"))
+    assert [check.passed for check in found] == [True, False][:n_claims]
 
 
 def test_depth_measures_the_loss_and_the_steps_of_a_threshold(tmp_path):

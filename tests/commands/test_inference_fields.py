@@ -87,12 +87,10 @@ def test_a_model_with_a_shared_gate_runs_more_steps_than_trained(tmp_path):
     loaded = mamba_jax.load_model(tmp_path, recursion_depth=5)
     deeper = dataclasses.replace(model, recursion_depth=5)
     tokens_t = [loaded.tokenizer.eot_id, *loaded.tokenizer.encode("some text").tolist()]
-    truth = naive.logits(loaded.params, deeper, np.array(tokens_t))
-    assert_close(loaded.logits("some text"), truth, 3e-5)  # as in tests/models/test_laws.py
-    assert (
-        abs(loaded.logits("some text") - mamba_jax.load_model(tmp_path).logits("some text")).max()
-        > 1e-3
-    )
+    truth = naive.logits(loaded.params, deeper, np.array(tokens_t))[:, : model.vocab_size]
+    logits = loaded.logits("some text")
+    assert_close(logits, truth, 3e-5)  # as in tests/models/test_laws.py
+    assert abs(logits - mamba_jax.load_model(tmp_path).logits("some text")).max() > 1e-3
 
 
 def test_a_shape_without_a_kernel_is_refused_on_the_right_machine(monkeypatch):
