@@ -20,6 +20,7 @@ from benchmarks.harness import Candidate, Check, Context, Prepared, Row
 from benchmarks.report import ratio
 from mamba_jax.config import ModelConfig, for_inference
 from mamba_jax.data import pipeline
+from mamba_jax.errors import UserError
 from mamba_jax.generation.load import find
 from mamba_jax.models import build
 from mamba_jax.modules.block import GATE_BINS
@@ -121,15 +122,29 @@ def load(checkpoint: str, n_windows: int) -> Trained:
     """Loads a checkpoint and held-out text of its run.
 
     Raises:
-      UserError: if there is no checkpoint, or it has no recursion.
+      UserError: if there is no checkpoint, or its model or text cannot be measured here.
     """
     found = find(checkpoint, print)
-    config, model = found.metadata.config, found.load()
-    for_inference(config.model, gate_skip_threshold=THRESHOLDS[0])  # refuses one without recursion
+    config = found.metadata.config
+    if not config.model.gated_layers or config.model.gate != "token":
+        raise UserError(
+            f"--checkpoint={checkpoint} has no gates of tokens to measure; give a hybrid trained "
+            "with model.gate=token"
+        )
+    if config.data.has_loss_mask or config.data.window == "concat":
+        raise UserError(
+            f"--checkpoint={checkpoint} was trained with a loss mask or data.window=concat, which "
+            "depth does not measure; give one trained on whole texts"
+        )
+    model = found.load()
     corpus = pipeline.prepare(
         config.data, seq_len=config.model.max_seq_len, seed=config.seed, log=print
     )
     windows = [windows_bt for windows_bt, _ in corpus.eval_batches(1, n_windows)]
+    if len(windows) < SERVED:
+        raise UserError(
+            f"--checkpoint={checkpoint}: {len(windows)} held-out windows; depth needs {SERVED}"
+        )
     tokenizer = found.tokenizer
     return Trained(
         model.config, model.params, np.concatenate(windows), tokenizer.vocab_size, tokenizer.eot_id
@@ -138,7 +153,7 @@ def load(checkpoint: str, n_windows: int) -> Trained:
 
 @functools.cache
 def quality(trained: Trained, threshold: float) -> dict[str, float]:
-    """The loss on the held-out windows, nats a token, and the mean recursion steps of a token."""
+    """The loss on the held-out windows, nats a token, and a token's mean steps per layer."""
     model = for_inference(trained.model, gate_skip_threshold=threshold)
 
     @jax.jit

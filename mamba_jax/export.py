@@ -73,6 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
             gguf_file.check(model)
         elif form == "hf":
             hf.check(model)
+        if model.gate_skip_threshold:
+            log(
+                f"model.gate_skip_threshold={model.gate_skip_threshold} is not exported: exported "
+                "models run every recursion step"
+            )
         n_ids = tokenizer_files.id_count(tokenizer, metadata.config.data.fim_rate > 0)
         table = tensors.to_hf(restore_params(found.path), model, n_ids)
         template = tokenizer_files.own_template(

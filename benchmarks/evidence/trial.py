@@ -308,7 +308,7 @@ def _gates_of_tokens(config: Any, params: Any, tokens_nt: jax.Array) -> Any:
                 segment_ids_bt=segment[None, None],
                 initial_cache=cache,
             )
-            # The gates after a token has stopped are 0; no other gate can be.
+            # The gates after a token has stopped are 0; no other gate is, unless it underflows.
             return cache, (aux["depth_mean"].sum(), (aux["gate_mean"] > 0).sum())
 
         return jax.lax.scan(token, build.init_cache(config, 1), (tokens_t, segments_t))[1]

@@ -24,7 +24,7 @@ AUTO = "auto"
 # Fields that change how parameters are used or were initialised, not what they mean.
 _FREE_MODEL_FIELDS = (
     *("dtype", "remat", "scan", "dropout"),
-    *("gate_bias", "fusion_gain", "embedding_std"),
+    *("gate_bias", "fusion_gain", "embedding_std", "gate_skip_threshold"),
 )
 # Groups and fields of the config that do not affect training.
 _SILENT_FIELDS = ("name", "output_dir", "log_dir", "tensorboard_dir", "sample_prompt")

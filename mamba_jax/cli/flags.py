@@ -1,4 +1,4 @@
-"""Flags that commands share: which model to load."""
+"""Flags that commands share: which model to load, and how to run it."""
 
 import argparse
 from typing import Any
@@ -27,7 +27,7 @@ def add_inference(parser: argparse._ActionsContainer) -> None:
         type=float,
         metavar="GATE",
         help="a token stops before the first recursion step whose gate does not exceed this: "
-        "faster, and less exact; 0: never (default: the checkpoint's)",
+        "faster, at some cost in quality; 0: never (default: the checkpoint's)",
     )
     parser.add_argument(
         "--recursion_depth",

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mamba_jax.config import checks
+from mamba_jax.config.fields import describe
 from mamba_jax.config.schema import ModelConfig, RunConfig, to_dict
 from mamba_jax.errors import UserError, did_you_mean
 
@@ -154,7 +155,11 @@ def for_inference(
     gate_skip_threshold: float | None = None,
     recursion_depth: int | None = None,
 ) -> ModelConfig:
-    """Returns a trained model with other fields that inference may choose; None: the model's own.
+    """Returns a trained model's structure with the fields that inference may change.
+
+    Args:
+      model: as trained.
+      scan, gate_skip_threshold, recursion_depth: None keeps the model's own value.
 
     Raises:
       UserError: if a value is not allowed, or has no effect.
@@ -166,19 +171,20 @@ def for_inference(
     }
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
+        type_ = type(getattr(model, name))
+        if not isinstance(value, (int, float) if type_ is float else type_):
+            raise UserError(f"model.{name}={value!r} is not {describe(type_)}")
         checks.check_value(f"model.{name}", value)
-    if gate_skip_threshold and not model.gated_layers:
+        if value and name != "scan" and not model.gated_layers:
+            raise UserError(
+                f"{name}={value} has no effect on a model without recursion; leave it out"
+            )
+    steps = model.recursion_depth
+    if recursion_depth not in (None, steps) and not (model.shared_gate and recursion_depth):
         raise UserError(
-            f"gate_skip_threshold={gate_skip_threshold} has no effect on a model without "
-            "recursion; leave it out"
-        )
-    if recursion_depth not in (None, model.recursion_depth) and not (
-        model.gated_layers and model.shared_gate and recursion_depth
-    ):
-        raise UserError(
-            f"recursion_depth={recursion_depth} cannot be used: only a model with recursion, "
-            "trained with model.shared_gate=true, can run another number of steps (at least 1) "
-            f"than it was trained with ({model.recursion_depth}); leave it out"
+            f"recursion_depth={recursion_depth} cannot be used: only a model trained with "
+            "model.shared_gate=true can run another number of steps (at least 1) than it was "
+            f"trained with ({steps}); leave it out"
         )
     changed = dataclasses.replace(model, **given)
     checks.check_model(changed)

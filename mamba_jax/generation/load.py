@@ -10,6 +10,7 @@ from mamba_jax.checkpoints.arrays import Metadata
 from mamba_jax.config import ModelConfig, for_inference
 from mamba_jax.data.tokenizers.base import Tokenizer
 from mamba_jax.data.tokenizers.load import load_saved
+from mamba_jax.errors import UserError
 from mamba_jax.generation.ensemble import Model
 from mamba_jax.models.language_model import matmul_dtype
 from mamba_jax.modules.mamba import resolve_scan
@@ -32,7 +33,10 @@ class Found:
         Raises:
           UserError: if a value cannot be used, or the scan does not run here.
         """
-        model = for_inference(self.metadata.config.model, **chosen)
+        try:
+            model = for_inference(self.metadata.config.model, **chosen)
+        except UserError as error:  # of an ensemble, which member
+            raise UserError(f"{self.path}: {error}") from None
         resolve_scan(model, matmul_dtype(model))
         return model
 

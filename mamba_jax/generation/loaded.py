@@ -23,7 +23,7 @@ class LoadedModel:
 
     Attributes:
       params: nested dict of float32 arrays, as ``models.build`` takes them.
-      config: that of the run that trained the model.
+      config: that of the run that trained the model, with the fields given to ``load_model``.
       tokenizer: the one that the model was trained with.
     """
 

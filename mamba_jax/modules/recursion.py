@@ -3,8 +3,8 @@
     s_0 = h;   s_{k+1} = s_k + g_k · (R(norm(s_k) + e_k) + read(s_k)),   k = 0 … K-1
     R(x) = down(silu(up(x)))
 
-The gate g_k is a number per token, or one per channel (``DepthGate``). The vectors e_k exist with
-``config.pass_embedding`` only.
+The gate g_k is a number per token, or one per channel that all tokens share (``DepthGate``). The
+vectors e_k exist with ``config.pass_embedding`` only.
 
 Legend: b batch, t time, d d_model, k recursion steps.
 """
@@ -21,11 +21,11 @@ from mamba_jax.modules.mamba import uniform_fan_in
 from mamba_jax.modules.norm import RMSNorm, rms_normalise
 from mamba_jax.ops.dot_by_rows import dot_by_rows
 
-Row = tuple[tuple[jax.Array, ...], jax.Array | None]  # of a step: its gate's, its embedding
+Row = tuple[tuple[jax.Array, ...], jax.Array | None]  # a step's gate parameters, its embedding
 
 
 class DepthGate(nnx.Module):
-    """What a step's change is multiplied by, by ``config.gate``:
+    """The factor of a step's change; ``config.gate`` chooses:
 
     * "token": ``sigmoid(w_k · rms(s_k) + b_k)``: kernel (k, d) from zero, bias (k);
     * "channel": scale (k, d), the same for all tokens, from sigmoid(``config.gate_bias``).
@@ -99,7 +99,7 @@ class RecursiveProcessor(nnx.Module):
             rngs=rngs,
         )
         self.gate = DepthGate(config)
-        # From zero: at the start a model is the one without them.
+        # Zeros: the model starts as it would without them.
         zeros_kd = jnp.zeros((config.recursion_depth, d), jnp.float32)
         self.pass_embedding = nnx.Param(zeros_kd) if config.pass_embedding else None
         self.skip_threshold = config.gate_skip_threshold
@@ -115,7 +115,8 @@ class RecursiveProcessor(nnx.Module):
 
         With a ``skip_threshold`` above 0 a token stops before the first step whose gate does not
         exceed it: that gate and all later ones are 0. A step that no token needs is not computed.
-        What a token gets depends on its own gates alone, never on its neighbours'.
+        What a token gets depends on its own gates alone, never on its neighbours'. Padding counts
+        as tokens here: it may keep a step running, but changes no result.
 
         Args:
           h_btd: float32 residual stream.

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import mamba_jax.checkpoints.arrays
-from mamba_jax import generate, train
+from mamba_jax import evaluate, generate, serve, train
 from mamba_jax.checkpoints.arrays import CheckpointWriter, Metadata
-from mamba_jax.config import DataConfig, RunConfig
+from mamba_jax.config import DataConfig, RunConfig, for_inference
 from mamba_jax.errors import UserError
 from mamba_jax.modules.mamba import resolve_scan
 from tests.support import naive
@@ -60,20 +60,50 @@ def test_generate_refuses_it_and_takes_another(tmp_path, capsys, monkeypatch):
     ("model", "flag", "error"),
     [
         (HYBRID, "gate_skip_threshold=1.5", "model.gate_skip_threshold=1.5 must be at least 0 and"),
+        (MAMBA, "recursion_depth=3", "recursion_depth=3 has no effect on a model without"),
         (MAMBA, "gate_skip_threshold=0.5", "gate_skip_threshold=0.5 has no effect on a model"),
-        (BY_CHANNEL, "gate_skip_threshold=0.5", "model.gate_skip_threshold=0.5 skips steps token"),
-        (HYBRID, "recursion_depth=3", "recursion_depth=3 cannot be used: only a model with"),
-        (SHARED, "recursion_depth=0", "recursion_depth=0 cannot be used: only a model with"),
+        (BY_CHANNEL, "gate_skip_threshold=0.5", "model.gate_skip_threshold=0.5 stops each"),
+        (HYBRID, "recursion_depth=3", "recursion_depth=3 cannot be used: only a model trained"),
+        (SHARED, "recursion_depth=0", "recursion_depth=0 cannot be used: only a model trained"),
         (SHARED, "recursion_depth=-1", "model.recursion_depth=-1 must not be negative"),
     ],
 )
 def test_a_value_that_cannot_work_is_one_line(model, flag, error, tmp_path, capsys):
     flags = write_checkpoint(tmp_path, dataclasses.replace(model, vocab_size=257))
     assert generate.main([*flags, f"--{flag}"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {error}")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {tmp_path / 'final'}: {error}")
 
 
-def test_the_threshold_of_the_flag_replaces_the_checkpoints(tmp_path):
+@pytest.mark.parametrize("value", [{"gate_skip_threshold": "0.1"}, {"recursion_depth": 2.5}])
+def test_a_value_of_another_type_is_named(value):
+    ((name, given),) = value.items()
+    with pytest.raises(UserError, match=f"model.{name}={given!r} is not a"):
+        for_inference(SHARED, **value)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (generate, ["--prompt=a"]),
+        (evaluate, ["--tasks=recall:1"]),
+        (serve, ["--port=0"]),
+    ],
+)
+def test_every_command_passes_the_flags_on(command, flags, tmp_path, capsys, monkeypatch):
+    checkpoint, *_ = write_checkpoint(tmp_path, dataclasses.replace(SHARED, vocab_size=257))
+    given = {"scan": "chunked", "gate_skip_threshold": 0.25, "recursion_depth": 5}
+
+    def refuse(model, **chosen):
+        raise UserError(f"asked for {chosen}")
+
+    monkeypatch.setattr("mamba_jax.generation.load.for_inference", refuse)
+    words = [f"--{name}={value}" for name, value in given.items()]
+    assert command.main([checkpoint, *flags, *words]) == 2
+    assert f"asked for {given}" in capsys.readouterr().err
+
+
+def test_a_threshold_replaces_the_checkpoints(tmp_path):
     model = dataclasses.replace(HYBRID, vocab_size=257, gate_skip_threshold=0.9)
     write_checkpoint(tmp_path, model)
     logits = lambda **chosen: mamba_jax.load_model(tmp_path, **chosen).logits("some text")

@@ -25,7 +25,7 @@ from tests.support.tiny_run import quick_compiles  # noqa: F401
 ROUNDING = 3e-5
 GLOBAL_LOOP = "plan (M,M,H)*2, global attention"
 SHARED, BY_CHANNEL = "hybrid, scale 2, shared gate", "hybrid, scale 4, channel gate, pass embedding"
-# Half of the gates at the threshold: tokens of every depth.
+# About half of the gates exceed 0.5, so that tokens stop at every depth.
 STOPPING = dataclasses.replace(HYBRID, gate_skip_threshold=0.5, recursion_depth=3)
 MODELS = VARIANTS | {
     "hybrid, tokens stop": STOPPING,
@@ -465,7 +465,7 @@ def test_a_step_that_no_token_needs_is_not_computed():
     assert jnp.isnan(training_nll_bt).all()  # training never skips
     gate["bias"] = gate["bias"].at[0, 0].set(0.0)  # an open step is not skipped
     assert jnp.isnan(jitted_apply(config)(params, TOKENS)[0]).all()
-    # It is, where no row's result is used; what the rows hold then is of no account.
+    # It is skipped where no row's result is used.
     assert jnp.isfinite(decode(params, config, TOKENS[:, 0], cache, jnp.zeros(2, bool))[0]).all()
 
 
