@@ -135,7 +135,7 @@ def test_a_fault_is_one_line_with_its_position(plan):
         ),
         ({"plan": "A,M", "n_layers": 2, "attention_scales": ()}, r"attention_scales=\(\); give"),
         (EMBEDDED_SHARED, "shared_gate=True rules out; set one of them to false"),
-        (STOPPING_CHANNELS, 'gate="channel" is the same for all tokens; set the threshold to 0'),
+        (STOPPING_CHANNELS, 'gate="channel" has none; set the threshold to 0'),
     ],
 )
 def test_a_model_of_fields_that_do_not_fit_is_refused(fields, words):
