@@ -26,7 +26,7 @@ BENCHMARKS = {
     "train": "a whole training step against transformers' Mamba and a Transformer in JAX",
     "decode": "generation and prefill against transformers' generate",
     "hybrid": "what each part of the hybrid costs, against plain Mamba",
-    "depth": "a trained hybrid's recursion stopped early: time and quality by threshold",
+    "depth": "a trained hybrid that skips recursion steps: time and quality by threshold",
     "startup": "import, --help, and compiling the training step without and with a cache",
     "data": "batches against peers, tokenising and its memory, opening a large cache",
     "serving": "the server under load: many clients, a shared prompt, endurance",

@@ -270,11 +270,11 @@ def _by_level(task: str, of_task: dict[str, Group], figure: str) -> str:
         if all("gate_sums" in end for end in ends):
             gates = lambda end, level: (end["gate_sums"].get(level) or {}).get("gates")
             rows.append([f"{plan}, sum of gates", *_row(ends, gates, levels)])
-        stopped = [end["stopping"] for end in ends if "stopping" in end]
-        for threshold in trial.STOP_THRESHOLDS if stopped else ():
-            found = [end[str(threshold)] for end in stopped]
+        skipped = [end["skipping"] for end in ends if "skipping" in end]
+        for threshold in trial.SKIP_THRESHOLDS if skipped else ():
+            found = [end[str(threshold)] for end in skipped]
             value = lambda end, level: records.score(end.get(level), task)
-            rows.append([f"{plan}, stopping at {threshold}", *_row(found, value, levels)])
+            rows.append([f"{plan}, skipping at {threshold}", *_row(found, value, levels)])
             steps = lambda end, level: (end.get(level) or {}).get("steps")
             rows.append([f"{plan}, steps at {threshold}", *_row(found, steps, levels)])
     header = [f"plan, {of.level}", "all", *map(str, levels)]
@@ -286,8 +286,8 @@ def _by_level(task: str, of_task: dict[str, Group], figure: str) -> str:
     return (
         f"## {task} by {of.level}\n\nEach plan at its own end ({of.score}). {beyond}"
         '"mean gates": every gate replaced by its mean over tokens; where that costs accuracy, the '
-        'depth is dynamic. "stopping": a token stops before its first recursion step whose gate '
-        'does not exceed the threshold; "steps": how many it takes then, over all layers.'
+        'depth is dynamic. "skipping": a token skips the recursion steps whose gates do not '
+        'exceed the threshold; "steps": how many it takes then, over all layers.'
         f"\n\n{table(header, rows)}\n\n![Curves of {task}]({figure})"
     )
 

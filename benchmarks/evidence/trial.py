@@ -32,7 +32,7 @@ WARMUP_STEPS = 60
 OPTIMIZER = TrainingConfig(beta2=0.98, weight_decay=0.05, gradient_clip=1.0)
 EVAL_ROWS = 256
 _MOST_STEPS_PER_CALL = 50
-STOP_THRESHOLDS = (0.1, 0.3, 0.5)
+SKIP_THRESHOLDS = (0.1, 0.3, 0.5)
 _EVAL_SEED = 12_345  # the rows of an evaluation are the same for all cells of a task
 _STREAMS = {"train": 0, "validation": 1, "test": 2, "beyond": 3}
 
@@ -251,18 +251,18 @@ def at_end(made: Programs, model: Model, task: Task, params: Any, test: Rows) ->
         found["gate_sums"] = by_level(test, gates=gates_of_tokens(model, params, test)[0])
         fixed = with_fixed_gates(params, model, gates_lk)
         found["mean_gates"] = summary(made, fixed, test)
-        found["stopping"] = {
-            str(threshold): stopping(made, model, params, test, threshold)
-            for threshold in STOP_THRESHOLDS
+        found["skipping"] = {
+            str(threshold): skipping(made, model, params, test, threshold)
+            for threshold in SKIP_THRESHOLDS
         }
     return found
 
 
-def stopping(
+def skipping(
     made: Programs, model: Model, params: Any, rows: Rows, threshold: float
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy and the recursion steps of a token, by level, where a token stops before the first
-    gate that does not exceed the threshold."""
+    """Accuracy and the recursion steps of a token, by level, where a token skips the steps whose
+    gates do not exceed the threshold."""
     assert model.config is not None
     config = for_inference(model.config, gate_skip_threshold=threshold)
     model = dataclasses.replace(model, config=config)
@@ -308,7 +308,7 @@ def _gates_of_tokens(config: Any, params: Any, tokens_nt: jax.Array) -> Any:
                 segment_ids_bt=segment[None, None],
                 initial_cache=cache,
             )
-            # The gates after a token has stopped are 0; no other gate is, unless it underflows.
+            # The gates of skipped steps are 0; no other gate is, unless it underflows.
             return cache, (aux["depth_mean"].sum(), (aux["gate_mean"] > 0).sum())
 
         return jax.lax.scan(token, build.init_cache(config, 1), (tokens_t, segments_t))[1]

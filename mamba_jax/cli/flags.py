@@ -26,8 +26,8 @@ def add_inference(parser: argparse._ActionsContainer) -> None:
         "--gate_skip_threshold",
         type=float,
         metavar="GATE",
-        help="a token stops before the first recursion step whose gate does not exceed this: "
-        "faster, at some cost in quality; 0: never (default: the checkpoint's)",
+        help="a token skips the recursion steps whose gates do not exceed this: faster, at some "
+        "cost in quality; 0: none (default: the checkpoint's)",
     )
     parser.add_argument(
         "--recursion_depth",

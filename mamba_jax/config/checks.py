@@ -165,8 +165,8 @@ def _check_gates(model: ModelConfig) -> None:
         )
     if model.gate_skip_threshold > 0 and model.gate == "channel":
         raise UserError(
-            f"model.gate_skip_threshold={model.gate_skip_threshold} stops each token by its "
-            f'own gate, but model.gate="{model.gate}" has none; set the threshold to 0'
+            f"model.gate_skip_threshold={model.gate_skip_threshold} skips steps by each "
+            f'token\'s gate, but model.gate="{model.gate}" has none; set the threshold to 0'
         )
 
 

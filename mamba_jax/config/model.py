@@ -82,8 +82,8 @@ class ModelConfig:
     gate_skip_threshold: Annotated[
         float,
         FRACTION,
-        "Hybrid, at inference: a token stops before the first recursion step whose gate does not "
-        "exceed this; 0: never.",
+        "Hybrid, at inference: a token skips the recursion steps whose gates do not exceed this; "
+        "0: none.",
     ] = 0.0
     gate_bias: Annotated[
         float,

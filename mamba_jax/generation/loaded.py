@@ -102,8 +102,8 @@ def load_model(
     Args:
       folder: a checkpoint, or a run's folder for its newest intact checkpoint.
       scan: an implementation of the selective scan; None: the checkpoint's.
-      gate_skip_threshold: a token stops before the first recursion step whose gate does not exceed
-        this; 0: never; None: the checkpoint's.
+      gate_skip_threshold: a token skips the recursion steps whose gates do not exceed this; 0:
+        none; None: the checkpoint's.
       recursion_depth: steps, of a model trained with ``model.shared_gate``; None: as trained.
 
     Raises:

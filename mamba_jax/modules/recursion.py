@@ -113,10 +113,10 @@ class RecursiveProcessor(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Runs the steps.
 
-        With a ``skip_threshold`` above 0 a token stops before the first step whose gate does not
-        exceed it: that gate and all later ones are 0. A step that no token needs is not computed.
+        With a ``skip_threshold`` above 0 a token skips the steps whose gates do not exceed it: its
+        gates there are 0. A step that no token takes is not computed.
         What a token gets depends on its own gates alone, never on its neighbours'. Padding counts
-        as tokens here: it may keep a step running, but changes no result.
+        as tokens here: a step may be computed for it alone, which changes no result.
 
         Args:
           h_btd: float32 residual stream.
@@ -141,26 +141,19 @@ class RecursiveProcessor(nnx.Module):
         def step(s_btd: jax.Array, row: Row) -> tuple[jax.Array, jax.Array]:
             gate_row, embedding_d = row
             factor, gate_bt = self.gate(s_btd, *gate_row)
-            return advance(s_btd, factor, embedding_d), gate_bt
-
-        def step_or_stop(carry: tuple[jax.Array, jax.Array], row: Row):
-            (s_btd, running_bt), (gate_row, embedding_d) = carry, row
-            _, gate_bt = self.gate(s_btd, *gate_row)
-            running_bt = running_bt & (gate_bt > self.skip_threshold)
-            gate_bt = jnp.where(running_bt, gate_bt, 0.0)
+            if not self.skip_threshold:
+                return advance(s_btd, factor, embedding_d), gate_bt
+            taken_bt = gate_bt > self.skip_threshold
+            if active_b is not None:
+                taken_bt &= active_b[:, None]
+            gate_bt = jnp.where(taken_bt, gate_bt, 0.0)
             s_btd = jax.lax.cond(
-                running_bt.any(),
+                taken_bt.any(),
                 lambda: advance(s_btd, gate_bt[..., None], embedding_d),
                 lambda: s_btd,
             )
-            return (s_btd, running_bt), gate_bt
+            return s_btd, gate_bt
 
         # A loop over one body: the program does not grow with the depth.
         embedding_kd = None if self.pass_embedding is None else self.pass_embedding[...]
-        rows = self.gate.rows(), embedding_kd
-        if not self.skip_threshold:
-            return jax.lax.scan(step, h_btd, rows)
-        active_b = jnp.ones(len(h_btd), bool) if active_b is None else active_b
-        running_bt = jnp.broadcast_to(active_b[:, None], h_btd.shape[:2])
-        (s_btd, _), gates_kbt = jax.lax.scan(step_or_stop, (h_btd, running_bt), rows)
-        return s_btd, gates_kbt
+        return jax.lax.scan(step, h_btd, (self.gate.rows(), embedding_kd))

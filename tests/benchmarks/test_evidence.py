@@ -144,12 +144,12 @@ def test_gates_per_token_are_those_of_the_forward_and_their_means_can_replace_th
     assert trial.gates_of_tokens(model, fixed, rows)[0].std() < 1e-6
 
 
-def test_tokens_stop_where_their_gates_close(tiny):
+def test_tokens_skip_the_steps_whose_gates_close(tiny):
     model, made = plans.model_of("MMHMM"), trial.programs("MMHMM", 1)
     rows = tasks.TASKS["p_hop_3"].make(np.random.default_rng(0), 64, "test", 0)
     fixed = trial.with_fixed_gates(made.init(3).params, model, np.array([[0.9, 0.4, 0.9]]))
-    at = lambda threshold: trial.stopping(made, model, fixed, rows, threshold)
-    assert [at(threshold)["all"]["steps"] for threshold in (0.3, 0.5, 0.95)] == [3, 1, 0]
+    at = lambda threshold: trial.skipping(made, model, fixed, rows, threshold)
+    assert [at(threshold)["all"]["steps"] for threshold in (0.3, 0.5, 0.95)] == [3, 2, 0]
     assert at(0.3)["2"] == trial.summary(made, fixed, rows)["2"] | {"steps": 3}
     assert at(0.5)["2"]["nll"] != at(0.3)["2"]["nll"]
 

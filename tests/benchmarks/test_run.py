@@ -185,14 +185,14 @@ def test_depth_measures_the_loss_and_the_steps_of_a_threshold(tmp_path):
     trained = dataclasses.replace(trained, windows_nt=trained.windows_nt[:1])
     found, never = (depth.quality(trained, threshold) for threshold in (0.5, 0.0))
     window_t = trained.windows_nt[0]
-    stopping = dataclasses.replace(model, gate_skip_threshold=0.5)
-    nll, steps, cache = [], [], build.init_cache(stopping, 1)
-    run_token = jax.jit(functools.partial(build.forward, config=stopping))
+    skipping = dataclasses.replace(model, gate_skip_threshold=0.5)
+    nll, steps, cache = [], [], build.init_cache(skipping, 1)
+    run_token = jax.jit(functools.partial(build.forward, config=skipping))
     for token, target in itertools.pairwise(window_t.tolist()):
         x_btd, aux, cache = run_token(
             trained.params, tokens_bt=jnp.array([[token]]), initial_cache=cache
         )
-        logits = build.logits(trained.params, stopping, x_btd)[0, 0, : trained.vocab_size]
+        logits = build.logits(trained.params, skipping, x_btd)[0, 0, : trained.vocab_size]
         nll.append(-float(jax.nn.log_softmax(logits)[target]))
         steps.append((np.asarray(aux["gate_mean"]) > 0).sum(1).mean())
     assert found["loss"] == pytest.approx(np.mean(nll), rel=1e-5)

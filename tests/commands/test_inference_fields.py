@@ -62,7 +62,7 @@ def test_generate_refuses_it_and_takes_another(tmp_path, capsys, monkeypatch):
         (HYBRID, "gate_skip_threshold=1.5", "model.gate_skip_threshold=1.5 must be at least 0 and"),
         (MAMBA, "recursion_depth=3", "recursion_depth=3 has no effect on a model without"),
         (MAMBA, "gate_skip_threshold=0.5", "gate_skip_threshold=0.5 has no effect on a model"),
-        (BY_CHANNEL, "gate_skip_threshold=0.5", "model.gate_skip_threshold=0.5 stops each"),
+        (BY_CHANNEL, "gate_skip_threshold=0.5", "model.gate_skip_threshold=0.5 skips steps by"),
         (HYBRID, "recursion_depth=3", "recursion_depth=3 cannot be used: only a model trained"),
         (SHARED, "recursion_depth=0", "recursion_depth=0 cannot be used: only a model trained"),
         (SHARED, "recursion_depth=-1", "model.recursion_depth=-1 must not be negative"),

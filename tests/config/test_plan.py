@@ -115,7 +115,7 @@ FAULTS = {
 
 
 EMBEDDED_SHARED = {"pass_embedding": True, "shared_gate": True}
-STOPPING_CHANNELS = {"gate": "channel", "gate_skip_threshold": 0.1}
+SKIPPING_CHANNELS = {"gate": "channel", "gate_skip_threshold": 0.1}
 
 
 @pytest.mark.parametrize("plan", FAULTS, ids=lambda plan: plan[:9])
@@ -135,7 +135,7 @@ def test_a_fault_is_one_line_with_its_position(plan):
         ),
         ({"plan": "A,M", "n_layers": 2, "attention_scales": ()}, r"attention_scales=\(\); give"),
         (EMBEDDED_SHARED, "shared_gate=True rules out; set one of them to false"),
-        (STOPPING_CHANNELS, 'gate="channel" has none; set the threshold to 0'),
+        (SKIPPING_CHANNELS, 'gate="channel" has none; set the threshold to 0'),
     ],
 )
 def test_a_model_of_fields_that_do_not_fit_is_refused(fields, words):
@@ -144,7 +144,7 @@ def test_a_model_of_fields_that_do_not_fit_is_refused(fields, words):
         checks.check(RunConfig(model=model))
 
 
-@pytest.mark.parametrize("fields", [EMBEDDED_SHARED, STOPPING_CHANNELS], ids=str)
+@pytest.mark.parametrize("fields", [EMBEDDED_SHARED, SKIPPING_CHANNELS], ids=str)
 @pytest.mark.parametrize(
     "without",
     [{"family": "mamba"}, {"recursion_depth": 0}, {"plan": "A,M", "n_layers": 2}],

@@ -25,11 +25,11 @@ from tests.support.tiny_run import quick_compiles  # noqa: F401
 ROUNDING = 3e-5
 GLOBAL_LOOP = "plan (M,M,H)*2, global attention"
 SHARED, BY_CHANNEL = "hybrid, scale 2, shared gate", "hybrid, scale 4, channel gate, pass embedding"
-# About half of the gates exceed 0.5, so that tokens stop at every depth.
-STOPPING = dataclasses.replace(HYBRID, gate_skip_threshold=0.5, recursion_depth=3)
+# About half of the gates exceed 0.5, so that tokens take any number of steps.
+SKIPPING = dataclasses.replace(HYBRID, gate_skip_threshold=0.5, recursion_depth=3)
 MODELS = VARIANTS | {
-    "hybrid, tokens stop": STOPPING,
-    "plan A,M,H,M, tokens stop": dataclasses.replace(
+    "hybrid, tokens skip steps": SKIPPING,
+    "plan A,M,H,M, tokens skip steps": dataclasses.replace(
         VARIANTS["plan A,M,H,M, signed"], gate_skip_threshold=0.5, recursion_depth=3
     ),
 }
@@ -429,18 +429,18 @@ def test_at_the_start_the_recursion_adds_nothing():
     )
 
 
-def test_tokens_stop_at_every_depth():
+def test_tokens_take_the_steps_whose_gates_exceed_the_threshold():
     """Token by token, where the means that a layer reports are the token's own."""
-    params, found = params_of(STOPPING), set()
-    step = jax.jit(functools.partial(build.forward, config=STOPPING))
-    cache = build.init_cache(STOPPING, 1)
+    params, found = params_of(SKIPPING), set()
+    step = jax.jit(functools.partial(build.forward, config=SKIPPING))
+    cache = build.init_cache(SKIPPING, 1)
     for t in range(TOKENS.shape[1]):
         _, aux, cache = step(params, tokens_bt=TOKENS[:1, t : t + 1], initial_cache=cache)
         for gates_k in np.asarray(aux["gate_mean"]):
-            depth = int((gates_k > 0).sum())
-            assert (gates_k[:depth] > 0.5).all() and (gates_k[depth:] == 0).all()
-            found.add(depth)
-    assert found == {0, 1, 2, 3}
+            assert ((gates_k > 0.5) | (gates_k == 0)).all()
+            found.add(tuple(gates_k > 0))
+    # Of the eight subsets of three steps most occur, and one with a gap is among them.
+    assert len(found) > 4 and (True, False, True) in found
 
 
 def test_a_step_that_no_token_needs_is_not_computed():
@@ -470,14 +470,14 @@ def test_a_step_that_no_token_needs_is_not_computed():
 
 
 def test_rows_that_are_not_used_change_nothing_for_the_others():
-    params = params_of(STOPPING)
+    params = params_of(SKIPPING)
     decode = jax.jit(build.decode_step, static_argnames="config")
-    alone = both = build.init_cache(STOPPING, 2)
+    alone = both = build.init_cache(SKIPPING, 2)
     for t in range(6):
         logits_alone, alone = decode(
-            params, STOPPING, TOKENS[:, t], alone, jnp.array([True, False])
+            params, SKIPPING, TOKENS[:, t], alone, jnp.array([True, False])
         )
-        logits_both, both = decode(params, STOPPING, TOKENS[:, t], both)
+        logits_both, both = decode(params, SKIPPING, TOKENS[:, t], both)
         assert_close(logits_alone[0], logits_both[0], 1e-6)
     of_row = lambda cache, row: jax.tree.map(lambda leaf: leaf[:, row], cache["layers"])
     assert_close(of_row(alone, 0), of_row(both, 0), 1e-6)

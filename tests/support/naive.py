@@ -104,7 +104,6 @@ def hybrid_layer(p, config, x_td):
     m = mixer(p["mixer"], config, rms(x_td, eps) * p["norm"]["scale"])
     h = x_td + m
     s = h.copy()
-    running = np.ones(len(s), bool)
     inside = config.recursion_reads_attention and config.recursion_depth > 0
     read_all = lambda source, query: np.stack(
         [attention_read(p["attention"], config, source, query, t) for t in range(len(x_td))]
@@ -123,8 +122,8 @@ def hybrid_layer(p, config, x_td):
             s = s + r["gate"]["scale"][row] * change
             continue
         gate = sigmoid(unit @ r["gate"]["kernel"][row] + r["gate"]["bias"][row])
-        running &= gate > config.gate_skip_threshold
-        s = s + np.where(running, gate, 0)[:, None] * change
+        taken = gate > config.gate_skip_threshold
+        s = s + np.where(taken, gate, 0)[:, None] * change
     r = s - h
     if config.attention_scales and not inside:
         r = r + read_all(s, s)

@@ -17,7 +17,7 @@ CONFIGS = {
     for config in (MAMBA, dataclasses.replace(HYBRID, attention_scales=(1, 4)))
 }
 MODELS = CONFIGS | {
-    "hybrid, tokens stop": dataclasses.replace(CONFIGS["hybrid"], gate_skip_threshold=0.5)
+    "hybrid, tokens skip steps": dataclasses.replace(CONFIGS["hybrid"], gate_skip_threshold=0.5)
 }
 
 
