@@ -116,7 +116,8 @@ def test_another_model_is_refused_and_the_fields_named(run, model, difference):
 
 
 def test_how_a_model_is_computed_may_change(run):
-    config = config_for(run, remat="full", scan="chunked", dtype="bfloat16", dropout=0.1)
+    how = {"remat": "full", "scan": "chunked", "dtype": "bfloat16", "dropout": 0.1}
+    config = config_for(run, **how, gate_skip_threshold=0.1)
     assert start_of(config, "auto")[0] == run / "step_4"
 
 
