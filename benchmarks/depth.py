@@ -164,12 +164,12 @@ def quality(trained: Trained, threshold: float) -> dict[str, float]:
         log_probs_btv = jax.nn.log_softmax(logits_btv[..., : trained.vocab_size])
         nll_bt = -jnp.take_along_axis(log_probs_btv, targets_bt[..., None], axis=-1)
         # A step that was taken has a gate above the threshold: outside the first bins.
-        taken_lk = 1 - aux["gate_histogram"][..., : max(1, round(threshold * GATE_BINS))].sum(-1)
+        taken_lk = 1 - aux["gate_histogram"][..., : round(threshold * GATE_BINS)].sum(-1)
         return nll_bt.mean(), taken_lk.sum(1).mean()
 
     found = [run(trained.params, window_t[None]) for window_t in trained.windows_nt]
     nll, steps = np.mean(np.asarray(found), axis=0).tolist()
-    return {"loss": nll, "recursion_steps": steps if threshold else trained.model.recursion_depth}
+    return {"loss": nll, "recursion_steps": steps}
 
 
 # --- decoding
